@@ -1,0 +1,65 @@
+# Everything runs in a virtual environment that the targets make themselves: a machine
+# with Python and make is enough. `make PYTHON=python3.12 test` chooses the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+VERSION := $(shell sed -n 's/^__version__ *= *"\(.*\)"/\1/p' torchrl_wm/__init__.py)
+
+# One stamp per set of extras and version: what is installed is not installed again.
+stamp = $(VENV)/.installed-$(VERSION)-$(1)
+DEV_EXTRAS := test docs demo lint
+pip_install = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+SOURCES := torchrl_wm test conftest.py docs/conf.py $(wildcard examples benchmarks)
+PROSE := docs $(wildcard *.md)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format docs bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(call stamp,dev) ## Make the development environment: all that the other targets need
+
+demo: $(call stamp,demo) ## Run the demo: learn a world model of the pendulum and plan through it
+	$(BIN)/python examples/pendulum.py
+
+test: $(call stamp,test) ## Run the tests, the doctests and the snippets of README and docs
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# pyupgrade can only rewrite, so it is given a copy, and fails if it would have.
+lint: $(call stamp,lint) ## Check formatting, style and spelling; change nothing
+	$(BIN)/ufmt check $(SOURCES)
+	$(BIN)/flake8 $(SOURCES)
+	$(BIN)/pydocstyle torchrl_wm
+	$(BIN)/codespell $(SOURCES) $(PROSE)
+	@echo "$(BIN)/pyupgrade --py310-plus (on a copy)"; \
+	bin=$$(cd $(BIN) && pwd) && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	cp -R $(SOURCES) "$$copy" && cd "$$copy" && \
+	find . -name '*.py' -exec "$$bin/pyupgrade" --py310-plus {} +
+
+format: $(call stamp,lint) ## Format the code in place
+	find $(SOURCES) -name '*.py' -exec $(BIN)/pyupgrade --py310-plus --exit-zero-even-if-changed {} +
+	$(BIN)/ufmt format $(SOURCES)
+
+docs: $(call stamp,docs) ## Build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+bench: $(call stamp,demo) ## Run every benchmark
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(call stamp,dev): pyproject.toml constraints.txt | $(BIN)/python
+	$(pip_install) -e ".[test,docs,demo,lint]"
+	@touch $(foreach extra,$(DEV_EXTRAS),$(call stamp,$(extra))) $@
+
+$(call stamp,%): pyproject.toml constraints.txt | $(BIN)/python
+	$(pip_install) -e ".[$*]"
+	@touch $@

@@ -1,0 +1,125 @@
+"""The k-step error: against known models, at episode ends, for decoded and latent models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _models import clock_env, clock_model, make_model, SpecEnv, transitions
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule as Mod
+from torch import nn
+
+from torchrl_wm import WorldModel, WorldModelEnv
+from torchrl_wm.diagnostics import (
+    open_loop_error,
+    plot_open_loop_error,
+    plot_prediction,
+)
+
+
+def line(length: int, slope: float, ends: tuple[int, ...] = ()) -> TensorDict:
+    """An episode whose observation moves by ``slope`` a step."""
+    time = torch.arange(length + 1.0).unsqueeze(-1) * slope
+    done = torch.zeros(length, 1, dtype=torch.bool)
+    done[list(ends)] = True
+    return TensorDict(
+        {
+            "observation": time[:-1],
+            "action": torch.zeros(length, 1),
+            "next": {"observation": time[1:], "reward": time[1:] + 1, "done": done},
+        },
+        batch_size=[length],
+    )
+
+
+def observed_clock() -> WorldModelEnv:
+    """A model of the observation itself that believes it moves by one a step."""
+    model = WorldModel(
+        Mod(nn.Identity(), ["observation"], ["observation"]),
+        Mod(lambda x, a: x + 1, ["observation", "action"], [("next", "observation")]),
+        Mod(lambda x: x + 0, [("next", "observation")], [("next", "reward")]),
+    )
+    return WorldModelEnv(model, clock_env())
+
+
+@pytest.mark.parametrize("episodes", [line(20, 3.0), line(20, 3.0).expand(4, 20)])
+def test_known_error(episodes) -> None:
+    """The model falls behind by two a step, persistence by three."""
+    error = open_loop_error(observed_clock(), episodes, horizon=5)
+    k = torch.arange(1.0, 6).unsqueeze(-1)
+    torch.testing.assert_close(error["model", "observation"], 2 * k)
+    torch.testing.assert_close(error["persistence", "observation"], 3 * k)
+    assert error.batch_size == (5,)
+    torch.testing.assert_close(error["model", "reward"], 2 * k + 1)
+
+
+def test_perfect_model_has_no_error_and_the_mean_does() -> None:
+    error = open_loop_error(observed_clock(), line(30, 1.0), horizon=4)
+    assert not error["model", "observation"].any()
+    assert (error["mean", "observation"] > 5).all()
+
+
+def test_windows_do_not_cross_the_end_of_an_episode() -> None:
+    first, second = line(10, 1.0, ends=(9,)), line(10, 1.0)
+    episodes = torch.cat([first, second])  # the observation jumps back in between
+    error = open_loop_error(observed_clock(), episodes, horizon=5)
+    assert not error["model", "observation"].any()
+
+
+def test_decoded_observations_are_compared() -> None:
+    decoder = Mod(lambda x: 10 * x, ["latent"], ["observation"])
+    env = WorldModelEnv(clock_model(decoder=decoder), clock_env(), decode=True)
+    error = open_loop_error(
+        env, line(20, 1.0).select("observation", "action", "next"), 3
+    )
+    assert ("model", "observation") in error.keys(True)
+    assert ("model", "latent") not in error.keys(True)
+    assert error["model", "observation"][0] > 1
+
+
+def test_without_a_decoder_latents_are_compared() -> None:
+    model = make_model(latent=("deep", "latent"))
+    env = WorldModelEnv(model, SpecEnv())
+    episodes = transitions(3, 12)
+    episodes["next", "done"].zero_()
+    error = open_loop_error(env, episodes, horizon=1)
+    with torch.no_grad():
+        predicted = model(episodes.clone())["next", "deep", "latent"]
+        real = model.encoder.module(episodes["next", "observation"])
+    expected = (predicted - real).pow(2).mean((0, 1)).sqrt()
+    torch.testing.assert_close(error["model", "deep", "latent"][0], expected)
+
+
+def test_bad_arguments() -> None:
+    env = observed_clock()
+    locked = WorldModelEnv(env.world_model, clock_env(), batch_size=2)
+    with pytest.raises(ValueError, match=r"batch_size=\[\]"):
+        open_loop_error(locked, line(10, 1.0), 3)
+    for horizon in (0, 11):
+        with pytest.raises(ValueError, match=f"horizon={horizon} steps fits"):
+            open_loop_error(env, line(10, 1.0), horizon)
+    with pytest.raises(ValueError, match="lies within one episode"):
+        open_loop_error(env, line(10, 1.0, ends=(2, 5, 8)), 5)
+    blind = WorldModelEnv(clock_model(), clock_env())
+    with pytest.raises(ValueError, match="nothing to compare"):
+        open_loop_error(blind, line(10, 1.0).exclude(("next", "observation")), 2)
+
+
+def test_plots_show_the_data() -> None:
+    pytest.importorskip("matplotlib")
+    env = observed_clock()
+    error = open_loop_error(env, line(20, 3.0), horizon=5)
+    axes = plot_open_loop_error(error, "observation").axes[0]
+    drawn = {curve.get_label(): list(curve.get_ydata()) for curve in axes.lines}
+    assert drawn["model"] == [2, 4, 6, 8, 10]
+    assert drawn["persistence"] == [3, 6, 9, 12, 15]
+    real = torch.stack([line(6, 3.0), line(6, 1.0)])
+    imagined = env.imagine(
+        6, tensordict=real[:, 0].exclude("next"), actions=real["action"]
+    )
+    figure = plot_prediction(real, imagined, "observation", ["position"])
+    assert len(figure.axes) == 2
+    lines = figure.axes[0].lines
+    assert list(lines[0].get_ydata()) == [3, 6, 9, 12, 15, 18]
+    assert list(lines[1].get_ydata()) == [1, 2, 3, 4, 5, 6]
+    assert figure.axes[0].get_ylabel() == "position"

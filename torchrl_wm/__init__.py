@@ -1,0 +1,16 @@
+"""World models for TorchRL: compose one, train it, imagine with it, plan through it.
+
+The classes used most are importable from here; each also lives in the folder
+its subject belongs to (:mod:`torchrl_wm.modules`, :mod:`torchrl_wm.envs`,
+:mod:`torchrl_wm.objectives`, ...).
+"""
+
+from __future__ import annotations
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.objectives import WorldModelLoss
+
+__version__ = "0.1.0"
+
+__all__ = ["WorldModel", "WorldModelEnv", "WorldModelLoss"]

@@ -1,0 +1,452 @@
+"""What a world model env carries, and of which shape: specs from a model and a reference env."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.data import Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+
+from torchrl_wm.envs.endings import Endings
+from torchrl_wm.envs.tracing import run_components, undisturbed
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import (
+    is_next,
+    join,
+    missing_from,
+    sibling,
+    strip_next,
+    unique,
+)
+from torchrl_wm.modules.wiring import written_keys
+
+
+@dataclass
+class Layout:
+    """The entries of an imagined env. All specs are without batch dims.
+
+    Args:
+        action, reward, done: specs copied from the reference env; ``done``
+            with the entries added that the env needs.
+        latent: the latents that move.
+        context: root entries that the step reads and that never change.
+        decoded: the observations that the decoder writes, if it is run.
+        endings: what decides the done entries.
+        dropped: entries of the reference env that are not part of this one.
+    """
+
+    action: Composite
+    reward: Composite
+    done: Composite
+    latent: dict[NestedKey, TensorSpec]
+    context: dict[NestedKey, TensorSpec]
+    decoded: dict[NestedKey, TensorSpec]
+    endings: Endings
+    dropped: set[NestedKey] = field(default_factory=set)
+
+    @property
+    def action_keys(self) -> list[NestedKey]:
+        return unique(self.action.keys(True, True))
+
+    @property
+    def reward_keys(self) -> list[NestedKey]:
+        return unique(self.reward.keys(True, True))
+
+    @property
+    def state(self) -> dict[NestedKey, TensorSpec]:
+        """What a step starts from: latents and context."""
+        return {**self.latent, **self.context}
+
+
+def make_layout(
+    world_model: WorldModel,
+    base_env: EnvBase,
+    *,
+    observation_spec: TensorSpec | None,
+    batch_size: torch.Size,
+    device: torch.device | None,
+    latent_key: NestedKey | None,
+    decode: bool,
+    time_limit: bool,
+) -> Layout:
+    """Work out the entries of an imagined env, and check them on one traced step.
+
+    Raises:
+        ValueError: if the model and the reference env do not fit together; the
+            message names the component, the key and the fix.
+        RuntimeError: if a component fails on inputs of the specs' shapes.
+    """
+    latent_keys = _latent_keys(world_model, latent_key)
+    explicit = _explicit_specs(
+        observation_spec, batch_size, latent_key or latent_keys[0]
+    )
+    reference = _flatten(base_env.full_state_spec_unbatched)
+    reference.update(_flatten(base_env.full_observation_spec_unbatched))
+    action = base_env.full_action_spec_unbatched.clone()
+    reward = base_env.full_reward_spec_unbatched.clone()
+    done = base_env.full_done_spec_unbatched
+    written = [strip_next(k) for k in world_model.step_module.out_keys if is_next(k)]
+    endings = Endings(done, written, time_limit=time_limit)
+    layout = Layout(
+        action=_to(action, device),
+        reward=_to(reward, device),
+        done=_to(endings.spec(done), device),
+        latent={},
+        context={},
+        decoded={},
+        endings=endings,
+    )
+    _check_rewards(world_model, layout)
+
+    dims = max(len(batch_size), 1)
+    with undisturbed(world_model, device):
+        encoded = _trace_encoder(world_model, {**reference, **explicit}, dims, device)
+        layout.latent = {
+            key: _state_spec(key, explicit, reference, encoded, dims, device)
+            for key in latent_keys
+        }
+        layout.context = {
+            key: _state_spec(key, explicit, reference, encoded, dims, device)
+            for key in _context_keys(
+                world_model, latent_keys, layout, {**reference, **explicit}, encoded
+            )
+        }
+        if encoded is not None:
+            for key in layout.latent:
+                _check_entry(
+                    "encoder", key, encoded.get(key, None), layout.latent[key], dims
+                )
+        state = _zeros({**layout.state, **_flatten(layout.action)}, dims, device)
+        stepped = check_step(world_model, layout, state)
+        decoded_keys = _decoded_keys(world_model, layout, explicit, decode)
+        if decoded_keys:
+            layout.decoded = _trace_decoder(
+                world_model, layout, decoded_keys, stepped, explicit, reference, dims
+            )
+    carried = {*layout.state, *layout.decoded}
+    inputs = {strip_next(k) for k in unique(world_model.encoder.in_keys)}
+    outputs = set(written_keys(world_model.encoder))
+    layout.dropped = ({*reference} | inputs | outputs) - carried
+    return layout
+
+
+def check_step(
+    world_model: WorldModel, layout: Layout, state: TensorDictBase
+) -> TensorDictBase:
+    """Run one step on ``state`` and check every output against the specs.
+
+    Args:
+        state: latents, context and action, with any batch size.
+
+    Raises:
+        ValueError: if an output's shape or dtype is not its spec's.
+    """
+    dims = state.batch_dims
+    components = {
+        name: module
+        for name, module in world_model.components.items()
+        if name in world_model.step_names
+    }
+    out = run_components(components, state)
+    who = {
+        strip_next(key): name
+        for name, module in components.items()
+        for key in written_keys(module)
+    }
+    next_td = out.get("next")
+    for key, spec in layout.latent.items():
+        _check_entry(who[key], join("next", key), next_td.get(key), spec, dims)
+    for key in layout.reward_keys:
+        _check_entry(
+            who[key], join("next", key), next_td.get(key), layout.reward[key], dims
+        )
+    for key in layout.endings.bool_keys:
+        value = next_td.get(key)
+        if value.is_floating_point():
+            raise ValueError(
+                f"{who[key]} writes {join('next', key)!r} as {value.dtype}, but the env "
+                f"needs a bool there. If these are logits, let the head write "
+                f"{join('next', sibling(key, 'terminated_logits'))!r} instead: the loss "
+                f"trains them and the env derives the bools. Else write value > threshold."
+            )
+        _check_entry(who[key], join("next", key), value, _done_leaf(layout, key), dims)
+    for key in layout.endings.logit_keys:
+        value = next_td.get(key)
+        shape = _done_leaf(layout, key).shape
+        if not value.is_floating_point() or value.shape[dims:] != shape:
+            raise ValueError(
+                f"{who[key]} writes {join('next', key)!r} with feature shape "
+                f"{tuple(value.shape[dims:])} and {value.dtype}; logits of shape "
+                f"{tuple(shape)} and a float dtype are expected."
+            )
+    return out
+
+
+def read_decoded(
+    world_model: WorldModel, inputs: TensorDictBase, keys: list[NestedKey]
+) -> dict[NestedKey, torch.Tensor]:
+    """Decode latents, whether the decoder reads them at the root or under "next".
+
+    Args:
+        inputs: the latents (and context) to decode, at the root; not modified.
+        keys: the observations wanted.
+    """
+    work = inputs.copy()
+    if any(is_next(key) for key in unique(world_model.decoder.in_keys)):
+        work.set("next", inputs.copy())
+    missing = missing_from(work, unique(world_model.decoder.in_keys))
+    if missing:
+        raise KeyError(
+            f"decoder reads {missing}; in an imagined env it can read latents and context: "
+            f"{unique(inputs.keys(True, True))}."
+        )
+    out = world_model.decode(work)
+    place = {strip_next(k): k for k in written_keys(world_model.decoder)}
+    return {key: out.get(place[key]) for key in keys}
+
+
+# Specs ---------------------------------------------------------------------
+
+
+def rebatch(spec: Composite, batch_size: torch.Size) -> Composite:
+    """A spec without batch dims for ``batch_size`` envs, leaf by leaf."""
+    return spec.expand(batch_size).clone()
+
+
+def composite(
+    specs: dict[NestedKey, TensorSpec], batch_size: torch.Size, device: Any
+) -> Composite:
+    """A Composite from flat keys, nested where the keys are."""
+    out = Composite(shape=(), device=device)
+    for key, spec in specs.items():
+        out[key] = spec.clone()
+    return rebatch(out, batch_size)
+
+
+def _flatten(spec: Composite) -> dict[NestedKey, TensorSpec]:
+    return {key: spec[key] for key in unique(spec.keys(True, True))}
+
+
+def _to(spec: Any, device: torch.device | None) -> Any:
+    return spec if device is None else spec.to(device)
+
+
+def _unbounded(shape, dtype: torch.dtype, device) -> TensorSpec:
+    return Unbounded(shape=torch.Size(shape), dtype=dtype, device=device)
+
+
+def _zeros(
+    specs: dict[NestedKey, TensorSpec], dims: int, device: torch.device | None
+) -> TensorDict:
+    lead = (1,) * dims
+    out = TensorDict({}, batch_size=lead, device=device)
+    for key, spec in specs.items():
+        out.set(key, _to(spec, device).zero(torch.Size(lead)))
+    return out
+
+
+def _explicit_specs(
+    spec: TensorSpec | None, batch_size: torch.Size, latent_key: NestedKey
+) -> dict[NestedKey, TensorSpec]:
+    """The caller's observation_spec by key, without batch dims."""
+    if spec is None:
+        return {}
+    if not isinstance(spec, TensorSpec):
+        raise TypeError(
+            f"observation_spec must be a torchrl.data.Composite, got {type(spec).__name__}."
+        )
+    if not isinstance(spec, Composite):
+        wrapped = Composite(shape=spec.shape[: len(batch_size)])
+        wrapped[latent_key] = spec
+        spec = wrapped
+    if spec.shape == batch_size and len(batch_size):
+        spec = spec[(0,) * len(batch_size)]
+    elif len(spec.shape):
+        raise ValueError(
+            f"observation_spec has the batch shape {tuple(spec.shape)}, but the env's batch "
+            f"size is {tuple(batch_size)}. Give it that shape, or none: Composite(..., shape=())."
+        )
+    return _flatten(spec)
+
+
+def _latent_keys(
+    world_model: WorldModel, latent_key: NestedKey | None
+) -> list[NestedKey]:
+    keys = world_model.latent_keys
+    if not keys:
+        raise ValueError(
+            f"The world model has no latent that moves: its step reads "
+            f"{world_model.step_in_keys} and writes {world_model.step_module.out_keys}. For a "
+            f"latent k, let dynamics read k and write ('next', k)."
+        )
+    if latent_key is not None and unique([latent_key])[0] not in keys:
+        raise ValueError(
+            f"latent_key={latent_key!r} is not a latent of the world model. Its latents (root "
+            f"keys that its step reads and writes under 'next') are {keys}; leave latent_key "
+            f"out to use them."
+        )
+    return keys
+
+
+def _context_keys(
+    world_model: WorldModel,
+    latent_keys: list[NestedKey],
+    layout: Layout,
+    specs: dict[NestedKey, TensorSpec],
+    encoded: TensorDictBase | None,
+) -> list[NestedKey]:
+    """Root keys of the step that are neither latents nor actions."""
+    context = []
+    for name in world_model.step_names:
+        module = world_model.components.get(name)
+        for key in unique(module.in_keys) if module is not None else ():
+            if is_next(key) or key in latent_keys or key in layout.action_keys:
+                continue
+            if key in context or key not in world_model.step_in_keys:
+                continue
+            known = key in specs or (
+                encoded is not None and encoded.get(key, None) is not None
+            )
+            if not known:
+                raise ValueError(
+                    f"{name} reads {key!r}, which nothing in the env supplies: the latents are "
+                    f"{latent_keys}, the action is {layout.action_keys}, and the specs have "
+                    f"{sorted(specs, key=str)}. Rename the in_key, or, if it is a constant "
+                    f"context such as a goal, declare it: observation_spec=Composite("
+                    f"{key if isinstance(key, str) else '...'}=Unbounded(...))."
+                )
+            context.append(key)
+    return context
+
+
+def _state_spec(
+    key: NestedKey,
+    explicit: dict[NestedKey, TensorSpec],
+    reference: dict[NestedKey, TensorSpec],
+    encoded: TensorDictBase | None,
+    dims: int,
+    device: torch.device | None,
+) -> TensorSpec:
+    if key in explicit:
+        return _to(explicit[key], device)
+    if key in reference:
+        spec = reference[key]
+        # The reference's bounds hold for real observations; a prediction may
+        # leave them, and a spec that says otherwise would be untrue.
+        if spec.dtype.is_floating_point:
+            return _unbounded(spec.shape, spec.dtype, device)
+        return _to(spec, device)
+    value = None if encoded is None else encoded.get(key, None)
+    if value is None:
+        raise ValueError(
+            f"The shape of the latent {key!r} cannot be inferred: it is neither in "
+            f"observation_spec nor in the reference env, and the encoder cannot be traced or "
+            f"does not write it. Say it: observation_spec=Composite("
+            f"{key if isinstance(key, str) else '...'}=Unbounded(shape)) or, for nested keys, "
+            f"the nested Composite."
+        )
+    return _unbounded(value.shape[dims:], value.dtype, device)
+
+
+# Traces --------------------------------------------------------------------
+
+
+def _trace_encoder(
+    world_model: WorldModel,
+    specs: dict[NestedKey, TensorSpec],
+    dims: int,
+    device: torch.device | None,
+) -> TensorDictBase | None:
+    """The encoder's outputs on zeros, or None where the specs lack its inputs."""
+    keys = unique(world_model.encoder.in_keys)
+    if any(key not in specs for key in keys):
+        return None
+    inputs = _zeros({key: specs[key] for key in keys}, dims, device)
+    return run_components({"encoder": world_model.encoder}, inputs)
+
+
+def _decoded_keys(
+    world_model: WorldModel,
+    layout: Layout,
+    explicit: dict[NestedKey, TensorSpec],
+    decode: bool,
+) -> list[NestedKey]:
+    available = [strip_next(key) for key in world_model.decoded_keys()]
+    if decode and not available:
+        raise ValueError(
+            "decode=True needs a world model with a decoder: WorldModel(..., decoder="
+            "TensorDictModule(net, in_keys=[latent], out_keys=[observation]))."
+        )
+    unknown = [k for k in explicit if k not in layout.state and k not in available]
+    if unknown:
+        raise ValueError(
+            f"observation_spec has {unknown}, which the imagined env cannot produce: its "
+            f"latents are {list(layout.latent)} and its decoder writes {available}."
+        )
+    wanted = available if decode else [k for k in available if k in explicit]
+    return [key for key in wanted if key not in layout.state]
+
+
+def _trace_decoder(
+    world_model: WorldModel,
+    layout: Layout,
+    keys: list[NestedKey],
+    stepped: TensorDictBase,
+    explicit: dict[NestedKey, TensorSpec],
+    reference: dict[NestedKey, TensorSpec],
+    dims: int,
+) -> dict[NestedKey, TensorSpec]:
+    inputs = stepped.select(*layout.state)
+    values = read_decoded(world_model, inputs, keys)
+    out = {}
+    for key, value in values.items():
+        device = value.device
+        if key in explicit:
+            spec = _to(explicit[key], device)
+            _check_entry("decoder", key, value, spec, dims)
+        elif key in reference:
+            _check_entry("decoder", key, value, reference[key], dims)
+            spec = _unbounded(value.shape[dims:], value.dtype, device)
+        else:
+            spec = _unbounded(value.shape[dims:], value.dtype, device)
+        out[key] = spec
+    return out
+
+
+# Checks --------------------------------------------------------------------
+
+
+def _check_rewards(world_model: WorldModel, layout: Layout) -> None:
+    written = unique(world_model.step_module.out_keys)
+    missing = [k for k in layout.reward_keys if join("next", k) not in written]
+    if missing:
+        raise ValueError(
+            f"The reference env's reward is {missing}, but reward_head writes "
+            f"{written_keys(world_model.reward_head)}. Let it write "
+            f"{[join('next', k) for k in missing]}, or rename the env's reward."
+        )
+
+
+def _check_entry(
+    component: str,
+    key: NestedKey,
+    value: torch.Tensor | None,
+    spec: TensorSpec,
+    dims: int,
+) -> None:
+    if value is None:
+        return
+    shape = value.shape[dims:]
+    if shape != spec.shape or value.dtype != spec.dtype:
+        raise ValueError(
+            f"{component} writes {key!r} with feature shape {tuple(shape)} and {value.dtype}, "
+            f"but its spec says {tuple(spec.shape)} and {spec.dtype}. Change the component's "
+            f"output, or give the spec: observation_spec=Composite(...)."
+        )
+
+
+def _done_leaf(layout: Layout, key: NestedKey) -> TensorSpec:
+    return layout.done[sibling(key, "done")]

@@ -1,0 +1,96 @@
+"""Where imagined episodes begin: a source of states for a given batch size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Union
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer
+from torchrl.envs import EnvBase
+
+StartStates = Union[
+    EnvBase, ReplayBuffer, TensorDictBase, Callable[[torch.Size], TensorDictBase]
+]
+Sampler = Callable[[torch.Size], TensorDictBase]
+
+
+def make_sampler(source: StartStates) -> Sampler:
+    """A function from a batch size to as many start states drawn from ``source``.
+
+    Args:
+        source: an env (its resets), a replay buffer (its samples), a
+            tensordict (random rows of it), or a function of the batch size.
+
+    Raises:
+        TypeError: if ``source`` is none of these.
+    """
+    if isinstance(source, EnvBase):
+        return lambda size: _from_env(source, size)
+    if isinstance(source, ReplayBuffer):
+        return lambda size: _from_buffer(source, size)
+    if isinstance(source, TensorDictBase):
+        return lambda size: _random_rows(source, size)
+    if callable(source):
+        return lambda size: _from_callable(source, size)
+    raise TypeError(
+        f"start_states must be an env, a replay buffer, a tensordict or a function of the "
+        f"batch size that returns a tensordict, got {type(source).__name__}."
+    )
+
+
+def _from_env(env: EnvBase, size: torch.Size) -> TensorDictBase:
+    first = env.reset()
+    if first.batch_size == size:
+        return first
+    # One reset gives as many states as the env has copies: reset until enough.
+    rows = [first.reshape(-1)]
+    while sum(len(row) for row in rows) < size.numel():
+        rows.append(env.reset().reshape(-1))
+    return torch.cat(rows)[: size.numel()].reshape(size)
+
+
+def _from_buffer(buffer: ReplayBuffer, size: torch.Size) -> TensorDictBase:
+    if not len(buffer):
+        raise RuntimeError(
+            "start_states is an empty replay buffer: there is no state to start from. "
+            "Extend it with real transitions before env.reset() or env.rollout(...)."
+        )
+    with warnings.catch_warnings():
+        # The buffer's own batch size is for training; as many starts as are
+        # asked for is what is wanted here.
+        warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")
+        sample = buffer.sample(size.numel())
+    if sample.numel() == size.numel():
+        return sample.reshape(size)
+    return _random_rows(sample, size)  # each element is a trajectory
+
+
+def _random_rows(tensordict: TensorDictBase, size: torch.Size) -> TensorDictBase:
+    if not tensordict.batch_size.numel():
+        raise RuntimeError(
+            f"start_states is a tensordict without rows (batch size "
+            f"{tuple(tensordict.batch_size)}): there is no state to start from."
+        )
+    if not tensordict.batch_dims:
+        return tensordict.expand(size).clone()
+    rows = tensordict.reshape(-1)
+    index = torch.randint(len(rows), (size.numel(),), device=rows.device)
+    return rows[index].reshape(size)
+
+
+def _from_callable(source: Sampler, size: torch.Size) -> TensorDictBase:
+    out = source(size)
+    if not isinstance(out, TensorDictBase) or out.batch_size != size:
+        got = (
+            f"batch size {tuple(out.batch_size)}"
+            if isinstance(out, TensorDictBase)
+            else type(out).__name__
+        )
+        raise RuntimeError(
+            f"start_states was called with the batch size {tuple(size)} and must return a "
+            f"TensorDict of that batch size, got {got}."
+        )
+    return out

@@ -1,0 +1,636 @@
+"""An environment whose transitions a world model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.data import TensorSpec, Unbounded
+from torchrl.envs import EnvBase, ModelBasedEnvBase
+from torchrl.envs.utils import _make_compatible_policy, _update_during_reset
+
+from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
+from torchrl_wm.envs.start_states import make_sampler, StartStates
+from torchrl_wm.envs.step import nested_dims, StepKernel
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import leaf_keys, missing_from, unique
+
+_COUNTER_KEY = "imagined_step"
+
+
+class WorldModelEnv(ModelBasedEnvBase):
+    """Imagine with a world model through the ordinary :class:`~torchrl.envs.EnvBase` API.
+
+    The env steps in latent space: no observation is encoded after the start,
+    and none is decoded unless asked for. Action, reward and done specs are
+    copied from a reference env, so that policies, losses and buffers made for
+    the real env fit the imagined one. The reference env is never stepped.
+
+    An episode starts from the latents in the tensordict given to ``reset`` or
+    ``rollout``, else from the observations in it, which are encoded, else from
+    ``start_states``.
+
+    At every step ``done == terminated | truncated``. A termination is what the
+    model's ``done_head`` predicts; a truncation is the time limit ``max_steps``.
+
+    Args:
+        world_model: the model that predicts.
+        base_env: the reference env, whose specs are copied.
+
+    Keyword Args:
+        observation_spec: specs of latents (else taken from the reference env's
+            entry of that name, else inferred by tracing the encoder), of decoder
+            outputs (which are then decoded at every step) and of constant
+            context that the model reads. With the env's batch shape, or none.
+        batch_size: the number of envs imagined at once; ``base_env``'s by
+            default. An int is one batch dim. With ``[]`` the env takes
+            tensordicts of any batch size; else it is batch-locked.
+        device: where to imagine; the model is moved there as a whole. By
+            default the model's own, or ``base_env``'s if it has no parameters.
+        latent_key: a latent that must be among the model's. They are found by
+            themselves (:attr:`~torchrl_wm.WorldModel.latent_keys`); the argument is
+            here for code written for TorchRL's class.
+        start_states: where episodes begin when no state is given: an env (its
+            resets), a replay buffer (its samples), a tensordict (random rows) or
+            a function of the batch size.
+        max_steps: truncate episodes after so many steps. Counted under
+            ``"imagined_step"``.
+        decode: write the decoder's observations of the next latents at every
+            step. The start has them too: the caller's own if given, else
+            decoded.
+
+    Raises:
+        TypeError: if ``world_model`` or ``base_env`` is something else.
+        ValueError: if the two do not fit together. The message names the
+            component, the key and the fix.
+
+    .. note:: ``set_seed(s)`` seeds torch's global random state, as TorchRL's own
+        stateless envs do, and the env that ``start_states`` may be.
+
+    .. note:: Inside a ``TransformedEnv`` only latents and context reach ``reset``:
+        start from encoded observations, or from ``start_states``.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl.modules import MLP
+        >>> from torchrl_wm import WorldModel, WorldModelEnv
+        >>> base_env = GymEnv("Pendulum-v1")
+        >>> encoder = TensorDictModule(
+        ...     torch.nn.Linear(3, 4), in_keys=["observation"], out_keys=["latent"]
+        ... )
+        >>> dynamics = TensorDictModule(
+        ...     MLP(in_features=5, out_features=4, num_cells=[32]),
+        ...     in_keys=["latent", "action"], out_keys=[("next", "latent")],
+        ... )
+        >>> reward_head = TensorDictModule(
+        ...     torch.nn.Linear(4, 1), in_keys=[("next", "latent")], out_keys=[("next", "reward")]
+        ... )
+        >>> world_model = WorldModel(encoder, dynamics, reward_head)
+        >>> env = WorldModelEnv(world_model, base_env, batch_size=[3])
+        >>> obs = TensorDict({"observation": torch.randn(3, 3)}, batch_size=[3])
+        >>> rollout = env.rollout(max_steps=5, tensordict=world_model.encode(obs))
+        >>> rollout.shape
+        torch.Size([3, 5])
+        >>> rollout["action"].shape, rollout["next", "latent"].shape
+        (torch.Size([3, 5, 1]), torch.Size([3, 5, 4]))
+
+        With start states it is an env like any other:
+
+        >>> env = WorldModelEnv(world_model, base_env, start_states=base_env, max_steps=10)
+        >>> env.check_env_specs()
+        >>> env.rollout(100)["next", "truncated"].squeeze(-1).nonzero().tolist()
+        [[9]]
+    """
+
+    # A start state in the tensordict is honoured, as TorchRL asks of stateless envs.
+    _supports_set_state = True
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        base_env: EnvBase,
+        *,
+        observation_spec: TensorSpec | None = None,
+        batch_size: int | torch.Size | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        latent_key: NestedKey | None = None,
+        start_states: StartStates | None = None,
+        max_steps: int | None = None,
+        decode: bool = False,
+    ) -> None:
+        _check_arguments(world_model, base_env, max_steps)
+        batch_size = _as_size(batch_size, base_env.batch_size)
+        sampler = None if start_states is None else make_sampler(start_states)
+        if device is None:
+            device = _device_of(world_model, base_env)
+        # Moves the model as a whole. A start may be done: done_head decides.
+        super().__init__(
+            world_model,
+            device=device,
+            batch_size=batch_size,
+            allow_done_after_reset=True,
+        )
+        # TorchRL keeps the lock on the class; ours depends on the instance. With
+        # a batch size, only a locked env gets partial steps right.
+        self.__dict__["_batch_locked"] = len(batch_size) > 0
+        # Not registered: the source's parameters are not the env's.
+        self.__dict__["_start_states"] = start_states
+        self.__dict__["_sampler"] = sampler
+        self.max_steps = max_steps
+        self._layout_arguments = {
+            "observation_spec": observation_spec,
+            "batch_size": batch_size,
+            "latent_key": latent_key,
+            "decode": decode,
+            "time_limit": max_steps is not None,
+        }
+        layout = make_layout(
+            world_model, base_env, device=self.device, **self._layout_arguments
+        )
+        self.latent_key = latent_key or next(iter(layout.latent))
+        self._set_specs(layout)
+        self.__dict__["_layout"] = layout
+        self.__dict__["_kernel"] = self._make_kernel(layout)
+
+    # Construction --------------------------------------------------------
+
+    def _set_specs(self, layout: Layout) -> None:
+        size, device = self.batch_size, self.device
+        self.full_action_spec = rebatch(layout.action, size)
+        self.full_reward_spec = rebatch(layout.reward, size)
+        self.full_done_spec = rebatch(layout.done, size)
+        counter = {}
+        if self.max_steps is not None:
+            counter[_COUNTER_KEY] = Unbounded(
+                shape=(1,), dtype=torch.int64, device=device
+            )
+        state = {**layout.state, **counter}
+        self.state_spec = composite(state, size, device)
+        self.observation_spec = composite({**state, **layout.decoded}, size, device)
+
+    def _make_kernel(self, layout: Layout) -> StepKernel:
+        return StepKernel(
+            self.world_model,
+            layout,
+            max_steps=self.max_steps,
+            counter_key=None if self.max_steps is None else _COUNTER_KEY,
+            nested=nested_dims(
+                [
+                    self.full_observation_spec,
+                    self.full_reward_spec,
+                    self.full_done_spec,
+                ],
+                self.batch_size,
+            ),
+        )
+
+    @property
+    def start_states(self) -> StartStates | None:
+        """Where episodes begin when no state is given."""
+        return self._start_states
+
+    @property
+    def latent_keys(self) -> list[NestedKey]:
+        """The latents that the env steps."""
+        return list(self._layout.latent)
+
+    @property
+    def step_kernel(self) -> StepKernel:
+        """What predicts one step; made anew when a component was replaced."""
+        if not self._kernel.is_current():
+            self.__dict__["_layout"], self.__dict__["_kernel"] = self._rewired()
+        return self._kernel
+
+    def _rewired(self) -> tuple[Layout, StepKernel]:
+        """The layout for replaced components: the env's specs are what they must fit."""
+        arguments = {
+            **self._layout_arguments,
+            "observation_spec": self.observation_spec,
+        }
+        if self.max_steps is not None:
+            spec = self.observation_spec.clone()
+            del spec[_COUNTER_KEY]
+            arguments["observation_spec"] = spec
+        layout = make_layout(self.world_model, self, device=self.device, **arguments)
+        changed = sorted(
+            {*layout.done.keys(True, True)} ^ {*self._layout.done.keys(True, True)},
+            key=str,
+        )
+        if changed:
+            raise ValueError(
+                f"A component of the world model was replaced by one that changes the env's "
+                f"done entries ({changed}). Make a new WorldModelEnv."
+            )
+        layout.dropped = self._layout.dropped
+        return layout, self._make_kernel(layout)
+
+    # Stepping ------------------------------------------------------------
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        kernel = self.step_kernel
+        out = kernel(tensordict)
+        mask = tensordict.get("_step", None)
+        if mask is None:
+            return out
+        # Rows that are not to be stepped stay where they are, with reward 0.
+        mask = mask.reshape(out.batch_size)
+        rewards = set(self._layout.reward_keys)
+        for key in unique(out.keys(True, True)):
+            new = out.get(key)
+            old = None if key in rewards else tensordict.get(key, None)
+            old = torch.zeros_like(new) if old is None else old
+            out.set(key, torch.where(_expand_right(mask, new), new, old))
+        return out
+
+    # Resetting -----------------------------------------------------------
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        set_state: bool | None = None,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        layout = self.step_kernel.layout
+        given = tensordict
+        if given is None:
+            given = TensorDict({}, batch_size=self.batch_size, device=self.device)
+        elif self.device is not None and given.device != self.device:
+            given = given.to(self.device)
+        partial = bool(self.reset_keys) and len(
+            missing_from(given, self.reset_keys)
+        ) < len(self.reset_keys)
+        honour = set_state is not False and not (partial and self._sampler is not None)
+        state = self._state_from(given, layout) if honour else None
+        if state is None:
+            state = self._sample_state(given, layout)
+        out = self._entries_to_keep(given, layout)
+        for key, value in state.items():
+            out.set(key, value)
+        if self.max_steps is not None:
+            counter = torch.zeros(
+                (*out.batch_size, 1), dtype=torch.int64, device=self.device
+            )
+            out.set(_COUNTER_KEY, counter)
+        for key, flag in layout.endings.none(out.batch_size, self.device).items():
+            out.set(key, flag)
+        return self._kernel.with_nested_dims(out)
+
+    def _state_from(
+        self, given: TensorDictBase, layout: Layout
+    ) -> dict[NestedKey, torch.Tensor] | None:
+        """Latents, context and root observations from what the caller gave, if they are there."""
+        world_model: WorldModel = self.world_model
+        lacking = missing_from(given, layout.latent)
+        if lacking:
+            inputs = unique(world_model.encoder.in_keys)
+            if missing_from(given, inputs):
+                return None
+            encoded = world_model.encode(given.select(*inputs))
+        else:
+            encoded = None
+        state: dict[NestedKey, torch.Tensor] = {}
+        for key in layout.state:
+            value = given.get(key, None)
+            if encoded is not None and (value is None or key in layout.latent):
+                value = encoded.get(key, None)
+            if value is None:
+                raise KeyError(
+                    f"The start state lacks {key!r}, which the world model's step reads. Put it "
+                    f"into the start tensordict (there: {leaf_keys(given)})."
+                )
+            state[key] = self._checked(key, value, layout.state[key], given)
+        for key in layout.decoded:
+            if given.get(key, None) is not None:
+                value = given.get(key)
+                state[key] = self._checked(key, value, layout.decoded[key], given)
+        absent = [key for key in layout.decoded if key not in state]
+        if absent:
+            inputs = TensorDict({}, batch_size=given.batch_size, device=self.device)
+            for key in layout.state:
+                inputs.set(key, state[key])
+            state.update(read_decoded(world_model, inputs, absent))
+        return state
+
+    def _sample_state(
+        self, given: TensorDictBase, layout: Layout
+    ) -> dict[NestedKey, torch.Tensor]:
+        if self._sampler is None:
+            inputs = unique(self.world_model.encoder.in_keys)
+            raise RuntimeError(
+                f"WorldModelEnv has no initial latent to start from: the tensordict has "
+                f"{leaf_keys(given)}, not the latents {list(layout.latent)} nor the "
+                f"observations {inputs}. Encode real observations, env.rollout(max_steps, "
+                f"tensordict=world_model.encode(obs)), or give the env a source: "
+                f"WorldModelEnv(..., start_states=real_env)."
+            )
+        sample = self._sampler(given.batch_size)
+        if self.device is not None:
+            sample = sample.to(self.device)
+        # A goal that the caller gives counts for sampled states, too.
+        own = [k for k in layout.context if given.get(k, None) is not None]
+        if own:
+            sample = sample.copy().update(given.select(*own))
+        state = self._state_from(sample, layout)
+        if state is None:
+            raise RuntimeError(
+                f"start_states gives {leaf_keys(sample)}, which has no initial latent: neither "
+                f"the latents {list(layout.latent)} nor the observations "
+                f"{unique(self.world_model.encoder.in_keys)}."
+            )
+        return state
+
+    def _entries_to_keep(self, given: TensorDictBase, layout: Layout) -> TensorDictBase:
+        """What is left of the caller's tensordict after a reset: what may stand still."""
+        dropped = {
+            "next",
+            "collector",
+            "_step",
+            *self.reset_keys,
+            *layout.action_keys,
+            *layout.reward_keys,
+            *layout.dropped,
+        }
+        # A copy, nested tensordicts included: the caller's are not written to.
+        return given.exclude(*dropped).copy()
+
+    def _checked(
+        self,
+        key: NestedKey,
+        value: torch.Tensor,
+        spec: TensorSpec,
+        given: TensorDictBase,
+    ) -> torch.Tensor:
+        expected = (*given.batch_size, *spec.shape)
+        if tuple(value.shape) != expected or value.dtype != spec.dtype:
+            raise ValueError(
+                f"The start state's {key!r} has shape {tuple(value.shape)} and {value.dtype}; "
+                f"the tensordict's batch size {tuple(given.batch_size)} and the spec ask for "
+                f"{expected} and {spec.dtype}. Give TensorDict(..., batch_size=[...]) the batch "
+                f"dims of its entries, and latents from world_model.encode(obs)."
+            )
+        return value
+
+    def _reset_proc_data(
+        self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        if tensordict is None or len(missing_from(tensordict, self.reset_keys)) == len(
+            self.reset_keys
+        ):
+            # The caller's tensordict is not written to: what it has and an
+            # imagined start must not have would survive.
+            return tensordict_reset
+        merged = tensordict.copy()
+        self._reset_check_done(merged, tensordict_reset)
+        return _update_during_reset(tensordict_reset, merged, self.reset_keys)
+
+    def _resolve_set_state(
+        self,
+        set_state: bool | None,
+        tensordict: TensorDictBase | None,
+        select_reset_only: bool,
+    ) -> bool | None:
+        # Starting from a given state is this env's normal use, and stays so: no
+        # warning about a default that will change.
+        if set_state is None and not select_reset_only:
+            return True
+        return super()._resolve_set_state(set_state, tensordict, select_reset_only)
+
+    def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Start finished rows anew from ``start_states``.
+
+        Without ``start_states`` there is nothing to start from: the rows are
+        left as they are, as planners need it, and nothing syncs with the host.
+        """
+        if self._sampler is None:
+            return tensordict
+        return super().maybe_reset(tensordict)
+
+    def _assert_tensordict_shape(self, tensordict: TensorDictBase) -> None:
+        if self.batch_locked and tensordict.batch_size != self.batch_size:
+            raise RuntimeError(
+                f"Expected a tensordict with shape==env.batch_size, {tuple(self.batch_size)}, "
+                f"got {tuple(tensordict.batch_size)}. Give a tensordict of that batch size, or "
+                f"make the env for any: WorldModelEnv(..., batch_size=[])."
+            )
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is None:
+            return
+        torch.manual_seed(seed)
+        if isinstance(self._start_states, EnvBase):
+            self._start_states.set_seed(seed)
+
+    # Imagining -----------------------------------------------------------
+
+    @wraps(EnvBase.rollout)
+    def rollout(
+        self, max_steps: int, policy: Callable | None = None, *args: Any, **kwargs: Any
+    ) -> TensorDictBase:
+        # The inherited loop, with an error that names what a policy lacks.
+        try:
+            return super().rollout(max_steps, policy, *args, **kwargs)
+        except KeyError as err:
+            self._explain_policy_error(policy, kwargs.get("tensordict"), err)
+            raise
+
+    def imagine(
+        self,
+        horizon: int,
+        policy: Callable | None = None,
+        tensordict: TensorDictBase | None = None,
+        actions: torch.Tensor | TensorDictBase | None = None,
+    ) -> TensorDictBase:
+        """Imagine exactly ``horizon`` steps, whatever ends on the way.
+
+        Unlike :meth:`rollout`, nothing stops early, no row is started anew, and
+        the host never waits for the device. Where a trajectory has ended, what
+        follows is marked invalid under ``("collector", "mask")``, which TorchRL's
+        losses heed.
+
+        Args:
+            horizon: the number of steps ``H``.
+            policy: what acts; random actions if there is neither a policy nor
+                ``actions``.
+            tensordict: the start, ``[*B]``, as for :meth:`reset`.
+            actions: the actions to take, ``[*B, H, *A]``; with several action
+                keys a tensordict of batch size ``[*B, H]``.
+
+        Returns:
+            The trajectories, ``[*B, H]``, with what :meth:`rollout` returns and
+            ``("collector", "mask")``, ``[*B, H]`` bool: True up to and including
+            the step at which the trajectory ends.
+
+        Raises:
+            ValueError: if ``horizon`` is not positive, if both a policy and
+                actions are given, or if the actions' shape is not ``[*B, H, *A]``.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl.envs import GymEnv
+            >>> from torchrl.modules import MLP
+            >>> from torchrl_wm import WorldModel, WorldModelEnv
+            >>> base_env = GymEnv("Pendulum-v1")
+            >>> world_model = WorldModel(
+            ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+            ...     Mod(MLP(5, 4, num_cells=[32]), ["latent", "action"], [("next", "latent")]),
+            ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+            ... )
+            >>> env = WorldModelEnv(world_model, base_env)
+            >>> start = world_model.encode(base_env.reset()).expand(7)
+            >>> imagined = env.imagine(15, tensordict=start, actions=torch.zeros(7, 15, 1))
+            >>> imagined.shape, imagined["collector", "mask"].all()
+            (torch.Size([7, 15]), tensor(True))
+        """
+        if horizon <= 0:
+            raise ValueError(f"horizon must be at least 1, got {horizon}.")
+        if policy is not None and actions is not None:
+            raise ValueError(
+                "imagine takes a policy or actions, not both: with actions given there is "
+                "nothing left to decide."
+            )
+        if tensordict is None and actions is not None:
+            tensordict = TensorDict(
+                {}, batch_size=self._batch_of_actions(actions), device=self.device
+            )
+        state = self.reset(tensordict)
+        if actions is not None:
+            act = self._replayer(actions, state.batch_size, horizon)
+        elif policy is None:
+            act = self.rand_action
+        else:
+            act = _make_compatible_policy(
+                policy, self.observation_spec, env=self, fast_wrap=True
+            )
+        kernel = self.step_kernel
+        steps, valid = [], []
+        ended = torch.zeros(state.batch_size, dtype=torch.bool, device=self.device)
+        for _ in range(horizon):
+            try:
+                state.update(act(state))
+            except KeyError as err:
+                self._explain_policy_error(policy, tensordict, err)
+                raise
+            next_state = kernel(state)
+            state.set("next", next_state)
+            steps.append(state)
+            valid.append(~ended)
+            ended = ended | kernel.layout.endings.ended(next_state)
+            state = self._step_mdp(state)
+        out = torch.stack(steps, dim=state.batch_dims)
+        out.refine_names(..., "time")
+        out.set(("collector", "mask"), torch.stack(valid, dim=-1))
+        return out
+
+    def _batch_of_actions(self, actions: torch.Tensor | TensorDictBase) -> torch.Size:
+        if isinstance(actions, TensorDictBase):
+            return actions.batch_size[:-1]
+        spec = self._layout.action[self._layout.action_keys[0]]
+        return actions.shape[: actions.ndim - len(spec.shape) - 1]
+
+    def _replayer(
+        self,
+        actions: torch.Tensor | TensorDictBase,
+        batch_size: torch.Size,
+        horizon: int,
+    ) -> Callable[[TensorDictBase], TensorDictBase]:
+        """A policy that takes the given actions one after the other."""
+        keys = self._layout.action_keys
+        if not isinstance(actions, TensorDictBase):
+            if len(keys) > 1:
+                raise ValueError(
+                    f"The env has the actions {keys}: give them as a TensorDict of batch size "
+                    f"[*B, H] with these keys, got a tensor."
+                )
+            actions = {keys[0]: actions}
+        sequences = {}
+        for key in keys:
+            expected = (*batch_size, horizon, *self._layout.action[key].shape)
+            value = actions.get(key, None)
+            if value is None or tuple(value.shape) != expected:
+                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"actions for {key!r} must have the shape [*B, H, *A] = {expected}, "
+                    f"got {got}."
+                )
+            sequences[key] = iter(value.unbind(len(batch_size)))
+
+        def act(tensordict: TensorDictBase) -> TensorDictBase:
+            for key, sequence in sequences.items():
+                tensordict.set(key, next(sequence))
+            return tensordict
+
+        return act
+
+    def _explain_policy_error(
+        self,
+        policy: Callable | None,
+        tensordict: TensorDictBase | None,
+        err: KeyError,
+    ) -> None:
+        """Raise an error that names what the policy reads and the env lacks, if that is it."""
+        wanted = unique(getattr(policy, "in_keys", None) or [])
+        there = unique(
+            [
+                *self.observation_spec.keys(True, True),
+                *self.state_spec.keys(True, True),
+                *self.done_keys,
+                *self.action_keys,
+            ]
+        )
+        if tensordict is not None:
+            there += [k for k in leaf_keys(tensordict) if k not in self._layout.dropped]
+        lacking = [key for key in wanted if key not in there]
+        if not lacking:
+            return
+        decodable = [k for k in lacking if k in self.world_model.decoded_keys()]
+        fix = (
+            f"Pass decode=True to WorldModelEnv for {decodable}"
+            if decodable
+            else f"Let the policy read the latents {self.latent_keys}, or give the world model "
+            f"a decoder that writes {lacking} and pass decode=True"
+        )
+        raise KeyError(
+            f"The policy reads {lacking}, which the imagined env does not have. It has "
+            f"{sorted(there, key=str)}. {fix}."
+        ) from err
+
+
+def _check_arguments(world_model: Any, base_env: Any, max_steps: Any) -> None:
+    if not isinstance(world_model, WorldModel):
+        raise TypeError(
+            f"world_model must be a torchrl_wm.WorldModel, got "
+            f"{type(world_model).__module__}.{type(world_model).__name__}. Compose one: "
+            f"WorldModel(encoder, dynamics, reward_head, done_head=..., decoder=...)."
+        )
+    if not isinstance(base_env, EnvBase):
+        raise TypeError(
+            f"base_env must be a torchrl.envs.EnvBase, whose specs are copied, got "
+            f"{type(base_env).__name__}. Wrap a Gymnasium env: torchrl.envs.GymWrapper(env)."
+        )
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps <= 0):
+        raise ValueError(
+            f"max_steps must be a positive int or None, got {max_steps!r}."
+        )
+
+
+def _as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> torch.Size:
+    if batch_size is None:
+        return default
+    return torch.Size([batch_size] if isinstance(batch_size, int) else batch_size)
+
+
+def _device_of(world_model: WorldModel, base_env: EnvBase) -> torch.device | None:
+    parameter = next(world_model.parameters(), None)
+    return base_env.device if parameter is None else parameter.device
+
+
+def _expand_right(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim)).expand_as(value)

@@ -1,0 +1,81 @@
+"""Checks that the components of a world model fit together, key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from torchrl_wm.modules.keys import is_next, unique
+
+
+def check_component(name: str, module: nn.Module) -> None:
+    """Refuse a component that does not say which keys it reads and writes.
+
+    Raises:
+        TypeError: if ``module`` is not an ``nn.Module`` with ``in_keys`` and
+            ``out_keys``.
+    """
+    keyed = hasattr(module, "in_keys") and hasattr(module, "out_keys")
+    if isinstance(module, TensorDictModuleBase) or (
+        isinstance(module, nn.Module) and keyed
+    ):
+        return
+    raise TypeError(
+        f"{name} must be a TensorDictModule, which names the entries that it reads and "
+        f"writes, got {type(module).__name__}. Wrap it: TensorDictModule(module, "
+        f"in_keys=[...], out_keys=[...])."
+    )
+
+
+def written_keys(module: nn.Module) -> list[NestedKey]:
+    """The keys that ``module`` writes (``"_"`` marks outputs that are thrown away)."""
+    return [key for key in unique(module.out_keys) if key != "_"]
+
+
+def check_wiring(components: Mapping[str, nn.Module]) -> None:
+    """Refuse components whose keys cannot work together.
+
+    Args:
+        components: the components by name, in the order in which they run.
+
+    Raises:
+        ValueError: if a component reads a ``("next", k)`` that nothing before
+            it writes, or if two components write one key.
+    """
+    writer: dict[NestedKey, str] = {}
+    for name, module in components.items():
+        for key in unique(module.in_keys):
+            if is_next(key) and key not in writer:
+                raise ValueError(_unwritten_message(name, key, components, writer))
+        for key in written_keys(module):
+            if key in writer:
+                raise ValueError(
+                    f"Both {writer[key]} and {name} write {key!r}, so one would overwrite "
+                    f"the other. Give one of them another out_key, or leave one out."
+                )
+            writer[key] = name
+
+
+def _unwritten_message(
+    name: str,
+    key: NestedKey,
+    components: Mapping[str, nn.Module],
+    writer: Mapping[NestedKey, str],
+) -> str:
+    later = [
+        other for other, module in components.items() if key in written_keys(module)
+    ]
+    written = sorted((k for k in writer if is_next(k)), key=str)
+    if later:
+        cause = f"{later[0]} writes it only afterwards"
+        fix = f"Move what computes {key!r} into a component that runs before {name}"
+    else:
+        cause = "no component writes it"
+        fix = f"Add {key!r} to the out_keys of dynamics, or read another key"
+    return (
+        f"{name} reads {key!r}, but {cause}. Written under 'next' before {name} runs: "
+        f"{written}. {fix} (order: {' -> '.join(components)})."
+    )

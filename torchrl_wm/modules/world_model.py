@@ -1,0 +1,249 @@
+"""The world model: named components that together predict one step ahead."""
+
+from __future__ import annotations
+
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import dispatch, TensorDictModuleBase, TensorDictSequential
+from torch import nn
+
+from torchrl_wm.modules.keys import is_next, join, unique
+from torchrl_wm.modules.wiring import check_component, check_wiring, written_keys
+
+
+class WorldModel(TensorDictModuleBase):
+    """A world model composed of key-driven components.
+
+    The model encodes observations into latents, moves the latents one step
+    ahead given an action, and predicts the reward, the end of the episode and
+    the observations. No architecture is assumed: a component is any
+    :class:`~tensordict.nn.TensorDictModule`, and the keys it names are all that
+    connects it to the others.
+
+    ``*B`` stands for any batch dims, none included. By convention:
+
+    ===========  ======================================  =====================
+    component    reads                                   writes
+    ===========  ======================================  =====================
+    encoder      observations ``[*B, ...]``              latents, at the root
+    dynamics     latents, action                         ``("next", latent)``
+    reward_head  latents, action, ``("next", latent)``   ``("next", "reward")``
+    done_head    as ``reward_head``                      see below
+    decoder      latents                                 observations
+    ===========  ======================================  =====================
+
+    A ``done_head`` best writes ``("next", "terminated_logits")``, a float of
+    shape ``[*B, 1]``: :class:`~torchrl_wm.WorldModelLoss` trains the logits and
+    :class:`~torchrl_wm.WorldModelEnv` derives the bools from them, so that one
+    head does both.
+
+    Args:
+        encoder: maps observations to latents, e.g. ``observation -> latent``.
+        dynamics: moves the latents, e.g. ``(latent, action) -> ("next",
+            latent)``.
+        reward_head: predicts the reward, e.g. ``("next", latent) -> ("next",
+            "reward")``.
+
+    Keyword Args:
+        done_head: predicts the end of the episode.
+        decoder: maps latents back to observations. Needed by :meth:`decode`.
+
+    Raises:
+        TypeError: if a component does not name its keys.
+        ValueError: if a component reads a ``("next", k)`` that no component
+            writes before it, or if two components write one key.
+
+    .. note:: The components are the only state. Replacing one
+        (``world_model.reward_head = other``) takes effect at the next call, and
+        :meth:`state_dict` holds every tensor once.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.modules import MLP
+        >>> from torchrl_wm import WorldModel
+        >>> obs_dim, latent_dim, action_dim = 8, 4, 2
+        >>> encoder = TensorDictModule(
+        ...     torch.nn.Linear(obs_dim, latent_dim),
+        ...     in_keys=["observation"],
+        ...     out_keys=["latent"],
+        ... )
+        >>> dynamics = TensorDictModule(  # TorchRL's MLP joins its inputs
+        ...     MLP(in_features=latent_dim + action_dim, out_features=latent_dim, num_cells=[32]),
+        ...     in_keys=["latent", "action"],
+        ...     out_keys=[("next", "latent")],
+        ... )
+        >>> reward_head = TensorDictModule(
+        ...     torch.nn.Linear(latent_dim, 1),
+        ...     in_keys=[("next", "latent")],
+        ...     out_keys=[("next", "reward")],
+        ... )
+        >>> world_model = WorldModel(encoder, dynamics, reward_head)
+        >>> world_model.latent_keys
+        ['latent']
+        >>> td = TensorDict(
+        ...     {"observation": torch.randn(2, obs_dim), "action": torch.randn(2, action_dim)},
+        ...     batch_size=[2],
+        ... )
+        >>> out = world_model(td)
+        >>> out["next", "reward"].shape
+        torch.Size([2, 1])
+        >>> latent, next_latent, reward = world_model(
+        ...     observation=torch.randn(2, obs_dim), action=torch.randn(2, action_dim)
+        ... )
+        >>> next_latent.shape
+        torch.Size([2, 4])
+    """
+
+    #: The components, in the order in which :meth:`forward` runs them.
+    component_names = ("encoder", "dynamics", "reward_head", "done_head", "decoder")
+    #: Those of them that make one imagined step.
+    step_names = ("dynamics", "reward_head", "done_head")
+
+    def __init__(
+        self,
+        encoder: TensorDictModuleBase,
+        dynamics: TensorDictModuleBase,
+        reward_head: TensorDictModuleBase,
+        *,
+        done_head: TensorDictModuleBase | None = None,
+        decoder: TensorDictModuleBase | None = None,
+    ) -> None:
+        super().__init__()
+        given = (encoder, dynamics, reward_head, done_head, decoder)
+        for name, module in zip(self.component_names, given):
+            if module is not None or name in ("encoder", "dynamics", "reward_head"):
+                check_component(name, module)
+            self.register_module(name, module)
+        check_wiring(self.components)
+
+    # Components and keys -------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The components that the model has, by name, in the order they run."""
+        modules = self._modules
+        return {
+            name: modules[name]
+            for name in self.component_names
+            if modules.get(name) is not None
+        }
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` reads."""
+        return self._sequences["forward"].in_keys
+
+    @in_keys.setter
+    def in_keys(self, value) -> None:
+        # The components say what is read. The setter is here for the base class,
+        # which assigns the attribute.
+        pass
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` writes."""
+        return self._sequences["forward"].out_keys
+
+    @out_keys.setter
+    def out_keys(self, value) -> None:
+        pass
+
+    @property
+    def step_in_keys(self) -> list[NestedKey]:
+        """The root keys that :meth:`step` reads: latents, action and context."""
+        return self._sequences["step"].in_keys
+
+    @property
+    def latent_keys(self) -> list[NestedKey]:
+        """The latents: root keys that :meth:`step` reads and writes under "next"."""
+        step = self._sequences["step"]
+        written = set(unique(step.out_keys))
+        return [
+            key
+            for key in unique(step.in_keys)
+            if not is_next(key) and join("next", key) in written
+        ]
+
+    @property
+    def step_module(self) -> TensorDictSequential:
+        """One imagined step as a module: dynamics, reward head and done head."""
+        return self._sequences["step"]
+
+    @property
+    def _sequences(self) -> dict[str, TensorDictSequential]:
+        # Rebuilt when a component was replaced. They are kept outside of the
+        # registered modules, where they would repeat every tensor.
+        components = self.components
+        cached = self.__dict__.get("_sequence_cache")
+        if cached is None or not _same(cached[0], components):
+            for name, module in components.items():
+                check_component(name, module)
+            check_wiring(components)
+            step = [components[k] for k in self.step_names if k in components]
+            cached = (
+                components,
+                {
+                    "forward": TensorDictSequential(*components.values()),
+                    "step": TensorDictSequential(*step),
+                },
+            )
+            self.__dict__["_sequence_cache"] = cached
+        return cached[1]
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop("_sequence_cache", None)
+        return state
+
+    # What it does --------------------------------------------------------
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Encode, step and, with a decoder, decode.
+
+        Args:
+            tensordict: observations and action, batch size ``[*B]``.
+
+        Returns:
+            The same tensordict, with the latents at the root and the
+            predictions under ``"next"`` (where they replace what stood there).
+        """
+        return self._sequences["forward"](tensordict)
+
+    def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the latents of the observations in ``tensordict`` and return it."""
+        return self.encoder(tensordict)
+
+    def step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Predict one step ahead; neither encodes nor decodes.
+
+        Args:
+            tensordict: latents, action and what context the components read,
+                batch size ``[*B]``.
+
+        Returns:
+            The same tensordict, with the predictions under ``"next"``.
+        """
+        return self._sequences["step"](tensordict)
+
+    def decode(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the observations that the latents in ``tensordict`` stand for.
+
+        Raises:
+            RuntimeError: if the model has no decoder.
+        """
+        if self.decoder is None:
+            raise RuntimeError(
+                "WorldModel.decode needs a decoder, and this model has none. Pass one: "
+                "WorldModel(encoder, dynamics, reward_head, decoder=TensorDictModule(...))."
+            )
+        return self.decoder(tensordict)
+
+    def decoded_keys(self) -> list[NestedKey]:
+        """The keys that the decoder writes; empty without a decoder."""
+        return [] if self.decoder is None else written_keys(self.decoder)
+
+
+def _same(left: dict[str, nn.Module], right: dict[str, nn.Module]) -> bool:
+    return left.keys() == right.keys() and all(left[k] is right[k] for k in left)

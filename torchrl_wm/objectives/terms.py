@@ -1,0 +1,401 @@
+"""The terms of the world model loss: small objects of one shape.
+
+A term says which components it trains, which labels it reads, and turns the
+model's predictions and the labels into one number per sample.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from tensordict import NestedKey, TensorDictBase
+from torchrl.objectives.utils import distance_loss
+
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import (
+    as_tuple,
+    is_next,
+    join,
+    leaf_keys,
+    sibling,
+    strip_next,
+    unique,
+)
+from torchrl_wm.modules.wiring import written_keys
+
+if TYPE_CHECKING:
+    from torchrl_wm.objectives.world_model_loss import WorldModelLoss
+
+DISTANCES = ("l2", "l1", "smooth_l1")
+
+
+class LossTerm(abc.ABC):
+    """One term of :class:`~torchrl_wm.WorldModelLoss`.
+
+    Args:
+        name: the loss appears as ``loss_<name>``.
+        weight: what it is multiplied with.
+
+    To add a term of your own, subclass this and hand an instance to the loss:
+    ``WorldModelLoss(world_model, losses=["reward", MyTerm()])``.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.modules import MLP
+        >>> from torchrl_wm import WorldModel, WorldModelLoss
+        >>> from torchrl_wm.objectives import LossTerm
+        >>> class LatentSize(LossTerm):
+        ...     def labels(self, world_model, keys):
+        ...         return []  # nothing is read from the batch
+        ...     def __call__(self, predicted, batch, loss):
+        ...         return predicted["next", "latent"].pow(2).mean(-1)
+        >>> world_model = WorldModel(
+        ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+        ...     Mod(MLP(5, 4, num_cells=[8]), ["latent", "action"], [("next", "latent")]),
+        ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+        ... )
+        >>> loss = WorldModelLoss(world_model, losses=["reward", LatentSize("size", 0.1)])
+        >>> loss.out_keys
+        ['loss_reward', 'loss_size']
+    """
+
+    #: The heads whose outputs the term reads; they are run only if some term needs them.
+    components: tuple[str, ...] = ()
+
+    def __init__(self, name: str, weight: float = 1.0) -> None:
+        self.name = name
+        self.weight = weight
+
+    def check(self, world_model: WorldModel) -> None:
+        """Refuse, at the loss's construction, a model that lacks a component.
+
+        Raises:
+            ValueError: naming the component and how to give it.
+        """
+        for component in self.components:
+            if getattr(world_model, component) is None:
+                raise ValueError(
+                    f"The loss {self.name!r} trains the {component}, and the world model has "
+                    f"none. Pass one, WorldModel(..., {component}=TensorDictModule(...)), or "
+                    f"leave {self.name!r} out of losses."
+                )
+
+    @abc.abstractmethod
+    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+        """The entries of the batch that the term reads, beside the model's inputs.
+
+        Args:
+            world_model: the model that is trained.
+            keys: the loss's ``tensor_keys``.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self, predicted: TensorDictBase, batch: TensorDictBase, loss: WorldModelLoss
+    ) -> torch.Tensor:
+        """The loss of each sample.
+
+        Args:
+            predicted: what the model made of the batch, ``[*B]``: latents at
+                the root, predictions under ``"next"``.
+            batch: the real transitions, ``[*B]``.
+            loss: the loss module, for its ``tensor_keys``, ``encode_next`` and
+                ``decode_next``.
+
+        Returns:
+            ``[*B]`` float: the mean over feature dims.
+        """
+
+
+class RewardTerm(LossTerm):
+    """Distance of the predicted reward from the real one."""
+
+    components = ("reward_head",)
+
+    def __init__(self, distance: str = "l2", weight: float = 1.0) -> None:
+        super().__init__("reward", weight)
+        self.distance = check_distance("reward_loss", distance, DISTANCES)
+
+    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+        return [join("next", keys.reward)]
+
+    def __call__(self, predicted, batch, loss):
+        keys = loss.tensor_keys
+        reward = _prediction(predicted, join("next", keys.reward), "reward_head", loss)
+        true_key = join("next", keys.true_reward)
+        label = batch.get(true_key, None)
+        if label is None:
+            label = read_label(batch, join("next", keys.reward), "reward")
+        return distance(reward, label, self.distance, join("next", keys.reward), batch)
+
+
+class DoneTerm(LossTerm):
+    """Binary cross-entropy of the termination head's logits, or a distance of its probability.
+
+    The label is ``terminated``; without one, ``done & ~truncated``; without
+    that, ``done``. A time limit is not a termination.
+    """
+
+    components = ("done_head",)
+
+    def __init__(self, distance: str = "bce", weight: float = 1.0) -> None:
+        super().__init__("done", weight)
+        self.distance = check_distance("done_loss", distance, ("bce", *DISTANCES))
+
+    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+        return [join("next", keys.terminated), join("next", keys.done)]
+
+    def __call__(self, predicted, batch, loss):
+        key, goes_on = self.prediction_key(loss)
+        logits = predicted.get(key)
+        if not logits.is_floating_point():
+            raise TypeError(
+                f"done_head writes {key!r} as {logits.dtype}, which has no gradient. Let it "
+                f"write logits under {join('next', sibling(strip_next(key), 'terminated_logits'))!r}"
+                f": the loss trains them, and WorldModelEnv derives the bools."
+            )
+        label = self.label(batch, loss).to(logits.dtype)
+        if goes_on:
+            label = 1 - label
+        if self.distance != "bce":
+            return distance(logits.sigmoid(), label, self.distance, key, batch)
+        _same_shape(logits, label, key)
+        loss_value = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
+        return _per_sample(loss_value, batch)
+
+    @staticmethod
+    def prediction_key(loss: WorldModelLoss) -> tuple[NestedKey, bool]:
+        """What the head writes, and whether it is the logit of going on."""
+        keys = loss.tensor_keys
+        written = written_keys(loss.world_model.done_head)
+        candidates = (
+            (sibling(keys.terminated, "terminated_logits"), False),
+            (sibling(keys.terminated, "continue_pred"), True),
+            (keys.terminated, False),
+            (keys.done, False),
+        )
+        for key, goes_on in candidates:
+            if join("next", key) in written:
+                return join("next", key), goes_on
+        raise KeyError(
+            f"The loss 'done' finds no prediction of done_head, which writes {written}. It looks "
+            f"for {[join('next', key) for key, _ in candidates]}: rename the out_key, or call "
+            f"loss.set_keys(terminated=..., done=...)."
+        )
+
+    @staticmethod
+    def label(batch: TensorDictBase, loss: WorldModelLoss) -> torch.Tensor:
+        """Whether the real episodes terminated, ``[*B, 1]``."""
+        keys = loss.tensor_keys
+        for key in (keys.true_terminated, keys.terminated):
+            terminated = batch.get(join("next", key), None)
+            if terminated is not None:
+                return terminated
+        done = batch.get(join("next", keys.true_done), None)
+        if done is None:
+            done = batch.get(join("next", keys.done), None)
+        if done is None:
+            raise missing_label(
+                batch,
+                join("next", keys.terminated),
+                "done",
+                also=join("next", keys.done),
+            )
+        truncated = batch.get(join("next", sibling(keys.done, "truncated")), None)
+        return done if truncated is None else done & ~truncated
+
+
+class ReconstructionTerm(LossTerm):
+    """Distance of the decoded observations from the real ones.
+
+    Args:
+        distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        weight: what the term is multiplied with.
+        target: ``"observation"`` decodes the encoded latents and compares with
+            the observation they came from; ``"next"`` decodes the *predicted*
+            latents and compares with the next observation, and so trains the
+            dynamics, too.
+    """
+
+    components = ("decoder",)
+
+    def __init__(
+        self,
+        distance: str = "l2",
+        weight: float = 1.0,
+        target: str = "observation",
+    ) -> None:
+        super().__init__("reconstruction", weight)
+        self.distance = check_distance("reconstruction_loss", distance, DISTANCES)
+        if target not in ("observation", "next"):
+            raise ValueError(
+                f"reconstruction_target must be 'observation' or 'next', got {target!r}."
+            )
+        self.target = target
+
+    def pairs(self, world_model: WorldModel, keys) -> list[tuple[NestedKey, NestedKey]]:
+        """What the decoder writes, each with the observation it stands for."""
+        written = written_keys(world_model.decoder)
+        by_name = {strip_next(key): key for key in written}
+        if keys.reconstructed_observation in by_name:
+            return [(by_name[keys.reconstructed_observation], keys.observation)]
+        if len(written) == 1 and keys.observation not in by_name:
+            if strip_next(written[0]) not in unique(world_model.encoder.in_keys):
+                return [(written[0], keys.observation)]
+        return [(key, strip_next(key)) for key in written]
+
+    def _of_next(self, key: NestedKey) -> bool:
+        # A decoder that writes below "next" says by itself what it decodes.
+        return self.target == "next" or is_next(key)
+
+    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+        return [
+            join("next", observation) if self._of_next(key) else observation
+            for key, observation in self.pairs(world_model, keys)
+        ]
+
+    def __call__(self, predicted, batch, loss):
+        total = 0.0
+        decoded_next = None
+        for key, observation in self.pairs(loss.world_model, loss.tensor_keys):
+            if not self._of_next(key):
+                decoded, label_key = predicted.get(key), observation
+            else:
+                label_key = join("next", observation)
+                if is_next(key):
+                    decoded = predicted.get(key)
+                else:
+                    if decoded_next is None:
+                        decoded_next = loss.decode_next(predicted)
+                    decoded = decoded_next.get(key)
+            label = read_label(batch, label_key, self.name)
+            total = total + distance(decoded, label, self.distance, label_key, batch)
+        return total
+
+
+class LatentTerm(LossTerm):
+    """Distance of the predicted next latents from those of the next observation.
+
+    The target is the encoder's (or, with ``delay_encoder``, the target
+    encoder's) latent of the next observation, without gradient. A batch that
+    has ``target_latent`` uses that.
+    """
+
+    def __init__(self, distance: str = "l2", weight: float = 1.0) -> None:
+        super().__init__("latent", weight)
+        self.distance = check_distance("latent_loss", distance, DISTANCES)
+
+    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+        return [join("next", key) for key in unique(world_model.encoder.in_keys)]
+
+    def __call__(self, predicted, batch, loss):
+        keys = loss.tensor_keys
+        target = batch.get(keys.target_latent, None)
+        if target is not None:
+            value = predicted.get(keys.predicted_latent, None)
+            name = keys.predicted_latent
+            if value is None and len(loss.world_model.latent_keys) == 1:
+                name = join("next", loss.world_model.latent_keys[0])
+                value = predicted.get(name)
+            if value is None:
+                raise KeyError(
+                    f"The batch has {keys.target_latent!r}, but the world model does not write "
+                    f"{keys.predicted_latent!r}. Say which latent it is the target of: "
+                    f"loss.set_keys(predicted_latent=('next', ...))."
+                )
+            return distance(value, target.detach(), self.distance, name, batch)
+        latents = loss.world_model.latent_keys
+        targets = loss.encode_next(batch)
+        compared = [key for key in latents if targets.get(key, None) is not None]
+        if not compared:
+            raise KeyError(
+                f"The loss 'latent' has nothing to compare: of the world model's latents "
+                f"{latents} the encoder writes none. Give the targets in the batch under "
+                f"{keys.target_latent!r}."
+            )
+        total = 0.0
+        for key in compared:
+            name = join("next", key)
+            total = total + distance(
+                predicted.get(name),
+                targets.get(key).detach(),
+                self.distance,
+                name,
+                batch,
+            )
+        return total
+
+
+# What the terms share ------------------------------------------------------
+
+
+def check_distance(argument: str, value: str, known: tuple[str, ...]) -> str:
+    """Refuse an unknown distance where it is given, not at the first batch."""
+    if value not in known:
+        raise ValueError(
+            f"Unknown {argument}={value!r}. Valid choices are {list(known)}."
+        )
+    return value
+
+
+def distance(
+    value: torch.Tensor,
+    label: torch.Tensor,
+    name: str,
+    key: NestedKey,
+    batch: TensorDictBase,
+) -> torch.Tensor:
+    """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast."""
+    _same_shape(value, label, key)
+    return _per_sample(distance_loss(value, label.to(value.dtype), name), batch)
+
+
+def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor:
+    """An entry of the batch, or an error that says which loss needs it."""
+    value = batch.get(key, None)
+    if value is None:
+        raise missing_label(batch, key, term)
+    return value
+
+
+def missing_label(
+    batch: TensorDictBase, key: NestedKey, term: str, also: NestedKey | None = None
+) -> KeyError:
+    """The error for a label that is not in the batch."""
+    alternative = "" if also is None else f" (nor {also!r})"
+    return KeyError(
+        f"The loss {term!r} needs the label {key!r}{alternative}, and the batch has {leaf_keys(batch)}. Add "
+        f"it to the batch, name it with loss.set_keys(...), or leave {term!r} out of losses."
+    )
+
+
+def _prediction(
+    predicted: TensorDictBase, key: NestedKey, component: str, loss: WorldModelLoss
+) -> torch.Tensor:
+    value = predicted.get(key, None)
+    if value is None:
+        written = written_keys(getattr(loss.world_model, component))
+        raise KeyError(
+            f"{component} writes {written}, not {key!r}. Name what it writes: "
+            f"loss.set_keys({as_tuple(key)[-1]}={strip_next(written[0])!r})."
+        )
+    return value
+
+
+def _same_shape(value: torch.Tensor, label: torch.Tensor, key: NestedKey) -> None:
+    if value.shape != label.shape:
+        raise ValueError(
+            f"The prediction {key!r} has the shape {tuple(value.shape)}, its label "
+            f"{tuple(label.shape)}. They must be equal; nothing is broadcast."
+        )
+
+
+def _per_sample(loss: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
+    """``[*B, *feature]`` as ``[*B]``, by the mean over the feature dims."""
+    dims = batch.batch_dims
+    return loss if loss.ndim == dims else loss.flatten(dims).mean(-1)

@@ -1,0 +1,424 @@
+"""The loss that trains a world model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import dispatch, TensorDictModuleBase
+from torchrl.objectives import LossModule
+
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.objectives.terms import (
+    DoneTerm,
+    LatentTerm,
+    LossTerm,
+    ReconstructionTerm,
+    RewardTerm,
+)
+
+LossName = Literal["reward", "done", "reconstruction", "latent"]
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class WorldModelLoss(LossModule):
+    """Trains a :class:`~torchrl_wm.WorldModel` on real transitions.
+
+    The loss is a sum of terms, each returned under its own name:
+
+    - ``"reward"``: distance of the predicted reward from the real one.
+    - ``"done"``: binary cross-entropy of the termination logits. The label is
+      ``("next", "terminated")``, else ``done & ~truncated``, else ``done``: a
+      time limit is not a termination. The head writes
+      ``("next", "terminated_logits")``, ``("next", "continue_pred")`` (logits of
+      going on), or a float under ``("next", "terminated")`` or
+      ``("next", "done")``, which is read as logits.
+    - ``"reconstruction"``: distance of the decoded from the real observation, or
+      of the observation decoded from the *predicted* latent from the real next
+      one (``reconstruction_target="next"``).
+    - ``"latent"``: distance of the predicted next latents from the encoding of
+      the next observation, which carries no gradient. A batch that has
+      ``target_latent`` uses that.
+
+    The model runs on a copy of what it reads, so the labels in the batch are
+    never overwritten.
+
+    Args:
+        world_model: the model to train.
+
+    Keyword Args:
+        losses: names of terms, or :class:`~torchrl_wm.objectives.LossTerm`
+            objects. ``["reward"]`` by default.
+        reward_loss, reconstruction_loss, latent_loss: the distance, ``"l2"``,
+            ``"l1"`` or ``"smooth_l1"``.
+        done_loss: ``"bce"`` on the logits, or a distance of their sigmoid from
+            the label.
+        reward_weight, done_weight, reconstruction_weight, latent_weight: what
+            each term is multiplied with.
+        reconstruction_target: ``"observation"`` or ``"next"``.
+        reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for one
+            number per sample, ``[*B]``.
+
+    Raises:
+        TypeError: if ``world_model`` is not a WorldModel.
+        ValueError: for unknown losses, distances or reductions, and for a term
+            whose component the model lacks.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.modules import MLP
+        >>> from torchrl_wm import WorldModel, WorldModelLoss
+        >>> obs_dim, latent_dim, action_dim = 8, 4, 2
+        >>> encoder = TensorDictModule(
+        ...     torch.nn.Linear(obs_dim, latent_dim),
+        ...     in_keys=["observation"], out_keys=["latent"],
+        ... )
+        >>> dynamics = TensorDictModule(
+        ...     MLP(in_features=latent_dim + action_dim, out_features=latent_dim, num_cells=[32]),
+        ...     in_keys=["latent", "action"], out_keys=[("next", "latent")],
+        ... )
+        >>> reward_head = TensorDictModule(
+        ...     torch.nn.Linear(latent_dim, 1),
+        ...     in_keys=[("next", "latent")], out_keys=[("next", "reward")],
+        ... )
+        >>> world_model = WorldModel(encoder, dynamics, reward_head)
+        >>> loss_module = WorldModelLoss(world_model, losses=["reward", "latent"])
+        >>> batch = TensorDict(
+        ...     {
+        ...         "observation": torch.randn(4, obs_dim),
+        ...         "action": torch.randn(4, action_dim),
+        ...         "next": {"observation": torch.randn(4, obs_dim), "reward": torch.randn(4, 1)},
+        ...     },
+        ...     batch_size=[4],
+        ... )
+        >>> loss_td = loss_module(batch)
+        >>> sorted(loss_td.keys())
+        ['loss_latent', 'loss_reward']
+        >>> loss_td.sum(reduce=True).backward()
+
+        Any module of the model can be called with keywords, the loss, too:
+
+        >>> loss_reward, loss_latent = loss_module(
+        ...     observation=torch.randn(4, obs_dim),
+        ...     action=torch.randn(4, action_dim),
+        ...     next_reward=torch.randn(4, 1),
+        ...     next_observation=torch.randn(4, obs_dim),
+        ... )
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """The keys that :meth:`set_keys` can change. ``[*B]`` is the batch.
+
+        ``reward``, ``done`` and ``terminated`` stand below "next", both in the
+        batch (labels) and in the predictions. Labels that the batch has under
+        another name are given by ``true_reward``, ``true_done`` and
+        ``true_terminated``.
+
+        Attributes:
+            reward: the reward. Default ``"reward"``.
+            true_reward: its label, if the batch has that; else ``reward``.
+            done: the end of the episode. Default ``"done"``.
+            true_done: its label, if the batch has that; else ``done``.
+            terminated: the termination; logits are looked for beside it.
+                Default ``"terminated"``.
+            true_terminated: its label, if the batch has that; else
+                ``terminated``.
+            observation: the observation that is reconstructed.
+            reconstructed_observation: what the decoder writes for it.
+            predicted_latent: what ``target_latent`` is compared with.
+            target_latent: a latent target given in the batch.
+            mask: ``[*B]`` or ``[*B, 1]`` bool, True where a sample is valid.
+            weight: ``[*B]`` or ``[*B, 1]`` weights of the samples.
+            priority_weight: as ``weight``; prioritised replay writes it.
+        """
+
+        reward: NestedKey = "reward"
+        true_reward: NestedKey = "true_reward"
+        done: NestedKey = "done"
+        true_done: NestedKey = "true_done"
+        terminated: NestedKey = "terminated"
+        true_terminated: NestedKey = "true_terminated"
+        observation: NestedKey = "observation"
+        reconstructed_observation: NestedKey = "reconstructed_observation"
+        predicted_latent: NestedKey = "predicted_latent"
+        target_latent: NestedKey = "target_latent"
+        mask: NestedKey = ("collector", "mask")
+        weight: NestedKey = "weight"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    encoder: TensorDictModuleBase
+    encoder_params: TensorDictParams
+    target_encoder_params: TensorDictParams
+    dynamics: TensorDictModuleBase
+    dynamics_params: TensorDictParams
+    target_dynamics_params: TensorDictParams
+    reward_head: TensorDictModuleBase
+    reward_head_params: TensorDictParams
+    target_reward_head_params: TensorDictParams
+    done_head: TensorDictModuleBase
+    done_head_params: TensorDictParams
+    target_done_head_params: TensorDictParams
+    decoder: TensorDictModuleBase
+    decoder_params: TensorDictParams
+    target_decoder_params: TensorDictParams
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        *,
+        losses: Sequence[LossName | LossTerm] | None = None,
+        reward_loss: str = "l2",
+        done_loss: str = "bce",
+        reconstruction_loss: str = "l2",
+        latent_loss: str = "l2",
+        reward_weight: float = 1.0,
+        done_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        latent_weight: float = 1.0,
+        reconstruction_target: Literal["observation", "next"] = "observation",
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> None:
+        super().__init__()
+        if not isinstance(world_model, WorldModel):
+            raise TypeError(
+                f"world_model must be a torchrl_wm.WorldModel, got "
+                f"{type(world_model).__module__}.{type(world_model).__name__}. Compose one: "
+                f"WorldModel(encoder, dynamics, reward_head, ...)."
+            )
+        if reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"Unknown reduction {reduction!r}. Valid choices are {list(_REDUCTIONS)}."
+            )
+        named = {
+            "reward": RewardTerm(reward_loss, reward_weight),
+            "done": DoneTerm(done_loss, done_weight),
+            "reconstruction": ReconstructionTerm(
+                reconstruction_loss, reconstruction_weight, reconstruction_target
+            ),
+            "latent": LatentTerm(latent_loss, latent_weight),
+        }
+        self.terms = _as_terms(["reward"] if losses is None else losses, named)
+        self.losses = [term.name for term in self.terms]
+        self.reduction = reduction
+        # Not registered: the parameters stand in encoder_params and its like.
+        self.__dict__["world_model"] = world_model
+        for term in self.terms:
+            term.check(world_model)
+        self._follow_components()
+
+    # Components ----------------------------------------------------------
+
+    def _follow_components(self) -> None:
+        """Hold the parameters of the model's present components."""
+        components = self.world_model.components
+        for name, module in components.items():
+            if self.__dict__.get(name) is not module:
+                self.convert_to_functional(module, name)
+
+    def _run(self, name: str, tensordict: TensorDictBase) -> TensorDictBase:
+        module = self.__dict__[name]
+        with getattr(self, name + "_params").to_module(module):
+            return module(tensordict)
+
+    def _active(self) -> list[str]:
+        """The components to run: those that a term trains, and what they read."""
+        components = self.world_model.components
+        wanted = {"encoder", "dynamics"}
+        wanted.update(name for term in self.terms for name in term.components)
+        read = {key for n in wanted for key in unique(components[n].in_keys)}
+        for name in reversed(list(components)):
+            if name not in wanted and read & set(unique(components[name].out_keys)):
+                wanted.add(name)
+                read.update(unique(components[name].in_keys))
+        return [name for name in components if name in wanted]
+
+    def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
+        """The latents of the next observations, by the target encoder, without gradient.
+
+        Raises:
+            KeyError: if the batch lacks a next observation.
+        """
+        keys = unique(self.world_model.encoder.in_keys)
+        inputs = TensorDict({}, batch_size=batch.batch_size, device=batch.device)
+        for key in keys:
+            value = batch.get(join("next", key), None)
+            if value is None:
+                raise KeyError(
+                    f"The loss 'latent' encodes the next observation and needs the label "
+                    f"{join('next', key)!r}, which the batch lacks; it has "
+                    f"{leaf_keys(batch)}. Add it, or give the target "
+                    f"under {self.tensor_keys.target_latent!r}."
+                )
+            inputs.set(key, value)
+        with torch.no_grad(), self.target_encoder_params.to_module(self.encoder):
+            return self.encoder(inputs)
+
+    def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
+        """The observations that the predicted next latents stand for, at the root."""
+        inputs = predicted.exclude("next").copy()
+        for key in self.world_model.latent_keys:
+            inputs.set(key, predicted.get(join("next", key)))
+        return self._run("decoder", inputs)
+
+    # Keys ----------------------------------------------------------------
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        if "mask" in kwargs:
+            default = self.tensor_keys.mask == self.default_keys().mask
+            self.loss_mask_key = "auto" if default else self.tensor_keys.mask
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the loss reads: the model's inputs and the labels."""
+        labels = [
+            key
+            for term in self.terms
+            for key in term.labels(self.world_model, self.tensor_keys)
+        ]
+        return unique([*self._model_inputs(), *labels])
+
+    @in_keys.setter
+    def in_keys(self, value) -> None:
+        raise RuntimeError(
+            "in_keys follow from the world model and the losses. Use loss.set_keys(...)."
+        )
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """One ``loss_<name>`` for each term."""
+        return [f"loss_{term.name}" for term in self.terms]
+
+    @out_keys.setter
+    def out_keys(self, value) -> None:
+        raise RuntimeError("out_keys follow from the losses given at construction.")
+
+    def _model_inputs(self) -> list[NestedKey]:
+        written: set[NestedKey] = set()
+        read: list[NestedKey] = []
+        for name in self._active():
+            module = self.world_model.components[name]
+            read += [key for key in unique(module.in_keys) if key not in written]
+            written.update(unique(module.out_keys))
+        return [key for key in unique(read) if not is_next(key)]
+
+    # Loss ----------------------------------------------------------------
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The losses of a batch of real transitions.
+
+        Args:
+            tensordict: the transitions, ``[*B]``: observations and action at
+                the root, labels under ``"next"``. It is not modified.
+
+        Returns:
+            One entry for each term, ``loss_<name>``: a scalar, or ``[*B]`` with
+            ``reduction="none"``.
+
+        Raises:
+            KeyError: if an input of the model or a label is missing.
+            ValueError: if a prediction and its label differ in shape.
+        """
+        self._follow_components()
+        inputs = self._model_inputs()
+        missing = missing_from(tensordict, inputs)
+        if missing:
+            raise KeyError(
+                f"The world model reads {missing}, and the batch has {leaf_keys(tensordict)}."
+            )
+        batch = self._without_invalid(tensordict)
+        predicted = batch.select(*inputs)
+        for name in self._active():
+            predicted = self._run(name, predicted)
+        weights = self._weights(tensordict)
+        losses = {
+            f"loss_{term.name}": term.weight
+            * self._reduce_loss(
+                term(predicted, batch, self), tensordict, weights=weights
+            )
+            for term in self.terms
+        }
+        size = tensordict.batch_size if self.reduction == "none" else ()
+        out = TensorDict(losses, batch_size=size)
+        self._clear_weakrefs(tensordict, out)
+        return out
+
+    def _without_invalid(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The batch with zeros where a mask says that samples are invalid.
+
+        Padding may hold anything, NaN included. Leaving it out of the reduction
+        is not enough: the gradient of what the model makes of a NaN is NaN.
+        """
+        masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
+        masks = [mask for mask in masks if mask is not None]
+        if not masks:
+            if self.loss_mask_key not in (None, "auto"):
+                raise KeyError(
+                    f"The loss was told that {self.loss_mask_key!r} masks invalid samples, and "
+                    f"the batch has {leaf_keys(tensordict)}. Add it, or call "
+                    f"loss.set_keys(mask=None)."
+                )
+            return tensordict
+        valid = torch.ones(
+            tensordict.batch_size, dtype=torch.bool, device=masks[0].device
+        )
+        for mask in masks:
+            valid = valid & self._expand_loss_mask(mask, valid)
+
+        def blank(value: torch.Tensor) -> torch.Tensor:
+            if not value.is_floating_point():
+                return value
+            expanded = valid.reshape(valid.shape + (1,) * (value.ndim - valid.ndim))
+            return torch.where(expanded, value, torch.zeros_like(value))
+
+        return tensordict.apply(blank)
+
+    def _weights(self, tensordict: TensorDictBase) -> torch.Tensor | None:
+        """The weights of the samples, ``[*B]``, or None."""
+        total = None
+        for key in (self.tensor_keys.weight, self.tensor_keys.priority_weight):
+            weight = tensordict.get(key, None)
+            if weight is None:
+                continue
+            size = tensordict.batch_size
+            if weight.shape not in (size, (*size, 1)):
+                raise ValueError(
+                    f"The weights {key!r} have the shape {tuple(weight.shape)}; one per sample "
+                    f"is expected, {tuple(size)} or {(*size, 1)}. If this entry is no weight, "
+                    f"call loss.set_keys(weight=...) with another key."
+                )
+            weight = weight.reshape(size)
+            total = weight if total is None else total * weight
+        return total
+
+
+def _as_terms(
+    losses: Sequence[LossName | LossTerm], named: dict[str, LossTerm]
+) -> list[LossTerm]:
+    losses = [losses] if isinstance(losses, (str, LossTerm)) else list(losses)
+    unknown = [x for x in losses if not isinstance(x, LossTerm) and x not in named]
+    if unknown:
+        raise ValueError(
+            f"Unknown loss type(s): {unknown}. Valid choices are {sorted(named)}, or a "
+            f"torchrl_wm.objectives.LossTerm."
+        )
+    if not losses:
+        raise ValueError(f"losses is empty. Valid choices are {sorted(named)}.")
+    terms = [x if isinstance(x, LossTerm) else named[x] for x in losses]
+    names = [term.name for term in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"losses has {twice} more than once; each term needs its own name."
+        )
+    return terms
