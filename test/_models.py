@@ -10,9 +10,9 @@ from tensordict.nn import TensorDictModule as Mod
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP
+from torchrl.modules import MLP, RSSMPosterior, RSSMPosteriorV3, RSSMPrior, RSSMPriorV3
 
-from torchrl_wm import WorldModel
+from torchrl_wm import WorldModel, WorldModelEnv
 from torchrl_wm.modules.keys import join
 
 OBS, LATENT, ACTION = 6, 4, 2
@@ -160,4 +160,107 @@ def transitions(*size: int) -> TensorDict:
             },
         },
         batch_size=size,
+    )
+
+
+def imagined_env(max_steps: int | None = None) -> WorldModelEnv:
+    """An env that can be reset; here, where the workers of a ParallelEnv find it."""
+    return WorldModelEnv(
+        make_model(),
+        SpecEnv(),
+        start_states=observations(10),
+        max_steps=max_steps,
+    )
+
+
+# Recurrent models ----------------------------------------------------------
+
+STATE, BELIEF, EMBED = 3, 5, 7
+
+
+def gru_model() -> WorldModel:
+    """A GRU: the encoder writes ``latent``, the belief begins at the initial state."""
+    cell = nn.GRUCell(LATENT + ACTION, BELIEF)
+    head = nn.Linear(BELIEF, LATENT)
+
+    def dynamics(latent, belief, action):
+        shape = latent.shape[:-1]
+        inputs = torch.cat([latent, action], -1).reshape(-1, LATENT + ACTION)
+        belief = cell(inputs, belief.reshape(-1, BELIEF)).reshape(*shape, BELIEF)
+        return head(belief), belief
+
+    module = Mod(
+        dynamics,
+        ["latent", "belief", "action"],
+        [("next", "latent"), ("next", "belief")],
+    )
+    module.cell, module.head = cell, head  # so that they count as its parameters
+    return WorldModel(
+        linear(["observation"], ["latent"], [OBS, LATENT]),
+        module,
+        linear([("next", "belief")], [("next", "reward")], [BELIEF, 1]),
+        initial_state=TensorDict({"belief": torch.full((BELIEF,), 0.5)}),
+    )
+
+
+def rssm_model(version: int = 1, *, decoder: bool = True) -> WorldModel:
+    """TorchRL's RSSM (PlaNet, Dreamer) or RSSM-V3 (DreamerV3) as a world model."""
+    if version == 1:
+        state = STATE
+        prior = RSSMPrior(
+            action_spec=Unbounded((ACTION,)),
+            hidden_dim=BELIEF,  # TorchRL's prior needs them equal
+            rnn_hidden_dim=BELIEF,
+            state_dim=state,
+            action_dim=ACTION,
+        )
+        posterior = RSSMPosterior(
+            hidden_dim=8, state_dim=state, rnn_hidden_dim=BELIEF, obs_embed_dim=EMBED
+        )
+        statistics = ["prior_mean", "prior_std"], ["posterior_mean", "posterior_std"]
+    else:
+        state = 6
+        prior = RSSMPriorV3(
+            action_shape=torch.Size([ACTION]),
+            hidden_dim=8,
+            rnn_hidden_dim=BELIEF + 3,  # divisible by the number of blocks
+            num_categoricals=3,
+            num_classes=2,
+            action_dim=ACTION,
+        )
+        posterior = RSSMPosteriorV3(
+            hidden_dim=8,
+            num_categoricals=3,
+            num_classes=2,
+            rnn_hidden_dim=BELIEF + 3,
+            obs_embed_dim=EMBED,
+        )
+        statistics = ["prior_logits"], ["posterior_logits"]
+    belief = BELIEF if version == 1 else BELIEF + 3
+    latents = ["state", "belief"]
+    return WorldModel(
+        linear(["observation"], ["encoded_latents"], [OBS, EMBED]),
+        Mod(
+            prior,
+            [*latents, "action"],
+            [
+                *[("next", k) for k in statistics[0]],
+                ("next", "state"),
+                ("next", "belief"),
+            ],
+        ),
+        linear(
+            [("next", k) for k in latents], [("next", "reward")], [state + belief, 1]
+        ),
+        posterior=Mod(
+            posterior,
+            [("next", "belief"), ("next", "encoded_latents")],
+            [*[("next", k) for k in statistics[1]], ("next", "state")],
+        ),
+        decoder=linear(latents, ["observation"], [state + belief, OBS])
+        if decoder
+        else None,
+        initial_state=TensorDict(
+            {"state": torch.zeros(state), "belief": torch.zeros(belief)}
+        ),
     )

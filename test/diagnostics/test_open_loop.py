@@ -123,3 +123,15 @@ def test_plots_show_the_data() -> None:
     assert list(lines[0].get_ydata()) == [3, 6, 9, 12, 15, 18]
     assert list(lines[1].get_ydata()) == [1, 2, 3, 4, 5, 6]
     assert figure.axes[0].get_ylabel() == "position"
+
+
+def test_plot_of_what_was_not_measured() -> None:
+    pytest.importorskip("matplotlib")
+    error = open_loop_error(observed_clock(), line(20, 3.0), horizon=5)
+    with pytest.raises(KeyError, match="'pixels' was not measured.*decode=True"):
+        plot_open_loop_error(error, "pixels")
+
+
+def test_episodes_without_actions() -> None:
+    with pytest.raises(KeyError, match=r"lack the actions \['action'\]"):
+        open_loop_error(observed_clock(), line(20, 3.0).exclude("action"), horizon=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from functools import partial
 
 import pytest
@@ -31,10 +32,13 @@ from torchrl.data import (
     LazyTensorStorage,
     OneHot,
     ReplayBuffer,
+    SamplerWithoutReplacement,
+    SliceSampler,
     Unbounded,
 )
 from torchrl.envs import EnvBase, GymEnv
 from torchrl.envs.utils import check_env_specs, step_mdp
+from torchrl.modules import CEMPlanner
 
 from torchrl_wm import WorldModel, WorldModelEnv
 
@@ -43,6 +47,11 @@ SIZES = [(), (3,), (2, 3)]
 
 def start_of(model: WorldModel, *size: int) -> TensorDict:
     return model.encode(observations(*size)).detach()
+
+
+def real_rollout(steps: int) -> TensorDict:
+    """Real transitions with the name of the time dim, as TorchRL's rollouts have it."""
+    return transitions(steps).refine_names("time")
 
 
 class TestSpecs:
@@ -881,3 +890,279 @@ class TestBadInput:
             )
             with pytest.raises(RuntimeError, match=text):
                 env.reset()
+
+    def test_done_head_that_nobody_listens_to(self) -> None:
+        for key in [("next", "terminated_logit"), ("next", "fin"), "terminated_logits"]:
+            model = make_model(done=linear([("next", "latent")], [key], [LATENT, 1]))
+            with pytest.raises(
+                ValueError, match="done_head writes.*none of which ends"
+            ):
+                WorldModelEnv(model, SpecEnv())
+
+    def test_observation_that_would_stand_still(self) -> None:
+        model = make_model(decoder=True)
+        model.reward_head = linear(
+            ["observation", "action"], [("next", "reward")], [OBS + ACTION, 1]
+        )
+        for decode in (False, True):
+            with pytest.raises(ValueError, match="reward_head reads.*stand still"):
+                WorldModelEnv(model, SpecEnv(), decode=decode)
+
+    def test_goal_that_encoder_and_step_read_is_declared(self) -> None:
+        model = make_model()
+        model.encoder = linear(["observation", "goal"], ["latent"], [OBS + 2, LATENT])
+        model.reward_head = linear(
+            [("next", "latent"), "goal"], [("next", "reward")], [LATENT + 2, 1]
+        )
+        base = SpecEnv(extra_observations={"goal": (2,)})
+        with pytest.raises(ValueError, match="constant over an episode.*Composite"):
+            WorldModelEnv(model, base)
+        env = WorldModelEnv(
+            model, base, observation_spec=Composite(goal=Unbounded((2,)))
+        )
+        start = observations(3).set("goal", torch.randn(3, 2))
+        assert (env.rollout(2, tensordict=start)["goal"][:, 1] == start["goal"]).all()
+
+    @pytest.mark.parametrize("fault", ["reward", "done", "latent_key", "start_states"])
+    def test_failed_construction_leaves_the_model_where_it_is(self, fault) -> None:
+        kwargs = {
+            "latent_key": {"latent_key": "z"},
+            "start_states": {"start_states": 3},
+        }
+        model = make_model(
+            reward="other" if fault == "reward" else "reward",
+            done="done" if fault == "done" else None,
+        )
+        with pytest.raises((ValueError, TypeError)):
+            WorldModelEnv(model, SpecEnv(), device="meta", **kwargs.get(fault, {}))
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+    def test_observations_that_are_not_the_reference_envs(self) -> None:
+        env = WorldModelEnv(make_model(), SpecEnv())
+        with pytest.raises(ValueError, match=r"'observation'.*\(3, 7\).*\(3, 6\)"):
+            env.reset(observations(3, dim=OBS + 1))
+        with pytest.raises(ValueError, match="'observation'.*float64.*float32"):
+            env.reset(observations(3).apply(lambda x: x.double()))
+
+    def test_actions_that_do_not_fit(self) -> None:
+        model = make_model()
+        env = WorldModelEnv(model, SpecEnv())
+        td = env.reset(start_of(model, 3))
+        with pytest.raises(ValueError, match=r"action 'action'.*\(3,\).*\(2,\)"):
+            env.step(td.clone().set("action", torch.zeros(3, 3)))
+        with pytest.raises(ValueError, match="torch.float64, its spec torch.float32"):
+            env.step(td.clone().set("action", torch.zeros(3, ACTION).double()))
+
+    def test_calls_in_the_wrong_order(self) -> None:
+        model = make_model()
+        env = WorldModelEnv(model, SpecEnv())
+        start = start_of(model, 3)
+        with pytest.raises(TypeError, match=r"imagine\(horizon, tensordict=start\)"):
+            env.imagine(3, start)
+        with pytest.raises(TypeError, match="horizon must be an int, got TensorDict"):
+            env.imagine(start, 3)
+        with pytest.raises(TypeError, match="start must be a TensorDict, got Tensor"):
+            env.rollout(3, tensordict=start["latent"])
+        with pytest.raises(TypeError, match="actions must be a tensor.*list"):
+            env.imagine(2, actions=[[0.0]])
+        locked = WorldModelEnv(
+            model, SpecEnv(), batch_size=4, start_states=observations(3)
+        )
+        with pytest.raises(ValueError, match=r"\[\*B, H, \*A\] = \(4, 5, 2\)"):
+            locked.imagine(5, actions=torch.zeros(4, 2))
+
+    @pytest.mark.parametrize("size", [-1, 0, "4", [2, -3], 2.0])
+    def test_batch_size(self, size) -> None:
+        with pytest.raises((ValueError, TypeError)):
+            WorldModelEnv(make_model(), SpecEnv(), batch_size=size)
+
+    def test_check_finite(self) -> None:
+        model = make_model()
+        env = WorldModelEnv(model, SpecEnv(), check_finite=True)
+        start = start_of(model, 3)
+        env.rollout(3, tensordict=start)
+        with torch.no_grad():
+            model.reward_head.module[-1].bias.fill_(float("nan"))
+        with pytest.raises(FloatingPointError, match=r"\('next', 'reward'\).*finite"):
+            env.rollout(3, tensordict=start)
+        start["latent"][1] = float("inf")
+        with pytest.raises(FloatingPointError, match=r"inputs \['latent'\]"):
+            env.rollout(3, tensordict=start)
+
+    def test_replaced_decoder_with_other_keys(self) -> None:
+        model = make_model(decoder=True)
+        env = WorldModelEnv(model, SpecEnv(), decode=True)
+        model.decoder = Mod(
+            lambda z: (z.repeat_interleave(2, -1)[..., :OBS], z),
+            ["latent"],
+            ["observation", "extra"],
+        )
+        with pytest.raises(ValueError, match=r"\['extra'\].*new WorldModelEnv"):
+            env.rollout(2, tensordict=start_of(model, 3))
+
+
+class TestRealData:
+    """What real rollouts, collectors and buffers hand over as start."""
+
+    @pytest.mark.parametrize("call", ["rollout", "imagine"])
+    def test_a_time_slice_is_a_start(self, call) -> None:
+        data = real_rollout(10)
+        assert data.names == ["time"]
+        env = WorldModelEnv(make_model(), SpecEnv())
+        out = getattr(env, call)(5, tensordict=data)
+        assert out.batch_size == (10, 5) and out.names == [None, "time"]
+        again = getattr(env, call)(2, tensordict=out[:, 0])
+        assert again.batch_size == (10, 2)
+
+    def test_a_planner_takes_a_time_slice(self) -> None:
+        model = make_model()
+        plan = CEMPlanner(WorldModelEnv(model, SpecEnv()), 3, 2, 10, 3)
+        with torch.no_grad():
+            assert plan(model.encode(real_rollout(4)))["action"].shape == (4, ACTION)
+
+    def test_notes_of_real_samples_are_dropped(self) -> None:
+        notes = {
+            name: torch.ones(3, 1)
+            for name in ("index", "weight", "priority_weight", "is_init", "step_count")
+        }
+        start = start_of(make_model(), 3).update(notes)
+        start["collector", "mask"] = torch.ones(3, dtype=torch.bool)
+        out = WorldModelEnv(make_model(), SpecEnv()).imagine(2, tensordict=start)
+        assert not set(notes) & set(out.keys())
+        assert out["collector", "mask"].shape == (3, 2)
+
+    def test_images_that_are_decoded_as_floats(self) -> None:
+        base = SpecEnv()
+        base.observation_spec = Composite(
+            observation=Bounded(0, 255, (OBS,), dtype=torch.uint8)
+        )
+        model = make_model(decoder=True)
+        mlp = model.encoder.module
+        model.encoder = Mod(lambda x: mlp(x / 255), ["observation"], ["latent"])
+        with pytest.raises(ValueError, match="decoder writes.*float32.*uint8"):
+            WorldModelEnv(model, base, decode=True)
+        env = WorldModelEnv(
+            model, base, observation_spec=Composite(observation=Unbounded((OBS,)))
+        )
+        image = torch.randint(0, 255, (3, OBS), dtype=torch.uint8)
+        out = env.rollout(2, tensordict=TensorDict({"observation": image}, [3]))
+        assert out["observation"].dtype == torch.float32
+        expected = model.decoder.module(out["latent"][:, 0])
+        assert torch.allclose(out["observation"][:, 0], expected, atol=1e-6)
+
+
+class TestStartSources:
+    def test_training_buffers_are_not_disturbed(self) -> None:
+        """To draw starts does not advance what training draws from the same buffer."""
+        buffer = ReplayBuffer(
+            storage=LazyTensorStorage(10),
+            sampler=SamplerWithoutReplacement(shuffle=True),
+            batch_size=2,
+            prefetch=2,
+        )
+        data = observations(10)
+        buffer.extend(data.set("id", torch.arange(10)))
+        env = WorldModelEnv(
+            make_model(), SpecEnv(), start_states=buffer, batch_size=[3]
+        )
+        seen = []
+        for _ in range(5):
+            env.reset()
+            sample = buffer.sample()
+            assert sample.batch_size == (2,)
+            seen += sample["id"].tolist()
+        assert sorted(seen) == list(range(10))
+
+    def test_slices_and_two_dims(self) -> None:
+        flat = ReplayBuffer(
+            storage=LazyTensorStorage(20),
+            sampler=SliceSampler(slice_len=4, end_key=("next", "done")),
+            batch_size=8,
+        )
+        flat.extend(transitions(20))
+        square = ReplayBuffer(storage=LazyTensorStorage(20, ndim=2))
+        square.extend(transitions(4, 5))
+        for buffer in (flat, square):
+            env = WorldModelEnv(make_model(), SpecEnv(), start_states=buffer)
+            assert env.reset(TensorDict({}, [7]))["latent"].shape == (7, LATENT)
+            assert env.reset()["latent"].shape == (LATENT,)
+
+    def test_standard_pickle(self) -> None:
+        buffer = ReplayBuffer(storage=LazyTensorStorage(9))
+        buffer.extend(observations(9))
+        for source in (observations(9), buffer, None):
+            env = WorldModelEnv(make_model(), SpecEnv(), start_states=source)
+            other = pickle.loads(pickle.dumps(env))
+            start = None if source is not None else start_of(env.world_model, 2)
+            assert other.rollout(2, tensordict=start).batch_size[-1] == 2
+
+    def test_encoded_context_is_completed(self) -> None:
+        """An encoder that also writes a context: latents alone are not enough to start."""
+        model = WorldModel(
+            Mod(
+                lambda x: (x[..., :LATENT], x[..., :1]),
+                ["observation"],
+                ["latent", "task"],
+            ),
+            Mod(
+                lambda z, c, a: z + c,
+                ["latent", "task", "action"],
+                [("next", "latent")],
+            ),
+            linear([("next", "latent")], [("next", "reward")], [LATENT, 1]),
+        )
+        env = WorldModelEnv(model, SpecEnv())
+        start = observations(3).set("latent", torch.zeros(3, LATENT))
+        out = env.rollout(2, tensordict=start)
+        assert not out["latent"][:, 0].any()
+        task = start["observation"][:, :1].unsqueeze(1).expand(3, 2, 1)
+        assert torch.equal(out["task"], task)
+
+
+def test_add_truncated_keys() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv(done_names=("done",))).add_truncated_keys()
+    start = start_of(model, 3)
+    assert not env.reset(start)["truncated"].any()
+    assert not env.imagine(2, tensordict=start)["next", "truncated"].any()
+    out = env.rollout(3, tensordict=start, set_truncated=True)
+    assert out["next", "truncated"].squeeze(-1).tolist() == [[False, False, True]] * 3
+    model.reward_head = make_model().reward_head
+    env.rollout(2, tensordict=start)
+
+
+def test_repr_shows_what_the_env_is() -> None:
+    env = WorldModelEnv(
+        make_model(), SpecEnv(), batch_size=3, max_steps=7, start_states=observations(2)
+    )
+    text = repr(env)
+    for part in (
+        "batch_size=[3]",
+        "max_steps=7",
+        "start_states=TensorDict",
+        "dynamics",
+    ):
+        assert part in text
+
+
+def test_random_imagination_repeats_and_explores() -> None:
+    env = WorldModelEnv(
+        make_model(), SpecEnv(), batch_size=[3], start_states=observations(5)
+    )
+    runs = []
+    for _ in range(2):
+        env.set_seed(1)
+        runs.append(env.imagine(4))
+    assert (runs[0] == runs[1]).all()
+    actions = runs[0]["action"]
+    assert actions.shape == (3, 4, ACTION) and actions.flatten().unique().numel() == 24
+
+
+def test_compiled_step_is_one_graph() -> None:
+    model = make_model(done="terminated_logits")
+    env = WorldModelEnv(model, SpecEnv(), max_steps=5)
+    td = env.rand_action(env.reset(start_of(model, 3)))
+    torch._dynamo.reset()
+    compiled = torch.compile(env.step, fullgraph=True, backend="eager")
+    out, expected = compiled(td.clone()), env.step(td.clone())
+    assert (out == expected).all()

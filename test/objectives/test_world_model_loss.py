@@ -173,6 +173,15 @@ class TestTargets:
             out["loss_done"], F.binary_cross_entropy_with_logits(logits, label)
         )
 
+    def test_float_labels(self) -> None:
+        model, batch = full_model(), transitions(20)
+        loss = WorldModelLoss(model, losses=["done"])
+        batch = batch.exclude(("next", "terminated"))
+        expected = loss(batch)["loss_done"]
+        for name in ("done", "truncated"):
+            batch["next", name] = batch["next", name].float()
+        torch.testing.assert_close(loss(batch)["loss_done"], expected)
+
     @pytest.mark.parametrize("key", ["terminated_logits", "terminated", "done"])
     def test_float_heads_are_logits(self, key) -> None:
         model, batch = make_model(done=key), transitions(5)
@@ -353,6 +362,18 @@ class TestReduction:
         out.sum(reduce=True).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
+    def test_invalid_weights_and_no_weight(self) -> None:
+        model, batch = full_model(), transitions(6)
+        mask = torch.tensor([True] * 4 + [False] * 2)
+        expected = WorldModelLoss(model, losses=ALL)(batch[:4])
+        batch["collector", "mask"] = mask
+        batch["weight"] = torch.where(mask, 1.0, float("nan"))
+        out = WorldModelLoss(model, losses=ALL)(batch)
+        for name in out.keys():
+            torch.testing.assert_close(out[name], expected[name])
+        batch["weight"] = torch.zeros(6)
+        assert all(v == 0 for v in WorldModelLoss(model, losses=ALL)(batch).values())
+
     def test_all_masked_is_zero(self) -> None:
         model, batch = full_model(), transitions(4)
         batch["collector", "mask"] = torch.zeros(4, dtype=torch.bool)
@@ -495,10 +516,29 @@ class TestBadInput:
             loss(transitions(5))
 
     def test_head_under_another_key(self) -> None:
-        with pytest.raises(KeyError, match=r"reward_head writes.*bonus.*set_keys"):
-            WorldModelLoss(make_model(reward="bonus"))(transitions(5))
+        loss = WorldModelLoss(make_model(reward="bonus"))
+        with pytest.raises(KeyError, match=r"reward_head writes.*bonus.*true_reward="):
+            loss(transitions(5))
+        loss.set_keys(reward="bonus", true_reward="reward")  # as the message says
+        loss(transitions(5))
         with pytest.raises(KeyError, match=r"done_head, which writes.*fin"):
             WorldModelLoss(make_model(done="fin"), losses=["done"])(transitions(5))
+
+    def test_empty_batch(self) -> None:
+        loss = WorldModelLoss(make_model())
+        with pytest.raises(ValueError, match=r"batch is empty.*\(0,\)"):
+            loss(transitions(0))
+
+    def test_component_that_fails_is_named(self) -> None:
+        batch = transitions(5)
+        batch["action"] = torch.zeros(5, ACTION + 1)
+        with pytest.raises(RuntimeError, match="dynamics failed on.*'action'.*(5, 3)"):
+            WorldModelLoss(make_model())(batch)
+
+    def test_messages_read_as_they_are_written(self) -> None:
+        with pytest.raises(KeyError) as err:
+            WorldModelLoss(make_model())(transitions(5).exclude("action"))
+        assert not str(err.value).startswith(("'", '"'))
 
     def test_weights_of_another_shape(self) -> None:
         batch = transitions(5)

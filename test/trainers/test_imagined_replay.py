@@ -120,7 +120,18 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(two.replay_buffer[:]["latent"], one.replay_buffer[:]["latent"])
 
 
+def test_nothing_of_the_real_sample_but_its_state_is_kept() -> None:
+    starts = observations(5).set("sample_log_prob", torch.ones(5))
+    target = buffer()
+    env = WorldModelEnv(make_model(), SpecEnv())
+    ImaginedReplayHook(env, target, starts, num_starts=3)()
+    assert "sample_log_prob" not in target[:].keys()
+
+
 def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="got TensorDictReplayBuffer and WorldModelEnv"):
+        env = WorldModelEnv(make_model(), SpecEnv())
+        ImaginedReplayHook(buffer(), env, observations(5))
     env = WorldModelEnv(make_model(), SpecEnv(), batch_size=4)
     with pytest.raises(ValueError, match=r"num_starts=5.*\(4,\).*batch_size=\[\]"):
         ImaginedReplayHook(env, buffer(), observations(5), num_starts=5)

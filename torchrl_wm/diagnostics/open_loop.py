@@ -6,6 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
 
@@ -68,6 +69,11 @@ def open_loop_error(
         raise ValueError(
             f"open_loop_error needs an env of any batch size, got one of "
             f"{tuple(env.batch_size)}. Make it with WorldModelEnv(..., batch_size=[])."
+        )
+    missing = missing_from(episodes, env.action_keys)
+    if missing:
+        raise MissingEntryError(
+            f"The episodes lack the actions {missing}; they have {leaf_keys(episodes)}."
         )
     windows = episode_windows(env, episodes, horizon, stride)
     start = windows[:, 0]

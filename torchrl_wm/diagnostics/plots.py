@@ -8,7 +8,8 @@ from typing import Any, TYPE_CHECKING
 import torch
 from tensordict import NestedKey, TensorDictBase
 
-from torchrl_wm.modules.keys import as_tuple, join
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import as_tuple, join, leaf_keys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +38,13 @@ def plot_open_loop_error(error: TensorDictBase, key: NestedKey) -> Figure:
     """
     figure = _matplotlib()(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
+    if error.get(join("model", key), None) is None:
+        raise MissingEntryError(
+            f"The error of {key!r} was not measured; there are {leaf_keys(error)}. For decoded "
+            f"observations, measure with WorldModelEnv(..., decode=True)."
+        )
+    axes.set_title("open-loop prediction error")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     steps = torch.arange(1, len(error) + 1)
     styles = {"model": "-", "persistence": "--", "mean": ":"}
     for name, style in styles.items():

@@ -113,6 +113,13 @@ class Endings:
                 )
             )
             self.groups.append(EndingGroup(prefix, leaf.shape, names, bool(truncates)))
+        # A truncation above or below reaches the groups that have no head of
+        # their own, and needs an entry there to be told from a termination.
+        for group in self.groups:
+            if not group.written:
+                group.truncates |= any(
+                    other.truncates for other in self.groups if _related(group, other)
+                )
         # Parents first: a group without a head follows its nearest ancestor.
         self.groups.sort(key=lambda group: len(group.prefix))
 
@@ -219,10 +226,7 @@ class Endings:
         top = [
             group
             for group in self.groups
-            if not any(
-                other is not group and group.prefix[: len(other.prefix)] == other.prefix
-                for other in self.groups
-            )
+            if not any(_is_above(other, group) for other in self.groups)
         ]
         dims = tensordict.batch_dims
         flags = [
@@ -233,13 +237,10 @@ class Endings:
     def _inherit(
         self, group: EndingGroup, decided: dict, batch_size: torch.Size
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What a group without a head takes from its nearest ancestor, else from below."""
         shape = (*batch_size, *group.shape)
-        above = [
-            other
-            for other in self.groups
-            if other is not group and group.prefix[: len(other.prefix)] == other.prefix
-        ]
-        if above and any(flag is not None for flag in decided[above[-1].prefix]):
+        above = [other for other in self.groups if _is_above(other, group)]
+        if above and decided[above[-1].prefix] != (None, None):
             return tuple(
                 None if flag is None else _expand_to(flag, batch_size, shape).clone()
                 for flag in decided[above[-1].prefix]
@@ -247,30 +248,36 @@ class Endings:
         below = [
             decided[other.prefix]
             for other in self.groups
-            if other.written and other.prefix[: len(group.prefix)] == group.prefix
+            if other.written and _is_above(group, other)
         ]
         if not below:
             return None, None
         # The whole has ended when every part has; as a termination only where
         # every part terminated.
         dims = len(batch_size)
-        terminated = [_whole(flags[0], dims) for flags in below]
-        ended = [
-            _whole(flags[0] if flags[1] is None else flags[0] | flags[1], dims)
-            for flags in below
-            if flags[0] is not None
-        ]
-        if not ended:
-            return None, None
-        all_terminated = torch.stack([t for t in terminated if t is not None]).all(0)
+        terminated, ended = [], []
+        for flags in below:
+            known = next(flag for flag in flags if flag is not None)
+            parts = [torch.zeros_like(known) if f is None else f for f in flags]
+            terminated.append(_whole(parts[0], dims))
+            ended.append(_whole(parts[0] | parts[1], dims))
+        all_terminated = torch.stack(terminated).all(0)
         all_ended = torch.stack(ended).all(0)
-        truncated = (all_ended & ~all_terminated) if group.truncates else None
+        if not group.truncates:
+            return _expand_to(all_ended, batch_size, shape).clone(), None
         return (
             _expand_to(all_terminated, batch_size, shape).clone(),
-            None
-            if truncated is None
-            else _expand_to(truncated, batch_size, shape).clone(),
+            _expand_to(all_ended & ~all_terminated, batch_size, shape).clone(),
         )
+
+
+def _is_above(upper: EndingGroup, lower: EndingGroup) -> bool:
+    depth = len(upper.prefix)
+    return depth < len(lower.prefix) and lower.prefix[:depth] == upper.prefix
+
+
+def _related(one: EndingGroup, other: EndingGroup) -> bool:
+    return _is_above(one, other) or _is_above(other, one)
 
 
 def _done_nodes(spec: Composite, prefix: tuple[str, ...] = ()):
@@ -282,9 +289,9 @@ def _done_nodes(spec: Composite, prefix: tuple[str, ...] = ()):
             yield from _done_nodes(child, (*prefix, name))
 
 
-def _whole(flag: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+def _whole(flag: torch.Tensor, dims: int) -> torch.Tensor:
     """``[*B, n_agents, 1]`` as ``[*B, 1]``: whether all are set."""
-    return None if flag is None else flag.flatten(dims).all(-1, keepdim=True)
+    return flag.flatten(dims).all(-1, keepdim=True)
 
 
 def _expand_to(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_wm.envs.endings import Endings
-from torchrl_wm.envs.tracing import run_components, undisturbed
+from torchrl_wm.envs.endings import ENDING_NAMES, Endings
+from torchrl_wm.envs.tracing import undisturbed
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import (
+    as_tuple,
     is_next,
     join,
     missing_from,
@@ -21,6 +23,7 @@ from torchrl_wm.modules.keys import (
     strip_next,
     unique,
 )
+from torchrl_wm.modules.running import run_components
 from torchrl_wm.modules.wiring import written_keys
 
 
@@ -35,6 +38,8 @@ class Layout:
         context: root entries that the step reads and that never change.
         decoded: the observations that the decoder writes, if it is run.
         endings: what decides the done entries.
+        observed: the encoder's inputs, as far as the reference env has them.
+        nested: dims that nested tensordicts have of their own, by their keys.
         dropped: entries of the reference env that are not part of this one.
     """
 
@@ -45,7 +50,31 @@ class Layout:
     context: dict[NestedKey, TensorSpec]
     decoded: dict[NestedKey, TensorSpec]
     endings: Endings
+    observed: dict[NestedKey, TensorSpec]
+    nested: dict[tuple[str, ...], torch.Size]
     dropped: set[NestedKey] = field(default_factory=set)
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on another device."""
+        moved = {
+            name: {key: spec.to(device) for key, spec in getattr(self, name).items()}
+            for name in ("latent", "context", "decoded", "observed")
+        }
+        whole = {
+            name: getattr(self, name).to(device)
+            for name in ("action", "reward", "done")
+        }
+        return replace(self, **moved, **whole)
+
+    @property
+    def keys(self) -> set[NestedKey]:
+        """All that the env carries, but for the action."""
+        return {
+            *self.state,
+            *self.decoded,
+            *self.reward_keys,
+            *unique(self.done.keys(True, True)),
+        }
 
     @property
     def action_keys(self) -> list[NestedKey]:
@@ -98,20 +127,42 @@ def make_layout(
         context={},
         decoded={},
         endings=endings,
+        observed={
+            key: _to(reference[key], device)
+            for key in unique(world_model.encoder.in_keys)
+            if key in reference
+        },
+        nested=nested_dims(
+            base_env.full_state_spec_unbatched,
+            base_env.full_observation_spec_unbatched,
+            action,
+            reward,
+            done,
+        ),
     )
     _check_rewards(world_model, layout)
+    _check_done_head(world_model, layout)
 
-    dims = max(len(batch_size), 1)
+    # On the env's own batch size: some modules, an ensemble over a batch dim say,
+    # take no other.
+    lead = batch_size if len(batch_size) else torch.Size([1])
+    dims = len(lead)
     with undisturbed(world_model, device):
-        encoded = _trace_encoder(world_model, {**reference, **explicit}, dims, device)
+        encoded = _trace_encoder(world_model, {**reference, **explicit}, lead, device)
+        unseen = [k for k in unique(world_model.encoder.in_keys) if k not in reference]
         layout.latent = {
-            key: _state_spec(key, explicit, reference, encoded, dims, device)
+            key: _state_spec(key, explicit, reference, encoded, dims, device, unseen)
             for key in latent_keys
         }
         layout.context = {
             key: _state_spec(key, explicit, reference, encoded, dims, device)
             for key in _context_keys(
-                world_model, latent_keys, layout, {**reference, **explicit}, encoded
+                world_model,
+                latent_keys,
+                layout,
+                {**reference, **explicit},
+                explicit,
+                encoded,
             )
         }
         if encoded is not None:
@@ -119,7 +170,7 @@ def make_layout(
                 _check_entry(
                     "encoder", key, encoded.get(key, None), layout.latent[key], dims
                 )
-        state = _zeros({**layout.state, **_flatten(layout.action)}, dims, device)
+        state = _zeros({**layout.state, **_flatten(layout.action)}, lead, device)
         stepped = check_step(world_model, layout, state)
         decoded_keys = _decoded_keys(world_model, layout, explicit, decode)
         if decoded_keys:
@@ -161,7 +212,12 @@ def check_step(
         _check_entry(who[key], join("next", key), next_td.get(key), spec, dims)
     for key in layout.reward_keys:
         _check_entry(
-            who[key], join("next", key), next_td.get(key), layout.reward[key], dims
+            who[key],
+            join("next", key),
+            next_td.get(key),
+            layout.reward[key],
+            dims,
+            "The spec is the reference env's: change the head's output.",
         )
     for key in layout.endings.bool_keys:
         value = next_td.get(key)
@@ -172,7 +228,14 @@ def check_step(
                 f"{join('next', sibling(key, 'terminated_logits'))!r} instead: the loss "
                 f"trains them and the env derives the bools. Else write value > threshold."
             )
-        _check_entry(who[key], join("next", key), value, _done_leaf(layout, key), dims)
+        _check_entry(
+            who[key],
+            join("next", key),
+            value,
+            _done_leaf(layout, key),
+            dims,
+            "The spec is the reference env's: change the head's output.",
+        )
     for key in layout.endings.logit_keys:
         value = next_td.get(key)
         shape = _done_leaf(layout, key).shape
@@ -199,7 +262,7 @@ def read_decoded(
         work.set("next", inputs.copy())
     missing = missing_from(work, unique(world_model.decoder.in_keys))
     if missing:
-        raise KeyError(
+        raise MissingEntryError(
             f"decoder reads {missing}; in an imagined env it can read latents and context: "
             f"{unique(inputs.keys(True, True))}."
         )
@@ -217,13 +280,46 @@ def rebatch(spec: Composite, batch_size: torch.Size) -> Composite:
 
 
 def composite(
-    specs: dict[NestedKey, TensorSpec], batch_size: torch.Size, device: Any
+    specs: dict[NestedKey, TensorSpec],
+    layout: Layout,
+    batch_size: torch.Size,
+    device: Any,
 ) -> Composite:
-    """A Composite from flat keys, nested where the keys are."""
+    """A Composite from flat keys, nested where the keys are, with the nested dims of ``layout``."""
     out = Composite(shape=(), device=device)
     for key, spec in specs.items():
-        out[key] = spec.clone()
+        node, prefix = out, ()
+        *parents, name = as_tuple(key)
+        for parent in parents:
+            prefix = (*prefix, parent)
+            if parent not in node.keys():
+                dims = layout.nested.get(prefix, torch.Size([]))
+                node[parent] = Composite(shape=dims, device=device)
+            node = node[parent]
+        if spec.shape[: len(node.shape)] != node.shape:
+            raise ValueError(
+                f"{key!r} has the feature shape {tuple(spec.shape)}, but everything under "
+                f"{prefix!r} begins with {tuple(node.shape)} in the reference env. Give it these "
+                f"dims, or a key outside of {prefix!r}."
+            )
+        node[name] = spec.clone()
     return rebatch(out, batch_size)
+
+
+def nested_dims(*specs: Composite) -> dict[tuple[str, ...], torch.Size]:
+    """The dims that nested Composites have of their own, ``("agents",): (n_agents,)``."""
+    found: dict[tuple[str, ...], torch.Size] = {}
+
+    def visit(spec: Composite, prefix: tuple[str, ...]) -> None:
+        for name, child in spec.items():
+            if isinstance(child, Composite):
+                if len(child.shape):
+                    found[(*prefix, name)] = child.shape
+                visit(child, (*prefix, name))
+
+    for spec in specs:
+        visit(spec, ())
+    return found
 
 
 def _flatten(spec: Composite) -> dict[NestedKey, TensorSpec]:
@@ -239,12 +335,11 @@ def _unbounded(shape, dtype: torch.dtype, device) -> TensorSpec:
 
 
 def _zeros(
-    specs: dict[NestedKey, TensorSpec], dims: int, device: torch.device | None
+    specs: dict[NestedKey, TensorSpec], lead: torch.Size, device: torch.device | None
 ) -> TensorDict:
-    lead = (1,) * dims
     out = TensorDict({}, batch_size=lead, device=device)
     for key, spec in specs.items():
-        out.set(key, _to(spec, device).zero(torch.Size(lead)))
+        out.set(key, _to(spec, device).zero(lead))
     return out
 
 
@@ -259,7 +354,9 @@ def _explicit_specs(
             f"observation_spec must be a torchrl.data.Composite, got {type(spec).__name__}."
         )
     if not isinstance(spec, Composite):
-        wrapped = Composite(shape=spec.shape[: len(batch_size)])
+        dims = len(batch_size)
+        batched = len(spec.shape) > dims and spec.shape[:dims] == batch_size
+        wrapped = Composite(shape=batch_size if batched else ())
         wrapped[latent_key] = spec
         spec = wrapped
     if spec.shape == batch_size and len(batch_size):
@@ -296,9 +393,10 @@ def _context_keys(
     latent_keys: list[NestedKey],
     layout: Layout,
     specs: dict[NestedKey, TensorSpec],
+    explicit: dict[NestedKey, TensorSpec],
     encoded: TensorDictBase | None,
 ) -> list[NestedKey]:
-    """Root keys of the step that are neither latents nor actions."""
+    """Root keys of the step that are neither latents nor actions: constant context."""
     context = []
     for name in world_model.step_names:
         module = world_model.components.get(name)
@@ -310,6 +408,15 @@ def _context_keys(
             known = key in specs or (
                 encoded is not None and encoded.get(key, None) is not None
             )
+            frozen = key in world_model.encoder.in_keys and key not in explicit
+            if frozen or key in (strip_next(k) for k in world_model.decoded_keys()):
+                raise ValueError(
+                    f"{name} reads the observation {key!r} at the root, where it would stand "
+                    f"still while the latents {latent_keys} move. Let {name} read latents, e.g. "
+                    f"{join('next', latent_keys[0])!r}. If {key!r} is constant over an episode, "
+                    f"as a goal is, say so: observation_spec=Composite("
+                    f"{key if isinstance(key, str) else '...'}=Unbounded(...))."
+                )
             if not known:
                 raise ValueError(
                     f"{name} reads {key!r}, which nothing in the env supplies: the latents are "
@@ -329,6 +436,7 @@ def _state_spec(
     encoded: TensorDictBase | None,
     dims: int,
     device: torch.device | None,
+    unseen: list[NestedKey] | None = None,
 ) -> TensorSpec:
     if key in explicit:
         return _to(explicit[key], device)
@@ -340,13 +448,21 @@ def _state_spec(
             return _unbounded(spec.shape, spec.dtype, device)
         return _to(spec, device)
     value = None if encoded is None else encoded.get(key, None)
+    if value is None and unseen:
+        raise ValueError(
+            f"The shape of the latent {key!r} cannot be inferred: the encoder reads {unseen}, "
+            f"which the reference env lacks (it has {sorted(reference, key=str)}). Let the "
+            f"encoder read the env's observations, or say the shape: observation_spec="
+            f"Composite({key if isinstance(key, str) else '...'}=Unbounded(shape))."
+        )
     if value is None:
         raise ValueError(
             f"The shape of the latent {key!r} cannot be inferred: it is neither in "
-            f"observation_spec nor in the reference env, and the encoder cannot be traced or "
-            f"does not write it. Say it: observation_spec=Composite("
-            f"{key if isinstance(key, str) else '...'}=Unbounded(shape)) or, for nested keys, "
-            f"the nested Composite."
+            f"observation_spec nor in the reference env, the encoder does not write it, and no "
+            f"initial state supplies it. If it is recurrent, pass "
+            f"WorldModel(..., initial_state=TensorDict({{{key!r}: ...}})); else say its shape: "
+            f"observation_spec=Composite({key if isinstance(key, str) else '...'}="
+            f"Unbounded(shape))."
         )
     return _unbounded(value.shape[dims:], value.dtype, device)
 
@@ -357,15 +473,22 @@ def _state_spec(
 def _trace_encoder(
     world_model: WorldModel,
     specs: dict[NestedKey, TensorSpec],
-    dims: int,
+    lead: torch.Size,
     device: torch.device | None,
 ) -> TensorDictBase | None:
     """The encoder's outputs on zeros, or None where the specs lack its inputs."""
     keys = unique(world_model.encoder.in_keys)
     if any(key not in specs for key in keys):
         return None
-    inputs = _zeros({key: specs[key] for key in keys}, dims, device)
-    return run_components({"encoder": world_model.encoder}, inputs)
+    inputs = _zeros({key: specs[key] for key in keys}, lead, device)
+    run_components({"encoder": world_model.encoder}, inputs.copy())  # names what fails
+    try:
+        return world_model.encode(inputs)
+    except Exception as err:
+        raise RuntimeError(
+            f"The latents could not be begun from the encoder's outputs by posterior and "
+            f"initial_state. It raised {type(err).__name__}: {err}"
+        ) from err
 
 
 def _decoded_keys(
@@ -424,9 +547,26 @@ def _check_rewards(world_model: WorldModel, layout: Layout) -> None:
     missing = [k for k in layout.reward_keys if join("next", k) not in written]
     if missing:
         raise ValueError(
-            f"The reference env's reward is {missing}, but reward_head writes "
-            f"{written_keys(world_model.reward_head)}. Let it write "
-            f"{[join('next', k) for k in missing]}, or rename the env's reward."
+            f"The reference env's reward is {missing}, so that {[join('next', k) for k in missing]} "
+            f"must be predicted, but reward_head writes {written_keys(world_model.reward_head)}. "
+            f"Change its out_keys to {[join('next', k) for k in missing]}."
+        )
+
+
+def _check_done_head(world_model: WorldModel, layout: Layout) -> None:
+    """Refuse a done head that nobody would listen to."""
+    if world_model.done_head is None:
+        return
+    heard = [
+        join("next", group.key(name))
+        for group in layout.endings.groups
+        for name in ENDING_NAMES
+    ]
+    written = written_keys(world_model.done_head)
+    if not set(heard) & set(written):
+        raise ValueError(
+            f"done_head writes {written}, none of which ends an episode. The env listens to "
+            f"{heard}. Change the out_key; {heard[0]!r} is what the loss trains, too."
         )
 
 
@@ -436,6 +576,7 @@ def _check_entry(
     value: torch.Tensor | None,
     spec: TensorSpec,
     dims: int,
+    fix: str = "Change the component's output, or give the spec: observation_spec=Composite(...).",
 ) -> None:
     if value is None:
         return
@@ -443,8 +584,7 @@ def _check_entry(
     if shape != spec.shape or value.dtype != spec.dtype:
         raise ValueError(
             f"{component} writes {key!r} with feature shape {tuple(shape)} and {value.dtype}, "
-            f"but its spec says {tuple(spec.shape)} and {spec.dtype}. Change the component's "
-            f"output, or give the spec: observation_spec=Composite(...)."
+            f"but its spec says {tuple(spec.shape)} and {spec.dtype}. {fix}"
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Union
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer
+from torchrl.data import ReplayBuffer, ReplayBufferEnsemble
 from torchrl.envs import EnvBase
 
 StartStates = Union[
@@ -27,17 +27,21 @@ def make_sampler(source: StartStates) -> Sampler:
     Raises:
         TypeError: if ``source`` is none of these.
     """
-    if isinstance(source, EnvBase):
-        return lambda size: _from_env(source, size)
-    if isinstance(source, ReplayBuffer):
-        return lambda size: _from_buffer(source, size)
-    if isinstance(source, TensorDictBase):
-        return lambda size: _random_rows(source, size)
+    forms = (
+        (EnvBase, _from_env),
+        (ReplayBufferEnsemble, _from_sample),
+        (ReplayBuffer, _from_buffer),
+        (TensorDictBase, _random_rows),
+    )
+    for kind, draw in forms:
+        if isinstance(source, kind):
+            return partial(draw, source)
     if callable(source):
-        return lambda size: _from_callable(source, size)
+        return partial(_from_callable, source)
     raise TypeError(
-        f"start_states must be an env, a replay buffer, a tensordict or a function of the "
-        f"batch size that returns a tensordict, got {type(source).__name__}."
+        f"start_states must be a TorchRL env (wrap a Gymnasium one: torchrl.envs.GymWrapper(env)), "
+        f"a replay buffer, a tensordict or a function of the batch size that returns a "
+        f"tensordict, got {type(source).__name__}."
     )
 
 
@@ -58,14 +62,18 @@ def _from_buffer(buffer: ReplayBuffer, size: torch.Size) -> TensorDictBase:
             "start_states is an empty replay buffer: there is no state to start from. "
             "Extend it with real transitions before env.reset() or env.rollout(...)."
         )
-    with warnings.catch_warnings():
-        # The buffer's own batch size is for training; as many starts as are
-        # asked for is what is wanted here.
-        warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")
-        sample = buffer.sample(size.numel())
-    if sample.numel() == size.numel():
-        return sample.reshape(size)
-    return _random_rows(sample, size)  # each element is a trajectory
+    if getattr(buffer.storage, "ndim", 1) > 1:
+        return _random_rows(buffer[:], size)
+    # By index: to sample would advance the sampler and the prefetched batches
+    # that training draws from the same buffer.
+    drawn = buffer[torch.randint(len(buffer), (size.numel(),))]
+    if drawn.batch_size == (size.numel(),):
+        return drawn.reshape(size)
+    return _random_rows(drawn, size)  # each element is a trajectory
+
+
+def _from_sample(buffer: ReplayBufferEnsemble, size: torch.Size) -> TensorDictBase:
+    return _random_rows(buffer.sample(size.numel()), size)
 
 
 def _random_rows(tensordict: TensorDictBase, size: torch.Size) -> TensorDictBase:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import parent_process
+from numbers import Integral
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorSpec, Unbounded
-from torchrl.envs import EnvBase, ModelBasedEnvBase
+from torchrl.data.utils import DEVICE_TYPING
+from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 from torchrl.envs.utils import _make_compatible_policy, _update_during_reset
 
 from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
-from torchrl_wm.envs.step import nested_dims, StepKernel
+from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys, missing_from, unique
+from torchrl_wm.modules.wiring import written_keys
 
 _COUNTER_KEY = "imagined_step"
 
@@ -61,6 +65,9 @@ class WorldModelEnv(ModelBasedEnvBase):
         decode: write the decoder's observations of the next latents at every
             step. The start has them too: the caller's own if given, else
             decoded.
+        check_finite: raise a ``FloatingPointError`` that names the entries where
+            a prediction is NaN or infinite. It waits for the device at every
+            step, so it is for looking for a fault.
 
     Raises:
         TypeError: if ``world_model`` or ``base_env`` is something else.
@@ -123,16 +130,25 @@ class WorldModelEnv(ModelBasedEnvBase):
         start_states: StartStates | None = None,
         max_steps: int | None = None,
         decode: bool = False,
+        check_finite: bool = False,
     ) -> None:
         _check_arguments(world_model, base_env, max_steps)
         batch_size = _as_size(batch_size, base_env.batch_size)
         sampler = None if start_states is None else make_sampler(start_states)
-        if device is None:
-            device = _device_of(world_model, base_env)
+        present = _device_of(world_model, base_env)
+        arguments = {
+            "observation_spec": observation_spec,
+            "batch_size": batch_size,
+            "latent_key": latent_key,
+            "decode": decode,
+            "time_limit": max_steps is not None,
+        }
+        # Before anything is moved: what does not fit leaves the model as it is.
+        layout = make_layout(world_model, base_env, device=present, **arguments)
         # Moves the model as a whole. A start may be done: done_head decides.
         super().__init__(
             world_model,
-            device=device,
+            device=present if device is None else device,
             batch_size=batch_size,
             allow_done_after_reset=True,
         )
@@ -142,17 +158,14 @@ class WorldModelEnv(ModelBasedEnvBase):
         # Not registered: the source's parameters are not the env's.
         self.__dict__["_start_states"] = start_states
         self.__dict__["_sampler"] = sampler
-        self.max_steps = max_steps
-        self._layout_arguments = {
-            "observation_spec": observation_spec,
-            "batch_size": batch_size,
-            "latent_key": latent_key,
-            "decode": decode,
-            "time_limit": max_steps is not None,
-        }
-        layout = make_layout(
-            world_model, base_env, device=self.device, **self._layout_arguments
-        )
+        self.max_steps = None if max_steps is None else int(max_steps)
+        self.check_finite = check_finite
+        self._layout_arguments = arguments
+        if self.device is not None and self.device != present:
+            layout = layout.to(self.device)
+        group_map = _group_map(base_env)
+        if group_map is not None:
+            self.group_map = group_map
         self.latent_key = latent_key or next(iter(layout.latent))
         self._set_specs(layout)
         self.__dict__["_layout"] = layout
@@ -171,8 +184,10 @@ class WorldModelEnv(ModelBasedEnvBase):
                 shape=(1,), dtype=torch.int64, device=device
             )
         state = {**layout.state, **counter}
-        self.state_spec = composite(state, size, device)
-        self.observation_spec = composite({**state, **layout.decoded}, size, device)
+        self.state_spec = composite(state, layout, size, device)
+        self.observation_spec = composite(
+            {**state, **layout.decoded}, layout, size, device
+        )
 
     def _make_kernel(self, layout: Layout) -> StepKernel:
         return StepKernel(
@@ -180,20 +195,18 @@ class WorldModelEnv(ModelBasedEnvBase):
             layout,
             max_steps=self.max_steps,
             counter_key=None if self.max_steps is None else _COUNTER_KEY,
-            nested=nested_dims(
-                [
-                    self.full_observation_spec,
-                    self.full_reward_spec,
-                    self.full_done_spec,
-                ],
-                self.batch_size,
-            ),
+            check_finite=self.check_finite,
         )
 
     @property
     def start_states(self) -> StartStates | None:
         """Where episodes begin when no state is given."""
         return self._start_states
+
+    @property
+    def start_keys(self) -> list[NestedKey]:
+        """What a start may be made of: latents, context, or observations to encode."""
+        return unique([*self._layout.state, *self.world_model.encoder.in_keys])
 
     @property
     def latent_keys(self) -> list[NestedKey]:
@@ -218,23 +231,51 @@ class WorldModelEnv(ModelBasedEnvBase):
             del spec[_COUNTER_KEY]
             arguments["observation_spec"] = spec
         layout = make_layout(self.world_model, self, device=self.device, **arguments)
-        changed = sorted(
-            {*layout.done.keys(True, True)} ^ {*self._layout.done.keys(True, True)},
-            key=str,
-        )
+        changed = sorted(layout.keys ^ self._layout.keys, key=str)
         if changed:
             raise ValueError(
-                f"A component of the world model was replaced by one that changes the env's "
-                f"done entries ({changed}). Make a new WorldModelEnv."
+                f"A component of the world model was replaced by one that changes the entries of "
+                f"the env: {changed}. Make a new WorldModelEnv."
             )
         layout.dropped = self._layout.dropped
         return layout, self._make_kernel(layout)
+
+    def __repr__(self) -> str:
+        source = self._start_states
+        parts = {
+            "batch_size": list(self.batch_size),
+            "device": self.device,
+            "action": self._layout.action_keys,
+            "latents": self.latent_keys,
+            "context": list(self._layout.context),
+            "decoded": list(self._layout.decoded),
+            "max_steps": self.max_steps,
+            "start_states": None if source is None else type(source).__name__,
+        }
+        lines = [f"  {name}={value}" for name, value in parts.items() if value != []]
+        model = "\n".join("  " + line for line in repr(self.world_model).splitlines())
+        return "\n".join([f"{type(self).__name__}(", *lines, model, ")"])
+
+    def add_truncated_keys(self) -> EnvBase:
+        """Add ``truncated`` to every done entry, as :meth:`~torchrl.envs.EnvBase.add_truncated_keys`."""
+        super().add_truncated_keys()
+        layout = self._layout
+        for group in layout.endings.groups:
+            group.truncates = True
+        layout.done = layout.endings.spec(layout.done)
+        return self
 
     # Stepping ------------------------------------------------------------
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         kernel = self.step_kernel
-        out = kernel(tensordict)
+        if parent_process() is not None and tensordict.get(self.latent_key).is_shared():
+            # In the worker of a ParallelEnv, whose shared buffers would chain the
+            # graphs of all steps; none of them could be used by the parent.
+            with torch.no_grad():
+                out = kernel(tensordict)
+        else:
+            out = kernel(tensordict)
         mask = tensordict.get("_step", None)
         if mask is None:
             return out
@@ -288,11 +329,19 @@ class WorldModelEnv(ModelBasedEnvBase):
         """Latents, context and root observations from what the caller gave, if they are there."""
         world_model: WorldModel = self.world_model
         lacking = missing_from(given, layout.latent)
-        if lacking:
+        encodable = set(written_keys(world_model.encoder)) & {*layout.context}
+        if lacking or missing_from(given, encodable):
             inputs = unique(world_model.encoder.in_keys)
             if missing_from(given, inputs):
                 return None
-            encoded = world_model.encode(given.select(*inputs))
+            # Latents that the encoder does not write are used where they are given.
+            kept = given.select(*[k for k in layout.latent if k not in lacking])
+            for key in inputs:
+                if key in layout.observed:
+                    self._checked(key, given.get(key), layout.observed[key], given)
+            encoded = world_model.encode(kept.copy().update(given.select(*inputs)))
+            if not lacking:
+                encoded.update(kept)
         else:
             encoded = None
         state: dict[NestedKey, torch.Tensor] = {}
@@ -301,15 +350,28 @@ class WorldModelEnv(ModelBasedEnvBase):
             if encoded is not None and (value is None or key in layout.latent):
                 value = encoded.get(key, None)
             if value is None:
-                raise KeyError(
+                fix = (
+                    "or let the model supply it: WorldModel(..., initial_state=TensorDict({...}))"
+                    if key in layout.latent
+                    else "or let start_states give it"
+                )
+                raise MissingEntryError(
                     f"The start state lacks {key!r}, which the world model's step reads. Put it "
-                    f"into the start tensordict (there: {leaf_keys(given)})."
+                    f"into the start tensordict (there: {leaf_keys(given)}), {fix}."
                 )
             state[key] = self._checked(key, value, layout.state[key], given)
-        for key in layout.decoded:
-            if given.get(key, None) is not None:
-                value = given.get(key)
-                state[key] = self._checked(key, value, layout.decoded[key], given)
+        for key, spec in layout.decoded.items():
+            value = given.get(key, None)
+            observed = layout.observed.get(key, spec)
+            if value is None or (value.dtype, observed.dtype) == (
+                observed.dtype,
+                spec.dtype,
+            ):
+                pass
+            elif value.dtype == observed.dtype:
+                continue  # an image in uint8, say, that is decoded as floats
+            if value is not None:
+                state[key] = self._checked(key, value, spec, given)
         absent = [key for key in layout.decoded if key not in state]
         if absent:
             inputs = TensorDict({}, batch_size=given.batch_size, device=self.device)
@@ -350,7 +412,14 @@ class WorldModelEnv(ModelBasedEnvBase):
         """What is left of the caller's tensordict after a reset: what may stand still."""
         dropped = {
             "next",
+            # What collectors, replay buffers and transforms note of real samples.
             "collector",
+            "index",
+            "priority_weight",
+            "_weight",
+            "weight",
+            "is_init",
+            "step_count",
             "_step",
             *self.reset_keys,
             *layout.action_keys,
@@ -358,7 +427,10 @@ class WorldModelEnv(ModelBasedEnvBase):
             *layout.dropped,
         }
         # A copy, nested tensordicts included: the caller's are not written to.
-        return given.exclude(*dropped).copy()
+        kept = given.exclude(*dropped).copy()
+        # The start may be a time slice of real data; the imagined time is another.
+        kept.names = [None] * kept.batch_dims
+        return kept
 
     def _checked(
         self,
@@ -373,7 +445,8 @@ class WorldModelEnv(ModelBasedEnvBase):
                 f"The start state's {key!r} has shape {tuple(value.shape)} and {value.dtype}; "
                 f"the tensordict's batch size {tuple(given.batch_size)} and the spec ask for "
                 f"{expected} and {spec.dtype}. Give TensorDict(..., batch_size=[...]) the batch "
-                f"dims of its entries, and latents from world_model.encode(obs)."
+                f"dims of its entries; latents come from world_model.encode(obs), observations "
+                f"from the reference env or one like it."
             )
         return value
 
@@ -388,7 +461,29 @@ class WorldModelEnv(ModelBasedEnvBase):
             return tensordict_reset
         merged = tensordict.copy()
         self._reset_check_done(merged, tensordict_reset)
-        return _update_during_reset(tensordict_reset, merged, self.reset_keys)
+        rows = self._rows_to_reset(tensordict)
+        merged = _update_during_reset(tensordict_reset, merged, self.reset_keys)
+        if rows is not None:
+            for key in self.state_spec.keys(True, True):
+                new, old = tensordict_reset.get(key), merged.get(key)
+                merged.set(key, torch.where(_expand_right(rows, new), new, old))
+        return merged
+
+    def _rows_to_reset(self, tensordict: TensorDictBase) -> torch.Tensor | None:
+        """Rows that all agents leave, where only agents have done entries: ``[*B]``.
+
+        TorchRL then resets the agents' own entries; what the agents share, at
+        the root, has to begin anew with them.
+        """
+        if "_reset" in self.reset_keys:
+            return None
+        dims = tensordict.batch_dims
+        flags = [
+            tensordict.get(key).flatten(dims).all(-1)
+            for key in self.reset_keys
+            if tensordict.get(key, None) is not None
+        ]
+        return torch.stack(flags).all(0)
 
     def _resolve_set_state(
         self,
@@ -429,15 +524,72 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     # Imagining -----------------------------------------------------------
 
-    @wraps(EnvBase.rollout)
     def rollout(
-        self, max_steps: int, policy: Callable | None = None, *args: Any, **kwargs: Any
+        self,
+        max_steps: int,
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        callback: Callable[[TensorDictBase, ...], Any] | None = None,
+        *,
+        actions: Iterable[Any] | None = None,
+        auto_reset: bool = True,
+        auto_cast_to_device: bool = False,
+        break_when_any_done: bool | None = None,
+        break_when_all_done: bool | None = None,
+        return_contiguous: bool | None = False,
+        tensordict: TensorDictBase | None = None,
+        set_truncated: bool = False,
+        out=None,
+        trust_policy: bool = False,
+        storing_device: DEVICE_TYPING | None = None,
+        set_state: bool | None = None,
     ) -> TensorDictBase:
-        # The inherited loop, with an error that names what a policy lacks.
+        """Imagine until an episode ends; :meth:`torchrl.envs.EnvBase.rollout`, its arguments and results.
+
+        What to know of it here:
+
+        - ``tensordict`` is the start: latents, or observations to encode. It is
+          not written to.
+        - By default it stops as soon as *one* of the trajectories ends. With
+          ``break_when_all_done=True`` it waits for all, with
+          ``break_when_any_done=False`` it goes on: ended rows begin anew from
+          ``start_states``, or, without, are left as they are.
+        - ``max_steps`` here is how long to roll out; the env's own ``max_steps`` is
+          where it truncates episodes.
+        - Gradients flow through it. Under ``torch.no_grad()`` it keeps no graph:
+          what goes into a replay buffer belongs there.
+
+        Returns:
+            The trajectories, ``[*B, T]``.
+        """
+        if isinstance(tensordict, TensorDictBase) and "time" in tensordict.names:
+            # A time slice of real data: the imagined time is another dim.
+            tensordict = tensordict.copy()
+            tensordict.names = [None] * tensordict.batch_dims
+        elif tensordict is not None and not isinstance(tensordict, TensorDictBase):
+            raise TypeError(
+                f"The start must be a TensorDict, got {type(tensordict).__name__}: "
+                f"env.rollout(max_steps, tensordict=world_model.encode(obs))."
+            )
         try:
-            return super().rollout(max_steps, policy, *args, **kwargs)
+            return super().rollout(
+                max_steps,
+                policy,
+                callback,
+                actions=actions,
+                auto_reset=auto_reset,
+                auto_cast_to_device=auto_cast_to_device,
+                break_when_any_done=break_when_any_done,
+                break_when_all_done=break_when_all_done,
+                return_contiguous=return_contiguous,
+                tensordict=tensordict,
+                set_truncated=set_truncated,
+                out=out,
+                trust_policy=trust_policy,
+                storing_device=storing_device,
+                set_state=set_state,
+            )
         except KeyError as err:
-            self._explain_policy_error(policy, kwargs.get("tensordict"), err)
+            self._explain_policy_error(policy, tensordict, err)
             raise
 
     def imagine(
@@ -489,8 +641,18 @@ class WorldModelEnv(ModelBasedEnvBase):
             >>> imagined.shape, imagined["collector", "mask"].all()
             (torch.Size([7, 15]), tensor(True))
         """
+        if not isinstance(horizon, int):
+            raise TypeError(
+                f"horizon must be an int, got {type(horizon).__name__}: imagine(horizon, policy, "
+                f"tensordict)."
+            )
         if horizon <= 0:
             raise ValueError(f"horizon must be at least 1, got {horizon}.")
+        if isinstance(policy, TensorDictBase):
+            raise TypeError(
+                "imagine got a tensordict as policy. The start is a keyword: "
+                "imagine(horizon, tensordict=start)."
+            )
         if policy is not None and actions is not None:
             raise ValueError(
                 "imagine takes a policy or actions, not both: with actions given there is "
@@ -501,10 +663,13 @@ class WorldModelEnv(ModelBasedEnvBase):
                 {}, batch_size=self._batch_of_actions(actions), device=self.device
             )
         state = self.reset(tensordict)
+        if actions is None and policy is None:
+            # All at once: to draw a bounded action waits for the device.
+            lead = () if self.batch_locked else state.batch_size
+            actions = self.full_action_spec.rand((horizon, *lead))
+            actions = actions.permute(*range(1, actions.batch_dims), 0)
         if actions is not None:
             act = self._replayer(actions, state.batch_size, horizon)
-        elif policy is None:
-            act = self.rand_action
         else:
             act = _make_compatible_policy(
                 policy, self.observation_spec, env=self, fast_wrap=True
@@ -530,8 +695,15 @@ class WorldModelEnv(ModelBasedEnvBase):
         return out
 
     def _batch_of_actions(self, actions: torch.Tensor | TensorDictBase) -> torch.Size:
+        if self.batch_locked:
+            return self.batch_size
         if isinstance(actions, TensorDictBase):
             return actions.batch_size[:-1]
+        if not isinstance(actions, torch.Tensor):
+            raise TypeError(
+                f"actions must be a tensor [*B, H, *A] or a TensorDict, got "
+                f"{type(actions).__name__}."
+            )
         spec = self._layout.action[self._layout.action_keys[0]]
         return actions.shape[: actions.ndim - len(spec.shape) - 1]
 
@@ -597,7 +769,7 @@ class WorldModelEnv(ModelBasedEnvBase):
             else f"Let the policy read the latents {self.latent_keys}, or give the world model "
             f"a decoder that writes {lacking} and pass decode=True"
         )
-        raise KeyError(
+        raise MissingEntryError(
             f"The policy reads {lacking}, which the imagined env does not have. It has "
             f"{sorted(there, key=str)}. {fix}."
         ) from err
@@ -615,16 +787,31 @@ def _check_arguments(world_model: Any, base_env: Any, max_steps: Any) -> None:
             f"base_env must be a torchrl.envs.EnvBase, whose specs are copied, got "
             f"{type(base_env).__name__}. Wrap a Gymnasium env: torchrl.envs.GymWrapper(env)."
         )
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps <= 0):
+    is_count = isinstance(max_steps, Integral) and not isinstance(max_steps, bool)
+    if max_steps is not None and (not is_count or max_steps <= 0):
         raise ValueError(
             f"max_steps must be a positive int or None, got {max_steps!r}."
         )
 
 
+def _group_map(env: EnvBase) -> dict | None:
+    """The agents by group, which multi-agent code looks for in an env."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    # Not getattr: batched envs ask their workers, and start them.
+    return env.__dict__.get("group_map")
+
+
 def _as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> torch.Size:
     if batch_size is None:
         return default
-    return torch.Size([batch_size] if isinstance(batch_size, int) else batch_size)
+    sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"batch_size must be a positive int or a sequence of them, [] for any batch size; "
+            f"got {batch_size!r}."
+        )
+    return torch.Size(sizes)
 
 
 def _device_of(world_model: WorldModel, base_env: EnvBase) -> torch.device | None:

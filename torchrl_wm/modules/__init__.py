@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.initial_state import InitialState
+from torchrl_wm.modules.observer import Observer
 from torchrl_wm.modules.world_model import WorldModel
 
-__all__ = ["WorldModel"]
+__all__ = ["InitialState", "MissingEntryError", "Observer", "WorldModel"]

@@ -8,7 +8,7 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from torchrl_wm.modules.keys import is_next, unique
+from torchrl_wm.modules.keys import is_next, strip_next, unique
 
 
 def check_component(name: str, module: nn.Module) -> None:
@@ -57,6 +57,42 @@ def check_wiring(components: Mapping[str, nn.Module]) -> None:
                     f"the other. Give one of them another out_key, or leave one out."
                 )
             writer[key] = name
+
+
+def check_posterior(
+    posterior: nn.Module, encoder: nn.Module, dynamics: nn.Module
+) -> None:
+    """Refuse a posterior that cannot correct what the dynamics predict.
+
+    It reads predicted latents and an encoded observation, both below "next" or
+    both at the root, and writes latents at the same place.
+
+    Raises:
+        ValueError: if it reads what neither dynamics nor the encoder write, or
+            writes no latent.
+    """
+    predicted = {strip_next(key) for key in written_keys(dynamics) if is_next(key)}
+    available = predicted | set(written_keys(encoder))
+    reads = unique(posterior.in_keys)
+    for key in reads:
+        if is_next(key) != is_next(reads[0]):
+            raise ValueError(
+                f"posterior reads {reads}, some below 'next' and some not. Both the predicted "
+                f"latents and the encoded observation are those of the next step: name them "
+                f"all ('next', ...), or none."
+            )
+        if strip_next(key) not in available:
+            raise ValueError(
+                f"posterior reads {key!r}, but neither dynamics nor the encoder write "
+                f"{strip_next(key)!r}. They write {sorted(available, key=str)}."
+            )
+    writes = {strip_next(key) for key in written_keys(posterior)}
+    if not writes & predicted:
+        raise ValueError(
+            f"posterior writes {written_keys(posterior)}, none of which is a latent that "
+            f"dynamics predict: {sorted(predicted, key=str)}. Let it write the latents that it "
+            f"corrects."
+        )
 
 
 def _unwritten_message(

@@ -5,9 +5,19 @@ from __future__ import annotations
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase, TensorDictSequential
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from torchrl_wm.modules.keys import is_next, join, unique
-from torchrl_wm.modules.wiring import check_component, check_wiring, written_keys
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.filtering import begin, observe_sequence, observe_step
+from torchrl_wm.modules.initial_state import InitialState, InitialStateLike
+from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.observer import Observer
+from torchrl_wm.modules.wiring import (
+    check_component,
+    check_posterior,
+    check_wiring,
+    written_keys,
+)
 
 
 class WorldModel(TensorDictModuleBase):
@@ -46,6 +56,12 @@ class WorldModel(TensorDictModuleBase):
     Keyword Args:
         done_head: predicts the end of the episode.
         decoder: maps latents back to observations. Needed by :meth:`decode`.
+        posterior: corrects predicted latents by the encoded observation they
+            should have led to, as in recurrent state space models (PlaNet, arXiv
+            1811.04551). Used by :meth:`observe`, never while imagining.
+        initial_state: where the latents begin that the encoder does not write,
+            such as a GRU's belief: a tensordict or Composite without batch dims,
+            a TensorDictModule that writes them, or a function of the batch size.
 
     Raises:
         TypeError: if a component does not name its keys.
@@ -96,7 +112,14 @@ class WorldModel(TensorDictModuleBase):
     """
 
     #: The components, in the order in which :meth:`forward` runs them.
-    component_names = ("encoder", "dynamics", "reward_head", "done_head", "decoder")
+    component_names = (
+        "encoder",
+        "dynamics",
+        "reward_head",
+        "done_head",
+        "decoder",
+        "posterior",
+    )
     #: Those of them that make one imagined step.
     step_names = ("dynamics", "reward_head", "done_head")
 
@@ -108,14 +131,19 @@ class WorldModel(TensorDictModuleBase):
         *,
         done_head: TensorDictModuleBase | None = None,
         decoder: TensorDictModuleBase | None = None,
+        posterior: TensorDictModuleBase | None = None,
+        initial_state: InitialStateLike | None = None,
     ) -> None:
         super().__init__()
-        given = (encoder, dynamics, reward_head, done_head, decoder)
+        given = (encoder, dynamics, reward_head, done_head, decoder, posterior)
         for name, module in zip(self.component_names, given):
             if module is not None or name in ("encoder", "dynamics", "reward_head"):
                 check_component(name, module)
             self.register_module(name, module)
-        check_wiring(self.components)
+        self.initial_state = (
+            None if initial_state is None else InitialState(initial_state)
+        )
+        _ = self._sequences  # checks the wiring
 
     # Components and keys -------------------------------------------------
 
@@ -132,7 +160,11 @@ class WorldModel(TensorDictModuleBase):
     @property
     def in_keys(self) -> list[NestedKey]:
         """What :meth:`forward` reads."""
-        return self._sequences["forward"].in_keys
+        keys = self._sequences["forward"].in_keys
+        if self.initial_state is None:
+            return keys
+        supplied = self.initial_state.keys()
+        return [key for key in keys if key not in supplied]
 
     @in_keys.setter
     def in_keys(self, value) -> None:
@@ -179,12 +211,15 @@ class WorldModel(TensorDictModuleBase):
         if cached is None or not _same(cached[0], components):
             for name, module in components.items():
                 check_component(name, module)
-            check_wiring(components)
+            ahead = {k: v for k, v in components.items() if k != "posterior"}
+            check_wiring(ahead)
+            if "posterior" in components:
+                check_posterior(self.posterior, self.encoder, self.dynamics)
             step = [components[k] for k in self.step_names if k in components]
             cached = (
                 components,
                 {
-                    "forward": TensorDictSequential(*components.values()),
+                    "forward": TensorDictSequential(*ahead.values()),
                     "step": TensorDictSequential(*step),
                 },
             )
@@ -195,6 +230,10 @@ class WorldModel(TensorDictModuleBase):
         state = self.__dict__.copy()
         state.pop("_sequence_cache", None)
         return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        _ = self._sequences  # so that a compiled call finds them
 
     # What it does --------------------------------------------------------
 
@@ -209,11 +248,84 @@ class WorldModel(TensorDictModuleBase):
             The same tensordict, with the latents at the root and the
             predictions under ``"next"`` (where they replace what stood there).
         """
-        return self._sequences["forward"](tensordict)
+        if self.initial_state is None:
+            return self._sequences["forward"](tensordict)
+        tensordict = self.step(self.encode(tensordict))
+        return tensordict if self.decoder is None else self.decoder(tensordict)
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the latents of the observations in ``tensordict`` and return it."""
-        return self.encoder(tensordict)
+        """Write the latents of the observations in ``tensordict`` and return it.
+
+        Latents that the encoder does not write come from the initial state
+        (corrected by the posterior, if there is one), unless they are there
+        already.
+        """
+        return begin(self, tensordict)
+
+    def observe(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Filter real observations into latents.
+
+        With next observations in ``tensordict`` it is a batch of sequences,
+        ``[*B, T]``: the latents of all its steps are written, together with
+        what dynamics and posterior predict under "next", in a new tensordict.
+
+        Without, it is one step in a running env, ``[*B]``: the latents of the
+        step before and the action taken then are at the root, where TorchRL's
+        rollouts and collectors leave them, and are updated by the newest
+        observation. :meth:`observer` is this as a module.
+
+        Where ``is_init`` is True an episode begins, and the latents with it.
+
+        Raises:
+            KeyError: if observations or actions are missing, or if nothing
+                says where a latent begins.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl_wm import WorldModel
+            >>> cell = torch.nn.GRUCell(4, 8)  # joins the latest observation and action
+            >>> def dynamics(observation, belief, action):
+            ...     belief = cell(torch.cat([observation, action], -1), belief)
+            ...     return observation + belief[..., :3], belief
+            >>> world_model = WorldModel(
+            ...     Mod(torch.nn.Identity(), ["observation"], ["observation"]),
+            ...     Mod(
+            ...         dynamics,
+            ...         ["observation", "belief", "action"],
+            ...         [("next", "observation"), ("next", "belief")],
+            ...     ),
+            ...     Mod(torch.nn.Linear(8, 1), [("next", "belief")], [("next", "reward")]),
+            ...     initial_state=TensorDict({"belief": torch.zeros(8)}),
+            ... )
+            >>> data = TensorDict(
+            ...     {
+            ...         "observation": torch.randn(2, 5, 3),
+            ...         "action": torch.randn(2, 5, 1),
+            ...         "next": {"observation": torch.randn(2, 5, 3)},
+            ...     },
+            ...     batch_size=[2, 5],
+            ... )
+            >>> world_model.observe(data)["belief"].shape
+            torch.Size([2, 5, 8])
+        """
+        inputs = [join("next", key) for key in unique(self.encoder.in_keys)]
+        if tensordict.batch_dims and not missing_from(tensordict, inputs):
+            return observe_sequence(self, tensordict)
+        return observe_step(self, tensordict)
+
+    def observer(self) -> Observer:
+        """:meth:`observe`, one step at a time, as a module to put before a policy."""
+        return Observer(self)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether latents depend on more than the latest observation."""
+        if self.posterior is not None:
+            return True
+        encoded = set(written_keys(self.encoder))
+        return any(key not in encoded for key in self.latent_keys)
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Predict one step ahead; neither encodes nor decodes.
@@ -225,7 +337,18 @@ class WorldModel(TensorDictModuleBase):
         Returns:
             The same tensordict, with the predictions under ``"next"``.
         """
-        return self._sequences["step"](tensordict)
+        sequence = self._sequences["step"]
+        try:
+            return sequence(tensordict)
+        except KeyError as err:
+            inputs = [key for key in unique(sequence.in_keys) if not is_next(key)]
+            missing = missing_from(tensordict, inputs)
+            if not missing:
+                raise
+            raise MissingEntryError(
+                f"WorldModel.step reads {missing}, and the tensordict has "
+                f"{leaf_keys(tensordict)}."
+            ) from err
 
     def decode(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the observations that the latents in ``tensordict`` stand for.
@@ -243,6 +366,35 @@ class WorldModel(TensorDictModuleBase):
     def decoded_keys(self) -> list[NestedKey]:
         """The keys that the decoder writes; empty without a decoder."""
         return [] if self.decoder is None else written_keys(self.decoder)
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, module in [
+            *self.components.items(),
+            ("initial_state", self.initial_state),
+        ]:
+            if module is None:
+                continue
+            if name == "initial_state":
+                keys = f"-> {module.keys()}"
+            else:
+                keys = f"{unique(module.in_keys)} -> {written_keys(module)}"
+            lines.append((name, keys, _count(module)))
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        rows = [
+            f"  {name:<{widths[0]}}  {keys:<{widths[1]}}  {count:>{widths[2]}}"
+            for name, keys, count in lines
+        ]
+        head = f"{type(self).__name__}(latents={self.latent_keys}, parameters={_count(self)})"
+        return "\n".join([head, *rows])
+
+
+def _count(module: nn.Module) -> str:
+    """The number of parameters, readable; lazy ones are not there yet."""
+    parameters = list(module.parameters())
+    if any(is_lazy(parameter) for parameter in parameters):
+        return "lazy"
+    return f"{sum(parameter.numel() for parameter in parameters):,}"
 
 
 def _same(left: dict[str, nn.Module], right: dict[str, nn.Module]) -> bool:

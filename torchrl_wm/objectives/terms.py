@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.objectives.utils import distance_loss
 
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import (
     as_tuple,
     is_next,
@@ -182,10 +183,10 @@ class DoneTerm(LossTerm):
         for key, goes_on in candidates:
             if join("next", key) in written:
                 return join("next", key), goes_on
-        raise KeyError(
+        raise MissingEntryError(
             f"The loss 'done' finds no prediction of done_head, which writes {written}. It looks "
-            f"for {[join('next', key) for key, _ in candidates]}: rename the out_key, or call "
-            f"loss.set_keys(terminated=..., done=...)."
+            f"for {[join('next', key) for key, _ in candidates]}. Change the head's out_key to "
+            f"{join('next', candidates[0][0])!r}, which WorldModelEnv understands, too."
         )
 
     @staticmethod
@@ -207,7 +208,7 @@ class DoneTerm(LossTerm):
                 also=join("next", keys.done),
             )
         truncated = batch.get(join("next", sibling(keys.done, "truncated")), None)
-        return done if truncated is None else done & ~truncated
+        return done if truncated is None else done.bool() & ~truncated.bool()
 
 
 class ReconstructionTerm(LossTerm):
@@ -303,7 +304,7 @@ class LatentTerm(LossTerm):
                 name = join("next", loss.world_model.latent_keys[0])
                 value = predicted.get(name)
             if value is None:
-                raise KeyError(
+                raise MissingEntryError(
                     f"The batch has {keys.target_latent!r}, but the world model does not write "
                     f"{keys.predicted_latent!r}. Say which latent it is the target of: "
                     f"loss.set_keys(predicted_latent=('next', ...))."
@@ -313,7 +314,7 @@ class LatentTerm(LossTerm):
         targets = loss.encode_next(batch)
         compared = [key for key in latents if targets.get(key, None) is not None]
         if not compared:
-            raise KeyError(
+            raise MissingEntryError(
                 f"The loss 'latent' has nothing to compare: of the world model's latents "
                 f"{latents} the encoder writes none. Give the targets in the batch under "
                 f"{keys.target_latent!r}."
@@ -365,10 +366,10 @@ def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor
 
 def missing_label(
     batch: TensorDictBase, key: NestedKey, term: str, also: NestedKey | None = None
-) -> KeyError:
+) -> MissingEntryError:
     """The error for a label that is not in the batch."""
     alternative = "" if also is None else f" (nor {also!r})"
-    return KeyError(
+    return MissingEntryError(
         f"The loss {term!r} needs the label {key!r}{alternative}, and the batch has {leaf_keys(batch)}. Add "
         f"it to the batch, name it with loss.set_keys(...), or leave {term!r} out of losses."
     )
@@ -380,9 +381,10 @@ def _prediction(
     value = predicted.get(key, None)
     if value is None:
         written = written_keys(getattr(loss.world_model, component))
-        raise KeyError(
-            f"{component} writes {written}, not {key!r}. Name what it writes: "
-            f"loss.set_keys({as_tuple(key)[-1]}={strip_next(written[0])!r})."
+        raise MissingEntryError(
+            f"{component} writes {written}, not {key!r}. Change its out_key to {key!r}, or, for "
+            f"another key below 'next', call loss.set_keys({as_tuple(key)[-1]}=<that key>, "
+            f"true_{as_tuple(key)[-1]}={strip_next(key)!r})."
         )
     return value
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import dispatch, TensorDictModuleBase
+from torch import nn
 from torchrl.objectives import LossModule
 
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.filtering import IS_INIT
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.running import run_components
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,
@@ -21,6 +26,7 @@ from torchrl_wm.objectives.terms import (
     RewardTerm,
 )
 
+Result = TypeVar("Result")
 LossName = Literal["reward", "done", "reconstruction", "latent"]
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -47,6 +53,17 @@ class WorldModelLoss(LossModule):
     The model runs on a copy of what it reads, so the labels in the batch are
     never overwritten.
 
+    A recurrent model (one with a posterior, or with latents that its initial
+    state supplies) is trained on sequences, ``[*B, T]``: the observations are
+    filtered into latents by :meth:`~torchrl_wm.WorldModel.observe`, which begins
+    anew where ``is_init`` says so, and the terms look at the filtered latents.
+
+    With ``multi_step=True`` any model is trained on sequences, open loop: the
+    latents of the first observation are rolled through all ``T`` steps with the
+    recorded actions, as in TD-MPC (arXiv 2203.04955, eq. 6), and every term compares
+    these predictions. Step ``t`` counts ``decay ** t``; where an episode ends,
+    the comparison ends with it.
+
     Args:
         world_model: the model to train.
 
@@ -60,6 +77,11 @@ class WorldModelLoss(LossModule):
         reward_weight, done_weight, reconstruction_weight, latent_weight: what
             each term is multiplied with.
         reconstruction_target: ``"observation"`` or ``"next"``.
+        delay_encoder: let targets of the latent be encoded by target parameters
+            (``target_encoder_params``), which :class:`~torchrl.objectives.SoftUpdate`
+            or :class:`~torchrl.objectives.HardUpdate` move.
+        multi_step: compare open-loop predictions over whole sequences.
+        decay: the weight of a step relative to the one before it, in (0, 1].
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for one
             number per sample, ``[*B]``.
 
@@ -171,6 +193,12 @@ class WorldModelLoss(LossModule):
     decoder: TensorDictModuleBase
     decoder_params: TensorDictParams
     target_decoder_params: TensorDictParams
+    posterior: TensorDictModuleBase
+    posterior_params: TensorDictParams
+    target_posterior_params: TensorDictParams
+    initial_state: nn.Module
+    initial_state_params: TensorDictParams
+    target_initial_state_params: TensorDictParams
 
     def __init__(
         self,
@@ -187,6 +215,9 @@ class WorldModelLoss(LossModule):
         latent_weight: float = 1.0,
         reconstruction_target: Literal["observation", "next"] = "observation",
         reduction: Literal["mean", "sum", "none"] = "mean",
+        delay_encoder: bool = False,
+        multi_step: bool = False,
+        decay: float = 1.0,
     ) -> None:
         super().__init__()
         if not isinstance(world_model, WorldModel):
@@ -199,6 +230,11 @@ class WorldModelLoss(LossModule):
             raise ValueError(
                 f"Unknown reduction {reduction!r}. Valid choices are {list(_REDUCTIONS)}."
             )
+        if not 0 < decay <= 1 or (decay != 1 and not multi_step):
+            raise ValueError(
+                f"decay must be in (0, 1], and weighs the steps of multi_step=True; got "
+                f"decay={decay} with multi_step={multi_step}."
+            )
         named = {
             "reward": RewardTerm(reward_loss, reward_weight),
             "done": DoneTerm(done_loss, done_weight),
@@ -210,6 +246,9 @@ class WorldModelLoss(LossModule):
         self.terms = _as_terms(["reward"] if losses is None else losses, named)
         self.losses = [term.name for term in self.terms]
         self.reduction = reduction
+        self.delay_encoder = delay_encoder
+        self.multi_step = multi_step
+        self.decay = decay
         # Not registered: the parameters stand in encoder_params and its like.
         self.__dict__["world_model"] = world_model
         for term in self.terms:
@@ -218,21 +257,34 @@ class WorldModelLoss(LossModule):
 
     # Components ----------------------------------------------------------
 
+    def _parts(self) -> dict[str, nn.Module]:
+        parts = dict(self.world_model.components)
+        if self.world_model.initial_state is not None:
+            parts["initial_state"] = self.world_model.initial_state
+        return parts
+
     def _follow_components(self) -> None:
         """Hold the parameters of the model's present components."""
-        components = self.world_model.components
-        for name, module in components.items():
+        for name, module in self._parts().items():
             if self.__dict__.get(name) is not module:
-                self.convert_to_functional(module, name)
+                self.convert_to_functional(
+                    module,
+                    name,
+                    create_target_params=self.delay_encoder and name == "encoder",
+                )
 
-    def _run(self, name: str, tensordict: TensorDictBase) -> TensorDictBase:
-        module = self.__dict__[name]
-        with getattr(self, name + "_params").to_module(module):
-            return module(tensordict)
+    def _with_parameters(self, function: Callable[[], Result]) -> Result:
+        """Call ``function`` while the model's components use the parameters held here."""
+        for name, module in self._parts().items():
+            function = partial(
+                _call_with, getattr(self, name + "_params"), module, function
+            )
+        return function()
 
     def _active(self) -> list[str]:
         """The components to run: those that a term trains, and what they read."""
-        components = self.world_model.components
+        components = dict(self.world_model.components)
+        components.pop("posterior", None)
         wanted = {"encoder", "dynamics"}
         wanted.update(name for term in self.terms for name in term.components)
         read = {key for n in wanted for key in unique(components[n].in_keys)}
@@ -253,22 +305,30 @@ class WorldModelLoss(LossModule):
         for key in keys:
             value = batch.get(join("next", key), None)
             if value is None:
-                raise KeyError(
+                raise MissingEntryError(
                     f"The loss 'latent' encodes the next observation and needs the label "
                     f"{join('next', key)!r}, which the batch lacks; it has "
                     f"{leaf_keys(batch)}. Add it, or give the target "
                     f"under {self.tensor_keys.target_latent!r}."
                 )
             inputs.set(key, value)
-        with torch.no_grad(), self.target_encoder_params.to_module(self.encoder):
-            return self.encoder(inputs)
+        encode = partial(run_components, {"encoder": self.encoder}, inputs)
+        with torch.no_grad():
+            if not self.delay_encoder:
+                return encode()
+            try:
+                return _call_with(self.target_encoder_params, self.encoder, encode)
+            except Exception:
+                # tensordict leaves the target's parameters in a module that raised.
+                self.encoder_params.to_module(self.encoder, preserve_module_state=False)
+                raise
 
     def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
         """The observations that the predicted next latents stand for, at the root."""
         inputs = predicted.exclude("next").copy()
         for key in self.world_model.latent_keys:
             inputs.set(key, predicted.get(join("next", key)))
-        return self._run("decoder", inputs)
+        return self.world_model.decode(inputs)
 
     # Keys ----------------------------------------------------------------
 
@@ -303,13 +363,18 @@ class WorldModelLoss(LossModule):
         raise RuntimeError("out_keys follow from the losses given at construction.")
 
     def _model_inputs(self) -> list[NestedKey]:
+        model = self.world_model
         written: set[NestedKey] = set()
         read: list[NestedKey] = []
         for name in self._active():
-            module = self.world_model.components[name]
+            module = model.components[name]
             read += [key for key in unique(module.in_keys) if key not in written]
             written.update(unique(module.out_keys))
-        return [key for key in unique(read) if not is_next(key)]
+        keys = [key for key in unique(read) if not is_next(key)]
+        if model.is_recurrent:
+            # Latents are filtered from the observations; they may be given, too.
+            keys = [key for key in keys if key not in model.latent_keys]
+        return keys
 
     # Loss ----------------------------------------------------------------
 
@@ -329,59 +394,152 @@ class WorldModelLoss(LossModule):
             KeyError: if an input of the model or a label is missing.
             ValueError: if a prediction and its label differ in shape.
         """
+        if not tensordict.batch_size.numel():
+            raise ValueError(
+                f"The batch is empty: its batch size is {tuple(tensordict.batch_size)}."
+            )
         self._follow_components()
         inputs = self._model_inputs()
         missing = missing_from(tensordict, inputs)
         if missing:
-            raise KeyError(
+            raise MissingEntryError(
                 f"The world model reads {missing}, and the batch has {leaf_keys(tensordict)}."
             )
-        batch = self._without_invalid(tensordict)
-        predicted = batch.select(*inputs)
-        for name in self._active():
-            predicted = self._run(name, predicted)
-        weights = self._weights(tensordict)
+        valid = self._valid(tensordict)
+        batch = tensordict if valid is None else _blank(tensordict, valid)
+        values = self._with_parameters(partial(self._compare, batch, inputs))
+        weights = self._weights(batch)
+        if self.multi_step:
+            within, scale = self._until_end(tensordict)
+            valid = within if valid is None else valid & within
+            values = [scale * value for value in values]
         losses = {
             f"loss_{term.name}": term.weight
-            * self._reduce_loss(
-                term(predicted, batch, self), tensordict, weights=weights
-            )
-            for term in self.terms
+            * _reduce(value, valid, weights, self.reduction)
+            for term, value in zip(self.terms, values)
         }
         size = tensordict.batch_size if self.reduction == "none" else ()
         out = TensorDict(losses, batch_size=size)
         self._clear_weakrefs(tensordict, out)
         return out
 
-    def _without_invalid(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The batch with zeros where a mask says that samples are invalid.
+    def _compare(
+        self, batch: TensorDictBase, inputs: list[NestedKey]
+    ) -> list[torch.Tensor]:
+        """What each term says of each sample, ``[*B]``."""
+        if self.multi_step or self.world_model.is_recurrent:
+            self._check_sequence(batch)
+        if self.multi_step:
+            predicted = self._open_loop(batch, inputs)
+        elif self.world_model.is_recurrent:
+            predicted = self._filtered(batch, inputs)
+        else:
+            ahead = {
+                name: self.world_model.components[name]
+                for name in ("encoder", "dynamics")
+            }
+            predicted = self._heads(run_components(ahead, batch.select(*inputs)))
+        return [term(predicted, batch, self) for term in self.terms]
 
-        Padding may hold anything, NaN included. Leaving it out of the reduction
-        is not enough: the gradient of what the model makes of a NaN is NaN.
-        """
+    def _heads(self, predicted: TensorDictBase) -> TensorDictBase:
+        """Run the components that come after the dynamics."""
+        heads = {
+            name: self.world_model.components[name]
+            for name in self._active()
+            if name not in ("encoder", "dynamics")
+        }
+        return run_components(heads, predicted)
+
+    def _filtered(
+        self, batch: TensorDictBase, inputs: list[NestedKey]
+    ) -> TensorDictBase:
+        """Latents filtered from the observations, and what the heads make of them."""
+        model = self.world_model
+        observed = [join("next", key) for key in unique(model.encoder.in_keys)]
+        given = [
+            k for k in (*model.latent_keys, IS_INIT) if batch.get(k, None) is not None
+        ]
+        missing = missing_from(batch, observed)
+        if missing:
+            raise MissingEntryError(
+                f"A recurrent world model is trained on sequences of observations, and the "
+                f"batch lacks {missing}; it has {leaf_keys(batch)}."
+            )
+        filtered = model.observe(batch.select(*inputs, *observed, *given))
+        # The observations themselves are labels; the heads do not read them.
+        return self._heads(filtered.exclude(*observed))
+
+    def _open_loop(
+        self, batch: TensorDictBase, inputs: list[NestedKey]
+    ) -> TensorDictBase:
+        """Predictions over the whole sequence from its first latents on."""
+        model = self.world_model
+        latents = model.latent_keys
+        first = batch[..., 0]
+        if model.is_recurrent and not missing_from(first, latents):
+            state = first.select(*latents)
+        else:
+            state = model.encode(first.select(*unique(model.encoder.in_keys)))
+            missing = missing_from(state, latents)
+            if missing:
+                raise MissingEntryError(
+                    f"Nothing says where the latents {missing} begin: pass WorldModel(..., "
+                    f"initial_state=TensorDict({{...}})), or give them in the batch."
+                )
+            state = state.select(*latents)
+        steps = []
+        for step in batch.select(*inputs).unbind(-1):
+            step = model.dynamics(step.copy().update(state))
+            state = step.get("next").select(*latents)
+            steps.append(step)
+        return self._heads(torch.stack(steps, batch.batch_dims - 1))
+
+    def _until_end(
+        self, tensordict: TensorDictBase
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the first step's episode still goes on, ``[*B, T]``, and the steps' weights."""
+        size = tensordict.batch_size
+        begins = torch.zeros(size, dtype=torch.bool, device=tensordict.device)
+        done = tensordict.get(join("next", self.tensor_keys.done), None)
+        if done is not None:
+            ended = done.reshape(*size, -1).any(-1)
+            begins[..., 1:] = ended[..., :-1]
+        is_init = tensordict.get(IS_INIT, None)
+        if is_init is not None:
+            begins[..., 1:] |= is_init.reshape(size)[..., 1:]
+        time = torch.arange(size[-1], device=tensordict.device)
+        return begins.cumsum(-1) == 0, (self.decay**time).expand(size)
+
+    def _check_sequence(self, tensordict: TensorDictBase) -> None:
+        dims = tensordict.batch_dims
+        if dims > 1 or (dims == 1 and tensordict.names[-1] == "time"):
+            return
+        why = "multi_step=True" if self.multi_step else "a recurrent world model"
+        raise ValueError(
+            f"{why} is trained on sequences, [*B, T] with time last, and the batch has the "
+            f"batch size {tuple(tensordict.batch_size)}. Sample slices and give them their "
+            f"shape: buffer.sample().reshape(-1, T); name the time of a single sequence: "
+            f"td.refine_names('time')."
+        )
+
+    def _valid(self, tensordict: TensorDictBase) -> torch.Tensor | None:
+        """Where the batch's masks say that samples are valid, ``[*B]``; None without a mask."""
         masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
         masks = [mask for mask in masks if mask is not None]
         if not masks:
             if self.loss_mask_key not in (None, "auto"):
-                raise KeyError(
+                raise MissingEntryError(
                     f"The loss was told that {self.loss_mask_key!r} masks invalid samples, and "
                     f"the batch has {leaf_keys(tensordict)}. Add it, or call "
                     f"loss.set_keys(mask=None)."
                 )
-            return tensordict
+            return None
         valid = torch.ones(
             tensordict.batch_size, dtype=torch.bool, device=masks[0].device
         )
         for mask in masks:
             valid = valid & self._expand_loss_mask(mask, valid)
-
-        def blank(value: torch.Tensor) -> torch.Tensor:
-            if not value.is_floating_point():
-                return value
-            expanded = valid.reshape(valid.shape + (1,) * (value.ndim - valid.ndim))
-            return torch.where(expanded, value, torch.zeros_like(value))
-
-        return tensordict.apply(blank)
+        return valid
 
     def _weights(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         """The weights of the samples, ``[*B]``, or None."""
@@ -400,6 +558,51 @@ class WorldModelLoss(LossModule):
             weight = weight.reshape(size)
             total = weight if total is None else total * weight
         return total
+
+
+def _call_with(
+    parameters: TensorDictParams, module: nn.Module, function: Callable[[], Result]
+) -> Result:
+    with parameters.to_module(module, preserve_module_state=False):
+        return function()
+
+
+def _blank(tensordict: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:
+    """The batch with zeros in its invalid samples.
+
+    Padding may hold anything, NaN included. Leaving it out of the reduction is
+    not enough: the gradient of what the model makes of a NaN is NaN.
+    """
+
+    def blank(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value
+        rows = valid.reshape(valid.shape + (1,) * (value.ndim - valid.ndim))
+        return torch.where(rows, value, torch.zeros_like(value))
+
+    return tensordict.apply(blank)
+
+
+def _reduce(
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
+    """Reduce one number per sample, ``[*B]``; invalid samples are zero and do not count."""
+    if valid is not None:
+        value = torch.where(valid, value, torch.zeros_like(value))
+    if weights is not None:
+        value = value * weights
+    if reduction == "none":
+        return value
+    if reduction == "sum" or (weights is None and valid is None):
+        return value.sum() if reduction == "sum" else value.mean()
+    count = torch.ones_like(value) if weights is None else weights
+    if valid is not None:
+        count = torch.where(valid, count, torch.zeros_like(count))
+    # All samples invalid, or of no weight: zero, not NaN.
+    return value.sum() / count.sum().clamp_min(torch.finfo(value.dtype).tiny)
 
 
 def _as_terms(

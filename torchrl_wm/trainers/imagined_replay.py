@@ -82,6 +82,13 @@ class ImaginedReplayHook(TrainerHookBase):
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not isinstance(env, WorldModelEnv) or not isinstance(
+            replay_buffer, ReplayBuffer
+        ):
+            raise TypeError(
+                f"ImaginedReplayHook takes a WorldModelEnv and the replay buffer to fill, got "
+                f"{type(env).__name__} and {type(replay_buffer).__name__}."
+            )
         if env.batch_locked and env.batch_size != (num_starts,):
             raise ValueError(
                 f"num_starts={num_starts} does not fit an env of batch size "
@@ -105,6 +112,9 @@ class ImaginedReplayHook(TrainerHookBase):
         if self._calls % self.interval:
             return
         starts = self._sample_starts(torch.Size([self.num_starts]))
+        # Nothing else of a real sample (its log-probabilities, its weights) is true
+        # of what is imagined from it.
+        starts = starts.select(*self.env.start_keys, strict=False)
         model = self.env.world_model
         with evaluation_mode(model), set_exploration_type(ExplorationType.RANDOM):
             imagined = self.env.imagine(self.horizon, self.policy, starts)

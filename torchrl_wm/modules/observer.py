@@ -1,0 +1,112 @@
+"""A recurrent model as the front of a policy in the real env."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import TensorDictPrimer
+
+from torchrl_wm.modules.filtering import IS_INIT, observe_step
+from torchrl_wm.modules.keys import is_next, missing_from, unique
+
+if TYPE_CHECKING:
+    from torchrl_wm.modules.world_model import WorldModel
+
+
+class Observer(TensorDictModuleBase):
+    """Keeps the latents of a world model up to date with what is observed.
+
+    Put it before a policy that reads latents: ``TensorDictSequential(
+    world_model.observer(), actor)``. The latents travel in the tensordict, as the
+    states of TorchRL's recurrent modules do: give the env an ``InitTracker``,
+    so that they begin anew with each episode, and the transform of
+    :meth:`make_tensordict_primer`, so that the env knows them.
+
+    Args:
+        world_model: the model; its components are shared, not copied.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
+        >>> from torchrl.envs import GymEnv, InitTracker, TransformedEnv
+        >>> from torchrl_wm import WorldModel
+        >>> cell = torch.nn.GRUCell(4, 8)
+        >>> def dynamics(observation, belief, action):
+        ...     belief = cell(torch.cat([observation, action], -1), belief)
+        ...     return observation + belief[..., :3], belief
+        >>> world_model = WorldModel(
+        ...     Mod(torch.nn.Identity(), ["observation"], ["observation"]),
+        ...     Mod(
+        ...         dynamics,
+        ...         ["observation", "belief", "action"],
+        ...         [("next", "observation"), ("next", "belief")],
+        ...     ),
+        ...     Mod(torch.nn.Linear(8, 1), [("next", "belief")], [("next", "reward")]),
+        ...     initial_state=TensorDict({"belief": torch.zeros(8)}),
+        ... )
+        >>> observer = world_model.observer()
+        >>> env = TransformedEnv(GymEnv("Pendulum-v1"), InitTracker())
+        >>> env = env.append_transform(observer.make_tensordict_primer())
+        >>> actor = Mod(torch.nn.Linear(8, 1), ["belief"], ["action"])
+        >>> with torch.no_grad():
+        ...     rollout = env.rollout(5, TensorDictSequential(observer, actor))
+        >>> rollout["belief"].shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, world_model: WorldModel) -> None:
+        super().__init__()
+        self.world_model = world_model
+        before = [k for k in unique(world_model.dynamics.in_keys) if not is_next(k)]
+        self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
+        self.out_keys = list(world_model.latent_keys)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Update the latents in ``tensordict``, ``[*B]``, by its observation."""
+        return observe_step(self.world_model, tensordict)
+
+    def make_tensordict_primer(
+        self, observations: TensorDictBase | None = None
+    ) -> TensorDictPrimer:
+        """A transform that gives an env the latents' entries.
+
+        They are zero until the first step, where ``is_init`` lets them begin.
+
+        Args:
+            observations: an example, any batch size, to find the shapes of
+                latents that the encoder writes and the initial state lacks.
+                Latents that are observations of the env need none.
+
+        Raises:
+            ValueError: if the shape of a latent is not known.
+        """
+        model = self.world_model
+        carried = [k for k in self.out_keys if k not in unique(model.encoder.in_keys)]
+        begin = TensorDict({}, batch_size=[])
+        if model.initial_state is not None:
+            begin = model.initial_state(begin.batch_size).detach()
+        unknown = missing_from(begin, carried)
+        if unknown and observations is not None:
+            row = (
+                observations.reshape(-1)[:1]
+                if observations.batch_dims
+                else observations
+            )
+            begin.update(
+                model.encode(row.copy()).detach().reshape(-1)[0].select(*unknown)
+            )
+            unknown = missing_from(begin, carried)
+        if unknown:
+            raise ValueError(
+                f"The shapes of the latents {unknown} are not known. Put them into the model's "
+                f"initial_state, or pass an example: make_tensordict_primer(env.reset())."
+            )
+        spec = Composite(shape=())
+        for key in carried:
+            value = begin.get(key)
+            spec[key] = Unbounded(value.shape, dtype=value.dtype, device=value.device)
+        return TensorDictPrimer(spec, default_value=0.0, expand_specs=True)
