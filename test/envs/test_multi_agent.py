@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _models import ACTION, LATENT, linear, OBS
-from tensordict import TensorDict
+from tensordict import TensorDict, unravel_key
 from tensordict.nn import TensorDictModule as Mod
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
@@ -166,10 +166,9 @@ def group_spec(*names: str, root=("done", "terminated")) -> Composite:
 
 def read(spec: Composite, written: dict) -> dict:
     endings = Endings(spec, written, time_limit=False)
-    next_td = TensorDict({}, [2])
-    for key, value in written.items():
-        next_td.set(key, value)
-    out = endings.read(next_td, None)
+    endings = Endings(spec, written, time_limit=False)
+    predicted = {unravel_key(("next", key)): value for key, value in written.items()}
+    out = endings.read(predicted, torch.Size([2]), None, None)
     for group in endings.groups:
         truncated = out.get(group.key("truncated"))
         ended = out[group.key("terminated")]

@@ -7,11 +7,11 @@ be true, and ``done == terminated | truncated``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from torchrl.data import Categorical, Composite
 
 from torchrl_wm.modules.keys import as_tuple, join, unique
@@ -44,9 +44,18 @@ class EndingGroup:
     written: frozenset[str]
     truncates: bool
 
+    def __post_init__(self) -> None:
+        # Looked up at every step.
+        self._keys = {name: join(*self.prefix, name) for name in ENDING_NAMES}
+        self._predicted = {
+            name: join("next", key)
+            for name, key in self._keys.items()
+            if name in self.written
+        }
+
     def key(self, name: str) -> NestedKey:
         """The group's entry called ``name``."""
-        return join(*self.prefix, name)
+        return self._keys[name]
 
     def keys(self) -> list[NestedKey]:
         """The entries that the env carries for this group."""
@@ -56,21 +65,19 @@ class EndingGroup:
         ]
 
     def read(
-        self, next_td: TensorDictBase
+        self, predicted: Mapping[NestedKey, torch.Tensor]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the model says: ``(terminated, truncated)``, None where it is silent."""
         written = self.written
-        truncated = (
-            next_td.get(self.key("truncated")) if "truncated" in written else None
-        )
-        done = next_td.get(self.key("done")) if "done" in written else None
+        entry = {name: predicted[key] for name, key in self._predicted.items()}
+        truncated, done = entry.get("truncated"), entry.get("done")
         if "terminated" in written:
-            terminated = next_td.get(self.key("terminated"))
+            terminated = entry["terminated"]
         elif "terminated_logits" in written:
-            terminated = next_td.get(self.key("terminated_logits")) > 0
+            terminated = entry["terminated_logits"] > 0
         elif "continue_pred" in written:
             # The logit of going on: its sign says the opposite.
-            terminated = next_td.get(self.key("continue_pred")) < 0
+            terminated = entry["continue_pred"] < 0
         elif done is not None:
             # A lone done is a termination, except where it is a truncation.
             return (done if truncated is None else done & ~truncated), truncated
@@ -99,6 +106,7 @@ class Endings:
         time_limit: bool,
     ) -> None:
         written = set(unique(written))
+        self.time_limit = time_limit
         self.groups: list[EndingGroup] = []
         for prefix, node in _done_nodes(reference_spec):
             names = frozenset(n for n in ENDING_NAMES if join(*prefix, n) in written)
@@ -144,9 +152,14 @@ class Endings:
         ]
 
     @property
-    def predicted(self) -> bool:
-        """Whether a head has a say in the ending of episodes."""
-        return any(group.written for group in self.groups)
+    def can_end(self) -> bool:
+        """Whether an episode can end, by a head or by time."""
+        return self.time_limit or any(group.written for group in self.groups)
+
+    @property
+    def at_root(self) -> bool:
+        """Whether there is one group of done entries, at the root."""
+        return [group.prefix for group in self.groups] == [()]
 
     def spec(self, reference_spec: Composite) -> Composite:
         """The done spec without batch dims, with the entries that are missing added."""
@@ -164,22 +177,25 @@ class Endings:
 
     def read(
         self,
-        next_td: TensorDictBase,
+        predicted: Mapping[NestedKey, torch.Tensor],
+        batch_size: torch.Size,
+        device: torch.device | None,
         time_is_up: torch.Tensor | None,
     ) -> dict[NestedKey, torch.Tensor]:
         """The done entries of one step.
 
         Args:
-            next_td: what the model predicted, batch size ``[*B]``.
+            predicted: what the model predicted, by ``("next", key)``.
+            batch_size: ``*B``.
+            device: where flags that nobody predicts are made.
             time_is_up: ``[*B, 1]`` bool, where the time limit is reached; None
                 without one.
 
         Returns:
             Bools by key, of shape ``[*B, *feature]``; no two alias each other.
         """
-        batch_size = next_td.batch_size
         decided: dict[tuple[str, ...], tuple] = {
-            group.prefix: group.read(next_td) for group in self.groups
+            group.prefix: group.read(predicted) for group in self.groups
         }
         for group in self.groups:
             if not group.written:
@@ -189,7 +205,7 @@ class Endings:
             terminated, truncated = decided[group.prefix]
             shape = (*batch_size, *group.shape)
             if terminated is None:
-                terminated = torch.zeros(shape, dtype=torch.bool, device=next_td.device)
+                terminated = torch.zeros(shape, dtype=torch.bool, device=device)
             if time_is_up is not None:
                 limit = _expand_to(time_is_up, batch_size, shape)
                 truncated = limit.clone() if truncated is None else truncated | limit
@@ -217,7 +233,15 @@ class Endings:
             for key in group.keys()
         }
 
-    def ended(self, tensordict: TensorDictBase) -> torch.Tensor:
+    def never(
+        self, batch_size: torch.Size, device: torch.device | None
+    ) -> dict[NestedKey, torch.Tensor] | None:
+        """The done entries of every step of an env that cannot end; None if it can."""
+        return None if self.can_end else self.none(batch_size, device)
+
+    def ended(
+        self, flags: Mapping[NestedKey, torch.Tensor], batch_size: torch.Size
+    ) -> torch.Tensor:
         """Whether whole trajectories have ended: ``[*B]`` bool.
 
         A group that has an ancestor is heard only through it, as in TorchRL;
@@ -228,11 +252,9 @@ class Endings:
             for group in self.groups
             if not any(_is_above(other, group) for other in self.groups)
         ]
-        dims = tensordict.batch_dims
-        flags = [
-            tensordict.get(group.key("done")).flatten(dims).all(-1) for group in top
-        ]
-        return flags[0] if len(flags) == 1 else torch.stack(flags, -1).all(-1)
+        dims = len(batch_size)
+        done = [flags[group.key("done")].flatten(dims).all(-1) for group in top]
+        return done[0] if len(done) == 1 else torch.stack(done, -1).all(-1)
 
     def _inherit(
         self, group: EndingGroup, decided: dict, batch_size: torch.Size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,15 +15,8 @@ from torchrl_wm.envs.endings import ENDING_NAMES, Endings
 from torchrl_wm.envs.tracing import undisturbed
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import (
-    as_tuple,
-    is_next,
-    join,
-    missing_from,
-    sibling,
-    strip_next,
-    unique,
-)
+from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, strip_next, unique
+from torchrl_wm.modules.program import to_tensordict, Values
 from torchrl_wm.modules.running import run_components
 from torchrl_wm.modules.wiring import written_keys
 
@@ -76,15 +70,15 @@ class Layout:
             *unique(self.done.keys(True, True)),
         }
 
-    @property
+    @cached_property
     def action_keys(self) -> list[NestedKey]:
         return unique(self.action.keys(True, True))
 
-    @property
+    @cached_property
     def reward_keys(self) -> list[NestedKey]:
         return unique(self.reward.keys(True, True))
 
-    @property
+    @cached_property
     def state(self) -> dict[NestedKey, TensorSpec]:
         """What a step starts from: latents and context."""
         return {**self.latent, **self.context}
@@ -248,24 +242,40 @@ def check_step(
     return out
 
 
-def read_decoded(
-    world_model: WorldModel, inputs: TensorDictBase, keys: list[NestedKey]
-) -> dict[NestedKey, torch.Tensor]:
-    """Decode latents, whether the decoder reads them at the root or under "next".
+def decoder_inputs(world_model: WorldModel, state: Values) -> Values:
+    """What the decoder reads of latents and context, at the root or below "next".
 
-    Args:
-        inputs: the latents (and context) to decode, at the root; not modified.
-        keys: the observations wanted.
+    Raises:
+        MissingEntryError: if it reads something else.
     """
-    work = inputs.copy()
+    work = dict(state)
     if any(is_next(key) for key in unique(world_model.decoder.in_keys)):
-        work.set("next", inputs.copy())
-    missing = missing_from(work, unique(world_model.decoder.in_keys))
+        work.update({join("next", key): value for key, value in state.items()})
+    missing = [key for key in unique(world_model.decoder.in_keys) if key not in work]
     if missing:
         raise MissingEntryError(
             f"decoder reads {missing}; in an imagined env it can read latents and context: "
-            f"{unique(inputs.keys(True, True))}."
+            f"{sorted(state, key=str)}."
         )
+    return work
+
+
+def read_decoded(
+    world_model: WorldModel,
+    state: Values,
+    keys: list[NestedKey],
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> Values:
+    """The observations that latents stand for, by key.
+
+    Args:
+        state: latents and context by flat key, ``[*B, ...]``.
+        keys: the observations wanted.
+        batch_size: ``*B``.
+        device: where they are.
+    """
+    work = to_tensordict(decoder_inputs(world_model, state), batch_size, device)
     out = world_model.decode(work)
     place = {strip_next(k): k for k in written_keys(world_model.decoder)}
     return {key: out.get(place[key]) for key in keys}
@@ -522,8 +532,8 @@ def _trace_decoder(
     reference: dict[NestedKey, TensorSpec],
     dims: int,
 ) -> dict[NestedKey, TensorSpec]:
-    inputs = stepped.select(*layout.state)
-    values = read_decoded(world_model, inputs, keys)
+    state = {key: stepped.get(key) for key in layout.state}
+    values = read_decoded(world_model, state, keys, stepped.batch_size, stepped.device)
     out = {}
     for key, value in values.items():
         device = value.device

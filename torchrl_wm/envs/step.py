@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 
-from torchrl_wm.envs.layout import Layout, read_decoded
+from torchrl_wm.envs.layout import decoder_inputs, Layout
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import (
+    is_next,
+    join,
+    leaf_keys,
+    missing_from,
+    strip_next,
+    unique,
+)
+from torchrl_wm.modules.program import Program, to_tensordict, Values
+from torchrl_wm.modules.wiring import written_keys
 
 
 class StepKernel:
@@ -38,11 +47,20 @@ class StepKernel:
         self.max_steps = max_steps
         self.counter_key = counter_key
         self.check_finite = check_finite
-        self.step_module = world_model.step_module
-        self.inputs = [k for k in unique(self.step_module.in_keys) if not is_next(k)]
+        reads = unique(world_model.step_module.in_keys)
+        self.inputs = [key for key in reads if not is_next(key)]
         # Actions are asked for even if the model ignores some of them: a
         # rollout without its actions is of no use to anybody.
         self.required = unique([*self.inputs, *layout.action_keys])
+        self.program = Program([world_model.step_module])
+        self._predicted = [
+            (key, join("next", key)) for key in (*layout.latent, *layout.reward_keys)
+        ]
+        self._decode = None
+        if layout.decoded:
+            self._decode = Program([world_model.decoder])
+            places = {strip_next(k): k for k in written_keys(world_model.decoder)}
+            self._decoded = [(key, places[key]) for key in layout.decoded]
 
     def is_current(self) -> bool:
         """Whether the model still has the components this kernel was made for."""
@@ -50,6 +68,13 @@ class StepKernel:
         return now.keys() == self.components.keys() and all(
             now[name] is module for name, module in self.components.items()
         )
+
+    def refresh(self) -> None:
+        """Make the programs anew where a component has another network or hook."""
+        if not self.program.is_current():
+            self.program = Program([self.world_model.step_module])
+        if self._decode is not None and not self._decode.is_current():
+            self._decode = Program([self.world_model.decoder])
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Predict one step.
@@ -62,42 +87,62 @@ class StepKernel:
             What belongs under ``"next"``: latents, context, decoded
             observations, reward and done entries.
         """
-        self._check_inputs(tensordict)
-        work = self.step_module(tensordict.select(*self.inputs))
-        predicted = work.get("next")
+        self.check_inputs(tensordict)
+        keys = self.required
+        if self.counter_key is not None:
+            keys = [*keys, self.counter_key]
+        values = {key: tensordict.get(key, None) for key in keys}
+        size, device = tensordict.batch_size, tensordict.device
+        out = to_tensordict(self.predict(values, size, device), size, device)
+        return self.with_nested_dims(out)
+
+    def predict(
+        self,
+        values: Values,
+        batch_size: torch.Size,
+        device: torch.device | None,
+        endings: Values | None = None,
+    ) -> Values:
+        """Predict one step, on tensors alone.
+
+        Args:
+            values: latents, action and context by flat key, ``[*B, ...]``; not
+                modified.
+            batch_size: ``*B``.
+            device: where the state is.
+            endings: the done entries, where they are known beforehand.
+
+        Returns:
+            The ``"next"`` entries by flat key, without the "next".
+        """
+        work = {key: values[key] for key in self.inputs}
+        self.program(work, batch_size, device)
         layout = self.layout
-        batch_size = tensordict.batch_size
-        out = TensorDict({}, batch_size=batch_size, device=tensordict.device)
-        for key in layout.latent:
-            out.set(key, predicted.get(key))
+        out: Values = {key: work[place] for key, place in self._predicted}
         for key in layout.context:
-            out.set(key, tensordict.get(key))
-        if layout.decoded:
-            decoded = read_decoded(
-                self.world_model, out.select(*layout.state), list(layout.decoded)
-            )
-            for key, value in decoded.items():
-                out.set(key, value)
-        for key in layout.reward_keys:
-            out.set(key, predicted.get(key))
+            out[key] = values[key]
+        if self._decode is not None:
+            reads = decoder_inputs(self.world_model, {k: out[k] for k in layout.state})
+            self._decode(reads, batch_size, device)
+            for key, place in self._decoded:
+                out[key] = reads[place]
         time_is_up = None
         if self.counter_key is not None:
-            count = tensordict.get(self.counter_key, None)
+            count = values.get(self.counter_key)
             if (
                 count is None
             ):  # a state from elsewhere, e.g. a planner's: time starts here
-                count = torch.zeros(
-                    (*batch_size, 1), dtype=torch.int64, device=tensordict.device
-                )
+                count = torch.zeros((*batch_size, 1), dtype=torch.int64, device=device)
             # Batched envs' shared buffers mark even integers as in need of a graph.
             count = count.detach() + 1
-            out.set(self.counter_key, count)
+            out[self.counter_key] = count
             time_is_up = count >= self.max_steps
-        for key, flag in layout.endings.read(predicted, time_is_up).items():
-            out.set(key, flag)
+        if endings is None:
+            endings = layout.endings.read(work, batch_size, device, time_is_up)
+        out.update(endings)
         if self.check_finite:
-            self._check_finite(tensordict, out)
-        return self.with_nested_dims(out)
+            self._check_finite(values, out, len(batch_size))
+        return out
 
     def with_nested_dims(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Give nested tensordicts the batch dims that their specs have."""
@@ -107,12 +152,10 @@ class StepKernel:
                 node.batch_size = (*tensordict.batch_size, *dims)
         return tensordict
 
-    def _check_finite(
-        self, tensordict: TensorDictBase, predicted: TensorDictBase
-    ) -> None:
+    def _check_finite(self, values: Values, predicted: Values, dims: int) -> None:
         bad = {
             key: ~value.isfinite()
-            for key, value in predicted.items(True, True)
+            for key, value in predicted.items()
             if value.is_floating_point()
         }
         bad = {key: flags for key, flags in bad.items() if flags.any()}
@@ -121,13 +164,10 @@ class StepKernel:
         inputs = [
             key
             for key in self.required
-            if tensordict.get(key).is_floating_point()
-            and not tensordict.get(key).isfinite().all()
+            if values[key].is_floating_point() and not values[key].isfinite().all()
         ]
         rows = {
-            key: flags.flatten(predicted.batch_dims).any(-1).sum().item()
-            if predicted.batch_dims
-            else 1
+            key: flags.flatten(dims).any(-1).sum().item() if dims else 1
             for key, flags in bad.items()
         }
         source = (
@@ -141,26 +181,17 @@ class StepKernel:
             f"{[join('next', key) for key in bad]} (rows: {rows}). {source}"
         )
 
-    def _check_inputs(self, tensordict: TensorDictBase) -> None:
+    def check_inputs(self, tensordict: TensorDictBase) -> None:
+        """Refuse a state that one step cannot start from.
+
+        Raises:
+            MissingEntryError: if an entry is missing.
+            ValueError: if an action does not fit its spec.
+        """
         missing = missing_from(tensordict, self.required)
         if not missing:
-            dims = tensordict.batch_dims
-            for key in self.layout.action_keys:
-                shape = tensordict.get(key).shape[dims:]
-                if shape != self.layout.action[key].shape:
-                    raise ValueError(
-                        f"The action {key!r} has the feature shape {tuple(shape)} in a tensordict "
-                        f"of batch size {tuple(tensordict.batch_size)}; the action spec asks for "
-                        f"{tuple(self.layout.action[key].shape)}."
-                    )
-                dtype = self.layout.action[key].dtype
-                value = tensordict.get(key)
-                if value.is_floating_point() and dtype.is_floating_point:
-                    if value.dtype != dtype:
-                        raise ValueError(
-                            f"The action {key!r} is {value.dtype}, its spec {dtype}. Convert it: "
-                            f"action.to({dtype})."
-                        )
+            values = {key: tensordict.get(key) for key in self.layout.action_keys}
+            self.check_actions(values, tensordict.batch_size)
             return
         actions = [key for key in missing if key in self.layout.action_keys]
         if actions:
@@ -175,3 +206,21 @@ class StepKernel:
             f"A planner that acts in the real env needs the encoder before it: "
             f"TensorDictSequential(world_model.encoder, planner)."
         )
+
+    def check_actions(self, values: Values, batch_size: torch.Size) -> None:
+        """Refuse actions of another shape or float type than their spec's."""
+        dims = len(batch_size)
+        for key in self.layout.action_keys:
+            value, spec = values[key], self.layout.action[key]
+            if value.shape[dims:] != spec.shape:
+                raise ValueError(
+                    f"The action {key!r} has the feature shape {tuple(value.shape[dims:])} in a "
+                    f"tensordict of batch size {tuple(batch_size)}; the action spec asks for "
+                    f"{tuple(spec.shape)}."
+                )
+            floats = value.is_floating_point() and spec.dtype.is_floating_point
+            if floats and value.dtype != spec.dtype:
+                raise ValueError(
+                    f"The action {key!r} is {value.dtype}, its spec {spec.dtype}. Convert it: "
+                    f"action.to({spec.dtype})."
+                )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing import parent_process
 from numbers import Integral
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.nn.utils import skip_existing
+from torch import nn
 from torchrl.data import TensorSpec, Unbounded
 from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
@@ -17,9 +21,11 @@ from torchrl.envs.utils import _make_compatible_policy, _update_during_reset
 from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
 from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.envs.unroll import Act, assemble, flat_values, unroll
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.program import is_known, Program, to_tensordict, Values
 from torchrl_wm.modules.wiring import written_keys
 
 _COUNTER_KEY = "imagined_step"
@@ -216,9 +222,18 @@ class WorldModelEnv(ModelBasedEnvBase):
     @property
     def step_kernel(self) -> StepKernel:
         """What predicts one step; made anew when a component was replaced."""
-        if not self._kernel.is_current():
-            self.__dict__["_layout"], self.__dict__["_kernel"] = self._rewired()
-        return self._kernel
+        kernel = self._kernel
+        if kernel is None:  # in a copy
+            kernel = self.__dict__["_kernel"] = self._make_kernel(self._layout)
+        if not kernel.is_current():
+            self.__dict__["_layout"], kernel = self._rewired()
+            self.__dict__["_kernel"] = kernel
+        kernel.refresh()
+        return kernel
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The kernel holds on to networks: a copy makes its own.
+        return {**self.__dict__, "_kernel": None}
 
     def _rewired(self) -> tuple[Layout, StepKernel]:
         """The layout for replaced components: the env's specs are what they must fit."""
@@ -321,7 +336,7 @@ class WorldModelEnv(ModelBasedEnvBase):
             out.set(_COUNTER_KEY, counter)
         for key, flag in layout.endings.none(out.batch_size, self.device).items():
             out.set(key, flag)
-        return self._kernel.with_nested_dims(out)
+        return self.step_kernel.with_nested_dims(out)
 
     def _state_from(
         self, given: TensorDictBase, layout: Layout
@@ -374,10 +389,12 @@ class WorldModelEnv(ModelBasedEnvBase):
                 state[key] = self._checked(key, value, spec, given)
         absent = [key for key in layout.decoded if key not in state]
         if absent:
-            inputs = TensorDict({}, batch_size=given.batch_size, device=self.device)
-            for key in layout.state:
-                inputs.set(key, state[key])
-            state.update(read_decoded(world_model, inputs, absent))
+            latents = {key: state[key] for key in layout.state}
+            state.update(
+                read_decoded(
+                    world_model, latents, absent, given.batch_size, self.device
+                )
+            )
         return state
 
     def _sample_state(
@@ -410,7 +427,14 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     def _entries_to_keep(self, given: TensorDictBase, layout: Layout) -> TensorDictBase:
         """What is left of the caller's tensordict after a reset: what may stand still."""
-        dropped = {
+        # A copy, nested tensordicts included: the caller's are not written to.
+        kept = given.exclude(*self._dropped_keys(layout)).copy()
+        # The start may be a time slice of real data; the imagined time is another.
+        kept.names = [None] * kept.batch_dims
+        return kept
+
+    def _dropped_keys(self, layout: Layout) -> set[NestedKey]:
+        return {
             "next",
             # What collectors, replay buffers and transforms note of real samples.
             "collector",
@@ -426,11 +450,6 @@ class WorldModelEnv(ModelBasedEnvBase):
             *layout.reward_keys,
             *layout.dropped,
         }
-        # A copy, nested tensordicts included: the caller's are not written to.
-        kept = given.exclude(*dropped).copy()
-        # The start may be a time slice of real data; the imagined time is another.
-        kept.names = [None] * kept.batch_dims
-        return kept
 
     def _checked(
         self,
@@ -570,6 +589,26 @@ class WorldModelEnv(ModelBasedEnvBase):
                 f"The start must be a TensorDict, got {type(tensordict).__name__}: "
                 f"env.rollout(max_steps, tensordict=world_model.encode(obs))."
             )
+        self.__dict__["_slow_because"] = reason = self._why_not_fast(
+            policy,
+            tensordict,
+            {
+                "callback": callback,
+                "actions": actions,
+                "auto_cast_to_device": auto_cast_to_device,
+                "break_when_all_done": break_when_all_done,
+                "set_truncated": set_truncated,
+                "out": out,
+                "storing_device": storing_device,
+            },
+        )
+        if reason is None:
+            goes_on = break_when_any_done is False
+            fast = self._fast_rollout(
+                max_steps, policy, tensordict, auto_reset, goes_on, set_state
+            )
+            if fast is not None:
+                return fast
         try:
             return super().rollout(
                 max_steps,
@@ -591,6 +630,144 @@ class WorldModelEnv(ModelBasedEnvBase):
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
+
+    @property
+    def slow_because(self) -> str | None:
+        """Why the last :meth:`rollout` took the inherited loop; None if it took the fast path.
+
+        The result is the same. The fast path calls the networks directly and
+        builds one tensordict at the end.
+        """
+        return self.__dict__.get("_slow_because")
+
+    def _why_not_fast(
+        self, policy: Callable | None, tensordict: TensorDictBase | None, options: dict
+    ) -> str | None:
+        """What a fast path would do differently, known before anything is run."""
+        asked = [name for name, value in options.items() if value not in (None, False)]
+        if asked:
+            return f"the options {asked} are given"
+        if policy is not None and not (
+            isinstance(policy, TensorDictModuleBase) and is_known(policy)
+        ):
+            if isinstance(policy, TensorDictModuleBase) or not (
+                isinstance(policy, nn.Module) and not hasattr(policy, "in_keys")
+            ):
+                return f"the policy, {type(policy).__name__}, may do more than it says"
+        own = type(self)
+        if any(
+            getattr(own, name) is not getattr(base, name)
+            for base, names in (
+                (WorldModelEnv, ("_step", "_reset", "maybe_reset", "any_done")),
+                (EnvBase, ("step", "step_mdp", "rand_action", "step_and_maybe_reset")),
+            )
+            for name in names
+        ):
+            return f"{own.__name__} overrides what a step does"
+        if self._post_step_mdp_hooks is not None or self.run_type_checks:
+            return "hooks or type checks are set"
+        if "_compiled_step_and_maybe_reset" in self.__dict__:
+            return "the step is compiled"
+        if skip_existing():
+            return "existing entries are to be skipped"
+        endings = self._layout.endings
+        if not endings.at_root and endings.can_end:
+            return "several groups of done entries can end"
+        if set(self.done_keys) != {k for g in endings.groups for k in g.keys()}:
+            return "the done spec was changed"
+        return None
+
+    def _fast_rollout(
+        self,
+        max_steps: int,
+        policy: Callable | None,
+        tensordict: TensorDictBase | None,
+        auto_reset: bool,
+        goes_on: bool,
+        set_state: bool | None,
+    ) -> TensorDictBase | None:
+        """The rollout by :func:`~torchrl_wm.envs.unroll.unroll`; None where it cannot serve."""
+        kernel = self.step_kernel
+        can_end = kernel.layout.endings.can_end
+        if goes_on and can_end and self._sampler is not None:
+            self.__dict__["_slow_because"] = "finished rows begin anew"
+            return None
+        values = nodes = None
+        if auto_reset and set_state is not False:
+            values = self._flat_start(tensordict)
+        if values is not None:
+            size, device = tensordict.batch_size, self.device
+        elif auto_reset:
+            state = self.reset(tensordict, set_state=set_state)
+        elif tensordict is None:
+            return None  # the inherited rollout says what is wrong
+        else:
+            state = self.maybe_reset(tensordict)
+        if values is None:
+            nodes, size, device = state, state.batch_size, state.device
+            reserved = {"next", "_step", "_reset"} & set(state.keys())
+            if device == self.device and max_steps > 0 and not reserved:
+                values = flat_values(state)
+        if values is None:
+            self.__dict__[
+                "_slow_because"
+            ] = "the start is no plain tensordict of tensors"
+            return super().rollout(
+                max_steps,
+                policy,
+                auto_reset=False,
+                tensordict=state,
+                break_when_any_done=not goes_on,
+            )
+        stop = _any_done if can_end and not goes_on else None
+        if policy is None:
+            act = partial(self._act_randomly, size, device)
+        else:
+            act = self._actor(self._compatible(policy), size, device)
+        try:
+            trace = unroll(kernel, act, values, max_steps, size, device, stop)
+        except KeyError as err:
+            self._explain_policy_error(policy, tensordict, err)
+            raise
+        return assemble(trace, nodes, kernel, size, device)
+
+    def _flat_start(self, given: TensorDictBase | None) -> Values | None:
+        """What :meth:`reset` makes of flat latents, as a dictionary; None for all else."""
+        layout = self._layout
+        if (
+            type(given) is not TensorDict
+            or layout.decoded
+            or missing_from(given, layout.state)
+            or (self.batch_locked and given.batch_size != self.batch_size)
+        ):
+            return None
+        dropped = self._dropped_keys(layout)
+        values: Values = {}
+        for key, value in given.items():
+            if key in dropped:
+                continue
+            if not isinstance(value, torch.Tensor) or value.device != self.device:
+                return None
+            values[key] = value
+        if any(key not in values for key in layout.state) or "_reset" in given.keys():
+            return None
+        for key, spec in layout.state.items():
+            self._checked(key, values[key], spec, given)
+        size, device = given.batch_size, self.device
+        if self.max_steps is not None:
+            values[_COUNTER_KEY] = torch.zeros(
+                (*size, 1), dtype=torch.int64, device=device
+            )
+        values.update(layout.endings.none(size, device))
+        return values
+
+    def _act_randomly(
+        self, size: torch.Size, device: torch.device | None, values: Values
+    ) -> None:
+        lead = () if self.batch_locked else size
+        drawn = self.input_spec["full_action_spec"].rand(torch.Size(lead))
+        for key in self._layout.action_keys:
+            values[key] = drawn.get(key)
 
     def imagine(
         self,
@@ -663,36 +840,55 @@ class WorldModelEnv(ModelBasedEnvBase):
                 {}, batch_size=self._batch_of_actions(actions), device=self.device
             )
         state = self.reset(tensordict)
+        size, device = state.batch_size, state.device
         if actions is None and policy is None:
             # All at once: to draw a bounded action waits for the device.
-            lead = () if self.batch_locked else state.batch_size
+            lead = () if self.batch_locked else size
             actions = self.full_action_spec.rand((horizon, *lead))
             actions = actions.permute(*range(1, actions.batch_dims), 0)
         if actions is not None:
-            act = self._replayer(actions, state.batch_size, horizon)
+            act = self._replayer(actions, size, horizon)
         else:
-            act = _make_compatible_policy(
-                policy, self.observation_spec, env=self, fast_wrap=True
-            )
+            act = self._actor(self._compatible(policy), size, device)
         kernel = self.step_kernel
-        steps, valid = [], []
-        ended = torch.zeros(state.batch_size, dtype=torch.bool, device=self.device)
-        for _ in range(horizon):
-            try:
-                state.update(act(state))
-            except KeyError as err:
-                self._explain_policy_error(policy, tensordict, err)
-                raise
-            next_state = kernel(state)
-            state.set("next", next_state)
-            steps.append(state)
+        try:
+            trace = unroll(kernel, act, dict(flat_values(state)), horizon, size, device)
+        except KeyError as err:
+            self._explain_policy_error(policy, tensordict, err)
+            raise
+        out = assemble(trace, state, kernel, size, device)
+        endings = kernel.layout.endings
+        if not endings.can_end:
+            mask = torch.ones((*size, horizon), dtype=torch.bool, device=device)
+            return out.set(("collector", "mask"), mask)
+        ended, valid = torch.zeros(size, dtype=torch.bool, device=device), []
+        for step in range(horizon):
             valid.append(~ended)
-            ended = ended | kernel.layout.endings.ended(next_state)
-            state = self._step_mdp(state)
-        out = torch.stack(steps, dim=state.batch_dims)
-        out.refine_names(..., "time")
+            ended = ended | endings.ended(trace.next[step], size)
         out.set(("collector", "mask"), torch.stack(valid, dim=-1))
         return out
+
+    def _compatible(self, policy: Callable) -> Callable:
+        return _make_compatible_policy(
+            policy, self.observation_spec, env=self, fast_wrap=True
+        )
+
+    def _actor(
+        self, policy: Callable, size: torch.Size, device: torch.device | None
+    ) -> Act:
+        """A policy that acts on flat values: as a program, or on a tensordict made for it."""
+        if isinstance(policy, TensorDictModuleBase) and is_known(policy):
+            program = Program([policy])
+            return lambda values: program(values, size, device)
+
+        def act(values: Values) -> None:
+            shown = self.step_kernel.with_nested_dims(
+                to_tensordict(values, size, device)
+            )
+            shown.update(policy(shown))
+            values.update({join(k): v for k, v in shown.items(True, True)})
+
+        return act
 
     def _batch_of_actions(self, actions: torch.Tensor | TensorDictBase) -> torch.Size:
         if self.batch_locked:
@@ -712,8 +908,8 @@ class WorldModelEnv(ModelBasedEnvBase):
         actions: torch.Tensor | TensorDictBase,
         batch_size: torch.Size,
         horizon: int,
-    ) -> Callable[[TensorDictBase], TensorDictBase]:
-        """A policy that takes the given actions one after the other."""
+    ) -> Act:
+        """What takes the given actions one after the other."""
         keys = self._layout.action_keys
         if not isinstance(actions, TensorDictBase):
             if len(keys) > 1:
@@ -734,10 +930,9 @@ class WorldModelEnv(ModelBasedEnvBase):
                 )
             sequences[key] = iter(value.unbind(len(batch_size)))
 
-        def act(tensordict: TensorDictBase) -> TensorDictBase:
+        def act(values: Values) -> None:
             for key, sequence in sequences.items():
-                tensordict.set(key, next(sequence))
-            return tensordict
+                values[key] = next(sequence)
 
         return act
 
@@ -817,6 +1012,10 @@ def _as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> tor
 def _device_of(world_model: WorldModel, base_env: EnvBase) -> torch.device | None:
     parameter = next(world_model.parameters(), None)
     return base_env.device if parameter is None else parameter.device
+
+
+def _any_done(predicted: Values) -> bool:
+    return bool(predicted["done"].any())
 
 
 def _expand_right(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

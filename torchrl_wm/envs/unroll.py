@@ -1,0 +1,183 @@
+"""Many imagined steps at once, without the cost of many tensordicts.
+
+Entries live in a flat dictionary while the steps are made, are collected by key, and become
+one tensordict at the end: what ``EnvBase.rollout`` returns, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+
+from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.program import Values
+
+Act = Callable[[Values], None]
+
+
+@dataclass
+class Trace:
+    """The entries of the steps made, by flat key, in the order of time.
+
+    Args:
+        root: what each step started from, with what the policy wrote.
+        next: what was predicted.
+    """
+
+    root: list[Values]
+    next: list[Values]
+
+
+def unroll(
+    kernel: StepKernel,
+    act: Act,
+    values: Values,
+    steps: int,
+    batch_size: torch.Size,
+    device: torch.device | None,
+    stop: Callable[[Values], bool] | None = None,
+) -> Trace:
+    """Make ``steps`` steps, or fewer if ``stop`` says so.
+
+    Args:
+        kernel: predicts a step.
+        act: writes actions into the values it is given.
+        values: where to start: all root entries, by flat key. It is used up.
+        steps: how many steps to make at most.
+        batch_size: ``*B``.
+        device: where the state is.
+        stop: looks at the predicted entries after each step but the last.
+    """
+    endings = kernel.layout.endings.never(batch_size, device)
+    moving = _moving(kernel)
+    roots: list[Values] = []
+    nexts: list[Values] = []
+    for step in range(steps):
+        act(values)
+        if step == 0:
+            kernel.check_actions(values, batch_size)
+        roots.append(dict(values))
+        predicted = kernel.predict(values, batch_size, device, endings)
+        nexts.append(predicted)
+        if stop is not None and step + 1 < steps and stop(predicted):
+            break
+        for key in moving:
+            values[key] = predicted[key]
+    return Trace(roots, nexts)
+
+
+def _moving(kernel: StepKernel) -> list[NestedKey]:
+    """What a step hands on to the next one."""
+    layout = kernel.layout
+    counter = [] if kernel.counter_key is None else [kernel.counter_key]
+    done = [key for group in layout.endings.groups for key in group.keys()]
+    return [*layout.latent, *layout.context, *layout.decoded, *counter, *done]
+
+
+def assemble(
+    trace: Trace,
+    root: TensorDictBase | None,
+    kernel: StepKernel,
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> TensorDict:
+    """The tensordict ``[*B, T]`` of a trace, its last dim named "time".
+
+    Args:
+        trace: the steps.
+        root: the tensordict that the first step started from, whose nested
+            tensordicts say which dims theirs have; None if it has none.
+        kernel: what made the steps.
+        batch_size: ``*B``.
+        device: where the state is.
+    """
+    dim = len(batch_size)
+    steps = len(trace.next)
+    nodes = {} if root is None else _nodes(root)
+    nested = {key: node.batch_size[dim:] for key, node in nodes.items()}
+    nested.update(
+        {unravel_key(key): dims for key, dims in kernel.layout.nested.items()}
+    )
+    size = torch.Size((*batch_size, steps))
+    out = _stacked(trace.root, size, dim, device, nested)
+    next_td = _stacked(trace.next, size, dim, device, nested)
+    out._set_str("next", next_td, inplace=False, validated=True, non_blocking=False)
+    out.names = [None] * dim + ["time"]
+    return out
+
+
+def _stacked(
+    steps: list[Values],
+    size: torch.Size,
+    dim: int,
+    device: torch.device | None,
+    nested: dict[NestedKey, torch.Size],
+) -> TensorDict:
+    flat: Values = {}
+    last = steps[-1]
+    for key, value in steps[0].items():
+        # The ends tell whether it is one tensor all along: what was written again
+        # at any step never comes back.
+        if last[key] is value and len(steps) > 1:
+            shape = (*value.shape[:dim], len(steps), *value.shape[dim:])
+            repeated = value.unsqueeze(dim).expand(shape)
+            flat[key] = repeated.clone(memory_format=torch.contiguous_format)
+        else:
+            flat[key] = torch.stack([step[key] for step in steps], dim)
+    return _build(flat, size, device, nested, ())
+
+
+def _build(
+    flat: Values,
+    size: torch.Size,
+    device: torch.device | None,
+    nested: dict[NestedKey, torch.Size],
+    prefix: tuple[str, ...],
+) -> TensorDict:
+    """A tensordict of stacked entries, which are known to fit: nothing is checked again."""
+    source: dict[str, torch.Tensor | TensorDict] = {}
+    below: dict[str, Values] = {}
+    for key, value in flat.items():
+        if isinstance(key, str):
+            source[key] = value
+            continue
+        name, *rest = key
+        below.setdefault(name, {})[unravel_key(tuple(rest))] = value
+        source.setdefault(name, None)  # keeps the order of the keys
+    for name, entries in below.items():
+        path = (*prefix, name)
+        dims = nested.get(unravel_key(path), ())
+        source[name] = _build(entries, size + torch.Size(dims), device, nested, path)
+    return TensorDict._new_unsafe(source, batch_size=size, device=device)
+
+
+def _nodes(
+    tensordict: TensorDictBase, prefix: tuple[str, ...] = ()
+) -> dict[NestedKey, TensorDictBase]:
+    """The nested tensordicts, by key."""
+    found = {}
+    for name, value in tensordict.items():
+        if isinstance(value, TensorDictBase):
+            path = (*prefix, name)
+            found[join(*path)] = value
+            found.update(_nodes(value, path))
+    return found
+
+
+def flat_values(tensordict: TensorDictBase) -> Values | None:
+    """The entries by flat key; None if some are no tensors, or the container is special."""
+    if type(tensordict) is not TensorDict or tensordict.is_locked:
+        return None
+    values: Values = {}
+    for key, value in tensordict.items(True, True):
+        if not isinstance(value, torch.Tensor):
+            return None
+        values[key] = value
+    for node in _nodes(tensordict).values():
+        if type(node) is not TensorDict or node.is_empty():
+            return None
+    return values

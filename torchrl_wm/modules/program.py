@@ -1,0 +1,253 @@
+"""Run TensorDict modules on a flat dictionary of tensors, as fast as their networks.
+
+A ``TensorDictModule`` costs more around its network than a small network itself: it
+looks entries up in nested tensordicts, checks and converts what it writes, and builds
+containers. A :class:`Program` calls the networks directly where that changes nothing, and
+the module itself where it might (a hook, a distribution, a class with a forward of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
+from torch import nn
+from torchrl.modules import SafeProbabilisticModule
+
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import unique
+
+Values = dict[NestedKey, torch.Tensor]
+Step = Callable[[Values, torch.Size, "torch.device | None"], None]
+
+
+class Program:
+    """TensorDict modules, run one after the other on a dictionary of tensors.
+
+    Args:
+        modules: the modules, in order. Sequentials are taken apart.
+
+    Attributes:
+        direct: whether every network is called directly.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._given = list(modules)
+        self.modules = [leaf for module in self._given for leaf in _leaves(module)]
+        plain = [is_plain(module) for module in self.modules]
+        self.direct = all(plain)
+        self._made_for = [_signature(module) for module in self.modules]
+        self._steps: list[Step] = [
+            _direct(module) if simple else _through_tensordict(module)
+            for module, simple in zip(self.modules, plain)
+        ]
+
+    def is_current(self) -> bool:
+        """Whether the modules are what they were: same networks, keys and hooks."""
+        now = [leaf for module in self._given for leaf in _leaves(module)]
+        return len(now) == len(self.modules) and all(
+            leaf is module and _signature(leaf) == made_for
+            for leaf, module, made_for in zip(now, self.modules, self._made_for)
+        )
+
+    def __call__(
+        self, values: Values, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        """Run the modules; what they write goes into ``values``.
+
+        Args:
+            values: what is read, by flat key (``("next", "latent")``, not nested
+                dictionaries), each ``[*B, ...]``.
+            batch_size: ``*B``.
+            device: where what is written belongs; None leaves it where it is.
+        """
+        for step in self._steps:
+            step(values, batch_size, device)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does nothing but call its network on its inputs and write the outputs."""
+    kind = type(module)
+    return (
+        isinstance(module, TensorDictModule)
+        and kind.forward is TensorDictModule.forward
+        and kind._call_module is TensorDictModule._call_module
+        and kind._write_to_tensordict is TensorDictModule._write_to_tensordict
+        and module._kwargs is None
+        and module.inplace is True
+        and module.method is None
+        and not module.method_kwargs
+        and not module._get_kwargs
+        and module.out_keys == module.out_keys_source
+        and not has_hooks(module)
+    )
+
+
+def _signature(module: nn.Module) -> tuple:
+    """What a program depends on; a network is compared by identity."""
+    network = getattr(module, "module", None)
+    return (
+        is_plain(module),
+        id(network),
+        tuple(module.in_keys),
+        tuple(module.out_keys),
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def is_decomposable(module: nn.Module) -> bool:
+    """Whether a sequential does nothing but run its modules in order."""
+    if has_hooks(module) or module._select_before_return or module.partial_tolerant:
+        return False
+    forward = type(module).forward
+    if isinstance(module, ProbabilisticTensorDictSequential):
+        return (
+            forward is ProbabilisticTensorDictSequential.forward
+            and module.inplace in (None, True)
+            and not module.return_composite
+            and type(module).get_dist_params
+            is ProbabilisticTensorDictSequential.get_dist_params
+            # The type of sampling is set for its deterministic part.
+            and all(
+                is_plain(leaf) for child in module.det_part for leaf in _leaves(child)
+            )
+            and module._requires_sample
+        )
+    return forward is TensorDictSequential.forward and module.inplace in (None, True)
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, TensorDictSequential) and is_decomposable(module):
+        return [leaf for child in module._module_iter() for leaf in _leaves(child)]
+    return [module]
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether running ``module`` in a Program is the same as calling it on a tensordict.
+
+    True of plain modules, of sequentials of them, and of the sampling of
+    distributions, which reads and writes nothing but its keys.
+    """
+    return all(
+        is_plain(leaf) or (_is_sampling(leaf) and not has_hooks(leaf))
+        for leaf in _leaves(module)
+    )
+
+
+def _is_sampling(module: nn.Module) -> bool:
+    """Whether a module does nothing but draw from a distribution by its keys."""
+    return (
+        type(module).forward
+        in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward)
+        and module.num_samples is None
+        and module._generator is None
+        and module._generator_key is None
+    )
+
+
+def _direct(module: TensorDictModule) -> Step:
+    network = module.module
+    in_keys, out_keys = list(module.in_keys), list(module.out_keys)
+    single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
+
+    def step(
+        values: Values, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        inputs = [values.get(key) for key in in_keys]
+        try:
+            out = network(*inputs)
+        except Exception as err:
+            missing = [key for key, value in zip(in_keys, inputs) if value is None]
+            if not missing:
+                raise
+            raise MissingEntryError(
+                f"{module} reads {missing}; there are {sorted(values, key=str)}."
+            ) from err
+        if (
+            single is not None
+            and type(out) is torch.Tensor
+            and out.shape[: len(batch_size)] == batch_size
+            and (device is None or out.device == device)
+        ):
+            values[single] = out
+            return
+        _write(values, out, out_keys, module, batch_size, device)
+
+    return step
+
+
+def _write(
+    values: Values,
+    out,
+    out_keys: Sequence[NestedKey],
+    module: nn.Module,
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> None:
+    """Write outputs as a TensorDictModule does, into a dictionary."""
+    if isinstance(out, dict) and all(key in out for key in out_keys):
+        out = tuple(out[key] for key in out_keys)
+    if not isinstance(out, tuple):
+        out = (out,)
+    if len(out) != len(out_keys):
+        raise RuntimeError(
+            f"{module} returned {len(out)} outputs for the out_keys {list(out_keys)}."
+        )
+    for key, value in zip(out_keys, out):
+        if key == "_":
+            continue
+        if not isinstance(value, torch.Tensor):
+            value = torch.as_tensor(value)
+        if value.shape[: len(batch_size)] != batch_size:
+            raise RuntimeError(
+                f"{key!r} was written with the shape {tuple(value.shape)}, which does not begin "
+                f"with the batch size {tuple(batch_size)}, by {module}."
+            )
+        if device is not None and value.device != device:
+            value = value.to(device)
+        values[key] = value
+
+
+def _through_tensordict(module: nn.Module) -> Step:
+    in_keys = unique(module.in_keys)
+    # A distribution is known to read its keys alone; of other modules it is safer
+    # to show them all that is there.
+    narrow = isinstance(module, ProbabilisticTensorDictModule) and _is_sampling(module)
+    out_keys = [key for key in unique(module.out_keys) if key != "_"]
+
+    def step(
+        values: Values, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        shown = {k: values[k] for k in in_keys if k in values} if narrow else values
+        out = module(to_tensordict(shown, batch_size, device))
+        for key in out_keys:
+            values[key] = out.get(key)
+
+    return step
+
+
+def to_tensordict(
+    values: Values, batch_size: torch.Size, device: torch.device | None
+) -> TensorDict:
+    """A tensordict with these entries, nested where the keys are."""
+    out = TensorDict({}, batch_size=batch_size, device=device)
+    for key, value in values.items():
+        out.set(key, value)
+    return out
