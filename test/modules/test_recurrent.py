@@ -26,6 +26,7 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.modules.models.model_based import RSSMRollout, RSSMRolloutV3
 
 from torchrl_wm import WorldModel, WorldModelEnv
+from torchrl_wm.modules import InitialState
 
 MODELS = {
     "gru": gru_model,
@@ -116,7 +117,7 @@ class TestInitialState:
 
     def test_values_are_part_of_the_state(self) -> None:
         model, other = gru_model(), gru_model()
-        other.initial_state.belief.fill_(9.0)
+        next(other.initial_state.buffers()).fill_(9.0)
         model.load_state_dict(other.state_dict())
         assert (model.encode(observations(2))["belief"] == 9).all()
 
@@ -126,6 +127,27 @@ class TestInitialState:
 
     def test_inputs_of_the_model(self) -> None:
         assert gru_model().in_keys == ["observation", "action"]
+
+    def test_awkward_names(self) -> None:
+        """Latents may be called as modules' own attributes are, or have dots."""
+        for name in ("module", "names", "training", "a.b", ("deep", "keys")):
+            state = InitialState({name: torch.ones(2)})
+            assert state.keys() == [name]
+            assert state(torch.Size([3]))[name].shape == (3, 2)
+
+    def test_values_that_no_latent_needs(self) -> None:
+        base = gru_model()
+        for key in ("memory", "latent"):
+            with pytest.raises(ValueError, match=rf"\['{key}'\].*are \['belief'\]"):
+                WorldModel(
+                    base.encoder,
+                    base.dynamics,
+                    base.reward_head,
+                    initial_state={key: torch.zeros(BELIEF)},
+                )
+        for source in ({}, TensorDict({"belief": torch.zeros(4, BELIEF)}, [4])):
+            with pytest.raises(ValueError, match="without batch dims"):
+                InitialState(source)
 
     def test_bad_source(self) -> None:
         base = gru_model()
@@ -248,6 +270,17 @@ class TestFiltering:
             grads = [p.grad for p in part.parameters()]
             assert any(grad is not None and grad.any() for grad in grads)
 
+    def test_sequences_that_do_not_fit(self) -> None:
+        model = gru_model()
+        with pytest.raises(KeyError, match=r"\('next', 'observation'\)"):
+            model.observe(sequences(2, 3).exclude(("next", "observation")))
+        with pytest.raises(ValueError, match=r"\[\*B, T\].*\(2, 0\)"):
+            model.observe(sequences(2, 3)[:, :0])
+        data = sequences(2, 3)
+        data["action"] = torch.zeros(2, 3, ACTION + 1)
+        with pytest.raises(RuntimeError, match="dynamics failed on.*'action'"):
+            model.observe(data)
+
     @pytest.mark.parametrize("flat", [False, True])
     def test_restarts_where_an_episode_begins(self, flat) -> None:
         """After is_init, a sequence is as if what comes before it were not there."""
@@ -261,6 +294,32 @@ class TestFiltering:
             torch.testing.assert_close(out[key][:1, 3:], tail[key])
         whole = model.observe(data[1:].exclude("is_init"))
         torch.testing.assert_close(out["belief"][1:], whole["belief"])
+
+    def test_without_is_init_an_episode_begins_after_a_done(self) -> None:
+        model, data = gru_model(), sequences(2, 6)
+        data["next", "done"] = torch.zeros(2, 6, 1, dtype=torch.bool)
+        data["next", "done"][0, 2] = True
+        belief = model.observe(data)["belief"]
+        assert (belief[0, 3] == 0.5).all() and (belief[1, 3] != 0.5).all()
+        tail = model.observe(data[:1, 3:])["belief"]
+        torch.testing.assert_close(belief[:1, 3:], tail)
+
+    def test_is_init_of_the_agents(self) -> None:
+        model, data = gru_model(), sequences(2, 6)
+        flags = torch.zeros(2, 6, 3, 1, dtype=torch.bool)
+        flags[0, 3] = True  # all agents
+        flags[1, 3, 0] = True  # one of them
+        data["agents", "is_init"] = flags
+        belief = model.observe(data)["belief"]
+        assert (belief[0, 3] == 0.5).all() and (belief[1, 3] != 0.5).all()
+
+    def test_partly_given_latents_are_completed(self) -> None:
+        model, data = gru_model(), sequences(2, 3)
+        data["belief"] = torch.ones(2, 3, BELIEF)
+        out = model.observe(data)
+        assert (out["belief"][:, 0] == 1).all()
+        expected = model.encoder.module(data["observation"][:, 0])
+        torch.testing.assert_close(out["latent"][:, 0], expected)
 
     def test_given_latents_start_the_sequence_unless_it_begins_an_episode(self) -> None:
         model, data = gru_model(), sequences(2, 3)
@@ -355,6 +414,51 @@ class TestPolicyFront:
         with torch.no_grad():
             filtered = model.observe(data.exclude("belief", "latent"))
         torch.testing.assert_close(filtered["belief"], data["belief"])
+
+    def test_forgotten_action_is_an_error(self) -> None:
+        model = gru_model()
+        td = model.encode(observations(2))
+        observer = model.observer()
+        with pytest.raises(KeyError, match=r"\['action'\].*exclude_action=False"):
+            observer(td.clone())
+        with pytest.raises(KeyError, match="is_init"):
+            observer(td.clone().set("is_init", torch.tensor([[True], [False]])))
+        observer(td.set("is_init", torch.ones(2, 1, dtype=torch.bool)))
+
+    def test_latent_that_the_env_overwrites(self) -> None:
+        base = gru_model()
+        model = WorldModel(
+            Mod(nn.Identity(), ["latent"], ["latent"]),
+            base.dynamics,
+            base.reward_head,
+            initial_state={"belief": torch.zeros(BELIEF)},
+        )
+        with pytest.raises(
+            ValueError, match=r"\['latent'\] are what the encoder reads"
+        ):
+            model.observer()
+
+    def test_without_recurrence_it_is_the_encoder(self) -> None:
+        model = make_model()
+        td = observations(3)
+        expected = model.encoder.module(td["observation"])
+        assert torch.equal(model.observer()(td)["latent"], expected)
+
+    def test_primer_for_nested_latents(self) -> None:
+        example = TensorDict(
+            {"agents": TensorDict({"observation": torch.zeros(3, OBS)}, [3])}
+        )
+        next_latent = ("next", "agents", "belief")
+        model = WorldModel(
+            linear([("agents", "observation")], [("agents", "code")], [OBS, LATENT]),
+            linear([("agents", "belief"), "action"], [next_latent], [LATENT, LATENT]),
+            linear([next_latent], [("next", "reward")], [LATENT, 1]),
+            initial_state={("agents", "belief"): torch.zeros(3, LATENT)},
+        )
+        primer = model.observer().make_tensordict_primer(example, reset_key="_reset")
+        assert primer.primers["agents"].shape == (3,)
+        assert primer.primers["agents", "belief"].shape == (3, LATENT)
+        assert primer.reset_key == "_reset"
 
     def test_unknown_shapes_are_asked_for(self) -> None:
         with pytest.raises(ValueError, match=r"\['latent'\].*make_tensordict_primer\("):

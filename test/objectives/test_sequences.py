@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from _models import gru_model, LATENT, make_model, OBS, rssm_model, transitions
 from hypothesis import given, strategies as st
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule as Mod
+from torch.distributions import kl_divergence, Normal
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from torchrl_wm import WorldModel, WorldModelLoss
+from torchrl_wm.objectives import LossTerm
 
 ALL = ["reward", "done", "reconstruction", "latent"]
 
@@ -111,6 +114,45 @@ class TestOpenLoop:
             loss(batch)["loss_reward"], torch.stack(errors).mean()
         )
 
+    def test_stored_latents_and_the_encoder(self) -> None:
+        """Stored beliefs are where it starts; what the encoder writes is encoded anew."""
+        model, batch = gru_model(), alive(2, 4)
+        batch["latent"], batch["belief"] = torch.zeros(2, 4, LATENT), torch.ones(
+            2, 4, 5
+        )
+        loss = WorldModelLoss(model, losses=["reward"], multi_step=True)
+        latent = model.encoder.module(batch["observation"][:, 0])
+        belief, errors = torch.ones(2, 5), []
+        for t in range(4):
+            latent, belief = model.dynamics.module(
+                latent, belief, batch["action"][:, t]
+            )
+            reward = model.reward_head.module(belief)
+            errors.append((reward - batch["next", "reward"][:, t]).pow(2).mean())
+        value = loss(batch)["loss_reward"]
+        torch.testing.assert_close(value, torch.stack(errors).mean())
+        value.backward()
+        assert model.encoder.module[0].weight.grad.any()
+        # An episode that begins with the slice begins with the initial state.
+        batch["is_init"] = torch.zeros(2, 4, 1, dtype=torch.bool)
+        batch["is_init"][:, 0] = True
+        fresh = loss(batch.exclude("latent", "belief"))["loss_reward"]
+        torch.testing.assert_close(loss(batch)["loss_reward"], fresh)
+
+    @pytest.mark.parametrize("where", ["true_done", "agents"])
+    def test_ends_under_other_keys(self, where) -> None:
+        batch = alive(3, 4)
+        ended = batch["next"].pop("done")
+        ended[:, 1] = True
+        loss = WorldModelLoss(make_model(), losses=["reward"], multi_step=True)
+        expected = loss(batch[:, :2])["loss_reward"]
+        if where == "true_done":
+            batch["next", "real_done"] = ended
+            loss.set_keys(true_done="real_done")
+        else:
+            batch["next", "agents", "done"] = ended.unsqueeze(-1).expand(3, 4, 2, 1)
+        torch.testing.assert_close(loss(batch)["loss_reward"], expected)
+
     def test_slices_of_a_replay_buffer(self) -> None:
         sampler = SliceSampler(
             slice_len=5, end_key=("next", "done"), strict_length=True
@@ -156,6 +198,8 @@ class TestOpenLoop:
         with pytest.raises(ValueError, match="sequences.*time last.*refine_names"):
             loss(alive(4))
         loss(alive(4).refine_names("time"))  # one sequence that says so
+        with pytest.raises(ValueError, match="time last"):
+            loss(alive(4, 3).refine_names("time", None))
 
 
 class TestFiltering:
@@ -188,6 +232,45 @@ class TestFiltering:
         model = rssm_model()
         loss = WorldModelLoss(model, losses=["reward", "reconstruction"])
         assert {id(p) for p in loss.parameters()} == {id(p) for p in model.parameters()}
+
+    def test_term_that_trains_the_posterior(self) -> None:
+        """A KL between prior and posterior, as RSSMs need it."""
+
+        class KL(LossTerm):
+            components = ("posterior",)
+
+            def labels(self, world_model, keys):
+                return []
+
+            def __call__(self, predicted, batch, loss):
+                nxt = predicted["next"]
+                prior = Normal(nxt["prior_mean"], nxt["prior_std"])
+                posterior = Normal(nxt["posterior_mean"], nxt["posterior_std"])
+                return kl_divergence(posterior, prior).sum(-1)
+
+        model, batch = rssm_model(), alive(2, 5)
+        out = WorldModelLoss(model, losses=["reward", KL("kl", 0.5)])(batch)
+        assert out["loss_kl"] > 0
+        out["loss_kl"].backward()
+        assert any(p.grad is not None for p in model.posterior.parameters())
+        with pytest.raises(ValueError, match="'kl' trains the posterior"):
+            WorldModelLoss(make_model(), losses=[KL("kl")])
+
+    def test_observation_as_recurrent_latent(self) -> None:
+        base = gru_model()
+        keys = {"latent": "observation"}
+        model = WorldModel(
+            Mod(torch.nn.Identity(), ["observation"], ["observation"]),
+            Mod(
+                lambda x, b, a: (x + b[..., :1], b + a[..., :1]),
+                ["observation", "belief", "action"],
+                [("next", "observation"), ("next", "belief")],
+            ),
+            base.reward_head,
+            initial_state=base.initial_state(()),
+        )
+        out = WorldModelLoss(model, losses=["latent", "reward"])(alive(2, 4))
+        assert out["loss_latent"].isfinite() and keys
 
     def test_respects_is_init(self) -> None:
         model, batch = gru_model(), alive(2, 6)

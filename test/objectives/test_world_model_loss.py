@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from _models import ACTION, LATENT, linear, make_model, OBS, transitions
 from hypothesis import given, strategies as st
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
-from torchrl_wm.objectives import LossTerm
+from torchrl_wm.objectives import LossTerm, RewardTerm
 
 ALL = ["reward", "done", "reconstruction", "latent"]
 
@@ -457,7 +457,55 @@ class TestModule:
         assert ("next", "size") in loss.in_keys
 
 
+def test_several_rewards() -> None:
+    model = make_model()
+    model.reward_head = linear(
+        [("next", "latent")], [("next", "red", "reward")], [LATENT, 1]
+    )
+    blue = Mod(
+        torch.nn.Linear(LATENT, 1), [("next", "latent")], [("next", "blue", "reward")]
+    )
+    model.reward_head = TensorDictSequential(model.reward_head, blue)
+    batch = transitions(5)
+    for team in ("red", "blue"):
+        batch["next", team, "reward"] = torch.randn(5, 1)
+    terms = [RewardTerm(key=(team, "reward"), name=team) for team in ("red", "blue")]
+    out = WorldModelLoss(model, losses=terms)(batch)
+    predicted = predictions(model, batch)["next"]
+    for team in ("red", "blue"):
+        error = predicted[team, "reward"] - batch["next", team, "reward"]
+        torch.testing.assert_close(out[f"loss_{team}"], error.pow(2).mean())
+
+
+def test_labels_keep_their_precision() -> None:
+    head = Mod(
+        lambda z: torch.full_like(z[..., :1], 1000.0).bfloat16(),
+        [("next", "latent")],
+        [("next", "reward")],
+    )
+    model, batch = make_model(), transitions(5)
+    model.reward_head = head
+    batch["next", "reward"].fill_(1001.5)
+    out = WorldModelLoss(model)(batch)
+    torch.testing.assert_close(out["loss_reward"], torch.tensor(2.25))
+
+
 class TestBadInput:
+    def test_terms_that_do_not_fit(self) -> None:
+        class Wrong(LossTerm):
+            def labels(self, world_model, keys):
+                return []
+
+            def __call__(self, predicted, batch, loss):
+                return predicted["next", "latent"][..., :1]
+
+        loss = WorldModelLoss(make_model(), losses=[Wrong("wrong")])
+        with pytest.raises(ValueError, match=r"'wrong' must give.*\(5,\).*\(5, 1\)"):
+            loss(transitions(5))
+        Wrong.components = ("hedd",)
+        with pytest.raises(ValueError, match="names the component 'hedd'"):
+            WorldModelLoss(make_model(), losses=[Wrong("wrong")])
+
     def test_at_construction(self) -> None:
         model = make_model()
         with pytest.raises(

@@ -28,6 +28,8 @@ from torchrl_wm.modules.keys import (
     unique,
 )
 
+from torchrl_wm.modules.running import run_components
+
 if TYPE_CHECKING:
     from torchrl_wm.modules.world_model import WorldModel
 
@@ -41,7 +43,7 @@ def begin(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBase
     as they are. The tensordict is written to and returned.
     """
     _require(tensordict, unique(world_model.encoder.in_keys), "encode")
-    tensordict = world_model.encoder(tensordict)
+    tensordict = run_components({"encoder": world_model.encoder}, tensordict)
     absent = missing_from(tensordict, world_model.latent_keys)
     if not absent or world_model.initial_state is None:
         return tensordict
@@ -60,12 +62,12 @@ def _corrected(world_model: WorldModel, predicted: TensorDictBase) -> TensorDict
     Args:
         predicted: both at the root; it is not modified.
     """
-    posterior = world_model.posterior
-    if any(is_next(key) for key in unique(posterior.in_keys)):
+    posterior = {"posterior": world_model.posterior}
+    if any(is_next(key) for key in unique(world_model.posterior.in_keys)):
         work = predicted.empty().set("next", predicted.copy())
-        corrected = posterior(work).get("next")
+        corrected = run_components(posterior, work).get("next")
     else:
-        corrected = posterior(predicted.copy())
+        corrected = run_components(posterior, predicted.copy())
     return corrected.select(*world_model.latent_keys)
 
 
@@ -81,22 +83,39 @@ def transition(
     Returns:
         What dynamics and posterior write under "next", and the corrected latents.
     """
-    posterior = world_model.posterior
-    work = world_model.dynamics(step.copy())
+    work = run_components({"dynamics": world_model.dynamics}, step.copy())
     predicted = work.get("next")
-    if posterior is None:
+    if world_model.posterior is None:
         written = [
-            k for k in world_model.latent_keys if encoded.get(k, None) is not None
+            key for key in world_model.latent_keys if encoded.get(key, None) is not None
         ]
         state = predicted.select(*world_model.latent_keys).copy()
         return predicted, state.update(encoded.select(*written))
-    keep = unique([*predicted.keys(True, True), *map(strip_next, posterior.out_keys)])
+    posterior = {"posterior": world_model.posterior}
+    written = map(strip_next, world_model.posterior.out_keys)
+    keep = unique([*predicted.keys(True, True), *written])
     predicted.update(encoded)
-    if any(is_next(key) for key in unique(posterior.in_keys)):
-        predicted = posterior(work).get("next")
+    if any(is_next(key) for key in unique(world_model.posterior.in_keys)):
+        predicted = run_components(posterior, work).get("next")
     else:
-        predicted = posterior(predicted)
+        predicted = run_components(posterior, predicted)
     return predicted.select(*keep), predicted.select(*world_model.latent_keys)
+
+
+def check_observable(world_model: WorldModel) -> None:
+    """Refuse to filter, step by step, latents that the env's observations overwrite.
+
+    Raises:
+        ValueError: if a recurrent model's latent is what its encoder reads.
+    """
+    inputs = unique(world_model.encoder.in_keys)
+    shared = [key for key in world_model.latent_keys if key in inputs]
+    if shared and world_model.is_recurrent:
+        raise ValueError(
+            f"The latents {shared} are what the encoder reads, too. In a running env the newest "
+            f"observation stands there when the one before is needed. Give the latent a key of "
+            f"its own: encoder=TensorDictModule(nn.Identity(), {shared}, ['latent'])."
+        )
 
 
 def observe_step(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBase:
@@ -109,18 +128,30 @@ def observe_step(world_model: WorldModel, tensordict: TensorDictBase) -> TensorD
     Returns:
         The same tensordict with the latents of now.
     """
+    check_observable(world_model)
     latents = world_model.latent_keys
     inputs = unique(world_model.encoder.in_keys)
     _require(tensordict, inputs)
     fresh = _begun(world_model, tensordict.select(*inputs))
-    before = [*latents, *_context(world_model)]
-    if missing_from(tensordict, before):
-        # Nothing was done yet: every row begins.
+    if not world_model.is_recurrent:
+        return tensordict.update(fresh.select(*latents))
+    restart = episode_begins(tensordict)
+    missing = missing_from(tensordict, _context(world_model))
+    if missing_from(tensordict, latents) or missing:
+        if not missing_from(tensordict, latents) and (
+            restart is None or not restart.all()
+        ):
+            raise MissingEntryError(
+                f"The latents go on from the step before, and what was done then is missing: "
+                f"{missing}; the tensordict has {leaf_keys(tensordict)}. Keep the action at the "
+                f"root, as env.rollout does: step_mdp(td, exclude_action=False); or say with "
+                f"'is_init' (torchrl.envs.InitTracker) that every episode begins here."
+            )
         return tensordict.update(fresh.select(*latents))
     encoded = world_model.encoder(tensordict.select(*inputs))
     encoded = encoded.select(*unique(world_model.encoder.out_keys))
-    _, state = transition(world_model, tensordict.select(*before), encoded)
-    restart = _restart(tensordict)
+    before = tensordict.select(*latents, *_context(world_model))
+    _, state = transition(world_model, before, encoded)
     if restart is not None:
         state = _where(restart, fresh, state)
     return tensordict.update(state)
@@ -134,8 +165,7 @@ def observe_sequence(
     Args:
         tensordict: transitions, ``[*B, T]``, with the observations at the root
             and under "next"; not modified. Latents at the root of the first
-            step are where the filter starts, unless ``is_init`` says that an
-            episode begins there.
+            step are where the filter starts, unless an episode begins there.
 
     Returns:
         A tensordict, ``[*B, T]``, with the filtered latents at the root and
@@ -144,20 +174,25 @@ def observe_sequence(
     latents = world_model.latent_keys
     inputs = unique(world_model.encoder.in_keys)
     _require(tensordict, [*(join("next", k) for k in inputs), *_context(world_model)])
-    restart = _restart(tensordict)
-    given = not missing_from(tensordict, latents)
-    # Where nothing restarts, only the first step has to be begun.
-    starts = tensordict if restart is not None else tensordict[..., :1]
+    if not tensordict.batch_dims or not tensordict.batch_size.numel():
+        raise ValueError(
+            f"observe filters sequences, [*B, T], and the tensordict has the batch size "
+            f"{tuple(tensordict.batch_size)}."
+        )
+    state = first_latents(world_model, tensordict)
+    restart = episode_begins(tensordict)
     begun = None
-    if restart is not None or not given:
-        begun = _begun(world_model, starts).select(*latents).unbind(-1)
-    state = tensordict[..., 0].select(*latents) if given else begun[0]
-    encoded = world_model.encoder(tensordict.get("next").select(*inputs))
+    if restart is not None:
+        begun = _begun(world_model, tensordict.select(*inputs, strict=False))
+        begun = begun.select(*latents).unbind(-1)
+    encoded = run_components(
+        {"encoder": world_model.encoder}, tensordict.get("next").select(*inputs)
+    )
     encodings = encoded.select(*unique(world_model.encoder.out_keys)).unbind(-1)
     steps = tensordict.select(*_context(world_model)).unbind(-1)
     filtered = []
     for t, (step, encoding) in enumerate(zip(steps, encodings)):
-        if restart is not None:
+        if restart is not None and t:
             state = _where(restart[..., t], begun[t], state)
         step = step.copy().update(state)
         predicted, state = transition(world_model, step, encoding)
@@ -166,15 +201,84 @@ def observe_sequence(
     return out.update(torch.stack(filtered, tensordict.batch_dims - 1))
 
 
+def first_latents(
+    world_model: WorldModel, tensordict: TensorDictBase
+) -> TensorDictBase:
+    """The latents that a sequence starts from, ``[*B]``.
+
+    What the encoder writes is encoded; the other latents are those given at the
+    first step, or, where an episode begins there or none are given, what the
+    model begins with.
+    """
+    latents = world_model.latent_keys
+    inputs = unique(world_model.encoder.in_keys)
+    first = tensordict[..., 0]
+    known = first.select(*inputs, *latents, strict=False)
+    state = known
+    if missing_from(known, latents) or not missing_from(known, inputs):
+        state = _begun(world_model, known)
+    state = state.select(*latents)
+    restart = episode_begins(tensordict)
+    if restart is None or missing_from(first, latents) == latents:
+        return state
+    fresh = _begun(world_model, first.select(*inputs, strict=False))
+    return _where(restart[..., 0], fresh, state)
+
+
+def episode_begins(
+    tensordict: TensorDictBase, done: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Where episodes begin, in the shape of the batch; None where nothing says so.
+
+    ``is_init`` says so; without it, in a sequence, a ``done`` one step before.
+    Where only agents have such entries, an episode begins when it does for all.
+
+    Args:
+        tensordict: ``[*B]``, or ``[*B, T]`` with "next".
+        done: the ends of the episodes, if they stand under another key.
+    """
+    flag = _whole(tensordict, IS_INIT)
+    if flag is not None:
+        return flag
+    next_td = tensordict.get("next", None)
+    if next_td is None or not tensordict.batch_dims:
+        return None
+    ended = done if done is not None else _whole(next_td, "done")
+    if ended is None:
+        return None
+    ended = ended.reshape(*tensordict.batch_size, -1).bool().any(-1)
+    begins = torch.zeros_like(ended)
+    begins[..., 1:] = ended[..., :-1]
+    return begins
+
+
+def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:
+    """The entry ``name``, at the root or, for all agents, below it: ``[*B]`` bool."""
+    flag = tensordict.get(name, None)
+    if flag is None:
+        below = [
+            tensordict.get(key)
+            for key in unique(tensordict.keys(True, True))
+            if isinstance(key, tuple) and key[-1] == name and key[0] != "next"
+        ]
+    else:
+        below = [flag]
+    if not below:
+        return None
+    size = tensordict.batch_size
+    return torch.stack([x.bool().reshape(*size, -1).all(-1) for x in below]).all(0)
+
+
 def _begun(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBase:
     """The latents at the beginning of an episode, whatever is known of it."""
     inputs = unique(world_model.encoder.in_keys)
     if not missing_from(tensordict, inputs):
-        begun = begin(world_model, tensordict.select(*inputs))
+        begun = begin(world_model, tensordict.copy())
     elif world_model.initial_state is not None:
         begun = world_model.initial_state(tensordict.batch_size, tensordict.device)
+        begun = begun.update(tensordict.select(*world_model.latent_keys, strict=False))
     else:
-        begun = tensordict.empty()
+        begun = tensordict
     missing = missing_from(begun, world_model.latent_keys)
     if missing:
         raise MissingEntryError(
@@ -191,12 +295,6 @@ def _context(world_model: WorldModel) -> list[NestedKey]:
     latents = world_model.latent_keys
     keys = unique(world_model.dynamics.in_keys)
     return [key for key in keys if not is_next(key) and key not in latents]
-
-
-def _restart(tensordict: TensorDictBase) -> torch.Tensor | None:
-    """Where episodes begin, in the shape of the batch; None where nothing says so."""
-    flag = tensordict.get(IS_INIT, None)
-    return None if flag is None else flag.reshape(tensordict.batch_size)
 
 
 def _where(

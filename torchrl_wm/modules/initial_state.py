@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import nn
 from torchrl.data import Composite
 
-from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules.keys import as_tuple, leaf_keys, unique
 
 InitialStateLike = Union[
     TensorDictBase,
@@ -46,11 +46,18 @@ class InitialState(nn.Module):
         self.function: Callable | None = None
         if isinstance(source, Composite):
             source = source.zero()
-        if isinstance(source, Mapping):
+        if isinstance(source, Mapping) and not isinstance(source, TensorDictBase):
             source = TensorDict(dict(source))
         if isinstance(source, TensorDictBase):
+            if source.batch_dims or source.is_empty():
+                raise ValueError(
+                    f"initial_state must be a tensordict of values without batch dims, got one "
+                    f"of batch size {tuple(source.batch_size)} with {leaf_keys(source)}. It is "
+                    f"expanded to any batch size."
+                )
             for key in unique(source.keys(True, True)):
-                name = self.names[key] = "/".join(as_tuple(key))
+                name = "value/" + "/".join(as_tuple(key)).replace(".", "|")
+                self.names[key] = name
                 value = source.get(key)
                 if isinstance(value, nn.Parameter):
                     self.register_parameter(name, value)
@@ -65,6 +72,22 @@ class InitialState(nn.Module):
                 f"initial_state must be a TensorDict or Composite without batch dims, a "
                 f"TensorDictModule that writes the latents, or a function of the batch size, got "
                 f"{type(source).__name__}."
+            )
+
+    def check(self, latents: list[NestedKey], encoded: list[NestedKey]) -> None:
+        """Refuse values that no latent needs.
+
+        Raises:
+            ValueError: if a key is no latent, or one that the encoder writes.
+        """
+        if self.function is not None:
+            return  # asked when it is called
+        unneeded = [k for k in self.keys() if k not in latents or k in encoded]
+        if unneeded:
+            needed = [key for key in latents if key not in encoded]
+            raise ValueError(
+                f"initial_state gives {unneeded}, which the model does not take from it: the "
+                f"latents that the encoder does not write are {needed}."
             )
 
     def keys(self) -> list[NestedKey]:

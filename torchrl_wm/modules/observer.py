@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
 
-from torchrl_wm.modules.filtering import IS_INIT, observe_step
-from torchrl_wm.modules.keys import is_next, missing_from, unique
+from torchrl_wm.modules.filtering import check_observable, IS_INIT, observe_step
+from torchrl_wm.modules.keys import as_tuple, is_next, missing_from, unique
 
 if TYPE_CHECKING:
     from torchrl_wm.modules.world_model import WorldModel
@@ -34,23 +35,27 @@ class Observer(TensorDictModuleBase):
         >>> from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
         >>> from torchrl.envs import GymEnv, InitTracker, TransformedEnv
         >>> from torchrl_wm import WorldModel
-        >>> cell = torch.nn.GRUCell(4, 8)
-        >>> def dynamics(observation, belief, action):
-        ...     belief = cell(torch.cat([observation, action], -1), belief)
-        ...     return observation + belief[..., :3], belief
+        >>> class Dynamics(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.cell = torch.nn.GRUCell(3 + 1, 8)
+        ...         self.head = torch.nn.Linear(8, 3)
+        ...     def forward(self, latent, belief, action):
+        ...         belief = self.cell(torch.cat([latent, action], -1), belief)
+        ...         return self.head(belief), belief
         >>> world_model = WorldModel(
-        ...     Mod(torch.nn.Identity(), ["observation"], ["observation"]),
+        ...     Mod(torch.nn.Linear(3, 3), ["observation"], ["latent"]),
         ...     Mod(
-        ...         dynamics,
-        ...         ["observation", "belief", "action"],
-        ...         [("next", "observation"), ("next", "belief")],
+        ...         Dynamics(),
+        ...         ["latent", "belief", "action"],
+        ...         [("next", "latent"), ("next", "belief")],
         ...     ),
         ...     Mod(torch.nn.Linear(8, 1), [("next", "belief")], [("next", "reward")]),
         ...     initial_state=TensorDict({"belief": torch.zeros(8)}),
         ... )
         >>> observer = world_model.observer()
         >>> env = TransformedEnv(GymEnv("Pendulum-v1"), InitTracker())
-        >>> env = env.append_transform(observer.make_tensordict_primer())
+        >>> env = env.append_transform(observer.make_tensordict_primer(env.reset()))
         >>> actor = Mod(torch.nn.Linear(8, 1), ["belief"], ["action"])
         >>> with torch.no_grad():
         ...     rollout = env.rollout(5, TensorDictSequential(observer, actor))
@@ -60,6 +65,7 @@ class Observer(TensorDictModuleBase):
 
     def __init__(self, world_model: WorldModel) -> None:
         super().__init__()
+        check_observable(world_model)
         self.world_model = world_model
         before = [k for k in unique(world_model.dynamics.in_keys) if not is_next(k)]
         self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
@@ -70,7 +76,7 @@ class Observer(TensorDictModuleBase):
         return observe_step(self.world_model, tensordict)
 
     def make_tensordict_primer(
-        self, observations: TensorDictBase | None = None
+        self, observations: TensorDictBase | None = None, **kwargs: Any
     ) -> TensorDictPrimer:
         """A transform that gives an env the latents' entries.
 
@@ -79,13 +85,15 @@ class Observer(TensorDictModuleBase):
         Args:
             observations: an example, any batch size, to find the shapes of
                 latents that the encoder writes and the initial state lacks.
-                Latents that are observations of the env need none.
+                Nested ones get the dims that their neighbours have there.
+            kwargs: for :class:`~torchrl.envs.TensorDictPrimer`, such as
+                ``reset_key``.
 
         Raises:
             ValueError: if the shape of a latent is not known.
         """
         model = self.world_model
-        carried = [k for k in self.out_keys if k not in unique(model.encoder.in_keys)]
+        carried = self.out_keys
         begin = TensorDict({}, batch_size=[])
         if model.initial_state is not None:
             begin = model.initial_state(begin.batch_size).detach()
@@ -107,6 +115,20 @@ class Observer(TensorDictModuleBase):
             )
         spec = Composite(shape=())
         for key in carried:
-            value = begin.get(key)
-            spec[key] = Unbounded(value.shape, dtype=value.dtype, device=value.device)
-        return TensorDictPrimer(spec, default_value=0.0, expand_specs=True)
+            value, node = begin.get(key), spec
+            *parents, name = as_tuple(key)
+            for depth, parent in enumerate(parents, start=1):
+                if parent not in node.keys():
+                    dims = _own_dims(observations, as_tuple(key)[:depth])
+                    node[parent] = Composite(shape=dims)
+                node = node[parent]
+            node[name] = Unbounded(value.shape, dtype=value.dtype, device=value.device)
+        return TensorDictPrimer(spec, default_value=0.0, expand_specs=True, **kwargs)
+
+
+def _own_dims(observations: TensorDictBase | None, key: tuple[str, ...]) -> torch.Size:
+    """The dims that a nested tensordict has beyond the batch dims."""
+    node = None if observations is None else observations.get(key, None)
+    if node is None:
+        return torch.Size([])
+    return node.batch_size[observations.batch_dims :]

@@ -39,6 +39,8 @@ class WorldModel(TensorDictModuleBase):
     reward_head  latents, action, ``("next", latent)``   ``("next", "reward")``
     done_head    as ``reward_head``                      see below
     decoder      latents                                 observations
+    posterior    ``("next", latent)``, encoded           ``("next", latent)``
+                 observation (not the action)
     ===========  ======================================  =====================
 
     A ``done_head`` best writes ``("next", "terminated_logits")``, a float of
@@ -140,10 +142,12 @@ class WorldModel(TensorDictModuleBase):
             if module is not None or name in ("encoder", "dynamics", "reward_head"):
                 check_component(name, module)
             self.register_module(name, module)
+        _ = self._sequences  # checks the wiring
         self.initial_state = (
             None if initial_state is None else InitialState(initial_state)
         )
-        _ = self._sequences  # checks the wiring
+        if self.initial_state is not None:
+            self.initial_state.check(self.latent_keys, written_keys(self.encoder))
 
     # Components and keys -------------------------------------------------
 
@@ -274,7 +278,8 @@ class WorldModel(TensorDictModuleBase):
         rollouts and collectors leave them, and are updated by the newest
         observation. :meth:`observer` is this as a module.
 
-        Where ``is_init`` is True an episode begins, and the latents with it.
+        Where ``is_init`` is True an episode begins, and the latents with it; in
+        sequences without it, after a ``("next", "done")``.
 
         Raises:
             KeyError: if observations or actions are missing, or if nothing
@@ -285,16 +290,21 @@ class WorldModel(TensorDictModuleBase):
             >>> from tensordict import TensorDict
             >>> from tensordict.nn import TensorDictModule as Mod
             >>> from torchrl_wm import WorldModel
-            >>> cell = torch.nn.GRUCell(4, 8)  # joins the latest observation and action
-            >>> def dynamics(observation, belief, action):
-            ...     belief = cell(torch.cat([observation, action], -1), belief)
-            ...     return observation + belief[..., :3], belief
+            >>> class Dynamics(torch.nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.cell = torch.nn.GRUCell(3 + 1, 8)
+            ...         self.head = torch.nn.Linear(8, 3)
+            ...     def forward(self, latent, belief, action):
+            ...         inputs = torch.cat([latent, action], -1)
+            ...         belief = self.cell(inputs, belief)
+            ...         return self.head(belief), belief
             >>> world_model = WorldModel(
-            ...     Mod(torch.nn.Identity(), ["observation"], ["observation"]),
+            ...     Mod(torch.nn.Linear(3, 3), ["observation"], ["latent"]),
             ...     Mod(
-            ...         dynamics,
-            ...         ["observation", "belief", "action"],
-            ...         [("next", "observation"), ("next", "belief")],
+            ...         Dynamics(),
+            ...         ["latent", "belief", "action"],
+            ...         [("next", "latent"), ("next", "belief")],
             ...     ),
             ...     Mod(torch.nn.Linear(8, 1), [("next", "belief")], [("next", "reward")]),
             ...     initial_state=TensorDict({"belief": torch.zeros(8)}),
@@ -310,8 +320,8 @@ class WorldModel(TensorDictModuleBase):
             >>> world_model.observe(data)["belief"].shape
             torch.Size([2, 5, 8])
         """
-        inputs = [join("next", key) for key in unique(self.encoder.in_keys)]
-        if tensordict.batch_dims and not missing_from(tensordict, inputs):
+        named = tensordict.batch_dims and tensordict.names[-1] == "time"
+        if named or tensordict.get("next", None) is not None:
             return observe_sequence(self, tensordict)
         return observe_step(self, tensordict)
 

@@ -79,6 +79,11 @@ class LossTerm(abc.ABC):
             ValueError: naming the component and how to give it.
         """
         for component in self.components:
+            if component not in world_model.component_names:
+                raise ValueError(
+                    f"The loss {self.name!r} names the component {component!r}; a world model "
+                    f"has {list(world_model.component_names)}."
+                )
             if getattr(world_model, component) is None:
                 raise ValueError(
                     f"The loss {self.name!r} trains the {component}, and the world model has "
@@ -114,25 +119,43 @@ class LossTerm(abc.ABC):
 
 
 class RewardTerm(LossTerm):
-    """Distance of the predicted reward from the real one."""
+    """Distance of the predicted reward from the real one.
+
+    Args:
+        distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        weight: what the term is multiplied with.
+        key: the reward, below "next"; by default the loss's ``reward`` key. With
+            several rewards give one term for each:
+            ``losses=[RewardTerm(key=("red", "reward"), name="red"), ...]``.
+        name: the loss appears as ``loss_<name>``.
+    """
 
     components = ("reward_head",)
 
-    def __init__(self, distance: str = "l2", weight: float = 1.0) -> None:
-        super().__init__("reward", weight)
+    def __init__(
+        self,
+        distance: str = "l2",
+        weight: float = 1.0,
+        key: NestedKey | None = None,
+        name: str = "reward",
+    ) -> None:
+        super().__init__(name, weight)
         self.distance = check_distance("reward_loss", distance, DISTANCES)
+        self.key = key
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", keys.reward)]
+        return [join("next", self.key or keys.reward)]
 
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
-        reward = _prediction(predicted, join("next", keys.reward), "reward_head", loss)
-        true_key = join("next", keys.true_reward)
-        label = batch.get(true_key, None)
+        key = join("next", self.key or keys.reward)
+        reward = _prediction(predicted, key, "reward_head", loss)
+        label = None
+        if self.key is None:
+            label = batch.get(join("next", keys.true_reward), None)
         if label is None:
-            label = read_label(batch, join("next", keys.reward), "reward")
-        return distance(reward, label, self.distance, join("next", keys.reward), batch)
+            label = read_label(batch, key, self.name)
+        return distance(reward, label, self.distance, key, batch)
 
 
 class DoneTerm(LossTerm):
@@ -353,7 +376,10 @@ def distance(
 ) -> torch.Tensor:
     """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast."""
     _same_shape(value, label, key)
-    return _per_sample(distance_loss(value, label.to(value.dtype), name), batch)
+    # Not in the lower precision of the two, where both could round to the same.
+    dtype = torch.promote_types(value.dtype, label.dtype)
+    loss = distance_loss(value.to(dtype), label.to(dtype), name)
+    return _per_sample(loss, batch)
 
 
 def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor:

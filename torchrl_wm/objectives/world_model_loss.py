@@ -15,8 +15,15 @@ from torchrl.objectives import LossModule
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import IS_INIT
-from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.filtering import episode_begins, first_latents, IS_INIT
+from torchrl_wm.modules.keys import (
+    as_tuple,
+    is_next,
+    join,
+    leaf_keys,
+    missing_from,
+    unique,
+)
 from torchrl_wm.modules.running import run_components
 from torchrl_wm.objectives.terms import (
     DoneTerm,
@@ -287,6 +294,7 @@ class WorldModelLoss(LossModule):
         components.pop("posterior", None)
         wanted = {"encoder", "dynamics"}
         wanted.update(name for term in self.terms for name in term.components)
+        wanted.discard("posterior")  # run where sequences are filtered
         read = {key for n in wanted for key in unique(components[n].in_keys)}
         for name in reversed(list(components)):
             if name not in wanted and read & set(unique(components[name].out_keys)):
@@ -439,7 +447,17 @@ class WorldModelLoss(LossModule):
                 for name in ("encoder", "dynamics")
             }
             predicted = self._heads(run_components(ahead, batch.select(*inputs)))
-        return [term(predicted, batch, self) for term in self.terms]
+        values = []
+        for term in self.terms:
+            value = term(predicted, batch, self)
+            if value.shape != batch.batch_size:
+                raise ValueError(
+                    f"The loss {term.name!r} must give one number per sample, of the batch's "
+                    f"shape {tuple(batch.batch_size)}, and gave {tuple(value.shape)}. Take the "
+                    f"mean over the feature dims."
+                )
+            values.append(value)
+        return values
 
     def _heads(self, predicted: TensorDictBase) -> TensorDictBase:
         """Run the components that come after the dynamics."""
@@ -456,8 +474,14 @@ class WorldModelLoss(LossModule):
         """Latents filtered from the observations, and what the heads make of them."""
         model = self.world_model
         observed = [join("next", key) for key in unique(model.encoder.in_keys)]
+        # The latents and what says where episodes begin are read where they are.
+        begins = [
+            key
+            for key in unique(batch.keys(True, True))
+            if as_tuple(key)[-1] in (IS_INIT, "done")
+        ]
         given = [
-            k for k in (*model.latent_keys, IS_INIT) if batch.get(k, None) is not None
+            k for k in (*model.latent_keys, *begins) if batch.get(k, None) is not None
         ]
         missing = missing_from(batch, observed)
         if missing:
@@ -467,7 +491,8 @@ class WorldModelLoss(LossModule):
             )
         filtered = model.observe(batch.select(*inputs, *observed, *given))
         # The observations themselves are labels; the heads do not read them.
-        return self._heads(filtered.exclude(*observed))
+        hidden = [join("next", key) for key in model.latent_keys]
+        return self._heads(filtered.exclude(*(k for k in observed if k not in hidden)))
 
     def _open_loop(
         self, batch: TensorDictBase, inputs: list[NestedKey]
@@ -475,21 +500,11 @@ class WorldModelLoss(LossModule):
         """Predictions over the whole sequence from its first latents on."""
         model = self.world_model
         latents = model.latent_keys
-        first = batch[..., 0]
-        if model.is_recurrent and not missing_from(first, latents):
-            state = first.select(*latents)
-        else:
-            state = model.encode(first.select(*unique(model.encoder.in_keys)))
-            missing = missing_from(state, latents)
-            if missing:
-                raise MissingEntryError(
-                    f"Nothing says where the latents {missing} begin: pass WorldModel(..., "
-                    f"initial_state=TensorDict({{...}})), or give them in the batch."
-                )
-            state = state.select(*latents)
+        state = first_latents(model, batch)
+        dynamics = {"dynamics": model.dynamics}
         steps = []
         for step in batch.select(*inputs).unbind(-1):
-            step = model.dynamics(step.copy().update(state))
+            step = run_components(dynamics, step.copy().update(state))
             state = step.get("next").select(*latents)
             steps.append(step)
         return self._heads(torch.stack(steps, batch.batch_dims - 1))
@@ -500,19 +515,29 @@ class WorldModelLoss(LossModule):
         """Where the first step's episode still goes on, ``[*B, T]``, and the steps' weights."""
         size = tensordict.batch_size
         begins = torch.zeros(size, dtype=torch.bool, device=tensordict.device)
-        done = tensordict.get(join("next", self.tensor_keys.done), None)
-        if done is not None:
-            ended = done.reshape(*size, -1).any(-1)
-            begins[..., 1:] = ended[..., :-1]
-        is_init = tensordict.get(IS_INIT, None)
-        if is_init is not None:
-            begins[..., 1:] |= is_init.reshape(size)[..., 1:]
+        # Either may say so: a slice can lack the step before an episode's first.
+        for flags in (
+            episode_begins(tensordict),
+            episode_begins(tensordict.exclude(IS_INIT), self._done(tensordict)),
+        ):
+            if flags is not None:
+                begins[..., 1:] |= flags[..., 1:]
         time = torch.arange(size[-1], device=tensordict.device)
         return begins.cumsum(-1) == 0, (self.decay**time).expand(size)
 
+    def _done(self, tensordict: TensorDictBase) -> torch.Tensor | None:
+        """The label that says where episodes end."""
+        for key in (self.tensor_keys.true_done, self.tensor_keys.done):
+            done = tensordict.get(join("next", key), None)
+            if done is not None:
+                return done
+        return None
+
     def _check_sequence(self, tensordict: TensorDictBase) -> None:
-        dims = tensordict.batch_dims
-        if dims > 1 or (dims == 1 and tensordict.names[-1] == "time"):
+        names = tensordict.names
+        if tensordict.batch_dims > 1 and "time" not in names[:-1]:
+            return
+        if names and names[-1] == "time":
             return
         why = "multi_step=True" if self.multi_step else "a recurrent world model"
         raise ValueError(
@@ -575,7 +600,7 @@ def _blank(tensordict: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:
     """
 
     def blank(value: torch.Tensor) -> torch.Tensor:
-        if not value.is_floating_point():
+        if value.dtype is torch.bool:
             return value
         rows = valid.reshape(valid.shape + (1,) * (value.ndim - valid.ndim))
         return torch.where(rows, value, torch.zeros_like(value))
