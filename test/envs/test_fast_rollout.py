@@ -256,3 +256,12 @@ def test_hooks_on_components_run() -> None:
     env.rollout(3, tensordict=observations(2))
     assert len(calls) == 6
     inner.remove()
+
+
+def test_entries_that_are_no_tensors_take_the_inherited_loop() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(2)).set("name", "a run")
+    out = env.rollout(3, tensordict=start)
+    assert "no plain tensordict" in env.slow_because
+    assert out[0, 0]["name"] == "a run"

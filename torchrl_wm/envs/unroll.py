@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.base import _is_leaf_nontensor
 
 from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules.keys import join
-from torchrl_wm.modules.program import Values
+from torchrl_wm.modules.program import Program, Values
 
-Act = Callable[[Values], None]
+#: Writes actions into the values of a step, given its number.
+Act = Callable[[Values, int], None]
 
 
 @dataclass
@@ -57,7 +59,7 @@ def unroll(
     roots: list[Values] = []
     nexts: list[Values] = []
     for step in range(steps):
-        act(values)
+        act(values, step)
         if step == 0:
             kernel.check_actions(values, batch_size)
         roots.append(dict(values))
@@ -78,45 +80,72 @@ def _moving(kernel: StepKernel) -> list[NestedKey]:
     return [*layout.latent, *layout.context, *layout.decoded, *counter, *done]
 
 
-def assemble(
-    trace: Trace,
-    root: TensorDictBase | None,
+class ProgramActor:
+    """A policy that runs as a program."""
+
+    def __init__(
+        self, program: Program, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        self.program, self.batch_size, self.device = program, batch_size, device
+
+    def __call__(self, values: Values, step: int) -> None:
+        self.program(values, self.batch_size, self.device)
+
+
+def replay(actions: Values, dim: int) -> Act:
+    """What takes given actions, ``[*B, H, ...]`` by key, one after the other."""
+    sequences = {key: value.unbind(dim) for key, value in actions.items()}
+
+    def act(values: Values, step: int) -> None:
+        for key, sequence in sequences.items():
+            values[key] = sequence[step]
+
+    return act
+
+
+def imagined(
     kernel: StepKernel,
+    act: Act | None,
+    horizon: int,
     batch_size: torch.Size,
     device: torch.device | None,
-) -> TensorDict:
-    """The tensordict ``[*B, T]`` of a trace, its last dim named "time".
+    values: Values,
+    actions: Values | None,
+) -> tuple[Values, Values, torch.Tensor]:
+    """A full horizon on tensors alone, which compiles to one graph.
 
     Args:
-        trace: the steps.
-        root: the tensordict that the first step started from, whose nested
-            tensordicts say which dims theirs have; None if it has none.
-        kernel: what made the steps.
+        kernel: predicts a step.
+        act: acts; or None, with ``actions``.
+        horizon: the number of steps ``H``.
         batch_size: ``*B``.
         device: where the state is.
+        values: where to start.
+        actions: what to do, ``[*B, H, ...]`` by key.
+
+    Returns:
+        Root and "next" entries, ``[*B, H, ...]`` by flat key, and where
+        trajectories have not ended before, ``[*B, H]`` bool.
     """
     dim = len(batch_size)
-    steps = len(trace.next)
-    nodes = {} if root is None else _nodes(root)
-    nested = {key: node.batch_size[dim:] for key, node in nodes.items()}
-    nested.update(
-        {unravel_key(key): dims for key, dims in kernel.layout.nested.items()}
-    )
-    size = torch.Size((*batch_size, steps))
-    out = _stacked(trace.root, size, dim, device, nested)
-    next_td = _stacked(trace.next, size, dim, device, nested)
-    out._set_str("next", next_td, inplace=False, validated=True, non_blocking=False)
-    out.names = [None] * dim + ["time"]
-    return out
+    if act is None:
+        act = replay(actions, dim)
+    trace = unroll(kernel, act, dict(values), horizon, batch_size, device)
+    endings = kernel.layout.endings
+    if endings.can_end:
+        ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        valid = []
+        for step in trace.next:
+            valid.append(~ended)
+            ended = ended | endings.ended(step, batch_size)
+        mask = torch.stack(valid, dim)
+    else:
+        mask = torch.ones((*batch_size, horizon), dtype=torch.bool, device=device)
+    return stacked(trace.root, dim), stacked(trace.next, dim), mask
 
 
-def _stacked(
-    steps: list[Values],
-    size: torch.Size,
-    dim: int,
-    device: torch.device | None,
-    nested: dict[NestedKey, torch.Size],
-) -> TensorDict:
+def stacked(steps: list[Values], dim: int) -> Values:
+    """The entries of all steps, with time as dim ``dim``."""
     flat: Values = {}
     last = steps[-1]
     for key, value in steps[0].items():
@@ -128,7 +157,40 @@ def _stacked(
             flat[key] = repeated.clone(memory_format=torch.contiguous_format)
         else:
             flat[key] = torch.stack([step[key] for step in steps], dim)
-    return _build(flat, size, device, nested, ())
+    return flat
+
+
+def assemble(
+    root: Values,
+    next_: Values,
+    start: TensorDictBase | None,
+    kernel: StepKernel,
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> TensorDict:
+    """The tensordict ``[*B, T]`` of stacked entries, its last dim named "time".
+
+    Args:
+        root: what each step started from, with what the policy wrote.
+        next_: what was predicted.
+        start: the tensordict that the first step started from, whose nested
+            tensordicts say which dims theirs have; None if it has none.
+        kernel: what made the steps.
+        batch_size: ``*B``.
+        device: where the state is.
+    """
+    dim = len(batch_size)
+    nodes = {} if start is None else _nodes(start)
+    nested = {key: node.batch_size[dim:] for key, node in nodes.items()}
+    nested.update(
+        {unravel_key(key): dims for key, dims in kernel.layout.nested.items()}
+    )
+    size = torch.Size((*batch_size, next(iter(next_.values())).shape[dim]))
+    out = _build(root, size, device, nested, ())
+    below = _build(next_, size, device, nested, ())
+    out._set_str("next", below, inplace=False, validated=True, non_blocking=False)
+    out.names = [None] * dim + ["time"]
+    return out
 
 
 def _build(
@@ -173,7 +235,8 @@ def flat_values(tensordict: TensorDictBase) -> Values | None:
     if type(tensordict) is not TensorDict or tensordict.is_locked:
         return None
     values: Values = {}
-    for key, value in tensordict.items(True, True):
+    # Entries that are no tensors count as leaves, or they would go unseen.
+    for key, value in tensordict.items(True, True, is_leaf=_is_leaf_nontensor):
         if not isinstance(value, torch.Tensor):
             return None
         values[key] = value

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.base import _is_leaf_nontensor
 from tensordict.nn import TensorDictModuleBase
 from tensordict.nn.utils import skip_existing
 from torch import nn
@@ -18,10 +19,19 @@ from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 from torchrl.envs.utils import _make_compatible_policy, _update_during_reset
 
+from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
 from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.envs.unroll import Act, assemble, flat_values, unroll
+from torchrl_wm.envs.unroll import (
+    Act,
+    assemble,
+    flat_values,
+    imagined,
+    ProgramActor,
+    stacked,
+    unroll,
+)
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
@@ -175,6 +185,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         self.latent_key = latent_key or next(iter(layout.latent))
         self._set_specs(layout)
         self.__dict__["_layout"] = layout
+        self.__dict__["_compiler"] = None
         self.__dict__["_kernel"] = self._make_kernel(layout)
 
     # Construction --------------------------------------------------------
@@ -233,7 +244,7 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     def __getstate__(self) -> dict[str, Any]:
         # The kernel holds on to networks: a copy makes its own.
-        return {**self.__dict__, "_kernel": None}
+        return {**self.__dict__, "_kernel": None, "_compiler": None}
 
     def _rewired(self) -> tuple[Layout, StepKernel]:
         """The layout for replaced components: the env's specs are what they must fit."""
@@ -729,7 +740,9 @@ class WorldModelEnv(ModelBasedEnvBase):
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
-        return assemble(trace, nodes, kernel, size, device)
+        dim = len(size)
+        root, next_ = stacked(trace.root, dim), stacked(trace.next, dim)
+        return assemble(root, next_, nodes, kernel, size, device)
 
     def _flat_start(self, given: TensorDictBase | None) -> Values | None:
         """What :meth:`reset` makes of flat latents, as a dictionary; None for all else."""
@@ -762,7 +775,11 @@ class WorldModelEnv(ModelBasedEnvBase):
         return values
 
     def _act_randomly(
-        self, size: torch.Size, device: torch.device | None, values: Values
+        self,
+        size: torch.Size,
+        device: torch.device | None,
+        values: Values,
+        step: int,
     ) -> None:
         lead = () if self.batch_locked else size
         drawn = self.input_spec["full_action_spec"].rand(torch.Size(lead))
@@ -839,34 +856,66 @@ class WorldModelEnv(ModelBasedEnvBase):
             tensordict = TensorDict(
                 {}, batch_size=self._batch_of_actions(actions), device=self.device
             )
-        state = self.reset(tensordict)
-        size, device = state.batch_size, state.device
+        state, values = None, self._flat_start(tensordict)
+        if values is not None:
+            size, device = tensordict.batch_size, self.device
+        else:
+            state = self.reset(tensordict)
+            size, device = state.batch_size, state.device
+            values = _only_tensors(state)
         if actions is None and policy is None:
             # All at once: to draw a bounded action waits for the device.
             lead = () if self.batch_locked else size
             actions = self.full_action_spec.rand((horizon, *lead))
             actions = actions.permute(*range(1, actions.batch_dims), 0)
+        flat = act = None
         if actions is not None:
-            act = self._replayer(actions, size, horizon)
+            flat = self._flat_actions(actions, size, horizon)
         else:
             act = self._actor(self._compatible(policy), size, device)
         kernel = self.step_kernel
+        run = partial(imagined, kernel, act, horizon, size, device)
+        if self._compiler is not None:
+            program = getattr(act, "program", None)
+            run = self._compiler.wrap(run, kernel, act, program, horizon, size)
         try:
-            trace = unroll(kernel, act, dict(flat_values(state)), horizon, size, device)
+            root, next_, mask = run(values, flat)
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
-        out = assemble(trace, state, kernel, size, device)
-        endings = kernel.layout.endings
-        if not endings.can_end:
-            mask = torch.ones((*size, horizon), dtype=torch.bool, device=device)
-            return out.set(("collector", "mask"), mask)
-        ended, valid = torch.zeros(size, dtype=torch.bool, device=device), []
-        for step in range(horizon):
-            valid.append(~ended)
-            ended = ended | endings.ended(trace.next[step], size)
-        out.set(("collector", "mask"), torch.stack(valid, dim=-1))
-        return out
+        out = assemble(root, next_, state, kernel, size, device)
+        return out.set(("collector", "mask"), mask)
+
+    def compile(self, *, warmup: int | None = None, **kwargs: Any) -> WorldModelEnv:
+        """Make :meth:`imagine` one compiled graph, and compile what EnvBase compiles.
+
+        A graph is made for each horizon, batch shape, set of entries, policy
+        and gradient mode, at its first call (some seconds, more for a longer
+        horizon), and kept: horizons that change from call to call are better
+        imagined eagerly, or cut from one that is long enough. Replacing a
+        component makes new graphs. Policies that are more than networks and
+        distributions are not compiled.
+
+        Args:
+            warmup: see :meth:`torchrl.envs.EnvBase.compile`.
+            kwargs: for :func:`torch.compile`; ``fullgraph`` is True and
+                ``dynamic`` False unless given.
+
+        Returns:
+            The env itself. Where there is no compiler, a warning says so at the
+            first call, and imagination stays eager. :meth:`eager` undoes it.
+        """
+        super().compile(warmup=warmup, **kwargs)
+        self.__dict__["_compiler"] = Compiler(
+            {"fullgraph": True, "dynamic": False, **kwargs}
+        )
+        return self
+
+    def eager(self) -> WorldModelEnv:
+        """Undo :meth:`compile`."""
+        super().eager()
+        self.__dict__["_compiler"] = None
+        return self
 
     def _compatible(self, policy: Callable) -> Callable:
         return _make_compatible_policy(
@@ -878,10 +927,9 @@ class WorldModelEnv(ModelBasedEnvBase):
     ) -> Act:
         """A policy that acts on flat values: as a program, or on a tensordict made for it."""
         if isinstance(policy, TensorDictModuleBase) and is_known(policy):
-            program = Program([policy])
-            return lambda values: program(values, size, device)
+            return ProgramActor(Program([policy]), size, device)
 
-        def act(values: Values) -> None:
+        def act(values: Values, step: int) -> None:
             shown = self.step_kernel.with_nested_dims(
                 to_tensordict(values, size, device)
             )
@@ -903,13 +951,13 @@ class WorldModelEnv(ModelBasedEnvBase):
         spec = self._layout.action[self._layout.action_keys[0]]
         return actions.shape[: actions.ndim - len(spec.shape) - 1]
 
-    def _replayer(
+    def _flat_actions(
         self,
         actions: torch.Tensor | TensorDictBase,
         batch_size: torch.Size,
         horizon: int,
-    ) -> Act:
-        """What takes the given actions one after the other."""
+    ) -> Values:
+        """The given actions by key, ``[*B, H, *A]``, checked."""
         keys = self._layout.action_keys
         if not isinstance(actions, TensorDictBase):
             if len(keys) > 1:
@@ -918,7 +966,7 @@ class WorldModelEnv(ModelBasedEnvBase):
                     f"[*B, H] with these keys, got a tensor."
                 )
             actions = {keys[0]: actions}
-        sequences = {}
+        flat: Values = {}
         for key in keys:
             expected = (*batch_size, horizon, *self._layout.action[key].shape)
             value = actions.get(key, None)
@@ -928,13 +976,8 @@ class WorldModelEnv(ModelBasedEnvBase):
                     f"actions for {key!r} must have the shape [*B, H, *A] = {expected}, "
                     f"got {got}."
                 )
-            sequences[key] = iter(value.unbind(len(batch_size)))
-
-        def act(values: Values) -> None:
-            for key, sequence in sequences.items():
-                values[key] = next(sequence)
-
-        return act
+            flat[key] = value
+        return flat
 
     def _explain_policy_error(
         self,
@@ -1012,6 +1055,28 @@ def _as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> tor
 def _device_of(world_model: WorldModel, base_env: EnvBase) -> torch.device | None:
     parameter = next(world_model.parameters(), None)
     return base_env.device if parameter is None else parameter.device
+
+
+def _only_tensors(state: TensorDictBase) -> Values:
+    """The entries of a start by flat key.
+
+    Raises:
+        TypeError: if some are no tensors, which cannot be stacked over time.
+    """
+    values = flat_values(state)
+    if values is None:  # lazily stacked, or with empty nested tensordicts
+        values = flat_values(state.to_tensordict().filter_empty_())
+    if values is None:
+        others = [
+            key
+            for key, value in state.items(True, True, is_leaf=_is_leaf_nontensor)
+            if not isinstance(value, torch.Tensor)
+        ]
+        raise TypeError(
+            f"imagine carries tensors alone, and the start has {others}, which are none. Leave "
+            f"them out: start.exclude(*{others})."
+        )
+    return values
 
 
 def _any_done(predicted: Values) -> bool:

@@ -43,7 +43,8 @@ class Program:
         self.modules = [leaf for module in self._given for leaf in _leaves(module)]
         plain = [is_plain(module) for module in self.modules]
         self.direct = all(plain)
-        self._made_for = [_signature(module) for module in self.modules]
+        #: What the program was made for; networks are compared by identity.
+        self.made_for = tuple(_signature(module) for module in self.modules)
         self._steps: list[Step] = [
             _direct(module) if simple else _through_tensordict(module)
             for module, simple in zip(self.modules, plain)
@@ -54,7 +55,7 @@ class Program:
         now = [leaf for module in self._given for leaf in _leaves(module)]
         return len(now) == len(self.modules) and all(
             leaf is module and _signature(leaf) == made_for
-            for leaf, module, made_for in zip(now, self.modules, self._made_for)
+            for leaf, module, made_for in zip(now, self.modules, self.made_for)
         )
 
     def __call__(
