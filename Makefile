@@ -46,8 +46,8 @@ format: $(call stamp,lint) ## Format the code in place
 docs: $(call stamp,docs) ## Build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-bench: $(call stamp,demo) ## Run every benchmark
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+bench: $(call stamp,bench) ## Measure what imagination costs; prints a table of ratios
+	$(BIN)/python benchmarks/compare.py
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .hypothesis .benchmarks

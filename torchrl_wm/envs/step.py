@@ -102,6 +102,7 @@ class StepKernel:
         batch_size: torch.Size,
         device: torch.device | None,
         endings: Values | None = None,
+        again: bool = False,
     ) -> Values:
         """Predict one step, on tensors alone.
 
@@ -111,12 +112,14 @@ class StepKernel:
             batch_size: ``*B``.
             device: where the state is.
             endings: the done entries, where they are known beforehand.
+            again: whether outputs of this shape were checked before.
 
         Returns:
             The ``"next"`` entries by flat key, without the "next".
         """
         work = {key: values[key] for key in self.inputs}
-        self.program(work, batch_size, device)
+        run = self.program.again if again else self.program
+        run(work, batch_size, device)
         layout = self.layout
         out: Values = {key: work[place] for key, place in self._predicted}
         for key in layout.context:

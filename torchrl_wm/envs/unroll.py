@@ -63,7 +63,7 @@ def unroll(
         if step == 0:
             kernel.check_actions(values, batch_size)
         roots.append(dict(values))
-        predicted = kernel.predict(values, batch_size, device, endings)
+        predicted = kernel.predict(values, batch_size, device, endings, step > 0)
         nexts.append(predicted)
         if stop is not None and step + 1 < steps and stop(predicted):
             break
@@ -89,7 +89,8 @@ class ProgramActor:
         self.program, self.batch_size, self.device = program, batch_size, device
 
     def __call__(self, values: Values, step: int) -> None:
-        self.program(values, self.batch_size, self.device)
+        run = self.program.again if step else self.program
+        run(values, self.batch_size, self.device)
 
 
 def replay(actions: Values, dim: int) -> Act:
@@ -186,10 +187,10 @@ def assemble(
         {unravel_key(key): dims for key, dims in kernel.layout.nested.items()}
     )
     size = torch.Size((*batch_size, next(iter(next_.values())).shape[dim]))
-    out = _build(root, size, device, nested, ())
-    below = _build(next_, size, device, nested, ())
+    names = [None] * dim + ["time"]
+    out = _build(root, size, device, names, nested, ())
+    below = _build(next_, size, device, names, nested, ())
     out._set_str("next", below, inplace=False, validated=True, non_blocking=False)
-    out.names = [None] * dim + ["time"]
     return out
 
 
@@ -197,6 +198,7 @@ def _build(
     flat: Values,
     size: torch.Size,
     device: torch.device | None,
+    names: list[str | None],
     nested: dict[NestedKey, torch.Size],
     prefix: tuple[str, ...],
 ) -> TensorDict:
@@ -213,8 +215,15 @@ def _build(
     for name, entries in below.items():
         path = (*prefix, name)
         dims = nested.get(unravel_key(path), ())
-        source[name] = _build(entries, size + torch.Size(dims), device, nested, path)
-    return TensorDict._new_unsafe(source, batch_size=size, device=device)
+        source[name] = _build(
+            entries,
+            size + torch.Size(dims),
+            device,
+            [*names, *[None] * len(dims)],
+            nested,
+            path,
+        )
+    return TensorDict._new_unsafe(source, batch_size=size, device=device, names=names)
 
 
 def _nodes(

@@ -49,6 +49,10 @@ class Program:
             _direct(module) if simple else _through_tensordict(module)
             for module, simple in zip(self.modules, plain)
         ]
+        self._again = [
+            _direct_again(module) if simple else step
+            for module, simple, step in zip(self.modules, plain, self._steps)
+        ]
 
     def is_current(self) -> bool:
         """Whether the modules are what they were: same networks, keys and hooks."""
@@ -70,6 +74,16 @@ class Program:
             device: where what is written belongs; None leaves it where it is.
         """
         for step in self._steps:
+            step(values, batch_size, device)
+
+    def again(
+        self, values: Values, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        """As a call, for inputs like those of a call before: outputs are not checked again.
+
+        An output that has another shape than before shows when it is stacked.
+        """
+        for step in self._again:
             step(values, batch_size, device)
 
 
@@ -190,6 +204,27 @@ def _direct(module: TensorDictModule) -> Step:
             values[single] = out
             return
         _write(values, out, out_keys, module, batch_size, device)
+
+    return step
+
+
+def _direct_again(module: TensorDictModule) -> Step:
+    network = module.module
+    in_keys, out_keys = list(module.in_keys), list(module.out_keys)
+    single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
+    only = in_keys[0] if len(in_keys) == 1 else None
+
+    def step(
+        values: Values, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        if only is not None:
+            out = network(values.get(only))
+        else:
+            out = network(*[values.get(key) for key in in_keys])
+        if single is not None and type(out) is torch.Tensor:
+            values[single] = out
+        else:
+            _write(values, out, out_keys, module, batch_size, device)
 
     return step
 

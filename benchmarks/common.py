@@ -1,0 +1,196 @@
+"""The loops that the benchmarks compare, and how they are timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule as Mod
+from torch import nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import EnvBase
+from torchrl.envs.model_based import WorldModelEnv as TorchRLEnv
+from torchrl.modules import (
+    MLP,
+    ProbabilisticActor,
+    TanhNormal,
+    WorldModel as TorchRLModel,
+)
+
+from torchrl_wm import WorldModel, WorldModelEnv
+
+LATENT, ACTION, HIDDEN = 64, 6, [256, 256]
+
+Loop = Callable[[], object]
+
+
+class Reference(EnvBase):
+    """An env that only has specs."""
+
+    def __init__(self, batch_size: list[int]) -> None:
+        super().__init__(batch_size=batch_size)
+        size = self.batch_size
+        self.observation_spec = Composite(latent=Unbounded((*size, LATENT)), shape=size)
+        self.action_spec = Unbounded((*size, ACTION))  # TorchRL refuses a Bounded one
+        self.reward_spec = Unbounded((*size, 1))
+
+    def _reset(self, tensordict, **kwargs):
+        raise NotImplementedError
+
+    def _step(self, tensordict):
+        raise NotImplementedError
+
+    def _set_seed(self, seed):
+        return seed
+
+
+class RepairedTorchRLEnv(TorchRLEnv):
+    """TorchRL's env with whole specs and the latent among its observations.
+
+    As it ships, its latent stands still.
+    """
+
+    def __init__(self, world_model, base_env: EnvBase) -> None:
+        super().__init__(
+            world_model, base_env, observation_spec=base_env.observation_spec.clone()
+        )
+        self.full_action_spec = base_env.full_action_spec.clone()
+        self.full_reward_spec = base_env.full_reward_spec.clone()
+        self.full_done_spec = base_env.full_done_spec.clone()
+
+
+def make_parts(done: bool, tanh_normal: bool) -> dict[str, nn.Module]:
+    """The components of a model, and a policy: MLPs of two layers of 256."""
+
+    def net(inputs: int, outputs: int) -> MLP:
+        return MLP(inputs, outputs, num_cells=HIDDEN)
+
+    parts = {
+        "encoder": Mod(nn.Identity(), ["observation"], ["latent"]),
+        "dynamics": Mod(
+            net(LATENT + ACTION, LATENT), ["latent", "action"], [("next", "latent")]
+        ),
+        "reward_head": Mod(net(LATENT, 1), [("next", "latent")], [("next", "reward")]),
+    }
+    if done:
+        # A bool, which TorchRL's env needs; never True, so that all horizons are full.
+        head = net(LATENT, 1)
+        parts["done_head"] = Mod(
+            Threshold(head), [("next", "latent")], [("next", "done")]
+        )
+    if not tanh_normal:
+        parts["policy"] = Mod(net(LATENT, ACTION), ["latent"], ["action"])
+    else:
+        stats = nn.Sequential(net(LATENT, 2 * ACTION), NormalParamExtractor())
+        parts["policy"] = ProbabilisticActor(
+            Mod(stats, ["latent"], ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=TanhNormal,
+        )
+    return parts
+
+
+class Threshold(nn.Module):
+    """A head's logits as a bool that is never True."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.head(latent) > 1e9
+
+
+def variants(
+    batch: int, horizon: int, *, done: bool = False, tanh_normal: bool = False
+) -> dict[str, Loop]:
+    """The loops to compare; the first is the floor, what the networks alone cost."""
+    parts = make_parts(done, tanh_normal)
+    policy = parts.pop("policy")
+    heads = [parts["reward_head"]] + ([parts["done_head"]] if done else [])
+    reference = Reference([batch])
+    ours = WorldModelEnv(WorldModel(**parts), reference)
+    theirs = RepairedTorchRLEnv(TorchRLModel(**parts), reference)
+    start = TensorDict({"latent": torch.randn(batch, LATENT)}, [batch])
+    dynamics = parts["dynamics"].module
+    if tanh_normal:
+        stats = policy.module[0].module
+
+        def act(latent: torch.Tensor) -> torch.Tensor:
+            loc, scale = stats(latent)
+            return TanhNormal(loc, scale).deterministic_sample
+
+    else:
+        act = policy.module
+
+    def networks() -> None:
+        latent = start["latent"]
+        for _ in range(horizon):
+            latent = dynamics(latent, act(latent))
+            for head in heads:
+                head.module(latent)
+
+    return {
+        "networks": networks,
+        "rollout": lambda: ours.rollout(horizon, policy, tensordict=start),
+        "imagine": lambda: ours.imagine(horizon, policy, start),
+        "TorchRL": lambda: theirs.rollout(horizon, policy, tensordict=start.clone()),
+    }
+
+
+def compiled_variants(batch: int, horizon: int) -> dict[str, Loop]:
+    """A compiled loop on tensors that keeps what a rollout returns, and compiled imagine."""
+    parts = make_parts(False, False)
+    policy = parts.pop("policy")
+    env = WorldModelEnv(WorldModel(**parts), Reference([batch])).compile()
+    start = TensorDict({"latent": torch.randn(batch, LATENT)}, [batch])
+    act, dynamics = policy.module, parts["dynamics"].module
+    reward = parts["reward_head"].module
+
+    def loop(latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        columns = [], [], [], []
+        for _ in range(horizon):
+            action = act(latent)
+            following = dynamics(latent, action)
+            for column, value in zip(
+                columns, (latent, action, following, reward(following))
+            ):
+                column.append(value)
+            latent = following
+        return tuple(torch.stack(column, 1) for column in columns)
+
+    compiled = torch.compile(loop, fullgraph=True, dynamic=False)
+    return {
+        "tensor loop": lambda: compiled(start["latent"]),
+        "imagine": lambda: env.imagine(horizon, policy, start),
+    }
+
+
+@torch.no_grad()
+def measure(loops: dict[str, Loop], seconds: float = 2.0) -> dict[str, float]:
+    """Seconds of one call: the minimum over rounds in which all loops take turns."""
+    for loop in loops.values():
+        loop(), loop()
+    best = dict.fromkeys(loops, float("inf"))
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for name, loop in loops.items():
+            began = time.perf_counter()
+            loop()
+            best[name] = min(best[name], time.perf_counter() - began)
+    return best
+
+
+def machine() -> str:
+    """What the figures depend on."""
+    pandas = importlib.util.find_spec("pandas") is not None
+    return (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s), "
+        f"Python {platform.python_version()}, torch {torch.__version__}, pandas "
+        f"{'importable' if pandas else 'not importable'}"
+    )

@@ -1,0 +1,92 @@
+"""What imagination costs: one table of ratios, everything measured in this process.
+
+    python benchmarks/compare.py --out docs/benchmarks/imagination.md
+
+The floor is a loop that calls the same networks and keeps nothing. "TorchRL" is TorchRL's
+own WorldModelEnv with its specs repaired; it is not our env under EnvBase.rollout. tensordict
+0.14.3 looks for pandas on every module output, which is slow where there is none: the
+heading says which case this is, and both belong into a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from common import compiled_variants, machine, measure, variants
+
+
+def eager_rows(batches: list[int], horizons: list[int], seconds: float) -> list[str]:
+    """The eager part of the table, a row for each setting."""
+    rows = [
+        "| batch | horizon | policy | done head | networks, us/step | rollout | imagine | TorchRL "
+        "| TorchRL / rollout |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for tanh_normal in (False, True):
+        for done in (False, True):
+            for batch in batches:
+                for horizon in horizons:
+                    loops = variants(batch, horizon, done=done, tanh_normal=tanh_normal)
+                    best = measure(loops, seconds)
+                    floor = best.pop("networks")
+                    ratios = " | ".join(f"{best[k] / floor:.2f}" for k in best)
+                    rows.append(
+                        f"| {batch} | {horizon} | {'TanhNormal' if tanh_normal else 'MLP'} "
+                        f"| {'yes' if done else 'no'} | {floor / horizon * 1e6:.0f} | {ratios} "
+                        f"| {best['TorchRL'] / best['rollout']:.2f} |"
+                    )
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def compiled_rows(batches: list[int], horizon: int, seconds: float) -> list[str]:
+    """The compiled part: against a compiled loop on tensors that keeps the same entries."""
+    rows = [
+        "| batch | horizon | compiled tensor loop, us/step | compiled imagine |",
+        "|---|---|---|---|",
+    ]
+    for batch in batches:
+        best = measure(compiled_variants(batch, horizon), seconds)
+        floor = best["tensor loop"]
+        rows.append(
+            f"| {batch} | {horizon} | {floor / horizon * 1e6:.0f} | {best['imagine'] / floor:.2f} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
+    parser.add_argument("--horizons", type=int, nargs="+", default=[1, 5, 15])
+    parser.add_argument("--compiled-batches", type=int, nargs="*", default=[1, 256])
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    print(machine())
+    text = [
+        f"Machine: {machine()}.",
+        "",
+        "Time as a ratio to the bare networks (two layers of 256, latent 64, action 6, no grad, the "
+        "minimum over interleaved rounds).",
+        "",
+        *eager_rows(args.batches, args.horizons, args.seconds),
+        "",
+        "Compiled, as a ratio to a compiled loop on tensors:",
+        "",
+        *compiled_rows(args.compiled_batches, max(args.horizons), args.seconds),
+        "",
+    ]
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
