@@ -6,12 +6,14 @@ import importlib.util
 import os
 import platform
 import time
+import weakref
 from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule as Mod
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.envs.model_based import WorldModelEnv as TorchRLEnv
@@ -184,6 +186,47 @@ def measure(loops: dict[str, Loop], seconds: float = 2.0) -> dict[str, float]:
             loop()
             best[name] = min(best[name], time.perf_counter() - began)
     return best
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors alive at once that are made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made(tensor, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def _made(self, tensor: torch.Tensor, place: int, size: int) -> None:
+        users = self._users
+        users[place] = users.get(place, 0) + 1
+        if users[place] == 1:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        if not self._users[place]:
+            self.now -= size
+
+
+@torch.no_grad()
+def peak_ratio(loop: Loop, networks: Loop) -> float:
+    """Peak memory beside the networks' activations, as a ratio to what is returned."""
+    with PeakMemory() as activations:
+        networks()
+    with PeakMemory() as all_of_it:
+        out = loop()
+    returned = sum(value.untyped_storage().nbytes() for value in out.values(True, True))
+    return (all_of_it.peak - activations.peak) / returned
 
 
 def machine() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import compiled_variants, machine, measure, variants
+from common import compiled_variants, machine, measure, peak_ratio, variants
 
 
 def eager_rows(batches: list[int], horizons: list[int], seconds: float) -> list[str]:
@@ -58,6 +58,19 @@ def compiled_rows(batches: list[int], horizon: int, seconds: float) -> list[str]
     return rows
 
 
+def memory_rows(batches: list[int], horizon: int) -> list[str]:
+    """Peak memory, beside the networks' activations, as a ratio to the returned tensordict."""
+    rows = ["| batch | horizon | rollout | imagine |", "|---|---|---|---|"]
+    for batch in batches:
+        loops = variants(batch, horizon)
+        ratios = [
+            peak_ratio(loops[k], loops["networks"]) for k in ("rollout", "imagine")
+        ]
+        rows.append(f"| {batch} | {horizon} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
@@ -81,6 +94,10 @@ def main() -> None:
         "Compiled, as a ratio to a compiled loop on tensors:",
         "",
         *compiled_rows(args.compiled_batches, max(args.horizons), args.seconds),
+        "",
+        "Peak memory beside the networks' activations, as a ratio to the returned tensordict:",
+        "",
+        *memory_rows([256, 4096], max(args.horizons)),
         "",
     ]
     if args.out is not None:
