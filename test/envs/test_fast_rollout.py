@@ -265,3 +265,33 @@ def test_entries_that_are_no_tensors_take_the_inherited_loop() -> None:
     out = env.rollout(3, tensordict=start)
     assert "no plain tensordict" in env.slow_because
     assert out[0, 0]["name"] == "a run"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_policies_that_read_nested_tensordicts(plain) -> None:
+    model = make_model(latent=("deep", "latent"))
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(3)).detach()
+
+    class Whole(nn.Module):
+        def forward(self, deep):
+            return deep["latent"][..., :ACTION]
+
+    policy = Whole() if plain else Mod(Whole(), ["deep"], ["action"])
+    out = env.rollout(3, policy, tensordict=start.clone())
+    assert "nested" in env.slow_because
+    assert torch.equal(out["action"], out["deep", "latent"][..., :ACTION])
+    imagined = env.imagine(3, policy, start)
+    assert torch.equal(imagined["action"], out["action"])
+
+
+def test_other_containers_keep_the_options() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(2)).set("name", "a run").detach()
+    for contiguous in (True, False):
+        ours, theirs = (
+            rollout(3, tensordict=start.clone(), return_contiguous=contiguous)
+            for rollout in (env.rollout, lambda *a, **k: inherited(env, *a, **k))
+        )
+        assert type(ours) is type(theirs)

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.base import _is_leaf_nontensor
 from tensordict.nn import TensorDictModuleBase
 from tensordict.nn.utils import skip_existing
@@ -34,7 +34,7 @@ from torchrl_wm.envs.unroll import (
 )
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.program import is_known, Program, to_tensordict, Values
 from torchrl_wm.modules.wiring import written_keys
 
@@ -201,6 +201,11 @@ class WorldModelEnv(ModelBasedEnvBase):
                 shape=(1,), dtype=torch.int64, device=device
             )
         state = {**layout.state, **counter}
+        self._nested_keys = {
+            unravel_key(as_tuple(key)[:depth])
+            for key in {**state, **layout.decoded}
+            for depth in range(1, len(as_tuple(key)))
+        }
         self.state_spec = composite(state, layout, size, device)
         self.observation_spec = composite(
             {**state, **layout.decoded}, layout, size, device
@@ -611,12 +616,19 @@ class WorldModelEnv(ModelBasedEnvBase):
                 "set_truncated": set_truncated,
                 "out": out,
                 "storing_device": storing_device,
+                "trust_policy": trust_policy,
             },
         )
         if reason is None:
             goes_on = break_when_any_done is False
             fast = self._fast_rollout(
-                max_steps, policy, tensordict, auto_reset, goes_on, set_state
+                max_steps,
+                policy,
+                tensordict,
+                auto_reset=auto_reset,
+                goes_on=goes_on,
+                set_state=set_state,
+                return_contiguous=return_contiguous,
             )
             if fast is not None:
                 return fast
@@ -665,6 +677,8 @@ class WorldModelEnv(ModelBasedEnvBase):
                 isinstance(policy, nn.Module) and not hasattr(policy, "in_keys")
             ):
                 return f"the policy, {type(policy).__name__}, may do more than it says"
+        if self._reads_nested(policy, tensordict):
+            return "the policy reads whole nested tensordicts"
         own = type(self)
         if any(
             getattr(own, name) is not getattr(base, name)
@@ -693,11 +707,15 @@ class WorldModelEnv(ModelBasedEnvBase):
         max_steps: int,
         policy: Callable | None,
         tensordict: TensorDictBase | None,
+        *,
         auto_reset: bool,
         goes_on: bool,
         set_state: bool | None,
+        return_contiguous: bool | None,
     ) -> TensorDictBase | None:
         """The rollout by :func:`~torchrl_wm.envs.unroll.unroll`; None where it cannot serve."""
+        if max_steps < 1:
+            return None  # the inherited rollout says what is wrong
         kernel = self.step_kernel
         can_end = kernel.layout.endings.can_end
         if goes_on and can_end and self._sampler is not None:
@@ -717,7 +735,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         if values is None:
             nodes, size, device = state, state.batch_size, state.device
             reserved = {"next", "_step", "_reset"} & set(state.keys())
-            if device == self.device and max_steps > 0 and not reserved:
+            if device == self.device and not reserved:
                 values = flat_values(state)
         if values is None:
             self.__dict__[
@@ -729,12 +747,13 @@ class WorldModelEnv(ModelBasedEnvBase):
                 auto_reset=False,
                 tensordict=state,
                 break_when_any_done=not goes_on,
+                return_contiguous=return_contiguous,
             )
         stop = _any_done if can_end and not goes_on else None
         if policy is None:
             act = partial(self._act_randomly, size, device)
         else:
-            act = self._actor(self._compatible(policy), size, device)
+            act = self._actor(self._compatible(policy), tensordict, size, device)
         try:
             trace = unroll(kernel, act, values, max_steps, size, device, stop)
         except KeyError as err:
@@ -872,7 +891,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         if actions is not None:
             flat = self._flat_actions(actions, size, horizon)
         else:
-            act = self._actor(self._compatible(policy), size, device)
+            act = self._actor(self._compatible(policy), tensordict, size, device)
         kernel = self.step_kernel
         run = partial(imagined, kernel, act, horizon, size, device)
         if self._compiler is not None:
@@ -917,16 +936,39 @@ class WorldModelEnv(ModelBasedEnvBase):
         self.__dict__["_compiler"] = None
         return self
 
+    def _reads_nested(
+        self, policy: Callable | None, start: TensorDictBase | None
+    ) -> bool:
+        """Whether a policy takes nested tensordicts as such, which flat values do not have."""
+        if isinstance(policy, TensorDictModuleBase):
+            read = {key for leaf in Program([policy]).modules for key in leaf.in_keys}
+        elif isinstance(policy, nn.Module):
+            read = set(self.observation_spec.keys())  # what TorchRL hands to a network
+        else:
+            return False
+        nested = set(self._nested_keys)
+        if isinstance(start, TensorDictBase):
+            nested.update(k for k, v in start.items() if isinstance(v, TensorDictBase))
+        return bool(read & nested)
+
     def _compatible(self, policy: Callable) -> Callable:
         return _make_compatible_policy(
             policy, self.observation_spec, env=self, fast_wrap=True
         )
 
     def _actor(
-        self, policy: Callable, size: torch.Size, device: torch.device | None
+        self,
+        policy: Callable,
+        start: TensorDictBase | None,
+        size: torch.Size,
+        device: torch.device | None,
     ) -> Act:
         """A policy that acts on flat values: as a program, or on a tensordict made for it."""
-        if isinstance(policy, TensorDictModuleBase) and is_known(policy):
+        if (
+            isinstance(policy, TensorDictModuleBase)
+            and is_known(policy)
+            and not self._reads_nested(policy, start)
+        ):
             return ProgramActor(Program([policy]), size, device)
 
         def act(values: Values, step: int) -> None:
