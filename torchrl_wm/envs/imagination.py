@@ -1,0 +1,534 @@
+"""Imagining with an env: rollouts, fixed horizons, one compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.base import _is_leaf_nontensor
+from tensordict.nn import TensorDictModuleBase
+from tensordict.nn.utils import skip_existing
+from torch import nn
+from torchrl.data.utils import DEVICE_TYPING
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import _make_compatible_policy
+
+from torchrl_wm.envs.compiler import Compiler
+from torchrl_wm.envs.unroll import (
+    Act,
+    assemble,
+    flat_values,
+    imagined,
+    ProgramActor,
+    stacked,
+    unroll,
+)
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import join, leaf_keys, unique
+from torchrl_wm.modules.program import is_known, Program, to_tensordict, Values
+
+#: What the fast path does in place of these methods is what they do as they are written here.
+_AS_WRITTEN = {
+    "_step": "torchrl_wm.envs.world_model_env",
+    "_reset": "torchrl_wm.envs.world_model_env",
+    "maybe_reset": "torchrl_wm.envs.world_model_env",
+    "any_done": "torchrl.envs.common",
+    "step": "torchrl.envs.common",
+    "step_mdp": "torchrl.envs.common",
+    "rand_action": "torchrl.envs.common",
+    "step_and_maybe_reset": "torchrl.envs.common",
+}
+
+
+class Imagination(EnvBase):
+    """The part of :class:`~torchrl_wm.WorldModelEnv` that makes many steps.
+
+    It relies on the env's ``step_kernel``, ``_layout`` and ``_flat_start``.
+    """
+
+    def rollout(
+        self,
+        max_steps: int,
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        callback: Callable[[TensorDictBase, ...], Any] | None = None,
+        *,
+        actions: Iterable[Any] | None = None,
+        auto_reset: bool = True,
+        auto_cast_to_device: bool = False,
+        break_when_any_done: bool | None = None,
+        break_when_all_done: bool | None = None,
+        return_contiguous: bool | None = False,
+        tensordict: TensorDictBase | None = None,
+        set_truncated: bool = False,
+        out=None,
+        trust_policy: bool = False,
+        storing_device: DEVICE_TYPING | None = None,
+        set_state: bool | None = None,
+    ) -> TensorDictBase:
+        """Imagine until an episode ends; :meth:`torchrl.envs.EnvBase.rollout`, its arguments and results.
+
+        What to know of it here:
+
+        - ``tensordict`` is the start: latents, or observations to encode. It is
+          not written to.
+        - By default it stops as soon as *one* of the trajectories ends. With
+          ``break_when_all_done=True`` it waits for all, with
+          ``break_when_any_done=False`` it goes on: ended rows begin anew from
+          ``start_states``, or, without, are left as they are.
+        - ``max_steps`` here is how long to roll out; the env's own ``max_steps`` is
+          where it truncates episodes.
+        - Gradients flow through it. Under ``torch.no_grad()`` it keeps no graph:
+          what goes into a replay buffer belongs there.
+
+        Returns:
+            The trajectories, ``[*B, T]``.
+        """
+        if isinstance(tensordict, TensorDictBase) and "time" in tensordict.names:
+            # A time slice of real data: the imagined time is another dim.
+            tensordict = tensordict.copy()
+            tensordict.names = [None] * tensordict.batch_dims
+        elif tensordict is not None and not isinstance(tensordict, TensorDictBase):
+            raise TypeError(
+                f"The start must be a TensorDict, got {type(tensordict).__name__}: "
+                f"env.rollout(max_steps, tensordict=world_model.encode(obs))."
+            )
+        self.__dict__["_slow_because"] = reason = self._why_not_fast(
+            policy,
+            tensordict,
+            {
+                "callback": callback,
+                "actions": actions,
+                "auto_cast_to_device": auto_cast_to_device,
+                "break_when_all_done": break_when_all_done,
+                "set_truncated": set_truncated,
+                "out": out,
+                "storing_device": storing_device,
+                "trust_policy": trust_policy,
+            },
+        )
+        if reason is None:
+            goes_on = break_when_any_done is False
+            fast = self._fast_rollout(
+                max_steps,
+                policy,
+                tensordict,
+                auto_reset=auto_reset,
+                goes_on=goes_on,
+                set_state=set_state,
+                return_contiguous=return_contiguous,
+            )
+            if fast is not None:
+                return fast
+        try:
+            return super().rollout(
+                max_steps,
+                policy,
+                callback,
+                actions=actions,
+                auto_reset=auto_reset,
+                auto_cast_to_device=auto_cast_to_device,
+                break_when_any_done=break_when_any_done,
+                break_when_all_done=break_when_all_done,
+                return_contiguous=return_contiguous,
+                tensordict=tensordict,
+                set_truncated=set_truncated,
+                out=out,
+                trust_policy=trust_policy,
+                storing_device=storing_device,
+                set_state=set_state,
+            )
+        except KeyError as err:
+            self._explain_policy_error(policy, tensordict, err)
+            raise
+
+    @property
+    def slow_because(self) -> str | None:
+        """Why the last :meth:`rollout` took the inherited loop; None if it took the fast path.
+
+        The result is the same. The fast path calls the networks directly and
+        builds one tensordict at the end.
+        """
+        return self.__dict__.get("_slow_because")
+
+    def _why_not_fast(
+        self, policy: Callable | None, tensordict: TensorDictBase | None, options: dict
+    ) -> str | None:
+        """What a fast path would do differently, known before anything is run."""
+        asked = [name for name, value in options.items() if value not in (None, False)]
+        if asked:
+            return f"the options {asked} are given"
+        if policy is not None and not (
+            isinstance(policy, TensorDictModuleBase) and is_known(policy)
+        ):
+            if isinstance(policy, TensorDictModuleBase) or not (
+                isinstance(policy, nn.Module) and not hasattr(policy, "in_keys")
+            ):
+                return f"the policy, {type(policy).__name__}, may do more than it says"
+        if self._reads_nested(policy, tensordict):
+            return "the policy reads whole nested tensordicts"
+        own = type(self)
+        if any(getattr(own, n).__module__ != m for n, m in _AS_WRITTEN.items()):
+            return f"{own.__name__} overrides what a step does"
+        if self._post_step_mdp_hooks is not None or self.run_type_checks:
+            return "hooks or type checks are set"
+        if "_compiled_step_and_maybe_reset" in self.__dict__:
+            return "the step is compiled"
+        if skip_existing():
+            return "existing entries are to be skipped"
+        endings = self._layout.endings
+        if not endings.at_root and endings.can_end:
+            return "several groups of done entries can end"
+        if set(self.done_keys) != {k for g in endings.groups for k in g.keys()}:
+            return "the done spec was changed"
+        return None
+
+    def _fast_rollout(
+        self,
+        max_steps: int,
+        policy: Callable | None,
+        tensordict: TensorDictBase | None,
+        *,
+        auto_reset: bool,
+        goes_on: bool,
+        set_state: bool | None,
+        return_contiguous: bool | None,
+    ) -> TensorDictBase | None:
+        """The rollout by :func:`~torchrl_wm.envs.unroll.unroll`; None where it cannot serve."""
+        if max_steps < 1:
+            return None  # the inherited rollout says what is wrong
+        kernel = self.step_kernel
+        can_end = kernel.layout.endings.can_end
+        if goes_on and can_end and self._sampler is not None:
+            self.__dict__["_slow_because"] = "finished rows begin anew"
+            return None
+        values = nodes = None
+        if auto_reset and set_state is not False:
+            values = self._flat_start(tensordict)
+        if values is not None:
+            size, device = tensordict.batch_size, self.device
+        elif auto_reset:
+            state = self.reset(tensordict, set_state=set_state)
+        elif tensordict is None:
+            return None  # the inherited rollout says what is wrong
+        else:
+            state = self.maybe_reset(tensordict)
+        if values is None:
+            nodes, size, device = state, state.batch_size, state.device
+            reserved = {"next", "_step", "_reset"} & set(state.keys())
+            if device == self.device and not reserved:
+                values = flat_values(state)
+        if values is None:
+            self.__dict__[
+                "_slow_because"
+            ] = "the start is no plain tensordict of tensors"
+            return super().rollout(
+                max_steps,
+                policy,
+                auto_reset=False,
+                tensordict=state,
+                break_when_any_done=not goes_on,
+                return_contiguous=return_contiguous,
+            )
+        stop = _any_done if can_end and not goes_on else None
+        if policy is None:
+            act = partial(self._act_randomly, size, device)
+        else:
+            act = self._actor(self._compatible(policy), tensordict, size, device)
+        try:
+            trace = unroll(kernel, act, values, max_steps, size, device, stop)
+        except KeyError as err:
+            self._explain_policy_error(policy, tensordict, err)
+            raise
+        dim = len(size)
+        root, next_ = stacked(trace.root, dim), stacked(trace.next, dim)
+        return assemble(root, next_, nodes, kernel, size, device)
+
+    def imagine(
+        self,
+        horizon: int,
+        policy: Callable | None = None,
+        tensordict: TensorDictBase | None = None,
+        actions: torch.Tensor | TensorDictBase | None = None,
+    ) -> TensorDictBase:
+        """Imagine exactly ``horizon`` steps, whatever ends on the way.
+
+        Unlike :meth:`rollout`, nothing stops early, no row is started anew, and
+        the host never waits for the device. Where a trajectory has ended, what
+        follows is marked invalid under ``("collector", "mask")``, which TorchRL's
+        losses heed.
+
+        Args:
+            horizon: the number of steps ``H``.
+            policy: what acts; random actions if there is neither a policy nor
+                ``actions``.
+            tensordict: the start, ``[*B]``, as for :meth:`reset`.
+            actions: the actions to take, ``[*B, H, *A]``; with several action
+                keys a tensordict of batch size ``[*B, H]``.
+
+        Returns:
+            The trajectories, ``[*B, H]``, with what :meth:`rollout` returns and
+            ``("collector", "mask")``, ``[*B, H]`` bool: True up to and including
+            the step at which the trajectory ends.
+
+        Raises:
+            ValueError: if ``horizon`` is not positive, if both a policy and
+                actions are given, or if the actions' shape is not ``[*B, H, *A]``.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl.envs import GymEnv
+            >>> from torchrl.modules import MLP
+            >>> from torchrl_wm import WorldModel, WorldModelEnv
+            >>> base_env = GymEnv("Pendulum-v1")
+            >>> world_model = WorldModel(
+            ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+            ...     Mod(MLP(5, 4, num_cells=[32]), ["latent", "action"], [("next", "latent")]),
+            ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+            ... )
+            >>> env = WorldModelEnv(world_model, base_env)
+            >>> start = world_model.encode(base_env.reset()).expand(7)
+            >>> imagined = env.imagine(15, tensordict=start, actions=torch.zeros(7, 15, 1))
+            >>> imagined.shape, imagined["collector", "mask"].all()
+            (torch.Size([7, 15]), tensor(True))
+        """
+        if not isinstance(horizon, int):
+            raise TypeError(
+                f"horizon must be an int, got {type(horizon).__name__}: imagine(horizon, policy, "
+                f"tensordict)."
+            )
+        if horizon <= 0:
+            raise ValueError(f"horizon must be at least 1, got {horizon}.")
+        if isinstance(policy, TensorDictBase):
+            raise TypeError(
+                "imagine got a tensordict as policy. The start is a keyword: "
+                "imagine(horizon, tensordict=start)."
+            )
+        if policy is not None and actions is not None:
+            raise ValueError(
+                "imagine takes a policy or actions, not both: with actions given there is "
+                "nothing left to decide."
+            )
+        if tensordict is None and actions is not None:
+            tensordict = TensorDict(
+                {}, batch_size=self._batch_of_actions(actions), device=self.device
+            )
+        state, values = None, self._flat_start(tensordict)
+        if values is not None:
+            size, device = tensordict.batch_size, self.device
+        else:
+            state = self.reset(tensordict)
+            size, device = state.batch_size, state.device
+            values = _only_tensors(state)
+        if actions is None and policy is None:
+            # All at once: to draw a bounded action waits for the device.
+            lead = () if self.batch_locked else size
+            actions = self.full_action_spec.rand((horizon, *lead))
+            actions = actions.permute(*range(1, actions.batch_dims), 0)
+        flat = act = None
+        if actions is not None:
+            flat = self._flat_actions(actions, size, horizon)
+        else:
+            act = self._actor(self._compatible(policy), tensordict, size, device)
+        kernel = self.step_kernel
+        run = partial(imagined, kernel, act, horizon, size, device)
+        if self._compiler is not None:
+            program = getattr(act, "program", None)
+            run = self._compiler.wrap(run, kernel, act, program, horizon, size)
+        try:
+            root, next_, mask = run(values, flat)
+        except KeyError as err:
+            self._explain_policy_error(policy, tensordict, err)
+            raise
+        out = assemble(root, next_, state, kernel, size, device)
+        return out.set(("collector", "mask"), mask)
+
+    def compile(self, *, warmup: int | None = None, **kwargs: Any) -> Imagination:
+        """Make :meth:`imagine` one compiled graph, and compile what EnvBase compiles.
+
+        A graph is made for each horizon, batch shape, set of entries, policy
+        and gradient mode, at its first call (some seconds, more for a longer
+        horizon), and kept: horizons that change from call to call are better
+        imagined eagerly, or cut from one that is long enough. Replacing a
+        component makes new graphs. Policies that are more than networks and
+        distributions are not compiled.
+
+        Args:
+            warmup: see :meth:`torchrl.envs.EnvBase.compile`.
+            kwargs: for :func:`torch.compile`; ``fullgraph`` is True and
+                ``dynamic`` False unless given.
+
+        Returns:
+            The env itself. Where there is no compiler, a warning says so at the
+            first call, and imagination stays eager. :meth:`eager` undoes it.
+        """
+        super().compile(warmup=warmup, **kwargs)
+        self.__dict__["_compiler"] = Compiler(
+            {"fullgraph": True, "dynamic": False, **kwargs}
+        )
+        return self
+
+    def eager(self) -> Imagination:
+        """Undo :meth:`compile`."""
+        super().eager()
+        self.__dict__["_compiler"] = None
+        return self
+
+    def _compatible(self, policy: Callable) -> Callable:
+        return _make_compatible_policy(
+            policy, self.observation_spec, env=self, fast_wrap=True
+        )
+
+    def _actor(
+        self,
+        policy: Callable,
+        start: TensorDictBase | None,
+        size: torch.Size,
+        device: torch.device | None,
+    ) -> Act:
+        """A policy that acts on flat values: as a program, or on a tensordict made for it."""
+        if (
+            isinstance(policy, TensorDictModuleBase)
+            and is_known(policy)
+            and not self._reads_nested(policy, start)
+        ):
+            return ProgramActor(Program([policy]), size, device)
+
+        def act(values: Values, step: int) -> None:
+            shown = self.step_kernel.with_nested_dims(
+                to_tensordict(values, size, device)
+            )
+            shown.update(policy(shown))
+            values.update({join(k): v for k, v in shown.items(True, True)})
+
+        return act
+
+    def _act_randomly(
+        self,
+        size: torch.Size,
+        device: torch.device | None,
+        values: Values,
+        step: int,
+    ) -> None:
+        lead = () if self.batch_locked else size
+        drawn = self.input_spec["full_action_spec"].rand(torch.Size(lead))
+        for key in self._layout.action_keys:
+            values[key] = drawn.get(key)
+
+    def _reads_nested(
+        self, policy: Callable | None, start: TensorDictBase | None
+    ) -> bool:
+        """Whether a policy takes nested tensordicts as such, which flat values do not have."""
+        if isinstance(policy, TensorDictModuleBase):
+            read = {key for leaf in Program([policy]).modules for key in leaf.in_keys}
+        elif isinstance(policy, nn.Module):
+            read = set(self.observation_spec.keys())  # what TorchRL hands to a network
+        else:
+            return False
+        nested = set(self._nested_keys)
+        if isinstance(start, TensorDictBase):
+            nested.update(k for k, v in start.items() if isinstance(v, TensorDictBase))
+        return bool(read & nested)
+
+    def _batch_of_actions(self, actions: torch.Tensor | TensorDictBase) -> torch.Size:
+        if self.batch_locked:
+            return self.batch_size
+        if isinstance(actions, TensorDictBase):
+            return actions.batch_size[:-1]
+        if not isinstance(actions, torch.Tensor):
+            raise TypeError(
+                f"actions must be a tensor [*B, H, *A] or a TensorDict, got "
+                f"{type(actions).__name__}."
+            )
+        spec = self._layout.action[self._layout.action_keys[0]]
+        return actions.shape[: actions.ndim - len(spec.shape) - 1]
+
+    def _flat_actions(
+        self,
+        actions: torch.Tensor | TensorDictBase,
+        batch_size: torch.Size,
+        horizon: int,
+    ) -> Values:
+        """The given actions by key, ``[*B, H, *A]``, checked."""
+        keys = self._layout.action_keys
+        if not isinstance(actions, TensorDictBase):
+            if len(keys) > 1:
+                raise ValueError(
+                    f"The env has the actions {keys}: give them as a TensorDict of batch size "
+                    f"[*B, H] with these keys, got a tensor."
+                )
+            actions = {keys[0]: actions}
+        flat: Values = {}
+        for key in keys:
+            expected = (*batch_size, horizon, *self._layout.action[key].shape)
+            value = actions.get(key, None)
+            if value is None or tuple(value.shape) != expected:
+                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"actions for {key!r} must have the shape [*B, H, *A] = {expected}, "
+                    f"got {got}."
+                )
+            flat[key] = value
+        return flat
+
+    def _explain_policy_error(
+        self,
+        policy: Callable | None,
+        tensordict: TensorDictBase | None,
+        err: KeyError,
+    ) -> None:
+        """Raise an error that names what the policy reads and the env lacks, if that is it."""
+        wanted = unique(getattr(policy, "in_keys", None) or [])
+        there = unique(
+            [
+                *self.observation_spec.keys(True, True),
+                *self.state_spec.keys(True, True),
+                *self.done_keys,
+                *self.action_keys,
+            ]
+        )
+        if tensordict is not None:
+            there += [k for k in leaf_keys(tensordict) if k not in self._layout.dropped]
+        lacking = [key for key in wanted if key not in there]
+        if not lacking:
+            return
+        decodable = [k for k in lacking if k in self.world_model.decoded_keys()]
+        fix = (
+            f"Pass decode=True to WorldModelEnv for {decodable}"
+            if decodable
+            else f"Let the policy read the latents {self.latent_keys}, or give the world model "
+            f"a decoder that writes {lacking} and pass decode=True"
+        )
+        raise MissingEntryError(
+            f"The policy reads {lacking}, which the imagined env does not have. It has "
+            f"{sorted(there, key=str)}. {fix}."
+        ) from err
+
+
+def _only_tensors(state: TensorDictBase) -> Values:
+    """The entries of a start by flat key.
+
+    Raises:
+        TypeError: if some are no tensors, which cannot be stacked over time.
+    """
+    values = flat_values(state)
+    if values is None:  # lazily stacked, or with empty nested tensordicts
+        values = flat_values(state.to_tensordict().filter_empty_())
+    if values is None:
+        others = [
+            key
+            for key, value in state.items(True, True, is_leaf=_is_leaf_nontensor)
+            if not isinstance(value, torch.Tensor)
+        ]
+        raise TypeError(
+            f"imagine carries tensors alone, and the start has {others}, which are none. Leave "
+            f"them out: start.exclude(*{others})."
+        )
+    return values
+
+
+def _any_done(predicted: Values) -> bool:
+    return bool(predicted["done"].any())
