@@ -111,7 +111,10 @@ class Threshold(nn.Module):
 def variants(
     batch: int, horizon: int, *, done: bool = False, tanh_normal: bool = False
 ) -> dict[str, Loop]:
-    """The loops to compare; the first is the floor, what the networks alone cost."""
+    """The loops to compare; the first is the floor, what the networks alone cost.
+
+    The hand loop also keeps and stacks what the networks give, on bare tensors.
+    """
     parts = make_parts(done, tanh_normal)
     policy = parts.pop("policy")
     heads = [parts["reward_head"]] + ([parts["done_head"]] if done else [])
@@ -137,8 +140,21 @@ def variants(
             for head in heads:
                 head.module(latent)
 
+    def hand() -> list[torch.Tensor]:
+        latent = start["latent"]
+        steps = []
+        for _ in range(horizon):
+            action = act(latent)
+            following = dynamics(latent, action)
+            steps.append(
+                (latent, action, following, *(head.module(following) for head in heads))
+            )
+            latent = following
+        return [torch.stack(column, 1) for column in zip(*steps)]
+
     return {
         "networks": networks,
+        "hand loop": hand,
         "rollout": lambda: ours.rollout(horizon, policy, tensordict=start),
         "imagine": lambda: ours.imagine(horizon, policy, start),
         "TorchRL": lambda: theirs.rollout(horizon, policy, tensordict=start.clone()),

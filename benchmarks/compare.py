@@ -2,7 +2,8 @@
 
     python benchmarks/compare.py --out docs/benchmarks/imagination.md
 
-The floor is a loop that calls the same networks and keeps nothing. "TorchRL" is TorchRL's
+The floor is a loop that calls the same networks and keeps nothing; the hand loop keeps and
+stacks what they give, on bare tensors. "TorchRL" is TorchRL's
 own WorldModelEnv with its specs repaired; it is not our env under EnvBase.rollout. tensordict
 0.14.3 looks for pandas on every module output, which is slow where there is none: the
 heading says which case this is, and both belong into a report.
@@ -21,9 +22,9 @@ from common import compiled_variants, machine, measure, peak_ratio, variants
 def eager_rows(batches: list[int], horizons: list[int], seconds: float) -> list[str]:
     """The eager part of the table, a row for each setting."""
     rows = [
-        "| batch | horizon | policy | done head | networks, us/step | rollout | imagine | TorchRL "
-        "| TorchRL / rollout |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| batch | horizon | policy | done head | networks, us/step | hand loop | rollout "
+        "| imagine | TorchRL | TorchRL / rollout |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for tanh_normal in (False, True):
         for done in (False, True):

@@ -10,7 +10,9 @@ from tensordict import TensorDict
 from torchrl_wm import WorldModel, WorldModelLoss
 
 
-@pytest.mark.parametrize("name", ["networks", "rollout", "imagine", "TorchRL"])
+@pytest.mark.parametrize(
+    "name", ["networks", "hand loop", "rollout", "imagine", "TorchRL"]
+)
 @pytest.mark.parametrize("batch", [1, 256])
 def test_imagination(benchmark, name: str, batch: int) -> None:
     loop = variants(batch, 15)[name]

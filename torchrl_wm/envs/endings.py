@@ -157,6 +157,13 @@ class Endings:
         return self.time_limit or any(group.written for group in self.groups)
 
     @property
+    def never_keys(self) -> frozenset[NestedKey]:
+        """The done entries of an env that cannot end; none if it can."""
+        if self.can_end:
+            return frozenset()
+        return frozenset(key for group in self.groups for key in group.keys())
+
+    @property
     def at_root(self) -> bool:
         """Whether there is one group of done entries, at the root."""
         return [group.prefix for group in self.groups] == [()]

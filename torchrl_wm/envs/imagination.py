@@ -28,7 +28,7 @@ from torchrl_wm.envs.unroll import (
 )
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, unique
-from torchrl_wm.modules.program import is_known, Program, to_tensordict, Values
+from torchrl_wm.modules.program import Program, to_tensordict, Values
 
 #: What the fast path does in place of these methods is what they do as they are written here.
 _AS_WRITTEN = {
@@ -95,8 +95,10 @@ class Imagination(EnvBase):
                 f"The start must be a TensorDict, got {type(tensordict).__name__}: "
                 f"env.rollout(max_steps, tensordict=world_model.encode(obs))."
             )
+        program = self._program(policy)
         self.__dict__["_slow_because"] = reason = self._why_not_fast(
             policy,
+            program,
             tensordict,
             {
                 "callback": callback,
@@ -114,6 +116,7 @@ class Imagination(EnvBase):
             fast = self._fast_rollout(
                 max_steps,
                 policy,
+                program,
                 tensordict,
                 auto_reset=auto_reset,
                 goes_on=goes_on,
@@ -154,20 +157,23 @@ class Imagination(EnvBase):
         return self.__dict__.get("_slow_because")
 
     def _why_not_fast(
-        self, policy: Callable | None, tensordict: TensorDictBase | None, options: dict
+        self,
+        policy: Callable | None,
+        program: Program | None,
+        tensordict: TensorDictBase | None,
+        options: dict,
     ) -> str | None:
         """What a fast path would do differently, known before anything is run."""
         asked = [name for name, value in options.items() if value not in (None, False)]
         if asked:
             return f"the options {asked} are given"
-        if policy is not None and not (
-            isinstance(policy, TensorDictModuleBase) and is_known(policy)
-        ):
-            if isinstance(policy, TensorDictModuleBase) or not (
-                isinstance(policy, nn.Module) and not hasattr(policy, "in_keys")
-            ):
-                return f"the policy, {type(policy).__name__}, may do more than it says"
-        if self._reads_nested(policy, tensordict):
+        if program is not None:
+            known = program.is_known
+        else:
+            known = policy is None or _is_network(policy)
+        if not known:
+            return f"the policy, {type(policy).__name__}, may do more than it says"
+        if self._reads_nested(policy, program, tensordict):
             return "the policy reads whole nested tensordicts"
         own = type(self)
         if any(getattr(own, n).__module__ != m for n, m in _AS_WRITTEN.items()):
@@ -189,6 +195,7 @@ class Imagination(EnvBase):
         self,
         max_steps: int,
         policy: Callable | None,
+        program: Program | None,
         tensordict: TensorDictBase | None,
         *,
         auto_reset: bool,
@@ -236,14 +243,15 @@ class Imagination(EnvBase):
         if policy is None:
             act = partial(self._act_randomly, size, device)
         else:
-            act = self._actor(self._compatible(policy), tensordict, size, device)
+            act = self._actor(policy, program, tensordict, size, device)
         try:
             trace = unroll(kernel, act, values, max_steps, size, device, stop)
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
         dim = len(size)
-        root, next_ = stacked(trace.root, dim), stacked(trace.next, dim)
+        root = stacked(trace.root, dim)
+        next_ = stacked(trace.next, dim, kernel.layout.endings.never_keys)
         return assemble(root, next_, nodes, kernel, size, device)
 
     def imagine(
@@ -332,7 +340,8 @@ class Imagination(EnvBase):
         if actions is not None:
             flat = self._flat_actions(actions, size, horizon)
         else:
-            act = self._actor(self._compatible(policy), tensordict, size, device)
+            program = self._program(policy)
+            act = self._actor(policy, program, tensordict, size, device)
         kernel = self.step_kernel
         run = partial(imagined, kernel, act, horizon, size, device)
         if self._compiler is not None:
@@ -377,25 +386,36 @@ class Imagination(EnvBase):
         self.__dict__["_compiler"] = None
         return self
 
-    def _compatible(self, policy: Callable) -> Callable:
-        return _make_compatible_policy(
-            policy, self.observation_spec, env=self, fast_wrap=True
-        )
+    def _program(self, policy: Callable | None) -> Program | None:
+        """A policy made of TensorDict modules as a program; the last one is kept."""
+        if not isinstance(policy, TensorDictModuleBase):
+            return None
+        program = self.__dict__.get("_policy_program")
+        if program is None or not program.is_for(policy):
+            program = self.__dict__["_policy_program"] = Program([policy])
+        return program
 
     def _actor(
         self,
         policy: Callable,
+        program: Program | None,
         start: TensorDictBase | None,
         size: torch.Size,
         device: torch.device | None,
     ) -> Act:
         """A policy that acts on flat values: as a program, or on a tensordict made for it."""
+        if program is None:
+            policy = _make_compatible_policy(
+                policy, self.observation_spec, env=self, fast_wrap=True
+            )
+            if isinstance(policy, TensorDictModuleBase):
+                program = Program([policy])
         if (
-            isinstance(policy, TensorDictModuleBase)
-            and is_known(policy)
-            and not self._reads_nested(policy, start)
+            program is not None
+            and program.is_known
+            and not self._reads_nested(policy, program, start)
         ):
-            return ProgramActor(Program([policy]), size, device)
+            return ProgramActor(program, size, device)
 
         def act(values: Values, step: int) -> None:
             shown = self.step_kernel.with_nested_dims(
@@ -419,11 +439,14 @@ class Imagination(EnvBase):
             values[key] = drawn.get(key)
 
     def _reads_nested(
-        self, policy: Callable | None, start: TensorDictBase | None
+        self,
+        policy: Callable | None,
+        program: Program | None,
+        start: TensorDictBase | None,
     ) -> bool:
         """Whether a policy takes nested tensordicts as such, which flat values do not have."""
-        if isinstance(policy, TensorDictModuleBase):
-            read = {key for leaf in Program([policy]).modules for key in leaf.in_keys}
+        if program is not None:
+            read = program.reads
         elif isinstance(policy, nn.Module):
             read = set(self.observation_spec.keys())  # what TorchRL hands to a network
         else:
@@ -528,6 +551,11 @@ def _only_tensors(state: TensorDictBase) -> Values:
             f"them out: start.exclude(*{others})."
         )
     return values
+
+
+def _is_network(policy: Callable) -> bool:
+    """Whether a policy is a bare network, which TorchRL wraps by the names of its arguments."""
+    return isinstance(policy, nn.Module) and not hasattr(policy, "in_keys")
 
 
 def _any_done(predicted: Values) -> bool:

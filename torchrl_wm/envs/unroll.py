@@ -142,14 +142,26 @@ def imagined(
         mask = torch.stack(valid, dim)
     else:
         mask = torch.ones((*batch_size, horizon), dtype=torch.bool, device=device)
-    return stacked(trace.root, dim), stacked(trace.next, dim), mask
+    return stacked(trace.root, dim), stacked(trace.next, dim, endings.never_keys), mask
 
 
-def stacked(steps: list[Values], dim: int) -> Values:
-    """The entries of all steps, with time as dim ``dim``."""
+def stacked(
+    steps: list[Values], dim: int, never: frozenset[NestedKey] = frozenset()
+) -> Values:
+    """The entries of all steps, with time as dim ``dim``.
+
+    Args:
+        steps: the entries of each step.
+        dim: where time goes.
+        never: bools that are False at every step.
+    """
     flat: Values = {}
     last = steps[-1]
     for key, value in steps[0].items():
+        if key in never:
+            shape = (*value.shape[:dim], len(steps), *value.shape[dim:])
+            flat[key] = value.new_zeros(shape)
+            continue
         # The ends tell whether it is one tensor all along: what was written again
         # at any step never comes back.
         if last[key] is value and len(steps) > 1:

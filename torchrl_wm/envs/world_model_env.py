@@ -233,8 +233,9 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         return kernel
 
     def __getstate__(self) -> dict[str, Any]:
-        # The kernel holds on to networks: a copy makes its own.
-        return {**self.__dict__, "_kernel": None, "_compiler": None}
+        # These hold on to networks: a copy makes its own.
+        held = ("_kernel", "_compiler", "_policy_program")
+        return {**self.__dict__, **dict.fromkeys(held)}
 
     def _rewired(self) -> tuple[Layout, StepKernel]:
         """The layout for replaced components: the env's specs are what they must fit."""
@@ -548,7 +549,6 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         if (
             type(given) is not TensorDict
             or layout.decoded
-            or missing_from(given, layout.state)
             or (self.batch_locked and given.batch_size != self.batch_size)
         ):
             return None

@@ -3,7 +3,7 @@
 A ``TensorDictModule`` costs more around its network than a small network itself: it
 looks entries up in nested tensordicts, checks and converts what it writes, and builds
 containers. A :class:`Program` calls the networks directly where that changes nothing, and
-the module itself where it might (a hook, a distribution, a class with a forward of its own).
+the module itself where it might (a hook, a class with a forward of its own).
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, unravel_key
 from tensordict.nn import (
+    CompositeDistribution,
+    InteractionType,
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictSequential,
 )
+from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 from torchrl.modules import SafeProbabilisticModule
 
@@ -33,26 +36,32 @@ class Program:
 
     Args:
         modules: the modules, in order. Sequentials are taken apart.
-
-    Attributes:
-        direct: whether every network is called directly.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._given = list(modules)
         self.modules = [leaf for module in self._given for leaf in _leaves(module)]
-        plain = [is_plain(module) for module in self.modules]
-        self.direct = all(plain)
+        #: All that the modules read, what they write for each other included.
+        self.reads = {key for module in self.modules for key in module.in_keys}
         #: What the program was made for; networks are compared by identity.
         self.made_for = tuple(_signature(module) for module in self.modules)
-        self._steps: list[Step] = [
-            _direct(module) if simple else _through_tensordict(module)
+        plain = [is_plain(module) for module in self.modules]
+        #: Whether running it is known to be the same as calling the modules on a
+        #: tensordict: true of plain modules and of the sampling of distributions,
+        #: which reads and writes nothing but its keys.
+        self.is_known = all(
+            simple or (_is_sampling(module) and not has_hooks(module))
             for module, simple in zip(self.modules, plain)
-        ]
+        )
+        self._steps: list[Step] = [_step_of(module) for module in self.modules]
         self._again = [
             _direct_again(module) if simple else step
             for module, simple, step in zip(self.modules, plain, self._steps)
         ]
+
+    def is_for(self, module: nn.Module) -> bool:
+        """Whether this is the program of ``module`` alone, as it is now."""
+        return [module] == self._given and self.is_current()
 
     def is_current(self) -> bool:
         """Whether the modules are what they were: same networks, keys and hooks."""
@@ -107,13 +116,9 @@ def is_plain(module: nn.Module) -> bool:
 
 def _signature(module: nn.Module) -> tuple:
     """What a program depends on; a network is compared by identity."""
-    network = getattr(module, "module", None)
-    return (
-        is_plain(module),
-        id(network),
-        tuple(module.in_keys),
-        tuple(module.out_keys),
-    )
+    network = module._modules.get("module", module.__dict__.get("module"))
+    keys = tuple(module.in_keys), tuple(module.out_keys)
+    return (has_hooks(module), id(network), *keys)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -154,18 +159,6 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether running ``module`` in a Program is the same as calling it on a tensordict.
-
-    True of plain modules, of sequentials of them, and of the sampling of
-    distributions, which reads and writes nothing but its keys.
-    """
-    return all(
-        is_plain(leaf) or (_is_sampling(leaf) and not has_hooks(leaf))
-        for leaf in _leaves(module)
-    )
-
-
 def _is_sampling(module: nn.Module) -> bool:
     """Whether a module does nothing but draw from a distribution by its keys."""
     return (
@@ -175,6 +168,29 @@ def _is_sampling(module: nn.Module) -> bool:
         and module._generator is None
         and module._generator_key is None
     )
+
+
+def _writes_a_sample(module: ProbabilisticTensorDictModule) -> bool:
+    """Whether the sample, as one tensor, is all that a known sampling module writes."""
+    kind, drawn = type(module), module.distribution_class
+    return (
+        not module.return_log_prob
+        and len(module.out_keys) == 1
+        and module.out_keys != ["_"]
+        and list(module.in_keys) == [unravel_key(key) for key in module.in_keys]
+        and isinstance(drawn, type)
+        and not issubclass(drawn, CompositeDistribution)
+        and kind.get_dist is ProbabilisticTensorDictModule.get_dist
+        and kind._dist_sample is ProbabilisticTensorDictModule._dist_sample
+    )
+
+
+def _step_of(module: nn.Module) -> Step:
+    if is_plain(module):
+        return _direct(module)
+    if _is_sampling(module) and not has_hooks(module) and _writes_a_sample(module):
+        return _sampling(module)
+    return _through_tensordict(module)
 
 
 def _direct(module: TensorDictModule) -> Step:
@@ -263,10 +279,10 @@ def _write(
 
 def _through_tensordict(module: nn.Module) -> Step:
     in_keys = unique(module.in_keys)
+    out_keys = [key for key in unique(module.out_keys) if key != "_"]
     # A distribution is known to read its keys alone; of other modules it is safer
     # to show them all that is there.
     narrow = isinstance(module, ProbabilisticTensorDictModule) and _is_sampling(module)
-    out_keys = [key for key in unique(module.out_keys) if key != "_"]
 
     def step(
         values: Values, batch_size: torch.Size, device: torch.device | None
@@ -275,6 +291,27 @@ def _through_tensordict(module: nn.Module) -> Step:
         out = module(to_tensordict(shown, batch_size, device))
         for key in out_keys:
             values[key] = out.get(key)
+
+    return step
+
+
+def _sampling(module: ProbabilisticTensorDictModule) -> Step:
+    """What a sampling module does, without the tensordict."""
+    out_keys = list(module.out_keys)
+
+    def step(
+        values: Values, batch_size: torch.Size, device: torch.device | None
+    ) -> None:
+        dist = module.get_dist(values)
+        mode = interaction_type()
+        mode = module.default_interaction_type if mode is None else mode
+        sample = None
+        if mode is InteractionType.DETERMINISTIC:
+            # Asked for once: the module would compute it twice.
+            sample = getattr(dist, "deterministic_sample", None)
+        if sample is None:
+            sample = module._dist_sample(dist, interaction_type=mode)
+        _write(values, sample, out_keys, module, batch_size, device)
 
     return step
 
