@@ -14,12 +14,15 @@ from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule as Mod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrl.data import Composite, Unbounded
+from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.envs.model_based import WorldModelEnv as TorchRLEnv
 from torchrl.modules import (
     MLP,
     ProbabilisticActor,
+    RSSMPosterior,
+    RSSMPrior,
+    RSSMRollout,
     TanhNormal,
     WorldModel as TorchRLModel,
 )
@@ -187,6 +190,82 @@ def compiled_variants(batch: int, horizon: int) -> dict[str, Loop]:
         "tensor loop": lambda: compiled(start["latent"]),
         "imagine": lambda: env.imagine(horizon, policy, start),
     }
+
+
+def rssm_parts() -> dict[str, nn.Module]:
+    """TorchRL's RSSM of 64 units as the components of a world model."""
+    units, state = 64, 30
+    latents = [("next", "state"), ("next", "belief")]
+    prior = RSSMPrior(
+        Bounded(-1.0, 1.0, (ACTION,)),
+        hidden_dim=units,
+        rnn_hidden_dim=units,
+        state_dim=state,
+        action_dim=ACTION,
+    )
+    posterior = RSSMPosterior(
+        hidden_dim=units,
+        state_dim=state,
+        rnn_hidden_dim=units,
+        obs_embed_dim=units,
+    )
+    return {
+        "encoder": Mod(nn.Identity(), ["observation"], ["encoded_latents"]),
+        "dynamics": Mod(
+            prior,
+            ["state", "belief", "action"],
+            [("next", "prior_mean"), ("next", "prior_std"), *latents],
+        ),
+        "reward_head": Mod(
+            MLP(state + units, 1, num_cells=[units]), latents, [("next", "reward")]
+        ),
+        "posterior": Mod(
+            posterior,
+            [("next", "belief"), ("next", "encoded_latents")],
+            [("next", "posterior_mean"), ("next", "posterior_std"), ("next", "state")],
+        ),
+        "initial_state": TensorDict(
+            {"state": torch.zeros(state), "belief": torch.zeros(units)}
+        ),
+    }
+
+
+def filter_variants(
+    batch: int, length: int, *, train: bool = False, compiled: bool = True
+) -> dict[str, Loop]:
+    """TorchRL's loop over time, and ours, eager and with a compiled step, on one RSSM.
+
+    Args:
+        train: backwards, too.
+        compiled: whether the compiled step is among them; it takes a while to make.
+    """
+    parts = rssm_parts()
+    rollout = RSSMRollout(parts["dynamics"], parts["posterior"])
+    embedding = torch.randn(batch, length, 64)
+    data = TensorDict(
+        {
+            "action": torch.randn(batch, length, ACTION),
+            "state": torch.zeros(batch, length, 30),
+            "belief": torch.zeros(batch, length, 64),
+            "next": {"observation": embedding, "encoded_latents": embedding},
+        },
+        [batch, length],
+    )
+
+    def loop(function: Callable[[TensorDict], TensorDict]) -> Loop:
+        def run() -> None:
+            with torch.set_grad_enabled(train):
+                out = function(data.clone())
+                if train:
+                    out["next", "state"].sum().backward()
+
+        return run
+
+    loops = {"TorchRL": loop(rollout), "eager": loop(WorldModel(**parts).observe)}
+    if compiled:
+        model = WorldModel(**parts).compile_rollout()
+        loops["compiled step"] = loop(model.observe)
+    return loops
 
 
 @torch.no_grad()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.modules.compiled import GraphMaker
 from torchrl_wm.modules.program import Program, Values
 
 Run = Callable[[Values, "Values | None"], tuple]
@@ -22,9 +22,8 @@ class Compiler:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+        self._maker = GraphMaker(options, "imagine", "env.eager()")
         self._graphs: dict[tuple, tuple[tuple, Run]] = {}
-        self._failed = False
 
     def wrap(
         self,
@@ -36,7 +35,7 @@ class Compiler:
         batch_size: torch.Size,
     ) -> Run:
         """The compiled ``run``, or ``run`` itself where it cannot be compiled."""
-        if self._failed or (act is not None and program is None):
+        if self._maker.failed or (act is not None and program is None):
             return run
         # What the graph was made for is held here, so that no id is used again.
         held = (kernel, kernel.program, program)
@@ -49,20 +48,11 @@ class Compiler:
             torch.is_grad_enabled(),
         )
         if key not in self._graphs:
-            self._graphs[key] = (held, torch.compile(run, **self.options))
+            self._graphs[key] = (held, self._maker.compile(run))
         graph = self._graphs[key][1]
 
         def call(values: Values, actions: Values | None) -> tuple:
-            try:
-                return graph(values, actions)
-            except torch._dynamo.exc.BackendCompilerFailed as err:
-                self._failed = True
-                warnings.warn(
-                    f"imagine could not be compiled and stays eager ({type(err).__name__}: "
-                    f"{str(err).splitlines()[0]}). Is there a C++ compiler? env.eager() "
-                    f"silences this.",
-                    stacklevel=3,
-                )
-                return run(values, actions)
+            out = self._maker.attempt(lambda: graph(values, actions))
+            return run(values, actions) if out is None else out
 
         return call

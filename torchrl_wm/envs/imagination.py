@@ -375,9 +375,7 @@ class Imagination(EnvBase):
             first call, and imagination stays eager. :meth:`eager` undoes it.
         """
         super().compile(warmup=warmup, **kwargs)
-        self.__dict__["_compiler"] = Compiler(
-            {"fullgraph": True, "dynamic": False, **kwargs}
-        )
+        self.__dict__["_compiler"] = Compiler(kwargs)
         return self
 
     def eager(self) -> Imagination:

@@ -15,7 +15,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import episode_begins, first_latents, IS_INIT
+from torchrl_wm.modules.filtering import episode_begins, IS_INIT, predict_sequence
 from torchrl_wm.modules.keys import (
     as_tuple,
     is_next,
@@ -438,7 +438,7 @@ class WorldModelLoss(LossModule):
         if self.multi_step or self.world_model.is_recurrent:
             self._check_sequence(batch)
         if self.multi_step:
-            predicted = self._open_loop(batch, inputs)
+            predicted = self._heads(predict_sequence(self.world_model, batch, inputs))
         elif self.world_model.is_recurrent:
             predicted = self._filtered(batch, inputs)
         else:
@@ -493,21 +493,6 @@ class WorldModelLoss(LossModule):
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
         return self._heads(filtered.exclude(*(k for k in observed if k not in hidden)))
-
-    def _open_loop(
-        self, batch: TensorDictBase, inputs: list[NestedKey]
-    ) -> TensorDictBase:
-        """Predictions over the whole sequence from its first latents on."""
-        model = self.world_model
-        latents = model.latent_keys
-        state = first_latents(model, batch)
-        dynamics = {"dynamics": model.dynamics}
-        steps = []
-        for step in batch.select(*inputs).unbind(-1):
-            step = run_components(dynamics, step.copy().update(state))
-            state = step.get("next").select(*latents)
-            steps.append(step)
-        return self._heads(torch.stack(steps, batch.batch_dims - 1))
 
     def _until_end(
         self, tensordict: TensorDictBase
