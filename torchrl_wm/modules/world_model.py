@@ -361,6 +361,29 @@ class WorldModel(TensorDictModuleBase):
 
         Raises:
             ValueError: for another scope.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl.modules import MLP
+            >>> from torchrl_wm import WorldModel
+            >>> world_model = WorldModel(
+            ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+            ...     Mod(MLP(5, 4, num_cells=[8]), ["latent", "action"], [("next", "latent")]),
+            ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+            ... )
+            >>> data = TensorDict(
+            ...     {
+            ...         "observation": torch.randn(2, 5, 3),
+            ...         "action": torch.randn(2, 5, 1),
+            ...         "next": {"observation": torch.randn(2, 5, 3)},
+            ...     },
+            ...     batch_size=[2, 5],
+            ... )
+            >>> world_model = world_model.compile_rollout(backend="eager")  # default: inductor
+            >>> world_model.observe(data)["latent"].shape
+            torch.Size([2, 5, 4])
         """
         devices = {value.device for value in (*self.parameters(), *self.buffers())}
         self.__dict__["_rollout_compiler"] = RolloutCompiler(scope, kwargs, devices)
