@@ -69,11 +69,13 @@ class RepairedTorchRLEnv(TorchRLEnv):
         self.full_done_spec = base_env.full_done_spec.clone()
 
 
-def make_parts(done: bool, tanh_normal: bool) -> dict[str, nn.Module]:
+def make_parts(
+    done: bool, tanh_normal: bool, activation: type[nn.Module] = nn.Tanh
+) -> dict[str, nn.Module]:
     """The components of a model, and a policy: MLPs of two layers of 256."""
 
     def net(inputs: int, outputs: int) -> MLP:
-        return MLP(inputs, outputs, num_cells=HIDDEN)
+        return MLP(inputs, outputs, num_cells=HIDDEN, activation_class=activation)
 
     parts = {
         "encoder": Mod(nn.Identity(), ["observation"], ["latent"]),

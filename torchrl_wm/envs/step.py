@@ -103,6 +103,7 @@ class StepKernel:
         device: torch.device | None,
         endings: Values | None = None,
         again: bool = False,
+        decode: bool = True,
     ) -> Values:
         """Predict one step, on tensors alone.
 
@@ -113,6 +114,7 @@ class StepKernel:
             device: where the state is.
             endings: the done entries, where they are known beforehand.
             again: whether outputs of this shape were checked before.
+            decode: whether to decode the observations that the env carries.
 
         Returns:
             The ``"next"`` entries by flat key, without the "next".
@@ -124,7 +126,7 @@ class StepKernel:
         out: Values = {key: work[place] for key, place in self._predicted}
         for key in layout.context:
             out[key] = values[key]
-        if self._decode is not None:
+        if self._decode is not None and decode:
             reads = decoder_inputs(self.world_model, {k: out[k] for k in layout.state})
             self._decode(reads, batch_size, device)
             for key, place in self._decoded:
