@@ -99,8 +99,9 @@ class MPCPlanner(MPCPlannerBase):
             random; its return is the mean.
         init_std: the standard deviation to begin with, as a share of half the
             range of an action.
-        min_std: the least standard deviation, in the same unit. For actions that
-            are a choice, the share of candidates that choose at random.
+        min_std: the least standard deviation, in the same unit; 0 by default. For
+            actions that are a choice, the share of candidates that choose at
+            random; 0.05 by default, as a probability of 0 never comes back.
         momentum: how much of the last proposal stays in the next one, 0 to 1.
         act_on: the ``"mean"`` of the last proposal or the ``"best"`` candidate seen.
             A mean is surer where the model is random. By default the best for
@@ -133,7 +134,7 @@ class MPCPlanner(MPCPlannerBase):
         num_policy_candidates: int | None = None,
         num_particles: int = 1,
         init_std: float = 1.0,
-        min_std: float = 0.0,
+        min_std: float | None = None,
         momentum: float = 0.0,
         act_on: Literal["mean", "best"] | None = None,
     ) -> None:
@@ -172,7 +173,7 @@ class MPCPlanner(MPCPlannerBase):
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
         if momentum == 1:
             raise ValueError("With momentum=1 the proposal would never move.")
-        if not init_std > 0 or not 0 <= min_std <= init_std:
+        if not init_std > 0 or not 0 <= (min_std or 0) <= init_std:
             raise ValueError(
                 f"0 <= min_std <= init_std and 0 < init_std are needed, got min_std={min_std} "
                 f"and init_std={init_std}."
@@ -197,12 +198,12 @@ class MPCPlanner(MPCPlannerBase):
         self.num_policy_candidates = num_policy_candidates
         self.num_particles = num_particles
         self.init_std = float(init_std)
-        self.min_std = float(min_std)
         self.momentum = float(momentum)
         self.space = action_space(
             self.action_spec, action_key, action_range, env.device
         )
         is_choice = isinstance(self.space, ChoiceSpace)
+        self.min_std = (0.05 if is_choice else 0.0) if min_std is None else min_std
         self.act_on = act_on or ("best" if is_choice else self.default_act_on)
         kind = ModelObjective if isinstance(env, WorldModelEnv) else EnvObjective
         self.objective = kind(
