@@ -132,7 +132,7 @@ def cliff(horizon: int = 15) -> Problem:
     return Problem(env, torch.zeros(1), horizon, lambda total: total / best)
 
 
-def chain(one_hot: bool, horizon: int = 10, goal: int = 6) -> Problem:
+def chain(one_hot: bool, horizon: int = 10, goal: int = 5) -> Problem:
     """Left, stay or right: a little reward at the start, all of it at the far end."""
     spec = OneHot(3) if one_hot else Categorical(3, (1,))
 
