@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.initial_state import InitialState
 from torchrl_wm.modules.observer import Observer
 from torchrl_wm.modules.world_model import WorldModel
 
-__all__ = ["InitialState", "MissingEntryError", "Observer", "WorldModel"]
+__all__ = [
+    "Entry",
+    "InitialState",
+    "JoinEntries",
+    "MissingEntryError",
+    "Observer",
+    "SplitEntries",
+    "WorldModel",
+]
