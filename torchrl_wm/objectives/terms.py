@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
+from torchrl.modules.functional import symlog
 from torchrl.objectives.utils import distance_loss
 
 from torchrl_wm.modules import WorldModel
@@ -30,7 +31,7 @@ from torchrl_wm.modules.wiring import written_keys
 if TYPE_CHECKING:
     from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 
-DISTANCES = ("l2", "l1", "smooth_l1")
+DISTANCES = ("l2", "l1", "smooth_l1", "symlog")
 
 
 class LossTerm(abc.ABC):
@@ -122,7 +123,7 @@ class RewardTerm(LossTerm):
     """Distance of the predicted reward from the real one.
 
     Args:
-        distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        distance: ``"l2"``, ``"l1"``, ``"smooth_l1"`` or ``"symlog"``.
         weight: what the term is multiplied with.
         key: the reward, below "next"; by default the loss's ``reward`` key. With
             several rewards give one term for each:
@@ -163,19 +164,32 @@ class DoneTerm(LossTerm):
 
     The label is ``terminated``; without one, ``done & ~truncated``; without
     that, ``done``. A time limit is not a termination.
+
+    Args:
+        distance: ``"bce"`` on the logits, or a distance of their sigmoid.
+        weight: what the term is multiplied with.
+        real_next: let the head judge the latents that the encoder makes of the
+            *real* next observation, in place of the predicted ones. The head then
+            learns from the first batch on, and the dynamics learn nothing from
+            it; for models whose latents are observations.
     """
 
     components = ("done_head",)
 
-    def __init__(self, distance: str = "bce", weight: float = 1.0) -> None:
+    def __init__(
+        self, distance: str = "bce", weight: float = 1.0, real_next: bool = False
+    ) -> None:
         super().__init__("done", weight)
         self.distance = check_distance("done_loss", distance, ("bce", *DISTANCES))
+        self.real_next = real_next
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
         return [join("next", keys.terminated), join("next", keys.done)]
 
     def __call__(self, predicted, batch, loss):
         key, goes_on = self.prediction_key(loss)
+        if self.real_next:
+            predicted = loss.judge_real_next("done_head", predicted, batch)
         logits = predicted.get(key)
         if not logits.is_floating_point():
             raise TypeError(
@@ -238,7 +252,7 @@ class ReconstructionTerm(LossTerm):
     """Distance of the decoded observations from the real ones.
 
     Args:
-        distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        distance: ``"l2"``, ``"l1"``, ``"smooth_l1"`` or ``"symlog"``.
         weight: what the term is multiplied with.
         target: ``"observation"`` decodes the encoded latents and compares with
             the observation they came from; ``"next"`` decodes the *predicted*
@@ -374,11 +388,17 @@ def distance(
     key: NestedKey,
     batch: TensorDictBase,
 ) -> torch.Tensor:
-    """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast."""
+    """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast.
+
+    ``"symlog"`` is the squared distance of the symmetric logarithms (arXiv 2301.04104, eq. 10).
+    """
     _same_shape(value, label, key)
     # Not in the lower precision of the two, where both could round to the same.
     dtype = torch.promote_types(value.dtype, label.dtype)
-    loss = distance_loss(value.to(dtype), label.to(dtype), name)
+    value, label = value.to(dtype), label.to(dtype)
+    if name == "symlog":  # squares of large numbers would drown the small ones
+        value, label, name = symlog(value), symlog(label), "l2"
+    loss = distance_loss(value, label, name)
     return _per_sample(loss, batch)
 
 
