@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from torchrl_wm.models.rssm import make_rssm_world_model, RSSMConfig
 from torchrl_wm.models.specs import EnvSpecs, PixelEntry, read_specs
+from torchrl_wm.models.tdmpc2 import (
+    make_tdmpc2_q_ensemble,
+    make_tdmpc2_world_model,
+    TDMPC2Config,
+)
 
-__all__ = ["EnvSpecs", "PixelEntry", "read_specs"]
+__all__ = [
+    "EnvSpecs",
+    "make_rssm_world_model",
+    "make_tdmpc2_q_ensemble",
+    "make_tdmpc2_world_model",
+    "PixelEntry",
+    "read_specs",
+    "RSSMConfig",
+    "TDMPC2Config",
+]

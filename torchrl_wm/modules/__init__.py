@@ -5,15 +5,31 @@ from __future__ import annotations
 from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.initial_state import InitialState
+from torchrl_wm.modules.latent import NormedLinear, NormedMLP, SimNorm
 from torchrl_wm.modules.observer import Observer
+from torchrl_wm.modules.pixels import PixelDecoder, PixelEncoder
+from torchrl_wm.modules.q_ensemble import QEnsemble
+from torchrl_wm.modules.rssm import ContinuationModel, RSSMDynamics, RSSMPosteriorHead
+from torchrl_wm.modules.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.world_model import WorldModel
 
 __all__ = [
+    "ContinuationModel",
     "Entry",
     "InitialState",
     "JoinEntries",
     "MissingEntryError",
+    "NormedLinear",
+    "NormedMLP",
     "Observer",
+    "PixelDecoder",
+    "PixelEncoder",
+    "QEnsemble",
+    "RSSMDynamics",
+    "RSSMPosteriorHead",
+    "SimNorm",
     "SplitEntries",
+    "SymlogTwoHot",
+    "TwoHotHead",
     "WorldModel",
 ]
