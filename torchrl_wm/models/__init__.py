@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
+from torchrl_wm.models.rssm import make_rssm_world_model, RSSMConfig
 from torchrl_wm.models.specs import EnvSpecs, PixelEntry, read_specs
+from torchrl_wm.models.tdmpc2 import (
+    make_tdmpc2_q_ensemble,
+    make_tdmpc2_world_model,
+    TDMPC2Config,
+)
 
 __all__ = [
     "EnsembleConfig",
     "EnvSpecs",
     "PixelEntry",
+    "RSSMConfig",
+    "TDMPC2Config",
     "make_ensemble_world_model",
+    "make_rssm_world_model",
+    "make_tdmpc2_q_ensemble",
+    "make_tdmpc2_world_model",
     "read_specs",
 ]

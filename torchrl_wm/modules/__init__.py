@@ -18,12 +18,18 @@ from torchrl_wm.modules.heads import (
     TerminationHead,
 )
 from torchrl_wm.modules.initial_state import InitialState
+from torchrl_wm.modules.latent import NormedLinear, NormedMLP, SimNorm
 from torchrl_wm.modules.normalizer import fit_normalizers, NormalizedNetwork, Normalizer
 from torchrl_wm.modules.observer import Observer
+from torchrl_wm.modules.pixels import PixelDecoder, PixelEncoder
+from torchrl_wm.modules.q_ensemble import QEnsemble
+from torchrl_wm.modules.rssm import ContinuationModel, RSSMDynamics, RSSMPosteriorHead
+from torchrl_wm.modules.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.world_model import WorldModel
 
 __all__ = [
     "BoundedLogVar",
+    "ContinuationModel",
     "ContinueHead",
     "EnsembleDynamics",
     "EnsembleLinear",
@@ -37,10 +43,20 @@ __all__ = [
     "MissingEntryError",
     "NormalizedNetwork",
     "Normalizer",
+    "NormedLinear",
+    "NormedMLP",
     "Observer",
+    "PixelDecoder",
+    "PixelEncoder",
+    "QEnsemble",
+    "RSSMDynamics",
+    "RSSMPosteriorHead",
     "SampleMember",
+    "SimNorm",
     "SplitEntries",
+    "SymlogTwoHot",
     "TerminationHead",
+    "TwoHotHead",
     "WorldModel",
     "fit_normalizers",
     "with_propagation",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
-from torchrl.modules.functional import symlog
+from torch import nn
+from torchrl.modules import symlog
 from torchrl.objectives.utils import distance_loss
 
 from torchrl_wm.modules import WorldModel
@@ -68,10 +69,20 @@ class LossTerm(abc.ABC):
 
     #: The heads whose outputs the term reads; they are run only if some term needs them.
     components: tuple[str, ...] = ()
+    #: Those of its own :meth:`modules` that have target parameters, too.
+    delayed: tuple[str, ...] = ()
 
     def __init__(self, name: str, weight: float = 1.0) -> None:
         self.name = name
         self.weight = weight
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules beside the world model's components that the term trains, by name.
+
+        The loss holds their parameters as ``<name>_params``, and, for names in
+        ``delayed``, as ``target_<name>_params``.
+        """
+        return {}
 
     def check(self, world_model: WorldModel) -> None:
         """Refuse, at the loss's construction, a model that lacks a component.
@@ -150,7 +161,7 @@ class RewardTerm(LossTerm):
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
         key = join("next", self.key or keys.reward)
-        reward = _prediction(predicted, key, "reward_head", loss)
+        reward = prediction(predicted, key, "reward_head", loss)
         label = None
         if self.key is None:
             label = batch.get(join("next", keys.true_reward), None)
@@ -204,7 +215,7 @@ class DoneTerm(LossTerm):
             return distance(logits.sigmoid(), label, self.distance, key, batch)
         _same_shape(logits, label, key)
         loss_value = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
-        return _per_sample(loss_value, batch)
+        return per_sample(loss_value, batch)
 
     @staticmethod
     def prediction_key(loss: WorldModelLoss) -> tuple[NestedKey, bool]:
@@ -312,8 +323,12 @@ class ReconstructionTerm(LossTerm):
                         decoded_next = loss.decode_next(predicted)
                     decoded = decoded_next.get(key)
             label = read_label(batch, label_key, self.name)
-            total = total + distance(decoded, label, self.distance, label_key, batch)
+            total = total + self.compare(decoded, label, label_key, batch)
         return total
+
+    def compare(self, predicted, target, key, batch) -> torch.Tensor:
+        """How far a decoded observation is from the real one, ``[*B]``."""
+        return distance(predicted, target, self.distance, key, batch)
 
 
 class LatentTerm(LossTerm):
@@ -346,7 +361,7 @@ class LatentTerm(LossTerm):
                     f"{keys.predicted_latent!r}. Say which latent it is the target of: "
                     f"loss.set_keys(predicted_latent=('next', ...))."
                 )
-            return distance(value, target.detach(), self.distance, name, batch)
+            return self.compare(value, target.detach(), name, batch)
         latents = loss.world_model.latent_keys
         targets = loss.encode_next(batch)
         compared = [key for key in latents if targets.get(key, None) is not None]
@@ -359,14 +374,14 @@ class LatentTerm(LossTerm):
         total = 0.0
         for key in compared:
             name = join("next", key)
-            total = total + distance(
-                predicted.get(name),
-                targets.get(key).detach(),
-                self.distance,
-                name,
-                batch,
+            total = total + self.compare(
+                predicted.get(name), targets.get(key).detach(), name, batch
             )
         return total
+
+    def compare(self, predicted, target, key, batch) -> torch.Tensor:
+        """How far a predicted latent is from its target, ``[*B]``."""
+        return distance(predicted, target, self.distance, key, batch)
 
 
 # What the terms share ------------------------------------------------------
@@ -399,7 +414,7 @@ def distance(
     if name == "symlog":  # squares of large numbers would drown the small ones
         value, label, name = symlog(value), symlog(label), "l2"
     loss = distance_loss(value, label, name)
-    return _per_sample(loss, batch)
+    return per_sample(loss, batch)
 
 
 def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor:
@@ -421,9 +436,10 @@ def missing_label(
     )
 
 
-def _prediction(
+def prediction(
     predicted: TensorDictBase, key: NestedKey, component: str, loss: WorldModelLoss
 ) -> torch.Tensor:
+    """What ``component`` predicted under ``key``, or an error that says what it writes."""
     value = predicted.get(key, None)
     if value is None:
         written = written_keys(getattr(loss.world_model, component))
@@ -443,7 +459,7 @@ def _same_shape(value: torch.Tensor, label: torch.Tensor, key: NestedKey) -> Non
         )
 
 
-def _per_sample(loss: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
+def per_sample(loss: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
     """``[*B, *feature]`` as ``[*B]``, by the mean over the feature dims."""
     dims = batch.batch_dims
     return loss if loss.ndim == dims else loss.flatten(dims).mean(-1)

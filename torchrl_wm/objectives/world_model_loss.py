@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -268,17 +270,47 @@ class WorldModelLoss(LossModule):
         parts = dict(self.world_model.components)
         if self.world_model.initial_state is not None:
             parts["initial_state"] = self.world_model.initial_state
+        for term in self.terms:
+            for name, module in term.modules().items():
+                if parts.setdefault(name, module) is not module:
+                    raise ValueError(
+                        f"The loss {term.name!r} calls a module of its own {name!r}, and there "
+                        f"is another one of that name. Give it another name in modules()."
+                    )
         return parts
 
     def _follow_components(self) -> None:
         """Hold the parameters of the model's present components."""
+        delayed = {name for term in self.terms for name in term.delayed}
+        if self.delay_encoder:
+            delayed.add("encoder")
         for name, module in self._parts().items():
-            if self.__dict__.get(name) is not module:
+            if self.__dict__.get(name) is module:
+                continue
+            with warnings.catch_warnings():
+                # Modules of terms cannot be annotated here.
+                warnings.filterwarnings("ignore", ".*part of the annotations")
                 self.convert_to_functional(
-                    module,
-                    name,
-                    create_target_params=self.delay_encoder and name == "encoder",
+                    module, name, create_target_params=name in delayed
                 )
+
+    @contextmanager
+    def target_parameters(self, name: str) -> Iterator[None]:
+        """Let the module ``name`` use its target parameters for a while.
+
+        Args:
+            name: the encoder (with ``delay_encoder``), or a module of a term that
+                is among the ``delayed``.
+        """
+        module, parameters = getattr(self, name), getattr(self, name + "_params")
+        target = getattr(self, f"target_{name}_params")
+        try:
+            with target.to_module(module, preserve_module_state=False):
+                yield
+        except Exception:
+            # tensordict leaves the target's parameters in a module that raised.
+            parameters.to_module(module, preserve_module_state=False)
+            raise
 
     def _with_parameters(self, function: Callable[[], Result]) -> Result:
         """Call ``function`` while the model's components use the parameters held here."""
@@ -324,12 +356,8 @@ class WorldModelLoss(LossModule):
         with torch.no_grad():
             if not self.delay_encoder:
                 return encode()
-            try:
-                return _call_with(self.target_encoder_params, self.encoder, encode)
-            except Exception:
-                # tensordict leaves the target's parameters in a module that raised.
-                self.encoder_params.to_module(self.encoder, preserve_module_state=False)
-                raise
+            with self.target_parameters("encoder"):
+                return encode()
 
     def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
         """The observations that the predicted next latents stand for, at the root."""
