@@ -153,7 +153,7 @@ def test_padding_is_left_out() -> None:
 
 def test_missing_entries_are_named() -> None:
     batch = transitions(10).exclude("observation")
-    with pytest.raises(KeyError, match="reads \\['observation'\\]"):
+    with pytest.raises(KeyError, match="fitted to \\['observation'\\]"):
         fit_normalizers(observation_model(), batch)
 
 

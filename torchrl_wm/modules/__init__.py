@@ -19,7 +19,12 @@ from torchrl_wm.modules.heads import (
 )
 from torchrl_wm.modules.initial_state import InitialState
 from torchrl_wm.modules.latent import NormedLinear, NormedMLP, SimNorm
-from torchrl_wm.modules.normalizer import fit_normalizers, NormalizedNetwork, Normalizer
+from torchrl_wm.modules.normalizer import (
+    DenormalizedNetwork,
+    fit_normalizers,
+    NormalizedNetwork,
+    Normalizer,
+)
 from torchrl_wm.modules.observer import Observer
 from torchrl_wm.modules.pixels import PixelDecoder, PixelEncoder
 from torchrl_wm.modules.q_ensemble import QEnsemble
@@ -31,6 +36,7 @@ __all__ = [
     "BoundedLogVar",
     "ContinuationModel",
     "ContinueHead",
+    "DenormalizedNetwork",
     "EnsembleDynamics",
     "EnsembleLinear",
     "EnsembleMLP",

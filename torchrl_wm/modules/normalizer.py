@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from torchrl_wm.modules.entries import Entry, JoinEntries
+from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
@@ -165,15 +165,65 @@ class NormalizedNetwork(nn.Module):
             self.normalizer.fit(self.join(*values))
 
 
+class DenormalizedNetwork(nn.Module):
+    """A network that predicts entries of whatever scale, from outputs near 0 and 1.
+
+    Args:
+        network: maps its inputs to ``[*B, n]``, ``n`` being the entries' size.
+        entries: what it predicts, of float dtypes.
+        normalize: whether the outputs are scaled by what the data is like.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl.data import Unbounded
+        >>> from torchrl_wm.modules import DenormalizedNetwork, Entry
+        >>> reward = Entry.from_spec("reward", Unbounded((1,)))
+        >>> network = DenormalizedNetwork(torch.nn.Linear(4, 1), [reward])
+        >>> network.fit_output_normalizer(1000 + torch.randn(100, 1))
+        >>> bool((network(torch.randn(5, 4)) - 1000).abs().max() < 10)
+        True
+    """
+
+    def __init__(
+        self, network: nn.Module, entries: Sequence[Entry], *, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.join, self.split = JoinEntries(entries), SplitEntries(entries)
+        self.normalizer = Normalizer(self.split.in_features) if normalize else None
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """The entries, ``[*B, *feature]`` each; a single one as itself."""
+        vector = self.network(*inputs)
+        if self.normalizer is not None:
+            vector = self.normalizer.inverse(vector)
+        return self.split(vector)
+
+    def fit_output_normalizer(self, *values: torch.Tensor) -> None:
+        """Fit the normaliser to the entries, ``[*B, *feature]`` each."""
+        if self.normalizer is not None:
+            self.normalizer.fit(self.join(*values))
+
+    def scale(self, key: NestedKey) -> torch.Tensor | float:
+        """The standard deviation of an entry, of its feature shape: the unit of its errors."""
+        if self.normalizer is None:
+            return 1.0
+        std = self.split(self.normalizer.std)
+        std = std if isinstance(std, tuple) else (std,)
+        keys = [entry.key for entry in self.split.entries]
+        return std[keys.index(unique([key])[0])]
+
+
 @torch.no_grad()
 def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     """Fit all normalisers of a model to a batch of real transitions.
 
     Called once there is data, before training; again when the data has become
     another. Fitted are the networks that have a ``fit_normalizer`` (such as
-    :class:`NormalizedNetwork`), to the entries that their module reads, and the
-    modules that fit themselves (:class:`EnsembleDynamics`). Latents that the
-    batch lacks are encoded from its observations.
+    :class:`NormalizedNetwork`), to the entries that their module reads, or a
+    ``fit_output_normalizer`` (:class:`DenormalizedNetwork`), to those that it writes,
+    and the modules that fit themselves (:class:`EnsembleDynamics`). Latents
+    that the batch lacks are encoded from its observations.
 
     Args:
         model: the world model, or a component of one.
@@ -196,22 +246,33 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     for module in model.modules():
         if not isinstance(module, TensorDictModuleBase):
             continue
-        own = getattr(module, "fit_normalizers", None)
         network = getattr(module, "module", None)
-        if own is None and not hasattr(network, "fit_normalizer"):
-            continue
-        # Encoded anew for each: what comes before it has just been fitted.
-        data = _with_latents(model, batch, module.in_keys)
-        missing = missing_from(data, unique(module.in_keys))
-        if missing:
-            raise MissingEntryError(
-                f"A normaliser reads {missing}, and the batch has {leaf_keys(batch)}. Give a batch "
-                f"of real transitions, as rollouts and collectors record them."
-            )
-        if own is not None:
-            own(data)
-        else:
-            network.fit_normalizer(*(data.get(key) for key in unique(module.in_keys)))
+        if hasattr(module, "fit_normalizers"):
+            module.fit_normalizers(_data(model, batch, module.in_keys))
+        if hasattr(network, "fit_normalizer"):
+            keys = unique(module.in_keys)
+            data = _data(model, batch, keys)
+            network.fit_normalizer(*(data.get(key) for key in keys))
+        if hasattr(network, "fit_output_normalizer"):
+            keys = unique(module.out_keys)
+            data = _data(model, batch, keys)
+            network.fit_output_normalizer(*(data.get(key) for key in keys))
+
+
+def _data(
+    model: nn.Module, batch: TensorDictBase, keys: Sequence[NestedKey]
+) -> TensorDictBase:
+    """The batch with all of ``keys``, of which latents are encoded if need be."""
+    keys = unique(keys)
+    # Encoded anew for each module: what comes before it has just been fitted.
+    data = _with_latents(model, batch, keys)
+    missing = missing_from(data, keys)
+    if missing:
+        raise MissingEntryError(
+            f"A normaliser is fitted to {missing}, and the batch has {leaf_keys(batch)}. Give a "
+            f"batch of real transitions, as rollouts and collectors record them."
+        )
+    return data
 
 
 def _valid_rows(batch: TensorDictBase) -> TensorDictBase:
@@ -233,7 +294,7 @@ def _with_latents(
     if not isinstance(model, WorldModel):
         return batch
     lacking = missing_from(batch, unique(in_keys))
-    if not lacking or not missing_from(batch, model.encoder.in_keys) == []:
+    if not lacking or missing_from(batch, unique(model.encoder.in_keys)):
         return batch
     batch = batch.copy()
     with evaluation_mode(model):

@@ -7,6 +7,7 @@ model's predictions and the labels into one number per sample.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,8 @@ from torchrl_wm.modules.wiring import written_keys
 if TYPE_CHECKING:
     from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 
+#: Gives the unit in which an entry is compared, by its key.
+Scale = Callable[[NestedKey], "torch.Tensor | float"]
 DISTANCES = ("l2", "l1", "smooth_l1", "symlog")
 
 
@@ -140,6 +143,7 @@ class RewardTerm(LossTerm):
             several rewards give one term for each:
             ``losses=[RewardTerm(key=("red", "reward"), name="red"), ...]``.
         name: the loss appears as ``loss_<name>``.
+        scale: see :class:`ReconstructionTerm`.
     """
 
     components = ("reward_head",)
@@ -150,10 +154,12 @@ class RewardTerm(LossTerm):
         weight: float = 1.0,
         key: NestedKey | None = None,
         name: str = "reward",
+        scale: Scale | None = None,
     ) -> None:
         super().__init__(name, weight)
         self.distance = check_distance("reward_loss", distance, DISTANCES)
         self.key = key
+        self.scale = scale
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
         return [join("next", self.key or keys.reward)]
@@ -167,6 +173,7 @@ class RewardTerm(LossTerm):
             label = batch.get(join("next", keys.true_reward), None)
         if label is None:
             label = read_label(batch, key, self.name)
+        reward, label = _in_units(self.scale, key, reward, label)
         return distance(reward, label, self.distance, key, batch)
 
 
@@ -269,6 +276,9 @@ class ReconstructionTerm(LossTerm):
             the observation they came from; ``"next"`` decodes the *predicted*
             latents and compares with the next observation, and so trains the
             dynamics, too.
+        scale: gives, for a key without its "next", what prediction and label are
+            divided by first, such as a fitted standard deviation: then features
+            of all sizes count alike.
     """
 
     components = ("decoder",)
@@ -278,8 +288,10 @@ class ReconstructionTerm(LossTerm):
         distance: str = "l2",
         weight: float = 1.0,
         target: str = "observation",
+        scale: Scale | None = None,
     ) -> None:
         super().__init__("reconstruction", weight)
+        self.scale = scale
         self.distance = check_distance("reconstruction_loss", distance, DISTANCES)
         if target not in ("observation", "next"):
             raise ValueError(
@@ -328,6 +340,7 @@ class ReconstructionTerm(LossTerm):
 
     def compare(self, predicted, target, key, batch) -> torch.Tensor:
         """How far a decoded observation is from the real one, ``[*B]``."""
+        predicted, target = _in_units(self.scale, key, predicted, target)
         return distance(predicted, target, self.distance, key, batch)
 
 
@@ -415,6 +428,17 @@ def distance(
         value, label, name = symlog(value), symlog(label), "l2"
     loss = distance_loss(value, label, name)
     return per_sample(loss, batch)
+
+
+def _in_units(
+    scale: Scale | None, key: NestedKey, value: torch.Tensor, label: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prediction and label divided by the scale of their entry."""
+    if scale is None:
+        return value, label
+    _same_shape(value, label, key)
+    unit = scale(strip_next(key))
+    return value / unit, label / unit
 
 
 def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor:
