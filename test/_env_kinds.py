@@ -8,28 +8,11 @@ import gymnasium
 import numpy as np
 import torch
 from _models import SpecEnv
+from _wirings import ACTIONS
 from tensordict import TensorDict
-from torchrl.data import (
-    Binary,
-    Bounded,
-    Categorical,
-    Composite,
-    MultiCategorical,
-    MultiOneHot,
-    OneHot,
-    Unbounded,
-)
+from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import GymEnv, GymWrapper
 
-ACTIONS = {
-    "continuous": lambda: Bounded(-2.0, 2.0, (2,)),
-    "matrix": lambda: Bounded(-1.0, 1.0, (2, 3)),
-    "one-hot": lambda: OneHot(4),
-    "multi-one-hot": lambda: MultiOneHot((2, 3)),
-    "categorical": lambda: Categorical(4),
-    "multi-categorical": lambda: MultiCategorical((2, 3)),
-    "binary": lambda: Binary(3),
-}
 OBSERVATIONS = {
     "vector": {"observation": (3,)},
     "nested": {("robot", "state"): (3,)},

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from _env_kinds import ACTIONS, drawn_transitions, env_of, OBSERVATIONS
+from _env_kinds import drawn_transitions, env_of, OBSERVATIONS
+from _wirings import ACTIONS
 from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import GymEnv
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_wm import WorldModelEnv
+from torchrl_wm import WorldModelEnv, WorldModelLoss
 from torchrl_wm.models import (
     EnsembleConfig,
     make_ensemble_world_model,
@@ -94,8 +95,8 @@ def test_settings_by_config_and_by_name(name) -> None:
     world_model, _ = builder(env, config, hidden=(16,))
     assert world_model.recipe.config == kind(hidden=(16,), activation="relu")
     assert config.hidden == (8,), "the given config was changed"
-    with pytest.raises(TypeError, match="no setting 'hiden'. Did you mean 'hidden'"):
-        builder(env, hiden=(8,))
+    with pytest.raises(TypeError, match="no setting 'hiddens'. Did you mean 'hidden'"):
+        builder(env, hiddens=(8,))
     with pytest.raises(TypeError, match=f"config must be a {kind.__name__}, got dict"):
         builder(env, {"hidden": (8,)})
     with pytest.raises(ValueError, match="Unknown activation 'sine'"):
@@ -156,3 +157,56 @@ def test_training_draws_and_copies_are_sound(name) -> None:
     weighed = loss(batch.clone().set("weight", torch.zeros(10)))
     assert all(value == 0 for value in weighed.values())
     assert join("next", "reward") in loss.in_keys
+
+
+def test_imagined_and_real_transitions_share_a_buffer() -> None:
+    env = GymEnv("CartPole-v1")
+    world_model, _ = make("ensemble", env)
+    real = env.rollout(20, break_when_any_done=False)
+    fit_normalizers(world_model, real)
+    imagined_env = WorldModelEnv(world_model, env)
+    with torch.no_grad():
+        imagined = imagined_env.imagine(3, tensordict=real.exclude("next"))
+    imagined = imagined.reshape(-1).exclude("collector")
+    for one, other in ((real, imagined), (real["next"], imagined["next"])):
+        assert set(one.keys()) == set(other.keys())
+        for key in one.keys():
+            if key != "next":
+                assert one[key].dtype == other[key].dtype
+                assert one[key].shape[1:] == other[key].shape[1:]
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100))
+    buffer.extend(real.reshape(-1))
+    buffer.extend(imagined)
+    assert len(buffer) == 80
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "expectation", "mean"])
+def test_an_ensemble_imagines_in_one_graph(propagation) -> None:
+    env = GymEnv("CartPole-v1")
+    world_model, _ = make("ensemble", env, propagation=propagation)
+    start = env.rollout(6, break_when_any_done=False).exclude("next")
+    with pytest.warns(UserWarning, match="before it is fitted"):
+        imagined = WorldModelEnv(world_model, env)
+    outs = []
+    for compiled in (False, True):
+        if compiled:
+            imagined.compile(backend="eager")
+        torch.manual_seed(0)
+        outs.append(imagined.imagine(3, tensordict=start)["next", "observation"])
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_sequences_open_loop(name) -> None:
+    env = GymEnv("Pendulum-v1")
+    data = env.rollout(40).reshape(8, 5)
+    if name == "mlp":
+        world_model, loss = make(name, env, multi_step=True, decay=0.5)
+    else:
+        world_model, loss = make(name, env)
+        loss = WorldModelLoss(world_model, losses=loss.terms, multi_step=True)
+    fit_normalizers(world_model, data)
+    values = loss(data)
+    assert all(value.isfinite() for value in values.values())
+    values.sum(reduce=True).backward()
+    assert any(p.grad is not None and p.grad.any() for p in world_model.parameters())
