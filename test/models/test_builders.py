@@ -8,6 +8,7 @@ import pytest
 import torch
 from _env_kinds import drawn_transitions, env_of, OBSERVATIONS
 from _wirings import ACTIONS
+from envs.test_multi_agent import TeamEnv
 from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import GymEnv
 from torchrl.envs.utils import check_env_specs
@@ -210,3 +211,21 @@ def test_sequences_open_loop(name) -> None:
     assert all(value.isfinite() for value in values.values())
     values.sum(reduce=True).backward()
     assert any(p.grad is not None and p.grad.any() for p in world_model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+@pytest.mark.parametrize("done", [("root",), ("agents",), ("agents", "root")])
+def test_teams_of_agents(name, done) -> None:
+    env = TeamEnv(done=done)
+    world_model, loss = make(name, env)
+    batch = drawn_transitions(env, 6)
+    fit_normalizers(world_model, batch)
+    values = loss(batch)
+    assert all(value.isfinite() for value in values.values())
+    imagined = WorldModelEnv(
+        world_model, env, start_states=batch.select(("agents", "observation"))
+    )
+    check_env_specs(imagined)
+    out = imagined.imagine(3)
+    assert out["next", "agents", "reward"].shape == (3, 3, 1)
+    assert out["agents"].batch_size == (3, 3)
