@@ -10,7 +10,14 @@ from _env_kinds import drawn_transitions, env_of, OBSERVATIONS
 from _wirings import ACTIONS
 from envs.test_multi_agent import TeamEnv
 from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
-from torchrl.envs import GymEnv
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    GymEnv,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_wm import WorldModelEnv, WorldModelLoss
@@ -229,3 +236,48 @@ def test_teams_of_agents(name, done) -> None:
     out = imagined.imagine(3)
     assert out["next", "agents", "reward"].shape == (3, 3, 1)
     assert out["agents"].batch_size == (3, 3)
+
+
+def test_how_many_members_are_elites() -> None:
+    env = GymEnv("CartPole-v1")
+    for members, elites, count in ((7, None, 5), (3, None, 3), (1, None, 1), (4, 2, 2)):
+        world_model, _ = make("ensemble", env, members=members, elites=elites)
+        assert len(world_model.dynamics.elites) == count
+    with pytest.raises(ValueError, match="between 1 and the 3 members, got 4"):
+        make("ensemble", env, members=3, elites=4)
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_networks_without_hidden_layers(name) -> None:
+    env = GymEnv("CartPole-v1")
+    world_model, loss = make(name, env, hidden=())
+    batch = env.rollout(10, break_when_any_done=False)
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+
+
+def test_observations_that_are_no_floats() -> None:
+    env = GymEnv("FrozenLake-v1")  # a one-hot vector of integers
+    batch = env.rollout(20, break_when_any_done=False)
+    with pytest.raises(
+        ValueError, match=r"cannot serve 'observation' \[16\] torch.int64"
+    ):
+        make("ensemble", env)
+    world_model, loss = make("mlp", env)
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+    check_env_specs(WorldModelEnv(world_model, env, start_states=env))
+    numbers = GymEnv("FrozenLake-v1", categorical_action_encoding=True)
+    with pytest.raises(ValueError, match=r"\['observation'\] are class numbers"):
+        make("mlp", numbers)
+
+
+def test_what_transforms_count_is_left_alone() -> None:
+    env = TransformedEnv(
+        GymEnv("Pendulum-v1"), Compose(StepCounter(), DoubleToFloat(), RewardSum())
+    )
+    world_model, loss = make("ensemble", env)
+    batch = env.rollout(20)
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+    assert world_model.latent_keys == ["observation"]
