@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
+    DTypeCastTransform,
     GymEnv,
     RewardSum,
     StepCounter,
@@ -28,6 +30,7 @@ from torchrl_wm.models import (
     MLPConfig,
 )
 from torchrl_wm.modules import fit_normalizers
+from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
 from torchrl_wm.modules.keys import join
 
 MAKE = {
@@ -44,9 +47,9 @@ def make(name: str, env, **settings):
     return builder(env, **{**small, **settings})
 
 
-def check_all_of_it(name: str, env, size) -> None:
+def check_all_of_it(name: str, env, size, **settings) -> None:
     """One model, through loss, env, buffer."""
-    world_model, loss = make(name, env)
+    world_model, loss = make(name, env, **settings)
     batch = drawn_transitions(env, 6, 2)
     fit_normalizers(world_model, batch)
     values = loss(batch)
@@ -92,6 +95,13 @@ def test_batched_and_nested_envs(name, size, nested) -> None:
     check_all_of_it(
         name, env_of("dictionary", "categorical", size, nested=nested), size
     )
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("size", [(), (3,)])
+def test_every_propagation(propagation, size) -> None:
+    env = env_of("dictionary", "categorical", size)
+    check_all_of_it("ensemble", env, size, propagation=propagation)
 
 
 @pytest.mark.parametrize("name", sorted(MAKE))
@@ -281,3 +291,36 @@ def test_what_transforms_count_is_left_alone() -> None:
     fit_normalizers(world_model, batch)
     assert all(value.isfinite() for value in loss(batch).values())
     assert world_model.latent_keys == ["observation"]
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_observations_of_doubles(name) -> None:
+    """As MuJoCo's are."""
+    env = TransformedEnv(
+        GymEnv("Pendulum-v1"),
+        DTypeCastTransform(torch.float32, torch.float64, in_keys=["observation"]),
+    )
+    world_model, loss = make(name, env)
+    batch = env.rollout(20)
+    assert batch["observation"].dtype is torch.float64
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+    imagined = WorldModelEnv(
+        world_model, env, start_states=batch, decode=world_model.decoder is not None
+    )
+    check_env_specs(imagined)
+    assert imagined.rollout(3)["next", "observation"].dtype is torch.float64
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_models_reach_other_processes(name) -> None:
+    env = GymEnv("CartPole-v1")
+    world_model, _ = make(name, env)
+    batch = env.rollout(10, break_when_any_done=False)
+    fit_normalizers(world_model, batch)
+    twin = pickle.loads(pickle.dumps(world_model))
+    outs = []
+    for model in (world_model, twin):
+        torch.manual_seed(0)
+        outs.append(model(batch.exclude("next"))["next", "reward"])
+    assert torch.equal(*outs) and twin.recipe == world_model.recipe
