@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.wiring import written_keys
