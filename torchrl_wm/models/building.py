@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models.specs import EnvSpecs, read_specs
@@ -47,6 +50,15 @@ class Recipe:
     specs: EnvSpecs
 
 
+#: The activations that a config can name.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 #: The builders by name.
 BUILDERS: dict[str, Builder] = {}
 
@@ -75,11 +87,8 @@ def build(
     """
     config = resolve_config(BUILDERS[name].config, config, overrides)
     specs = read_specs(env, observation_keys=getattr(config, "observation_keys", None))
-    world_model, loss = rebuild(Recipe(name, config, specs))
-    if env.device is not None:
-        loss.to(env.device)  # holds the parameters
-        world_model.to(env.device)
-    return world_model, loss
+    with nullcontext() if env.device is None else torch.device(env.device):
+        return rebuild(Recipe(name, config, specs))
 
 
 def rebuild(recipe: Recipe) -> tuple[WorldModel, WorldModelLoss]:
@@ -110,3 +119,24 @@ def resolve_config(kind: type, config: Any, overrides: dict[str, Any]) -> Any:
                 f"{kind.__name__} has no setting {name!r}.{hint} There are {known}."
             )
     return replace(config, **overrides)
+
+
+def activation(name: str) -> type[nn.Module]:
+    """The class of an activation by its name in a config.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"Unknown activation {name!r}. Valid choices are {sorted(ACTIVATIONS)}."
+        )
+    return ACTIVATIONS[name]
+
+
+class Same(nn.Module):
+    """Gives what it gets: the encoder of a model whose latents are observations."""
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The values themselves; a single one as itself."""
+        return values[0] if len(values) == 1 else values

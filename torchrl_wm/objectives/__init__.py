@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from torchrl_wm.objectives.consistency import ConsistencyTerm
+
+from torchrl_wm.objectives.gaussian import (
+    bootstrap_counts,
+    gaussian_nll,
+    GaussianNLLTerm,
+)
 from torchrl_wm.objectives.kl import KLTerm
 from torchrl_wm.objectives.observation import ObservationTerm
 from torchrl_wm.objectives.terms import (
@@ -19,6 +25,7 @@ from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 __all__ = [
     "ConsistencyTerm",
     "DoneTerm",
+    "GaussianNLLTerm",
     "KLTerm",
     "LatentTerm",
     "LossTerm",
@@ -28,4 +35,6 @@ __all__ = [
     "TwoHotTerm",
     "ValueTerm",
     "WorldModelLoss",
+    "bootstrap_counts",
+    "gaussian_nll",
 ]

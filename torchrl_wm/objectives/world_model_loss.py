@@ -80,7 +80,7 @@ class WorldModelLoss(LossModule):
         losses: names of terms, or :class:`~torchrl_wm.objectives.LossTerm`
             objects. ``["reward"]`` by default.
         reward_loss, reconstruction_loss, latent_loss: the distance, ``"l2"``,
-            ``"l1"`` or ``"smooth_l1"``.
+            ``"l1"``, ``"smooth_l1"``, or ``"symlog"``: l2 of the symmetric logarithms.
         done_loss: ``"bce"`` on the logits, or a distance of their sigmoid from
             the label.
         reward_weight, done_weight, reconstruction_weight, latent_weight: what
@@ -365,6 +365,23 @@ class WorldModelLoss(LossModule):
         for key in self.world_model.latent_keys:
             inputs.set(key, predicted.get(join("next", key)))
         return self.world_model.decode(inputs)
+
+    def judge_real_next(
+        self, name: str, predicted: TensorDictBase, batch: TensorDictBase
+    ) -> TensorDictBase:
+        """What a head makes of the real next latents, in place of the predicted ones.
+
+        Args:
+            name: the component.
+            predicted: what the model made of the batch.
+            batch: the real transitions.
+
+        Returns:
+            The real transitions with what the head writes.
+        """
+        inputs = predicted.exclude("next").copy()
+        inputs.set("next", self.encode_next(batch).detach())
+        return run_components({name: self.world_model.components[name]}, inputs)
 
     # Keys ----------------------------------------------------------------
 
