@@ -220,20 +220,33 @@ def learned(real, steps: int, episodes: int = 30, length: int = 60):
     return history, relative_error(env, held_out, 6)["latent"], env, held_out
 
 
-@pytest.mark.parametrize("name", ["Pendulum-v1", "CartPole-v1", "pixels"])
-def test_learns(name) -> None:
-    """On other episodes, open loop, and without the latent collapsing."""
-    real = DotEnv() if name == "pixels" else GymEnv(name)
-    history, error, env, held_out = learned(real, steps=150)
-    assert history[-1] < 0.3 * history[0]
-    assert (error < 1.0).all() and error[-1] < 0.9, error
-    episodes = torch.cat(held_out)
+def check_latents(env, episodes) -> None:
+    """They have not collapsed, which would make them easy to predict."""
     with torch.no_grad():
         latents = env.world_model.encode(episodes.clone())["latent"]
     assert latents.std(0).mean() > 1e-2
-    if name == "CartPole-v1":
-        return  # all rewards are 1
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v1", "CartPole-v1", "pixels"])
+def test_learns(name) -> None:
+    """After a moment, on other episodes and open loop."""
+    real = DotEnv() if name == "pixels" else GymEnv(name)
+    history, error, env, held_out = learned(real, steps=100)
+    assert history[-1] < 0.4 * history[0]
+    assert error[-1] < 0.9, error
+    check_latents(env, torch.cat(held_out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Pendulum-v1", "pixels"])
+def test_learns_well(name) -> None:
+    real = DotEnv() if name == "pixels" else GymEnv(name)
+    _, error, env, held_out = learned(real, steps=1500)
+    episodes = torch.cat(held_out)
+    check_latents(env, episodes)
     with torch.no_grad():
-        imagined = env.world_model(episodes.clone())["next", "reward"]
+        reward = env.world_model(episodes.clone())["next", "reward"]
     real_reward = episodes["next", "reward"]
-    assert (imagined - real_reward).std() < 0.7 * real_reward.std()
+    print(name, error, (reward - real_reward).std() / real_reward.std())
+    assert (error < 0.7).all(), error
+    assert (reward - real_reward).std() < 0.3 * real_reward.std()

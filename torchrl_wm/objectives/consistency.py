@@ -34,10 +34,9 @@ class ConsistencyTerm(LatentTerm):
     def __init__(
         self, distance: str = "l2", weight: float = 1.0, name: str = "consistency"
     ) -> None:
-        cosine = distance == "cosine"
-        super().__init__("l2" if cosine else distance, weight)
-        self.name = name
-        self.distance = check_distance("distance", distance, (*DISTANCES, "cosine"))
+        check_distance("distance", distance, (*DISTANCES, "cosine"))
+        super().__init__("l2" if distance == "cosine" else distance, weight)
+        self.name, self.distance = name, distance
 
     def check(self, world_model: WorldModel) -> None:
         super().check(world_model)
