@@ -310,6 +310,23 @@ def test_views_share_everything() -> None:
     assert set(twin.encode(inputs(50))["member"].tolist()) == {4}
 
 
+def test_held_out_padding_is_left_out() -> None:
+    dynamics, batch = dynamics_of(normalize=False), transitions(10)
+    expected = dynamics.member_errors(batch[:6])
+    batch["observation"][6:] = float("nan")
+    batch.set(("collector", "mask"), torch.arange(10) < 6)
+    assert torch.allclose(dynamics.member_errors(batch), expected)
+
+
+def test_a_view_keeps_the_other_components() -> None:
+    model = model_of(normalize=False)
+    head = Mod(
+        nn.Linear(OBS, 1), [("next", "observation")], [("next", "terminated_logits")]
+    )
+    model.done_head = head
+    assert with_propagation(model, "tsinf").done_head is head
+
+
 def test_float64_observations_stay_float64() -> None:
     latents = [Entry.from_spec("observation", Unbounded((OBS,), dtype=torch.float64))]
     dynamics = EnsembleDynamics(

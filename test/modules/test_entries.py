@@ -67,6 +67,14 @@ def test_split_gives_back_what_was_joined_in_its_dtype() -> None:
         assert torch.equal(value, again) and value.dtype == again.dtype
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("size", [(), (4,), (2, 2)])
+def test_one_entry_splits_as_itself(shape, size) -> None:
+    entry = Entry.from_spec("x", Unbounded(shape))
+    value = torch.randn((*size, *shape))
+    assert torch.equal(SplitEntries([entry])(JoinEntries([entry])(value)), value)
+
+
 def test_split_refuses_what_floats_do_not_give_back() -> None:
     with pytest.raises(ValueError, match="'level' is torch.int64"):
         SplitEntries([Entry.from_spec("level", Categorical(3))])

@@ -147,7 +147,7 @@ def test_padding_is_left_out() -> None:
     normalizer = model.encoder.module.normalizer
     assert torch.allclose(normalizer.mean, batch["observation"][:6].mean(0))
     batch.set(("collector", "mask"), torch.zeros(10, dtype=torch.bool))
-    with pytest.raises(ValueError, match="nothing to fit"):
+    with pytest.raises(ValueError, match="nothing to fit or compare"):
         fit_normalizers(model, batch)
 
 

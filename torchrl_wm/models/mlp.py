@@ -48,8 +48,8 @@ class MLPConfig:
         hidden: the sizes of the hidden layers of every network.
         activation: ``"silu"``, ``"relu"``, ``"elu"``, ``"gelu"``, ``"mish"`` or ``"tanh"``.
         normalize: whether vector observations and rewards are normalised.
-        pixel_depth: channels of the image encoders and decoders.
-        pixel_multipliers: of their stages; chosen by the images' size if None.
+        pixel_depth, pixel_multipliers: of the image encoders and decoders; see
+            :class:`~torchrl_wm.modules.PixelEncoder`.
         termination: ``"learned"``, or ``"none"``: episodes end by time alone.
         termination_threshold: the probability from which on an episode ends.
         sample_termination: draw terminations instead.
@@ -95,15 +95,15 @@ def make_mlp_world_model(
     Args:
         env: the env whose specs are read. Vector, dictionary and image
             observations, continuous, discrete and multi-dimensional actions.
-        config: the settings.
-        overrides: settings by name.
+        config, overrides: the settings, as a whole and by name.
 
     Returns:
-        The world model and the loss that trains it.
+        The model and its loss.
 
     Raises:
-        TypeError: for unknown settings.
-        ValueError: for specs that it cannot serve.
+        TypeError: for a setting that there is not.
+        ValueError: for specs that it cannot serve, such as class numbers among the
+            observations.
 
     Examples:
         >>> from torchrl.envs import GymEnv

@@ -15,7 +15,7 @@ from torchrl_wm.modules.ensemble import GaussianEnsemble
 from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, sibling
-from torchrl_wm.modules.normalizer import Normalizer
+from torchrl_wm.modules.normalizer import Normalizer, valid_rows
 from torchrl_wm.modules.world_model import WorldModel
 
 Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
@@ -169,7 +169,7 @@ class EnsembleDynamics(TensorDictModule):
         Raises:
             KeyError: if latents, actions or targets are missing.
         """
-        step = self._step
+        step, batch = self._step, valid_rows(batch)
         if step.inputs is None:
             return
         values = [_get(batch, key) for key in self._read_keys()]
@@ -184,9 +184,10 @@ class EnsembleDynamics(TensorDictModule):
         In units of the targets' spread, so that no entry outweighs the others.
 
         Args:
-            batch: transitions ``[*B]`` that were held out of training.
+            batch: transitions ``[*B]`` that were held out of training. What its
+                ``("collector", "mask")`` calls invalid is left out.
         """
-        step = self._step
+        step, batch = self._step, valid_rows(batch)
         values = [_get(batch, key) for key in self._read_keys()]
         state, given = step.join(values)
         loc, _ = step.predict(given)
@@ -426,9 +427,9 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
         for name, module in world_model.components.items()
         if name not in ("encoder", "dynamics")
     }
-    return WorldModel(
-        encoder, dynamics, **others, initial_state=world_model.initial_state
-    )
+    view = WorldModel(encoder, dynamics, **others)
+    view.initial_state = world_model.initial_state
+    return view
 
 
 def _of_member(value: torch.Tensor, member: torch.Tensor) -> torch.Tensor:

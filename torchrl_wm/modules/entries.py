@@ -185,7 +185,7 @@ class SplitEntries(nn.Module):
             else vector.split_with_sizes(self.sizes, -1)
         )
         out = tuple(
-            part.reshape(*lead, *entry.shape).to(entry.dtype)
+            part.reshape((*lead, *entry.shape)).to(entry.dtype)
             for entry, part in zip(self.entries, parts)
         )
         return out[0] if len(out) == 1 else out

@@ -320,7 +320,7 @@ class _Function(nn.Module):
         name = getattr(self.function, "__name__", type(self.function).__name__)
         shape = (*lead, *out.shape)
         if isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(lead):
-            value = value.reshape(*lead, *(1 for _ in out.shape))
+            value = value.reshape((*lead, *(1 for _ in out.shape)))
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
             got = (
                 f"the shape {tuple(value.shape)}"
@@ -345,4 +345,4 @@ def _shaped(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
             f"The network of a head of the shape {shape} must write {prod(shape)} numbers, and "
             f"writes {value.shape[-1]}."
         )
-    return value if len(shape) == 1 else value.reshape(*value.shape[:-1], *shape)
+    return value if len(shape) == 1 else value.reshape((*value.shape[:-1], *shape))

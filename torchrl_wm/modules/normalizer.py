@@ -242,7 +242,7 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
         >>> world_model, loss = make_ensemble_world_model(env, hidden=(32, 32))
         >>> fit_normalizers(world_model, env.rollout(100))
     """
-    batch = _valid_rows(batch)
+    batch = valid_rows(batch)
     for module in model.modules():
         if not isinstance(module, TensorDictModuleBase):
             continue
@@ -275,13 +275,18 @@ def _data(
     return data
 
 
-def _valid_rows(batch: TensorDictBase) -> TensorDictBase:
+def valid_rows(batch: TensorDictBase) -> TensorDictBase:
+    """What the batch's mask calls valid, ``[N]``; all of it without a mask.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
     mask = batch.get(("collector", "mask"), None)
     if mask is not None:
         batch = batch[mask.reshape(batch.batch_size)]
     if not batch.batch_size.numel():
         raise ValueError(
-            f"There is nothing to fit normalisers to: the batch has the batch size "
+            f"There is nothing to fit or compare: the batch has the batch size "
             f"{tuple(batch.batch_size)} once what its mask calls invalid is left out."
         )
     return batch
