@@ -6,7 +6,6 @@ import pytest
 import torch
 from _built import CASES, DotEnv, made_env, relative_error, sequences, train
 from _models import SpecEnv
-from tensordict import TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -26,8 +25,13 @@ from torchrl.objectives import (
 )
 from torchrl.objectives.utils import ValueEstimators
 
-from torchrl_wm import WorldModelEnv, WorldModelLoss
-from torchrl_wm.models import make_rssm_world_model, RSSMConfig
+from torchrl_wm import WorldModelEnv
+from torchrl_wm.models import (
+    load_world_model,
+    make_rssm_world_model,
+    RSSMConfig,
+    save_world_model,
+)
 from torchrl_wm.modules import ContinuationModel
 
 SMALL = {
@@ -182,7 +186,7 @@ class TestActing:
         )
         with torch.no_grad():
             data = env.rollout(
-                40, TensorDictSequential(observer, actor), break_when_any_done=False
+                100, TensorDictSequential(observer, actor), break_when_any_done=False
             )
         assert data["is_init"].sum() > 1
         assert not data["belief"][data["is_init"].squeeze(-1)].any()
@@ -225,7 +229,7 @@ class TestDreamerLosses:
         world_model, env, actor, value, starts = self.parts(config)
         if world_model.done_head is not None:
             # The first Dreamer has none, and its loss stops where an episode does.
-            last = [m for m in world_model.done_head.modules()][-1]
+            last = list(world_model.done_head.modules())[-1]
             torch.nn.init.constant_(last.bias, 50.0)
         loss = DreamerActorLoss(actor, value, env, imagination_horizon=5)
         # Without time_dim TorchRL takes the feature dim for the time: one-step targets.
@@ -344,6 +348,21 @@ def test_masked_padding_gives_finite_gradients() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in loss.parameters())
 
 
+def test_file(tmp_path) -> None:
+    """From a file alone, the same model."""
+    env = made_env("pixels and vector")
+    world_model, _ = make_rssm_world_model(env, RSSMConfig(**SMALL))
+    save_world_model(world_model, tmp_path / "model.pt")
+    again = load_world_model(tmp_path / "model.pt")
+    data = sequences(env, 4)
+    torch.manual_seed(0)
+    expected = world_model(data.clone())["next"]
+    torch.manual_seed(0)
+    out = again(data.clone())["next"]
+    for key in ("reward", "terminated", *world_model.latent_keys):
+        assert torch.equal(out[key], expected[key]), key
+
+
 def test_compiles() -> None:
     """Imagining is one graph."""
     world_model, _ = make_rssm_world_model(made_env(), RSSMConfig(**SMALL))
@@ -410,7 +429,6 @@ def test_learns_from_pixels() -> None:
 def test_learns_well(config, name) -> None:
     real = DotEnv() if name == "pixels" else GymEnv(name)
     history, error, _ = learned(real, config, 50, 60, steps=1000)
-    print(config, name, error)
     (error,) = error.values()
     assert history[-1] < 0.2 * history[0]
     assert error[-1] < 0.6 and (error[2:] < 0.9).all(), error
