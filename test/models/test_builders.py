@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from _env_kinds import drawn_transitions, env_of, OBSERVATIONS
 from _wirings import ACTIONS
 from envs.test_multi_agent import TeamEnv
+from tensordict.nn import set_interaction_type
 from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
-from torchrl.envs import GymEnv
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    DTypeCastTransform,
+    GymEnv,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_wm import WorldModelEnv, WorldModelLoss
@@ -21,6 +31,7 @@ from torchrl_wm.models import (
     MLPConfig,
 )
 from torchrl_wm.modules import fit_normalizers
+from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
 from torchrl_wm.modules.keys import join
 
 MAKE = {
@@ -37,9 +48,9 @@ def make(name: str, env, **settings):
     return builder(env, **{**small, **settings})
 
 
-def check_all_of_it(name: str, env, size) -> None:
+def check_all_of_it(name: str, env, size, **settings) -> None:
     """One model, through loss, env, buffer."""
-    world_model, loss = make(name, env)
+    world_model, loss = make(name, env, **settings)
     batch = drawn_transitions(env, 6, 2)
     fit_normalizers(world_model, batch)
     values = loss(batch)
@@ -85,6 +96,13 @@ def test_batched_and_nested_envs(name, size, nested) -> None:
     check_all_of_it(
         name, env_of("dictionary", "categorical", size, nested=nested), size
     )
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("size", [(), (3,)])
+def test_every_propagation(propagation, size) -> None:
+    env = env_of("dictionary", "categorical", size)
+    check_all_of_it("ensemble", env, size, propagation=propagation)
 
 
 @pytest.mark.parametrize("name", sorted(MAKE))
@@ -229,3 +247,83 @@ def test_teams_of_agents(name, done) -> None:
     out = imagined.imagine(3)
     assert out["next", "agents", "reward"].shape == (3, 3, 1)
     assert out["agents"].batch_size == (3, 3)
+
+
+def test_how_many_members_are_elites() -> None:
+    env = GymEnv("CartPole-v1")
+    for members, elites, count in ((7, None, 5), (3, None, 3), (1, None, 1), (4, 2, 2)):
+        world_model, _ = make("ensemble", env, members=members, elites=elites)
+        assert len(world_model.dynamics.elites) == count
+    with pytest.raises(ValueError, match="between 1 and the 3 members, got 4"):
+        make("ensemble", env, members=3, elites=4)
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_networks_without_hidden_layers(name) -> None:
+    env = GymEnv("CartPole-v1")
+    world_model, loss = make(name, env, hidden=())
+    batch = env.rollout(10, break_when_any_done=False)
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+
+
+def test_observations_that_are_no_floats() -> None:
+    env = GymEnv("FrozenLake-v1")  # a one-hot vector of integers
+    batch = env.rollout(20, break_when_any_done=False)
+    with pytest.raises(
+        ValueError, match=r"cannot serve 'observation' \[16\] torch.int64"
+    ):
+        make("ensemble", env)
+    world_model, loss = make("mlp", env)
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+    check_env_specs(WorldModelEnv(world_model, env, start_states=env))
+    numbers = GymEnv("FrozenLake-v1", categorical_action_encoding=True)
+    with pytest.raises(ValueError, match=r"\['observation'\] are class numbers"):
+        make("mlp", numbers)
+
+
+def test_what_transforms_count_is_left_alone() -> None:
+    env = TransformedEnv(
+        GymEnv("Pendulum-v1"), Compose(StepCounter(), DoubleToFloat(), RewardSum())
+    )
+    world_model, loss = make("ensemble", env)
+    batch = env.rollout(20)
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+    assert world_model.latent_keys == ["observation"]
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_observations_of_doubles(name) -> None:
+    """As MuJoCo's are."""
+    env = TransformedEnv(
+        GymEnv("Pendulum-v1"),
+        DTypeCastTransform(torch.float32, torch.float64, in_keys=["observation"]),
+    )
+    world_model, loss = make(name, env)
+    batch = env.rollout(20)
+    assert batch["observation"].dtype is torch.float64
+    fit_normalizers(world_model, batch)
+    assert all(value.isfinite() for value in loss(batch).values())
+    imagined = WorldModelEnv(
+        world_model, env, start_states=batch, decode=world_model.decoder is not None
+    )
+    check_env_specs(imagined)
+    assert imagined.rollout(3)["next", "observation"].dtype is torch.float64
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_models_reach_other_processes(name) -> None:
+    env = GymEnv("CartPole-v1")
+    world_model, _ = make(name, env)
+    batch = env.rollout(10, break_when_any_done=False)
+    fit_normalizers(world_model, batch)
+    twin = pickle.loads(pickle.dumps(world_model))
+    actions = batch.exclude("next")
+    with set_interaction_type("deterministic"), torch.no_grad():
+        torch.manual_seed(0)
+        one = world_model(actions.clone())["next", "reward"]
+        torch.manual_seed(0)
+        other = twin(actions.clone())["next", "reward"]
+    assert torch.equal(one, other) and twin.recipe == world_model.recipe

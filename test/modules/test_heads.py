@@ -174,13 +174,7 @@ def test_a_gaussian_head_is_trained_by_its_likelihood() -> None:
     model.reward_head = GaussianHead(
         nn.Linear(4, 2), [("next", "latent")], ("next", "reward")
     )
-    term = GaussianNLLTerm(
-        ["reward"],
-        loc=("next", "reward_loc"),
-        log_var=("next", "reward_log_var"),
-        component="reward_head",
-        bound_weight=0.0,
-    )
+    term = GaussianNLLTerm.of_head("reward_head", "reward", bound_weight=0.0)
     loss = WorldModelLoss(model, losses=[term])
     batch = TensorDict(
         {

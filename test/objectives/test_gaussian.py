@@ -13,7 +13,7 @@ from torch import nn
 from torchrl.data import Unbounded
 
 from torchrl_wm import WorldModel, WorldModelLoss
-from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble
+from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble, GaussianHead
 from torchrl_wm.objectives import (
     bootstrap_counts,
     DoneTerm,
@@ -178,6 +178,31 @@ def test_terminations_are_learnt_from_real_next_observations() -> None:
     value.backward()
     assert model.done_head.module.weight.grad.any()
     assert all(p.grad is None or not p.grad.any() for p in model.dynamics.parameters())
+
+
+@pytest.mark.parametrize("agents", [1, 3])
+def test_a_head_of_several_dims_is_no_ensemble(agents) -> None:
+    model = model_over()
+    head = GaussianHead(
+        nn.Linear(OBS, 2 * agents),
+        [("next", "observation")],
+        ("next", "reward"),
+        shape=(agents, 1),
+    )
+    model.reward_head = head
+    term = GaussianNLLTerm.of_head("reward_head", "reward", bound_weight=0.0)
+    batch = transitions(5)
+    batch["next", "reward"] = torch.randn(5, agents, 1)
+    loss = WorldModelLoss(model, losses=[term], reduction="none")
+    torch.manual_seed(0)
+    out = loss(batch)["loss_nll"]
+    torch.manual_seed(0)
+    predicted = model(batch.clone())["next"]
+    normal = torch.distributions.Normal(
+        predicted["reward_loc"], (predicted["reward_log_var"] / 2).exp()
+    )
+    expected = -normal.log_prob(batch["next", "reward"]).mean((-2, -1))
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
 def test_wrong_wirings_are_named() -> None:

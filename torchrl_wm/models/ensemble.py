@@ -38,7 +38,8 @@ class EnsembleConfig:
     Args:
         observation_keys: the observations to model; all by default.
         members: how many networks the ensemble has, ``E``.
-        elites: how many of them predict, once they were chosen.
+        elites: how many of them predict, once they were chosen; 5, or all of fewer,
+            if None.
         hidden: the sizes of the members' hidden layers.
         activation: ``"silu"``, ``"relu"``, ``"elu"``, ``"gelu"``, ``"mish"`` or ``"tanh"``.
         target: ``"delta"``, the members predict changes, or ``"absolute"``.
@@ -60,7 +61,7 @@ class EnsembleConfig:
 
     observation_keys: tuple[NestedKey, ...] | None = None
     members: int = 7
-    elites: int = 5
+    elites: int | None = None
     hidden: tuple[int, ...] = (200, 200, 200, 200)
     activation: str = "silu"
     target: Literal["delta", "absolute"] = "delta"
@@ -154,7 +155,7 @@ def _wire(specs: EnvSpecs, config: EnsembleConfig) -> tuple[WorldModel, WorldMod
         actions,
         reward=reward,
         target=config.target,
-        elites=min(config.elites, config.members),
+        elites=min(5, config.members) if config.elites is None else config.elites,
         normalize=config.normalize,
     )
     world_model = WorldModel(

@@ -15,7 +15,9 @@ from torchrl_wm.modules.entries import Entry
 from torchrl_wm.modules.keys import as_tuple, sibling, unique
 
 #: What transforms write beside the observations, and no model is to predict.
-BOOKKEEPING = frozenset({"is_init", "step_count", "traj_ids", "imagined_step"})
+BOOKKEEPING = frozenset(
+    {"is_init", "step_count", "traj_ids", "episode_reward", "imagined_step"}
+)
 
 PixelLayout = Literal["CHW", "HWC", "HW"]
 #: More channels than this are no image: a stack of 4 RGBA frames has 16.
@@ -189,7 +191,7 @@ def read_specs(
     """Read the entries that a world model of ``env`` has to do with.
 
     - Observations: all entries of the observation spec but what transforms count
-      there (``is_init``, ``step_count``, ``traj_ids``). Images, under whatever key, are
+      there (``is_init``, ``step_count``, ``episode_reward``, ``traj_ids``). Images, under whatever key, are
       entries ``[C, H, W]``, ``[H, W, C]`` (uint8 or float) or ``[H, W]`` (uint8) with
       at most 16 channels and sides of at least 8.
     - Actions: all entries of the action spec: continuous, one-hot and binary

@@ -153,7 +153,7 @@ class GaussianHead(TensorDictModule):
     ``<out_key>_log_var``         ``[*B, *shape]``       the log-variance
     ============================  =====================  ==========================
 
-    Trained by :class:`~torchrl_wm.objectives.GaussianNLLTerm`.
+    Trained by :meth:`torchrl_wm.objectives.GaussianNLLTerm.of_head`.
 
     Args:
         network: maps its inputs to ``[*B, 2 * D]``: ``D`` means and ``D`` raw

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import exp, factorial, log, pi
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.gaussian import BoundedLogVar
-from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.modules.keys import as_tuple, join, sibling, unique
 from torchrl_wm.modules.wiring import written_keys
 from torchrl_wm.objectives.terms import LossTerm, read_label
 
@@ -83,6 +84,29 @@ class GaussianNLLTerm(LossTerm):
         self.bootstrap, self.seed = bootstrap, seed
         self.bound_weight = bound_weight
 
+    @classmethod
+    def of_head(
+        cls, component: str, target: NestedKey, **settings: Any
+    ) -> GaussianNLLTerm:
+        """The term that trains a :class:`~torchrl_wm.modules.GaussianHead`.
+
+        Args:
+            component: where the head is, ``"reward_head"`` say.
+            target: what it predicts, without the "next".
+            settings: other arguments of the term.
+
+        Examples:
+            >>> from torchrl_wm.objectives import GaussianNLLTerm
+            >>> GaussianNLLTerm.of_head("reward_head", ("agent", "reward")).loc
+            ('next', 'agent', 'reward_loc')
+        """
+        name = as_tuple(target)[-1]
+        keys = {
+            part: join("next", sibling(target, f"{name}_{part}"))
+            for part in ("loc", "log_var")
+        }
+        return cls([target], component=component, **keys, **settings)
+
     def check(self, world_model: WorldModel) -> None:
         super().check(world_model)
         written = written_keys(getattr(world_model, self.component))
@@ -114,8 +138,10 @@ class GaussianNLLTerm(LossTerm):
     def __call__(self, predicted, batch, loss):
         target = self._joined(batch, loss)  # [*B, D]
         loc, log_var = predicted.get(self.loc), predicted.get(self.log_var)
-        members = loc.ndim == target.ndim + 1
         expected = target.shape[-1]
+        members = loc.ndim == target.ndim + 1 and loc.shape[-1] == expected
+        if not members:
+            loc, log_var = _flat(loc, batch), _flat(log_var, batch)
         if loc.shape[-1] != expected or log_var.shape != loc.shape:
             raise ValueError(
                 f"The loss {self.name!r} compares {self._targets(loss.world_model)}, {expected} "
@@ -136,7 +162,7 @@ class GaussianNLLTerm(LossTerm):
 
     def _joined(self, batch: TensorDictBase, loss) -> torch.Tensor:
         """The real entries side by side, ``[*B, D]``."""
-        dims, parts = batch.batch_dims, []
+        parts = []
         encoded = self._encoded(loss.world_model)
         latents = loss.encode_next(batch) if encoded else None
         for key in self._targets(loss.world_model):
@@ -144,11 +170,7 @@ class GaussianNLLTerm(LossTerm):
                 value = latents.get(key).detach()
             else:
                 value = read_label(batch, join("next", key), self.name)
-            parts.append(
-                value.reshape(*batch.batch_size, -1)
-                if value.ndim != dims + 1
-                else value
-            )
+            parts.append(_flat(value, batch))
         return torch.cat(parts, -1)
 
     def _member_weights(
@@ -216,6 +238,11 @@ def bootstrap_counts(rows: torch.Tensor, members: int, seed: int = 0) -> torch.T
         cumulative += exp(-1) / factorial(count)
         counts = counts + (uniform >= cumulative)
     return counts
+
+
+def _flat(value: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
+    """``[*B, *feature]`` as ``[*B, n]``."""
+    return value.reshape(*batch.batch_size, -1)
 
 
 #: 2**64 over the golden ratio, as a signed number; steps by it are spread evenly.
