@@ -84,9 +84,7 @@ def test_v3_keeps_its_categories() -> None:
         torch.zeros(2, 5, 12), torch.zeros(2, 5, 8), torch.zeros(2, 5, 2)
     )
     assert logits.shape == (2, 5, 3, 4)
-    torch.testing.assert_close(
-        state.unflatten(-1, (3, 4)).sum(-1), torch.ones(2, 5, 3)
-    )
+    torch.testing.assert_close(state.unflatten(-1, (3, 4)).sum(-1), torch.ones(2, 5, 3))
 
 
 class TestContinuationModel:

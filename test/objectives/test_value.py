@@ -40,7 +40,9 @@ def test_the_loss_holds_online_and_target_parameters() -> None:
     assert torch.equal(online.data, target.data)
     online.data.add_(1.0)
     update.step()
-    torch.testing.assert_close(online.data - target.data, torch.full(online.shape, 0.75))
+    torch.testing.assert_close(
+        online.data - target.data, torch.full(online.shape, 0.75)
+    )
     # And in its state, so that it goes on where it was left.
     keys = loss.state_dict().keys()
     assert any(key.startswith("target_q_ensemble_params") for key in keys)
@@ -114,14 +116,18 @@ def test_terms_of_your_own_bring_modules() -> None:
     loss = WorldModelLoss(make_model(), losses=[probe])
     loss(transitions(3))["loss_probe"].backward()
     assert loss.my_probe_params["weight"].grad.any()
-    with pytest.raises(ValueError, match="'other' calls a module of its own 'my_probe'"):
+    with pytest.raises(
+        ValueError, match="'other' calls a module of its own 'my_probe'"
+    ):
         WorldModelLoss(make_model(), losses=[probe, Probe("other")])
 
 
 class TestWrongUse:
     def test_policy(self) -> None:
         _, q, _ = parts()
-        with pytest.raises(ValueError, match=r"for \['action'\], and it writes \['a'\]"):
+        with pytest.raises(
+            ValueError, match=r"for \['action'\], and it writes \['a'\]"
+        ):
             ValueTerm(q, linear(["latent"], ["a"], [LATENT, ACTION]))
 
     def test_model(self) -> None:
