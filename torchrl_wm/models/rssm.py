@@ -25,6 +25,7 @@ from torchrl_wm.models.building import build, register
 from torchrl_wm.models.networks import ObservationDecoder, ObservationEncoder, Shaped
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import (
+    ContinueHead,
     JoinEntries,
     RSSMDynamics,
     RSSMPosteriorHead,
@@ -261,10 +262,11 @@ def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLo
     )
     done_head = None
     if config.continue_head:
-        done_head = TensorDictModule(
-            Shaped(_mlp(config, features, specs.done.size), specs.done.shape),
+        done_head = ContinueHead(
+            _mlp(config, features, specs.done.size),
             next_latents,
-            [join("next", specs.continue_key)],
+            done_key=specs.done.key,
+            shape=specs.done.shape,
         )
     dynamics, posterior = _rssm(specs, config, encoder.out_features)
     world_model = WorldModel(

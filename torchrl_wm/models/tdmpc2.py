@@ -13,13 +13,14 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models.building import build, register, resolve_config
-from torchrl_wm.models.networks import ObservationEncoder, Shaped, WithActions
+from torchrl_wm.models.networks import ObservationEncoder, WithActions
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import (
     NormedMLP,
     QEnsemble,
     SimNorm,
     SymlogTwoHot,
+    TerminationHead,
     TwoHotHead,
     WorldModel,
 )
@@ -177,11 +178,11 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
     logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
     done_head = None
     if config.done_head:
-        network_done = NormedMLP(size, specs.done.size, config.cells)
-        done_head = TensorDictModule(
-            Shaped(network_done, specs.done.shape),
+        done_head = TerminationHead(
+            NormedMLP(size, specs.done.size, config.cells),
             [join("next", _LATENT)],
-            [join("next", specs.logits_key)],
+            done_key=specs.done.key,
+            shape=specs.done.shape,
         )
     world_model = WorldModel(
         TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),

@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 
+from torchrl_wm.modules.ensemble import EnsembleLinear
 from torchrl_wm.modules.entries import Entry, JoinEntries
 from torchrl_wm.modules.two_hot import SymlogTwoHot
 
@@ -81,11 +82,11 @@ class QEnsemble(TensorDictModuleBase):
         sizes = [sum(latents.values()) + self.actions.out_features, *num_cells]
         layers: list[nn.Module] = []
         for number, (before, after) in enumerate(zip(sizes, sizes[1:])):
-            layers.append(_Linears(num_networks, before, after))
+            layers.append(_linears(num_networks, before, after))
             if dropout and not number:
                 layers.append(nn.Dropout(dropout))
             layers += [_LayerNorms(num_networks, after), nn.Mish()]
-        last = _Linears(num_networks, sizes[-1], self.two_hot.num_bins, zero=True)
+        last = _linears(num_networks, sizes[-1], self.two_hot.num_bins, std=0.0)
         self.networks = nn.Sequential(*layers, last)
 
     def logits(
@@ -145,20 +146,16 @@ class QEnsemble(TensorDictModuleBase):
         return tensordict.set(self.out_keys[1], self.value(logits))
 
 
-class _Linears(nn.Module):
-    """As many linear layers as there are networks, in one batched matmul."""
-
-    def __init__(
-        self, networks: int, in_features: int, out_features: int, *, zero: bool = False
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(networks, in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(networks, 1, out_features))
-        if not zero:
-            nn.init.trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, value, self.weight)
+def _linears(
+    networks: int, in_features: int, out_features: int, std: float = 0.02
+) -> EnsembleLinear:
+    """The linear layers of all networks, begun as TD-MPC2 does."""
+    layer = EnsembleLinear(networks, in_features, out_features)
+    if std:
+        nn.init.trunc_normal_(layer.weight, std=std)
+    else:
+        nn.init.zeros_(layer.weight)
+    return layer
 
 
 class _LayerNorms(nn.Module):

@@ -46,7 +46,9 @@ class SymlogTwoHot(nn.Module):
                 f"num_bins={num_bins} and limit={limit}."
             )
         self.num_bins, self.limit = num_bins, limit
-        self.register_buffer("bins", torch.linspace(-limit, limit, num_bins))
+        bins = torch.linspace(-limit, limit, num_bins)
+        # Rounding must not make them lopsided: equal logits stand for exactly 0.
+        self.register_buffer("bins", (bins - bins.flip(0)) / 2)
 
     def encode(self, target: torch.Tensor) -> torch.Tensor:
         """Scalars ``[*B]`` as distributions ``[*B, bins]``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.wiring import written_keys
@@ -35,10 +34,9 @@ class ConsistencyTerm(LatentTerm):
     def __init__(
         self, distance: str = "l2", weight: float = 1.0, name: str = "consistency"
     ) -> None:
-        cosine = distance == "cosine"
-        super().__init__("l2" if cosine else distance, weight)
-        self.name = name
-        self.distance = check_distance("distance", distance, (*DISTANCES, "cosine"))
+        check_distance("distance", distance, (*DISTANCES, "cosine"))
+        super().__init__("l2" if distance == "cosine" else distance, weight)
+        self.name, self.distance = name, distance
 
     def check(self, world_model: WorldModel) -> None:
         super().check(world_model)

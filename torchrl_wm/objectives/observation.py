@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from torchrl.modules import symlog
 
 from torchrl_wm.modules.keys import is_next, strip_next, unique
