@@ -54,7 +54,8 @@ class StepKernel:
         self.required = unique([*self.inputs, *layout.action_keys])
         self.program = Program([world_model.step_module])
         self._predicted = [
-            (key, join("next", key)) for key in (*layout.latent, *layout.reward_keys)
+            (key, join("next", key))
+            for key in (*layout.latent, *layout.predicted, *layout.reward_keys)
         ]
         self._decode = None
         if layout.decoded:
@@ -85,7 +86,7 @@ class StepKernel:
 
         Returns:
             What belongs under ``"next"``: latents, context, decoded
-            observations, reward and done entries.
+            observations, declared predictions, reward and done entries.
         """
         self.check_inputs(tensordict)
         keys = self.required
