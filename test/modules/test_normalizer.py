@@ -17,6 +17,7 @@ from torchrl.data import Unbounded
 
 from torchrl_wm import WorldModel, WorldModelLoss
 from torchrl_wm.modules import (
+    DenormalizedNetwork,
     Entry,
     fit_normalizers,
     NormalizedNetwork,
@@ -135,6 +136,32 @@ def test_all_normalizers_of_a_model_are_fitted(key) -> None:
     latents = model.encode(batch["next"].select(name))["latent"].reshape(-1, 4)
     head = model.done_head.module.network.normalizer
     assert torch.allclose(head.mean, latents.mean(0), atol=1e-6)
+
+
+def test_outputs_are_fitted_to_what_they_predict() -> None:
+    model, batch = observation_model(), transitions(200)
+    batch["next", "reward"] = batch["next", "reward"] * 30 + 500
+    reward = DenormalizedNetwork(nn.Linear(4, 1), [entry("reward", 1)])
+    model.reward_head = Mod(reward, ["latent"], [("next", "reward")])
+    state = DenormalizedNetwork(
+        nn.Linear(4, 4), [entry("observation", 3), entry(("deep", "x"), 1)]
+    )
+    model.decoder = Mod(state, ["latent"], ["observation", ("deep", "x")])
+    batch["deep", "x"] = 1e-3 * torch.randn(200, 1)
+    fit_normalizers(model, batch)
+    assert torch.allclose(reward.normalizer.mean, batch["next", "reward"].mean(0))
+    assert torch.allclose(reward.scale("reward"), reward.normalizer.std)
+    assert torch.allclose(state.normalizer.mean[:3], batch["observation"].mean(0))
+    assert torch.allclose(
+        state.scale(("deep", "x")), batch["deep", "x"].std(0, unbiased=False)
+    )
+    vector = reward.network(torch.zeros(4)).detach()
+    out = reward(torch.zeros(4))
+    assert torch.allclose(
+        (out - reward.normalizer.mean) / reward.scale("reward"), vector
+    )
+    plain = DenormalizedNetwork(nn.Linear(4, 1), [entry("x", 1)], normalize=False)
+    assert plain.scale("x") == 1 and plain(torch.zeros(4)).shape == (1,)
 
 
 def test_padding_is_left_out() -> None:
