@@ -42,6 +42,8 @@ def test_batched_and_nested_envs(make, size, nested) -> None:
     imagined = WorldModelEnv(world_model, env, start_states=starts, max_steps=4)
     assert imagined.batch_size == size
     check_env_specs(imagined)
+    imagined.rollout(2)
+    assert nested or imagined.slow_because is None
     out = imagined.imagine(3)
     assert out.shape == (*size, 3)
     # As a buffer gives it back.

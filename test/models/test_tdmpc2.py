@@ -89,6 +89,7 @@ def test_nested_keys() -> None:
         world_model, losses=[*loss.terms, ValueTerm(q, policy)], multi_step=True
     )
     loss.set_keys(reward=("robot", "gain"))
+    SoftUpdate(loss, tau=0.1)
     assert all(value.isfinite() for value in loss(data).values())
     starts = data[:, 0].select(("robot", "seen"))
     check_env_specs(WorldModelEnv(world_model, env, start_states=starts))
