@@ -261,7 +261,7 @@ def test_learns_well(name) -> None:
     real = DotEnv() if name == "pixels" else GymEnv(name)
     _, error, env, held_out = learned(real, steps=1500)
     episodes = torch.cat(held_out)
-    check_latents(env, episodes, 2e-2)
+    check_latents(env, episodes, 1e-2)
     with torch.no_grad():
         reward = env.world_model(episodes.clone())["next", "reward"]
     real_reward = episodes["next", "reward"]
