@@ -267,6 +267,18 @@ def test_networks_without_hidden_layers(name) -> None:
     assert all(value.isfinite() for value in loss(batch).values())
 
 
+def test_plain_latents_keep_their_size() -> None:
+    """Without it they grow in training until the model breaks."""
+    env = GymEnv("CartPole-v1")
+    world_model, _ = make("mlp", env)
+    imagined = WorldModelEnv(world_model, env, start_states=env).imagine(20)
+    for latent in (imagined["latent"], imagined["next", "latent"]):
+        size = latent.pow(2).mean(-1)
+        assert torch.allclose(size, torch.ones_like(size), atol=1e-3)
+    with pytest.raises(ValueError, match="latent_size must be at least 2, got 1"):
+        make("mlp", env, latent_size=1)
+
+
 def test_observations_that_are_no_floats() -> None:
     env = GymEnv("FrozenLake-v1")  # a one-hot vector of integers
     batch = env.rollout(20, break_when_any_done=False)

@@ -44,7 +44,7 @@ class MLPConfig:
 
     Args:
         observation_keys: the observations to model; all by default.
-        latent_size: ``L``.
+        latent_size: ``L``, at least 2. Latents have a root mean square of 1.
         hidden: the sizes of the hidden layers of every network.
         activation: ``"silu"``, ``"relu"``, ``"elu"``, ``"gelu"``, ``"mish"`` or ``"tanh"``.
         normalize: whether vector observations and rewards are normalised.
@@ -76,6 +76,13 @@ class MLPConfig:
     reconstruction_weight: float = 1.0
     latent_weight: float = 1.0
     done_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.latent_size < 2:
+            raise ValueError(
+                f"latent_size must be at least 2, got {self.latent_size}: of one number of fixed "
+                f"size only the sign would be left."
+            )
 
 
 def make_mlp_world_model(
@@ -137,7 +144,9 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
     world_model = WorldModel(
         TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),
         TensorDictModule(
-            _Dynamics(WithActions(_mlp(config, with_action, size), specs)),
+            _Dynamics(
+                WithActions(_mlp(config, with_action, size), specs), _unit_size(config)
+            ),
             observed,
             [join("next", _LATENT)],
         ),
@@ -187,6 +196,7 @@ class _Encoder(nn.Module):
         self.latent = nn.Sequential(
             activation(config.activation)(),
             nn.Linear(self.features.out_features, config.latent_size),
+            _unit_size(config),
         )
 
     def forward(self, *observations: torch.Tensor) -> torch.Tensor:
@@ -258,14 +268,23 @@ class _Applied(nn.Module):
 
 
 class _Dynamics(nn.Module):
-    """Adds to a latent what the network makes of it and the action."""
+    """Moves a latent by what the network makes of it and the action."""
 
-    def __init__(self, change: nn.Module) -> None:
+    def __init__(self, change: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.change = change
+        self.change, self.norm = change, norm
 
     def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
-        return latent + self.change(latent, *actions)
+        return self.norm(latent + self.change(latent, *actions))
+
+
+def _unit_size(config: MLPConfig) -> nn.Module:
+    """Keeps latents at a root mean square of 1.
+
+    Left alone they grow: the heads like it, and the comparison of latents, whose
+    errors grow with them, tears the model apart in the end.
+    """
+    return nn.RMSNorm(config.latent_size, eps=1e-6, elementwise_affine=False)
 
 
 def _done_head(specs: EnvSpecs, config: MLPConfig) -> TerminationHead | None:
