@@ -7,6 +7,8 @@ import torch
 from gymnasium.spaces import Box
 from torch import nn
 
+from torchrl_wm import GymWorldModelEnv
+
 OBSERVED, ACTED = 3, 2
 OBS_SPACE = Box(-np.inf, np.inf, (OBSERVED,), np.float32)
 ACTION_SPACE = Box(-1.0, 1.0, (ACTED,), np.float32)
@@ -60,3 +62,10 @@ class Clock:
 
 
 ZERO = np.zeros(ACTED, np.float32)
+
+
+def net_env(noise: float = 0.0, seed: int = 0) -> GymWorldModelEnv:
+    """An env of :class:`Net`; here, where the workers of other processes find it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)  # the same weights everywhere
+    return GymWorldModelEnv(Net(noise), OBS_SPACE, ACTION_SPACE, max_episode_steps=20)

@@ -200,9 +200,7 @@ class StepForm(_Form):
             raise self._refused(value, " The last of these must be an info dictionary.")
         if len(value) in (3, 4) and not self.reader.fits(value[place]):
             # (observation, reward, done) and (state, observation, reward, done) end here.
-            raise self._refused(
-                value, f" Entry {place} does not fit the observation space."
-            )
+            raise self._refused(value, f" {self.reader.misfit(value[place])}")
         return f"tuple of {len(value)}"
 
     def _from_next(self, value: Any) -> dict:

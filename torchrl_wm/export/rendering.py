@@ -180,7 +180,7 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
     if not (first or last):
         raise ValueError(
             f"{name} must be [height, width], [height, width, channels] or [channels, height, "
-            f"width] with 1 or 3 channels, got {array.shape}."
+            f"width] with 1 or 3 channels, got {array.shape}. Pass a render_fn that returns one."
         )
     return np.moveaxis(array, 0, -1) if first else array
 

@@ -183,6 +183,14 @@ class Reader:
             return False
         return array.shape == self.shape and self._can_cast(array.dtype)
 
+    def misfit(self, value: Any) -> str:
+        """Why a value does not fit, for messages."""
+        try:
+            self(value)
+        except (ValueError, TypeError, FloatingPointError) as err:
+            return str(err)
+        return f"{self.name} does not fit."
+
     def describe(self) -> str:
         """What is expected, for messages."""
         if isinstance(self.parts, dict):
