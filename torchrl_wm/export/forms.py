@@ -7,6 +7,7 @@ the wrong numbers without a word.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -297,9 +298,11 @@ def read_reward(value: Any, rows: int | None, name: str) -> Any:
         ValueError: if it has another shape.
         FloatingPointError: if it is NaN or infinite.
     """
-    if rows is None and type(value) is float:
-        out = value
-        finite = -np.inf < out < np.inf
+    kind = type(value)
+    is_one = kind is float or (kind is torch.Tensor and value.numel() == 1)
+    if rows is None and is_one and not (kind is torch.Tensor and value.is_complex()):
+        out = float(value)
+        finite = math.isfinite(out)
     else:
         array = _flat(value, rows, name)
         if array.dtype.kind not in "fiub":

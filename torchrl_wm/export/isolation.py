@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 
+_CPU = torch.default_generator
+
+
 class Isolation:
     """A context in which one env calls its model.
 
@@ -28,13 +31,13 @@ class Isolation:
                 torch.cuda.current_device() if device.index is None else device.index
             )
             self._cuda = torch.device("cuda", index)
-        self._states: list[torch.Tensor] = []
+        self._cuda_state: torch.Tensor | None = None
         self._modes: dict[nn.Module, bool] = {}
         self.refresh()
         self.seed(0)
 
     def __getstate__(self) -> dict:
-        held = {"_modes", "_modules", "_roots", "_outer"}
+        held = {"_modes", "_modules", "_roots", "_outer", "_outer_cuda"}
         return {k: v for k, v in self.__dict__.items() if k not in held}
 
     def __setstate__(self, state: dict) -> None:
@@ -54,28 +57,20 @@ class Isolation:
 
     def seed(self, seed: int) -> None:
         """Begin the env's own random numbers anew."""
-        state = torch.Generator().manual_seed(seed).get_state()
-        self._states = [state]
+        self._state = torch.Generator().manual_seed(seed).get_state()
         if self._cuda is not None:
             generator = torch.Generator(self._cuda).manual_seed(seed)
-            self._states.append(generator.get_state())
-
-    def _generators(self) -> list[torch.Generator]:
-        if self._cuda is None:
-            return [torch.default_generator]
-        return [
-            torch.default_generator,
-            torch.cuda.default_generators[self._cuda.index],
-        ]
+            self._cuda_state = generator.get_state()
 
     def __enter__(self) -> None:
-        # At every step of every env, so with torch's functions themselves.
+        # At every step of every env, so in as few calls as there can be.
         self._outer_grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
-        generators = self._generators()
-        self._outer = [generator.get_state() for generator in generators]
-        for generator, state in zip(generators, self._states):
-            generator.set_state(state)
+        self._outer = _CPU.get_state()
+        _CPU.set_state(self._state)
+        if self._cuda is not None:
+            self._outer_cuda = self._cuda_generator().get_state()
+            self._cuda_generator().set_state(self._cuda_state)
         for root in self._roots:
             if root.training:
                 self._modes = {m: m.training for m in self._modules}
@@ -89,8 +84,12 @@ class Isolation:
             for module, mode in self._modes.items():
                 module.__dict__["training"] = mode
             self._modes = {}
-        generators = self._generators()
-        self._states = [generator.get_state() for generator in generators]
-        for generator, state in zip(generators, self._outer):
-            generator.set_state(state)
+        self._state = _CPU.get_state()
+        _CPU.set_state(self._outer)
+        if self._cuda is not None:
+            self._cuda_state = self._cuda_generator().get_state()
+            self._cuda_generator().set_state(self._outer_cuda)
         torch._C._set_grad_enabled(self._outer_grad)
+
+    def _cuda_generator(self) -> torch.Generator:
+        return torch.cuda.default_generators[self._cuda.index]

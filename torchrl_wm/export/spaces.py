@@ -130,6 +130,9 @@ class Reader:
             self.dtype = np.dtype(space.dtype)
             self.shape = space.shape if rows is None else (rows, *space.shape)
             self.low, self.high = _bounds(space)
+            self._unbounded = isinstance(space, spaces.Box) and bool(
+                np.isinf(space.low).all() and np.isinf(space.high).all()
+            )
             self._castable: dict[np.dtype, bool] = {}
             self._warned = False
 
@@ -156,8 +159,12 @@ class Reader:
                 f"clamp(0, 255).to(torch.uint8); or declare a space of dtype {array.dtype}."
             )
         out = array.astype(self.dtype)
+        if self._unbounded:
+            total = out.sum()  # NaN or infinite if one of them is; seldom otherwise
+            if total - total != 0:
+                out = self._out_of_bounds(out, array)
         # Before the cast, in which integers would wrap around.
-        if not ((array >= self.low) & (array <= self.high)).all():
+        elif not ((array >= self.low) & (array <= self.high)).all():
             out = self._out_of_bounds(out, array)
         return out[()] if out.ndim == 0 and self.space.shape == () else out
 
@@ -218,6 +225,8 @@ class Reader:
                     f"at its training, or shorten episodes with max_episode_steps."
                 )
         bad = (given < self.low) | (given > self.high)
+        if not bad.any():  # only their sum was infinite
+            return out
         if not isinstance(self.space, spaces.Box) or out.dtype.kind != "f":
             raise ValueError(
                 f"{self.name} is outside of {self.space}{self._where(bad)}: got {given[bad][:3]}."
@@ -349,6 +358,8 @@ class Checker:
 
 
 def _as_array(value: Any) -> np.ndarray:
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, torch.Tensor):
         return tensor_to_numpy(value)
     return np.asarray(value)
