@@ -11,11 +11,7 @@ heading says which case this is, and both belong into a report.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-import torch
-
+import common
 from common import compiled_variants, machine, measure, peak_ratio, variants
 
 
@@ -73,17 +69,12 @@ def memory_rows(batches: list[int], horizon: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, seconds=1.5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
     parser.add_argument("--horizons", type=int, nargs="+", default=[1, 5, 15])
     parser.add_argument("--compiled-batches", type=int, nargs="*", default=[1, 256])
-    parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    print(machine())
+    common.begin(args)
     text = [
         f"Machine: {machine()}.",
         "",
@@ -101,9 +92,7 @@ def main() -> None:
         *memory_rows([256, 4096], max(args.horizons)),
         "",
     ]
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    common.finish(args, text)
 
 
 if __name__ == "__main__":

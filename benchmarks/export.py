@@ -10,20 +10,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
+import common
 import gymnasium
 import numpy as np
 import torch
-from common import machine, measure
+from common import machine, measure, Reference
 from gymnasium.vector import SyncVectorEnv
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
 from torch import nn
-from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 from torchrl.modules import MLP
 
 from torchrl_wm import (
@@ -34,25 +31,6 @@ from torchrl_wm import (
 )
 
 ACTION = 2
-
-
-class Reference(EnvBase):
-    """An env that only has specs."""
-
-    def __init__(self, latent: int) -> None:
-        super().__init__()
-        self.observation_spec = Composite(latent=Unbounded((latent,)))
-        self.action_spec = Bounded(-1.0, 1.0, (ACTION,))
-        self.reward_spec = Unbounded((1,))
-
-    def _reset(self, tensordict, **kwargs):
-        raise NotImplementedError
-
-    def _step(self, tensordict):
-        raise NotImplementedError
-
-    def _set_seed(self, seed):
-        return seed
 
 
 class Adapted(nn.Module):
@@ -93,13 +71,13 @@ def make(latent: int, hidden: int) -> tuple[WorldModelEnv, Adapted]:
         Mod(reward, [("next", "latent")], [("next", "reward")]),
     ).eval()
     start = TensorDict({"latent": torch.zeros(1, latent)}, [1])
-    env = WorldModelEnv(world_model, Reference(latent), start_states=start)
+    env = WorldModelEnv(world_model, Reference([], latent, ACTION), start_states=start)
     return env, Adapted(dynamics, reward, latent).eval()
 
 
 def spaces_of(latent: int) -> tuple[gymnasium.Space, gymnasium.Space]:
     box = gymnasium.spaces.Box
-    return box(-np.inf, np.inf, (latent,)), box(-1.0, 1.0, (ACTION,))
+    return box(-np.inf, np.inf, (latent,)), box(-np.inf, np.inf, (ACTION,))
 
 
 def stepping(env) -> Callable[[], object]:
@@ -218,15 +196,10 @@ def calls_per_step(count: int = 256, steps: int = 100) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, seconds=3.0)
     parser.add_argument("--envs", type=int, nargs="+", default=[16, 256])
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    print(machine())
+    common.begin(args)
     models = [(4, 64), (32, 256), (256, 512)]
     calls = calls_per_step()
     print(f"model calls for each vector step: {calls:g}")
@@ -246,9 +219,7 @@ def main() -> None:
         *single_rows(models, args.seconds),
         "",
     ]
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    common.finish(args, text)
 
 
 if __name__ == "__main__":

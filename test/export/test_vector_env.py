@@ -404,8 +404,10 @@ def test_life_cycle_and_actions():
     for mask in (np.zeros(3, bool), np.ones(2, bool), [True] * 3, np.ones(3)):
         with pytest.raises(ValueError, match="reset_mask"):
             envs.reset(options={"reset_mask": mask})
-    with pytest.raises(ValueError, match="seeds"):
-        envs.reset(seed=[1, 2])
+    for seeds in ([1, 2], [1, None, 2]):
+        with pytest.raises(ValueError, match="seeds"):
+            envs.reset(seed=seeds)
+    assert envs.reset(seed=[None] * 3)[0].shape == (3, 3)
     envs.close()
     for call in (envs.reset, lambda: step(envs)):
         with pytest.raises(RuntimeError, match="closed"):

@@ -346,6 +346,21 @@ class AdapterSource:
         """The state as numpy arrays of its own."""
         return to_numpy(state)
 
+    def shown(self, state: Any, index: int | None = None) -> Any:
+        """A copy of the state: of one env, or of all."""
+        if self.rows is not None and index is not None:
+            state = map_leaves(lambda leaf: leaf[index], state)
+        return snapshot(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": USERS.holds(self.model, self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.pop("_held")
+        self.__dict__.update(state)
+        if held:  # a copy has a model of its own, in the same episode
+            USERS.claim(self.model, self)
+
 
 def _form(tree: Any) -> Any:
     """Structure and shapes of a state."""

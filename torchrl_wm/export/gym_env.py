@@ -19,11 +19,11 @@ from torchrl_wm.export.resolve import (
     make_source,
     StartSource,
 )
-from torchrl_wm.export.sources import Start, USERS
+from torchrl_wm.export.sources import ModelUser, Start
 from torchrl_wm.export.trees import snapshot
 
 
-class GymWorldModelEnv(gymnasium.Env):
+class GymWorldModelEnv(ModelUser, gymnasium.Env):
     """A world model as a :class:`gymnasium.Env`, for any library that takes one.
 
     The model is a :class:`~torchrl_wm.WorldModelEnv`, whose specs give the spaces,
@@ -210,12 +210,7 @@ class GymWorldModelEnv(gymnasium.Env):
         #: Why a step is not possible now; None when it is.
         self._refuses: str | None = "Call reset() before step()."
         self._closed = False
-        self._register()
-
-    def _register(self) -> None:
-        model = getattr(self._source, "model", None)
-        if model is not None:
-            USERS.add(model, self)
+        self._use_model()
 
     @property
     def world_model(self) -> Any:
@@ -227,9 +222,10 @@ class GymWorldModelEnv(gymnasium.Env):
     def state(self) -> Any:
         """A copy of the model's state, as the model has it; None before the first reset.
 
-        Of a :class:`~torchrl_wm.WorldModelEnv` the entries by key, ``[1, ...]``.
+        Of a :class:`~torchrl_wm.WorldModelEnv`, latents and context by name.
+        ``reset(options={"state": state})`` goes back to it.
         """
-        return snapshot(self._state)
+        return None if self._state is None else self._source.shown(self._state, 0)
 
     @property
     def elapsed_steps(self) -> int:
@@ -324,7 +320,7 @@ class GymWorldModelEnv(gymnasium.Env):
             return None
         if self._observation is None:
             raise RuntimeError("Call reset() before render().")
-        return self._renderer(self._state, self._observation)
+        return self._renderer(self.state, self._observation)
 
     def close(self) -> None:
         """Release the model: its own ``close`` is called once no other open env uses it."""
@@ -333,12 +329,7 @@ class GymWorldModelEnv(gymnasium.Env):
         self._closed = True
         self._refuses = "The env is closed. Make a new one."
         self._renderer.close()
-        model = getattr(self._source, "model", None)
-        if model is None or not USERS.remove(model, self):
-            return
-        close = getattr(model, "close", None)
-        if callable(close):
-            close()
+        self._release_model()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -347,4 +338,4 @@ class GymWorldModelEnv(gymnasium.Env):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if not self._closed:
-            self._register()  # a copy has a model of its own
+            self._use_model()  # a copy has a model of its own

@@ -45,7 +45,7 @@ class Renderer:
         """A frame ``[height, width, 3]`` uint8.
 
         Args:
-            state: the model's state.
+            state: a copy of the model's state.
             observation: of one env.
         """
         if self._function is not None:
@@ -55,7 +55,7 @@ class Renderer:
                 drawn = self._function(
                     {
                         "model": model,
-                        "state": snapshot(state),
+                        "state": state,
                         "obs": snapshot(observation),
                     }
                 )

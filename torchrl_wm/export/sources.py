@@ -74,6 +74,9 @@ class Source(Protocol):
     def state_of(self, state: Any) -> Any:
         """The state as numpy arrays of its own, for ``info["model_state"]``."""
 
+    def shown(self, state: Any, index: int | None = None) -> Any:
+        """A copy of the state as the model has it: of one env, or ``[N, ...]`` of all."""
+
 
 def first_moment(
     rows: int | None, state: Any, observation: Any, info: dict[str, Any]
@@ -110,6 +113,7 @@ class _Users:
 
     def add(self, model: Any, env: Any) -> None:
         """Note that ``env`` uses ``model``."""
+        self._users = {key: users for key, users in self._users.items() if len(users)}
         self._users.setdefault(id(model), weakref.WeakSet()).add(env)
 
     def remove(self, model: Any, env: Any) -> bool:
@@ -134,6 +138,25 @@ class _Users:
 
 #: Shared by all envs of a process.
 USERS = _Users()
+
+
+class ModelUser:
+    """The part of an env that says which model it uses, and closes it as the last one."""
+
+    _source: Source
+
+    def _use_model(self) -> None:
+        model = getattr(self._source, "model", None)
+        if model is not None:
+            USERS.add(model, self)
+
+    def _release_model(self) -> None:
+        model = getattr(self._source, "model", None)
+        if model is None or not USERS.remove(model, self):
+            return
+        close = getattr(model, "close", None)
+        if callable(close):
+            close()
 
 
 def numpy_info(info: Mapping[str, Any] | None) -> dict[str, Any]:

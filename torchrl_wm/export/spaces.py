@@ -130,9 +130,7 @@ class Reader:
             self.dtype = np.dtype(space.dtype)
             self.shape = space.shape if rows is None else (rows, *space.shape)
             self.low, self.high = _bounds(space)
-            self._unbounded = isinstance(space, spaces.Box) and bool(
-                np.isinf(space.low).all() and np.isinf(space.high).all()
-            )
+            self._inside = _Inside(self.low, self.high, self.shape)
             self._castable: dict[np.dtype, bool] = {}
             self._warned = False
 
@@ -159,12 +157,8 @@ class Reader:
                 f"clamp(0, 255).to(torch.uint8); or declare a space of dtype {array.dtype}."
             )
         out = array.astype(self.dtype)
-        if self._unbounded:
-            total = out.sum()  # NaN or infinite if one of them is; seldom otherwise
-            if total - total != 0:
-                out = self._out_of_bounds(out, array)
         # Before the cast, in which integers would wrap around.
-        elif not ((array >= self.low) & (array <= self.high)).all():
+        if not self._inside(array):
             out = self._out_of_bounds(out, array)
         return out[()] if out.ndim == 0 and self.space.shape == () else out
 
@@ -225,8 +219,6 @@ class Reader:
                     f"at its training, or shorten episodes with max_episode_steps."
                 )
         bad = (given < self.low) | (given > self.high)
-        if not bad.any():  # only their sum was infinite
-            return out
         if not isinstance(self.space, spaces.Box) or out.dtype.kind != "f":
             raise ValueError(
                 f"{self.name} is outside of {self.space}{self._where(bad)}: got {given[bad][:3]}."
@@ -306,6 +298,7 @@ class Checker:
             self.dtype = np.dtype(space.dtype)
             self.shape = space.shape if rows is None else (rows, *space.shape)
             self.low, self.high = _bounds(space)
+            self._inside = _Inside(self.low, self.high, self.shape)
 
     def __call__(self, action: Any) -> Any:
         """The action as arrays of its own, in the space's dtype.
@@ -334,7 +327,7 @@ class Checker:
         if array.dtype.kind not in kinds:
             raise self._error(action, f"the dtype {self.dtype}", array.dtype)
         out = array.astype(self.dtype)
-        if not ((array >= self.low) & (array <= self.high)).all():
+        if not self._inside(array):
             out = self._settle(action, out)
         return out
 
@@ -355,6 +348,32 @@ class Checker:
             f"{action!r:.120}. env.action_space.sample() gives one that fits; "
             f"gymnasium.wrappers.ClipAction and RescaleAction bring others into the bounds."
         )
+
+
+class _Inside:
+    """Whether all of an array is within bounds; NaN is not.
+
+    Args:
+        low, high: the bounds of one env.
+        shape: the shape of the arrays, which may begin with the number of envs.
+    """
+
+    def __init__(
+        self, low: np.ndarray, high: np.ndarray, shape: tuple[int, ...]
+    ) -> None:
+        self.low, self.high = low, high
+        self.pairs: list[tuple[float, float]] | None = None
+        if np.prod(shape) <= 16:  # where Python's own loop is the faster one
+            bounds = (np.broadcast_to(bound, shape).ravel() for bound in (low, high))
+            self.pairs = list(zip(*(bound.tolist() for bound in bounds)))
+
+    def __call__(self, array: np.ndarray) -> bool:
+        if self.pairs is None:
+            return bool(((array >= self.low) & (array <= self.high)).all())
+        for value, (low, high) in zip(array.ravel().tolist(), self.pairs):
+            if not low <= value <= high:
+                return False
+        return True
 
 
 def _as_array(value: Any) -> np.ndarray:

@@ -21,12 +21,12 @@ from torchrl_wm.export.resolve import (
     draw_seeds,
     make_source,
 )
-from torchrl_wm.export.sources import Moment, Start, USERS
+from torchrl_wm.export.sources import ModelUser, Moment, Start
 from torchrl_wm.export.spaces import batched
-from torchrl_wm.export.trees import map_leaves, merge_rows, snapshot
+from torchrl_wm.export.trees import merge_rows, snapshot
 
 
-class GymWorldModelVectorEnv(VectorEnv):
+class GymWorldModelVectorEnv(ModelUser, VectorEnv):
     """``N`` imagined envs as one batch: one call of the model for each vector step.
 
     Everything is as in :class:`~torchrl_wm.GymWorldModelEnv`, but that all the model
@@ -134,14 +134,12 @@ class GymWorldModelVectorEnv(VectorEnv):
         #: Which envs' episodes are over.
         self._over = np.zeros(self.num_envs, bool)
         self._refuses: str | None = "Call reset() before step()."
-        model = getattr(self._source, "model", None)
-        if model is not None:
-            USERS.add(model, self)
+        self._use_model()
 
     @property
     def state(self) -> Any:
         """A copy of the model's state, ``[N, ...]``; None before the first reset."""
-        return snapshot(self._state)
+        return None if self._state is None else self._source.shown(self._state)
 
     @property
     def elapsed_steps(self) -> np.ndarray:
@@ -221,8 +219,13 @@ class GymWorldModelVectorEnv(VectorEnv):
             raise ValueError(
                 f"A list of seeds has one for each of the {self.num_envs} envs, got {len(seeds)}."
             )
-        if None in seeds:
+        if seeds == [None] * self.num_envs:
             return None
+        if None in seeds:
+            raise ValueError(
+                f"Of a list of seeds all or none are None, for the envs share their random "
+                f"numbers; got {seeds}."
+            )
         # The envs share one stream of random numbers, which all seeds decide.
         return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
@@ -339,9 +342,9 @@ class GymWorldModelVectorEnv(VectorEnv):
             raise RuntimeError("Call reset() before render().")
         rows = list(iterate(self.observation_space, self._observation))
         return tuple(
-            self._renderer(map_leaves(lambda x, i=i: x[i], self._state), row)
-            if self._state is not None
-            else self._renderer(None, row)
+            self._renderer(
+                None if self._state is None else self._source.shown(self._state, i), row
+            )
             for i, row in enumerate(rows)
         )
 
@@ -349,11 +352,12 @@ class GymWorldModelVectorEnv(VectorEnv):
         """Release the model: its own ``close`` is called once no other open env uses it."""
         self._refuses = "The env is closed. Make a new one."
         self._renderer.close()
-        model = getattr(self._source, "model", None)
-        if model is not None and USERS.remove(model, self):
-            close = getattr(model, "close", None)
-            if callable(close):
-                close()
+        self._release_model()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if not self.closed:
+            self._use_model()  # a copy has a model of its own
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """An attribute, once for each env."""

@@ -273,6 +273,11 @@ class WorldModelSource:
                 tensor = one_hot(tensor.long(), int(spec.space.n))
             values[key] = tensor.to(spec.dtype).reshape(self.count, *spec.shape)
 
+    def shown(self, state: Values, index: int | None = None) -> dict[str, torch.Tensor]:
+        """A copy of latents and context by name: of one env, or of all."""
+        picked = slice(None) if index is None else index
+        return {_name(k): state[k][picked].clone() for k in self.env._layout.state}
+
     def state_of(self, state: Values) -> dict[str, np.ndarray]:
         """The latents as numpy arrays of their own, by name."""
         out = {}
