@@ -156,8 +156,9 @@ def repeated(loop: Callable[[], object], times: int = 50) -> Callable[[], None]:
 def single_rows(models: list[tuple[int, int]], seconds: float) -> list[str]:
     """What a single env's step adds to the model's."""
     rows = [
-        "| latent | hidden | bare call, us | adapters add, us | WorldModelEnv adds, us |",
-        "|---|---|---|---|---|",
+        "| latent | hidden | bare call, us | adapters add, us | as a ratio | WorldModelEnv adds, us "
+        "| as a ratio |",
+        "|---|---|---|---|---|---|---|",
     ]
     for latent, hidden in models:
         env, adapted = make(latent, hidden)
@@ -169,10 +170,11 @@ def single_rows(models: list[tuple[int, int]], seconds: float) -> list[str]:
         best = measure({k: repeated(loop) for k, loop in loops.items()}, seconds)
         best = {name: seconds / 50 for name, seconds in best.items()}
         floor = best["bare"]
-        rows.append(
-            f"| {latent} | {hidden} | {floor * 1e6:.1f} | {(best['adapters'] - floor) * 1e6:.1f} "
-            f"| {(best['world model'] - floor) * 1e6:.1f} |"
+        added = " | ".join(
+            f"{(best[k] - floor) * 1e6:.1f} | {best[k] / floor - 1:.2f}"
+            for k in ("adapters", "world model")
         )
+        rows.append(f"| {latent} | {hidden} | {floor * 1e6:.1f} | {added} |")
         print(rows[-1], flush=True)
     return rows
 

@@ -21,6 +21,7 @@ from _models import (
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from hypothesis import given, settings, strategies as st
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
 from torchrl.envs import GymEnv
@@ -102,21 +103,27 @@ def test_disabled():
     assert step(envs)[0].tolist() == [[3], [1]]
 
 
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-@pytest.mark.parametrize("limit", [None, 2])
-def test_it_is_what_gymnasium_makes_of_single_envs(mode, limit):
+@settings(max_examples=15)
+@given(
+    mode=st.sampled_from(["NextStep", "SameStep"]),
+    limit=st.none() | st.integers(1, 4),
+    ends=st.integers(2, 6),
+    count=st.integers(1, 4),
+)
+def test_it_is_what_gymnasium_makes_of_single_envs(mode, limit, ends, count):
     """Against SyncVectorEnv over single envs, whose starts all are one state."""
 
     def source(size):
         return TensorDict({"observation": torch.ones(*size, 1)}, size)
 
-    env = WorldModelEnv(clock_model(ends_at(4.0)), clock_env(), start_states=source)
+    model = clock_model(ends_at(float(ends)))
+    env = WorldModelEnv(model, clock_env(), start_states=source)
     single = SyncVectorEnv(
-        [lambda: GymWorldModelEnv(env, max_episode_steps=limit)] * 3,
+        [lambda: GymWorldModelEnv(env, max_episode_steps=limit)] * count,
         autoreset_mode=mode,
     )
     batch = GymWorldModelVectorEnv(
-        env, num_envs=3, autoreset_mode=mode, max_episode_steps=limit
+        env, num_envs=count, autoreset_mode=mode, max_episode_steps=limit
     )
     assert batch.observation_space == single.observation_space
     assert batch.action_space == single.action_space
