@@ -143,7 +143,7 @@ def bare(model: Adapted, lead: tuple[int, ...] = ()) -> Callable[[], object]:
     return lambda: model.step(state, action)
 
 
-def repeated(loop: Callable[[], object], times: int = 50) -> Callable[[], None]:
+def repeated(loop: Callable[[], object], times: int = 10) -> Callable[[], None]:
     """Several steps, as an episode makes them: one alone finds cold caches."""
 
     def run() -> None:
@@ -168,7 +168,7 @@ def single_rows(models: list[tuple[int, int]], seconds: float) -> list[str]:
             "world model": stepping(GymWorldModelEnv(env)),
         }
         best = measure({k: repeated(loop) for k, loop in loops.items()}, seconds)
-        best = {name: seconds / 50 for name, seconds in best.items()}
+        best = {name: seconds / 10 for name, seconds in best.items()}
         floor = best["bare"]
         added = " | ".join(
             f"{(best[k] - floor) * 1e6:.1f} | {best[k] / floor - 1:.2f}"

@@ -526,6 +526,20 @@ def test_what_steps_must_not_return(returned):
         env.step(ZERO)
 
 
+def test_infos_are_dictionaries():
+    for info, fits in ((TensorDict({"a": torch.ones(1)}), True), (3, False)):
+        env = adapter(
+            initial_observation=OBS,
+            transition_fn=lambda _, __, ___, i=info: {"obs": OBS, "info": i},
+        )
+        env.reset()
+        if fits:
+            assert env.step(ZERO)[4]["a"].tolist() == [1]
+        else:
+            with pytest.raises(TypeError, match="info must be a dictionary"):
+                env.step(ZERO)
+
+
 def test_the_form_stays_the_first_ones():
     forms = iter([(OBS, 1.0, False, False, {}), {"observation": OBS}])
     env = adapter(

@@ -35,6 +35,7 @@ from torchrl_wm.export.trees import (
     to_numpy,
 )
 
+_CPU = torch.device("cpu")
 #: The methods that step a model, the first found counts.
 STEP_METHODS = (
     "env_step",
@@ -298,7 +299,7 @@ class AdapterSource:
             self._nothing(False)
             if truncated is MISSING or truncated is None
             else read_flag(truncated, rows, "truncated"),
-            {} if info is MISSING or not info else numpy_info(info),
+            {} if info is MISSING else numpy_info(info),
         )
 
     def _nothing(self, value: Any) -> Any:
@@ -384,7 +385,11 @@ def _as_tensors(action: Any, device: torch.device) -> Any:
         tensor = torch.from_numpy(array) if array.ndim else torch.as_tensor(array[()])
         return tensor if device.type == "cpu" else tensor.to(device)
 
-    is_plain = type(action) is np.ndarray or isinstance(action, torch.Tensor)
+    if type(action) is np.ndarray:
+        if action.dtype == np.float32 and action.ndim and device == _CPU:
+            return torch.from_numpy(action)  # the checked action is a copy already
+        return convert(action)
+    is_plain = isinstance(action, torch.Tensor)
     return convert(action) if is_plain else map_leaves(convert, action)
 
 

@@ -50,7 +50,7 @@ STEP_FORMS = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What a reset or a step returned, part by part."""
 

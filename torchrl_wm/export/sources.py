@@ -15,7 +15,7 @@ from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.trees import to_numpy
 
 
-@dataclass
+@dataclass(slots=True)
 class Moment:
     """What a reset or a step leads to, checked and copied.
 
@@ -161,4 +161,10 @@ class ModelUser:
 
 def numpy_info(info: Mapping[str, Any] | None) -> dict[str, Any]:
     """A model's info with arrays of its own in place of tensors."""
-    return {} if info is None else {str(k): to_numpy(v) for k, v in info.items()}
+    if info is None:
+        return {}
+    if not hasattr(info, "items"):
+        raise TypeError(
+            f"info must be a dictionary or None, got {type(info).__name__}."
+        )
+    return {str(k): to_numpy(v) for k, v in info.items()}

@@ -81,11 +81,12 @@ def to_numpy(tree: Any) -> Any:
 
 def tensor_to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A tensor as an array, which may share its memory. numpy has no bfloat16: float32."""
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.float()
-    if tensor.is_cpu and not tensor.requires_grad and not tensor.is_conj():
-        return tensor.numpy()  # a third of the time of force=True
-    return tensor.numpy(force=True)
+    try:
+        return tensor.numpy()  # a third of the time of force=True, where it can be had
+    except (TypeError, RuntimeError):
+        if tensor.dtype is torch.bfloat16:
+            tensor = tensor.float()
+        return tensor.numpy(force=True)
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
