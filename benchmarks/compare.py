@@ -1,4 +1,4 @@
-"""What imagination costs: one table of ratios, everything measured in this process.
+"""What imagination and filtering cost: ratios, everything measured in this process.
 
     python benchmarks/compare.py --out docs/benchmarks/imagination.md
 
@@ -11,8 +11,17 @@ heading says which case this is, and both belong into a report.
 
 from __future__ import annotations
 
+import argparse
+
 import common
-from common import compiled_variants, machine, measure, peak_ratio, variants
+from common import (
+    compiled_variants,
+    filter_variants,
+    machine,
+    measure,
+    peak_ratio,
+    variants,
+)
 
 
 def eager_rows(batches: list[int], horizons: list[int], seconds: float) -> list[str]:
@@ -55,6 +64,26 @@ def compiled_rows(batches: list[int], horizon: int, seconds: float) -> list[str]
     return rows
 
 
+def filter_rows(batches: list[int], length: int, seconds: float) -> list[str]:
+    """Filtering sequences with an RSSM: against TorchRL's loop over time."""
+    rows = [
+        "| batch | length | backward | TorchRL's RSSMRollout, us/step | observe "
+        "| observe, compiled step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for train in (False, True):
+        for batch in batches:
+            best = measure(filter_variants(batch, length, train=train), seconds)
+            floor = best.pop("TorchRL")
+            ratios = " | ".join(f"{value / floor:.2f}" for value in best.values())
+            rows.append(
+                f"| {batch} | {length} | {'yes' if train else 'no'} "
+                f"| {floor / length * 1e6:.0f} | {ratios} |"
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def memory_rows(batches: list[int], horizon: int) -> list[str]:
     """Peak memory, beside the networks' activations, as a ratio to the returned tensordict."""
     rows = ["| batch | horizon | rollout | imagine |", "|---|---|---|---|"]
@@ -68,16 +97,9 @@ def memory_rows(batches: list[int], horizon: int) -> list[str]:
     return rows
 
 
-def main() -> None:
-    parser = common.parser(__doc__, seconds=1.5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
-    parser.add_argument("--horizons", type=int, nargs="+", default=[1, 5, 15])
-    parser.add_argument("--compiled-batches", type=int, nargs="*", default=[1, 256])
-    args = parser.parse_args()
-    common.begin(args)
-    text = [
-        f"Machine: {machine()}.",
-        "",
+def imagination(args: argparse.Namespace) -> list[str]:
+    """The tables of imagination."""
+    return [
         "Time as a ratio to the bare networks (two layers of 256, latent 64, action 6, no grad, the "
         "minimum over interleaved rounds).",
         "",
@@ -92,6 +114,29 @@ def main() -> None:
         *memory_rows([256, 4096], max(args.horizons)),
         "",
     ]
+
+
+def main() -> None:
+    parser = common.parser(__doc__, seconds=1.5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
+    parser.add_argument("--horizons", type=int, nargs="+", default=[1, 5, 15])
+    parser.add_argument("--compiled-batches", type=int, nargs="*", default=[1, 256])
+    parser.add_argument("--filter-batches", type=int, nargs="*", default=[16, 50])
+    parser.add_argument("--filter-length", type=int, default=32)
+    parser.add_argument("--only", choices=["imagination", "filtering"])
+    args = parser.parse_args()
+    common.begin(args)
+    text = [f"Machine: {machine()}.", ""]
+    if args.only != "filtering":
+        text += imagination(args)
+    if args.only != "imagination":
+        text += [
+            "Filtering: an RSSM of 64 units, time as a ratio to TorchRL's RSSMRollout (its loop), which "
+            "leaves out what observe does besides: the encoder and the first latents.",
+            "",
+            *filter_rows(args.filter_batches, args.filter_length, args.seconds),
+            "",
+        ]
     common.finish(args, text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import make_parts, variants
+from common import filter_variants, make_parts, variants
 from tensordict import TensorDict
 
 from torchrl_wm import WorldModel, WorldModelLoss
@@ -19,6 +19,15 @@ def test_imagination(benchmark, name: str, batch: int) -> None:
     with torch.no_grad():
         loop()
         benchmark(loop)
+
+
+@pytest.mark.parametrize("name", ["TorchRL", "eager", "compiled step"])
+@pytest.mark.parametrize("train", [False, True])
+def test_filter(benchmark, name: str, train: bool) -> None:
+    loops = filter_variants(16, 32, train=train, compiled=name == "compiled step")
+    loop = loops[name]
+    loop()
+    benchmark(loop)
 
 
 @pytest.mark.parametrize("multi_step", [False, True])

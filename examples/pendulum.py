@@ -3,7 +3,7 @@
 Collects real transitions, trains a world model on them, shows how well it
 predicts episodes it has not seen, imagines a batch of trajectories for a replay
 buffer and a value estimator, and acts in the real env by planning through the
-model with TorchRL's CEMPlanner.
+model with the cross-entropy method.
 
     python examples/pendulum.py --seed 0 --out runs/pendulum
 """
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import GymEnv, SerialEnv
-from torchrl.modules import CEMPlanner, MLP, ValueOperator
+from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives.value import GAE
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
@@ -30,6 +30,7 @@ from torchrl_wm.diagnostics import (
     plot_open_loop_error,
     plot_prediction,
 )
+from torchrl_wm.planners import CEMPlanner
 from tqdm import tqdm
 
 LABELS = ["cos(angle)", "sin(angle)", "velocity"]
@@ -173,9 +174,7 @@ def main() -> None:
     planner = CEMPlanner(
         env, planning_horizon=20, optim_steps=4, num_candidates=200, top_k=20
     )
-    with torch.no_grad():
-        policy = TensorDictSequential(world_model.encoder, planner)
-        planned = act(policy, args.seed, args.episode_steps)
+    planned = act(planner, args.seed, args.episode_steps)
     random = act(None, args.seed, args.episode_steps)
     print(f"   planned returns {[round(r) for r in planned.tolist()]}")
     print(f"   random returns  {[round(r) for r in random.tolist()]}")

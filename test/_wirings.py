@@ -6,7 +6,7 @@ import torch
 from _models import linear
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 from torchrl.data import (
     Binary,
     Bounded,
@@ -122,6 +122,15 @@ def wirings(draw):
     if head is not None:
         done_head = Mod(lambda *z, f=head[1]: f(probe(*z)), nexts, [("next", head[0])])
     decode = draw(st.booleans())
+    reward_head = linear(
+        nexts, [join("next", keys["reward"])], [LATENT * len(latents), 1]
+    )
+    declared = None
+    if draw(st.booleans()):  # a prediction that is neither latent, reward nor done
+        spread = Mod(lambda z: z.std(-1), nexts[:1], [join("next", key("spread"))])
+        reward_head = TensorDictSequential(reward_head, spread)
+        declared = Composite(shape=())
+        declared[key("spread")] = Unbounded(())
     model = WorldModel(
         Mod(
             lambda x: tuple(x[..., i : i + LATENT] for i in range(len(encoded)))
@@ -135,7 +144,7 @@ def wirings(draw):
             [*latents, *actions, *goal],
             nexts,
         ),
-        linear(nexts, [join("next", keys["reward"])], [LATENT * len(latents), 1]),
+        reward_head,
         done_head=done_head,
         decoder=linear(latents, [keys["observation"]], [LATENT * len(latents), OBS])
         if decode
@@ -153,6 +162,7 @@ def wirings(draw):
     options = {
         "batch_size": draw(sizes),
         "decode": decode,
+        "observation_spec": declared,
         "max_steps": draw(st.sampled_from([None, 2])),
     }
     return model, base, options, keys

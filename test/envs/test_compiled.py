@@ -164,6 +164,14 @@ def test_mask() -> None:
     ]
 
 
+def test_more_horizons_than_dynamo_compiles_a_function() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv()).compile(**CAPTURE)
+    start, act = model.encode(observations(2)).detach(), policy()
+    for horizon in range(1, 11):
+        assert env.imagine(horizon, act, start).batch_size == (2, horizon)
+
+
 def test_opaque_policies_stay_eager() -> None:
     model, calls = make_model(), []
     env = WorldModelEnv(model, SpecEnv()).compile(**CAPTURE)

@@ -139,6 +139,27 @@ def test_the_path_of_a_saved_model(tmp_path, monkeypatch):
         make_env(tmp_path / "other.pt", base_env="Pendulum-v1")
 
 
+@pytest.mark.filterwarnings("ignore:A normaliser")
+@pytest.mark.parametrize("kind", ["ensemble", "mlp", "rssm", "tdmpc2"])
+def test_ready_made_models_saved_and_made_again(kind, tmp_path):
+    from torchrl_wm import models
+
+    build = getattr(models, f"make_{kind}_world_model")
+    world_model, _ = build(GymEnv("Pendulum-v1"))
+    path = tmp_path / "model.pt"
+    models.save_world_model(world_model, path)
+    kwargs = {"base_env": "Pendulum-v1", "max_episode_steps": 4}
+    one = gymnasium.make(NAME, world_model=path, base_env="Pendulum-v1")
+    many = gymnasium.make_vec(NAME, num_envs=3, world_model=str(path), **kwargs)
+    again = make_env(world_model.eval(), num_envs=3, **kwargs)
+    for env in (one, many, again):
+        assert env.observation_space.contains(env.reset(seed=0)[0])
+    action = many.action_space.sample()
+    for _ in range(6):
+        (got, *_), (expected, *_) = many.step(action), again.step(action)
+        assert np.array_equal(got, expected)
+
+
 def test_importing_the_package_registers_the_env_and_not_sb3():
     code = (
         "import sys, gymnasium, torchrl_wm; gymnasium.spec('torchrl_wm/WorldModel-v0'); "

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
-from torchrl_wm.objectives import LossTerm, RewardTerm
+from torchrl_wm.objectives import LossTerm, ReconstructionTerm, RewardTerm
 
 ALL = ["reward", "done", "reconstruction", "latent"]
 
@@ -88,6 +88,33 @@ class TestFormulas:
         for i, (term, difference) in enumerate(zip(ALL, differences)):
             expected = (2.0 + i) * formula(difference).mean()
             torch.testing.assert_close(out[f"loss_{term}"], expected)
+
+    def test_symlog_compares_symmetric_logarithms(self) -> None:
+        model, batch = full_model(), transitions(5)
+        batch["next", "reward"] *= 1e4
+        out = WorldModelLoss(model, losses=["reward"], reward_loss="symlog")(batch)
+        pairs = (predictions(model, batch)["next", "reward"], batch["next", "reward"])
+        one, other = (x.sign() * (1 + x.abs()).log() for x in pairs)
+        torch.testing.assert_close(out["loss_reward"], (one - other).pow(2).mean())
+
+    def test_scales_are_the_units_of_errors(self) -> None:
+        model, batch = full_model(), transitions(5)
+        units = {"reward": 3.0, "observation": torch.arange(1.0, 7.0)}
+        terms = [
+            RewardTerm(scale=units.__getitem__),
+            ReconstructionTerm(scale=units.__getitem__),
+        ]
+        out, predicted = WorldModelLoss(model, losses=terms)(batch), predictions(
+            model, batch
+        )
+        differences = {
+            "reward": predicted["next", "reward"] - batch["next", "reward"],
+            "observation": predicted["reconstructed_observation"]
+            - batch["observation"],
+        }
+        for name, key in (("reward", "reward"), ("reconstruction", "observation")):
+            expected = (differences[key] / units[key]).pow(2).mean()
+            torch.testing.assert_close(out[f"loss_{name}"], expected)
 
     def test_reconstruction_of_the_predicted_next_observation(self) -> None:
         model, batch = full_model(), transitions(5)

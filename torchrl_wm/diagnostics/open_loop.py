@@ -144,8 +144,9 @@ def _compared(
         return {
             key: (
                 imagined.get(join("next", key)),
-                windows.get(join("next", key)),
-                start.get(key),
+                # Images may be bytes, whose differences would wrap around.
+                windows.get(join("next", key)).to(imagined.get(key).dtype),
+                start.get(key).to(imagined.get(key).dtype),
             )
             for key in keys
         }

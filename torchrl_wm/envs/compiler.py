@@ -1,68 +1,48 @@
-"""Compiled imagination: one graph for a horizon, kept as long as it is true."""
+"""Compiled imagination: graphs that are kept as long as they are true."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.modules.program import Program, Values
+from torchrl_wm.modules.compiled import GraphMaker
 
-Run = Callable[[Values, "Values | None"], tuple]
+Run = TypeVar("Run", bound=Callable)
 
 
 class Compiler:
-    """Compiles calls of :func:`~torchrl_wm.envs.unroll.imagined`, and keeps the graphs.
+    """Compiles functions on tensors, and keeps the graphs as long as they are true.
 
     Args:
         options: for :func:`torch.compile`.
+        what: what is compiled, for the warning where nothing can be.
+        undo: the call that makes it eager again, for the warning.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self._graphs: dict[tuple, tuple[tuple, Run]] = {}
-        self._failed = False
+    def __init__(self, options: dict[str, Any], what: str, undo: str) -> None:
+        self._maker = GraphMaker(options, what, undo)
+        self._graphs: dict[tuple, tuple[tuple, Callable]] = {}
 
-    def wrap(
-        self,
-        run: Run,
-        kernel: StepKernel,
-        act: Callable | None,
-        program: Program | None,
-        horizon: int,
-        batch_size: torch.Size,
-    ) -> Run:
-        """The compiled ``run``, or ``run`` itself where it cannot be compiled."""
-        if self._failed or (act is not None and program is None):
+    def wrap(self, run: Run, held: Sequence[object], key: Hashable) -> Run:
+        """The compiled ``run``, or ``run`` itself where it cannot be compiled.
+
+        Args:
+            run: the function.
+            held: the objects that a graph of it is made for, by identity.
+            key: what else tells one graph from another.
+        """
+        if self._maker.failed:
             return run
-        # What the graph was made for is held here, so that no id is used again.
-        held = (kernel, kernel.program, program)
-        key = (
-            id(kernel),
-            id(kernel.program),
-            None if program is None else program.made_for,
-            horizon,
-            batch_size,
-            torch.is_grad_enabled(),
-        )
+        # What the graph was made for is held, so that no id is used again.
+        key = (*map(id, held), key, torch.is_grad_enabled())
         if key not in self._graphs:
-            self._graphs[key] = (held, torch.compile(run, **self.options))
+            self._graphs[key] = (tuple(held), self._maker.compile(run))
         graph = self._graphs[key][1]
 
-        def call(values: Values, actions: Values | None) -> tuple:
-            try:
-                return graph(values, actions)
-            except torch._dynamo.exc.BackendCompilerFailed as err:
-                self._failed = True
-                warnings.warn(
-                    f"imagine could not be compiled and stays eager ({type(err).__name__}: "
-                    f"{str(err).splitlines()[0]}). Is there a C++ compiler? env.eager() "
-                    f"silences this.",
-                    stacklevel=3,
-                )
-                return run(values, actions)
+        def call(*args: Any) -> Any:
+            out = self._maker.attempt(lambda: graph(*args))
+            return run(*args) if out is None else out
 
         return call

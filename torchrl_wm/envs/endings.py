@@ -247,9 +247,12 @@ class Endings:
         return None if self.can_end else self.none(batch_size, device)
 
     def ended(
-        self, flags: Mapping[NestedKey, torch.Tensor], batch_size: torch.Size
+        self,
+        flags: Mapping[NestedKey, torch.Tensor],
+        batch_size: torch.Size,
+        name: str = "done",
     ) -> torch.Tensor:
-        """Whether whole trajectories have ended: ``[*B]`` bool.
+        """Whether whole trajectories have ended, ``[*B]`` bool; or terminated, by ``name``.
 
         A group that has an ancestor is heard only through it, as in TorchRL;
         of groups side by side all must have ended.
@@ -260,7 +263,7 @@ class Endings:
             if not any(_is_above(other, group) for other in self.groups)
         ]
         dims = len(batch_size)
-        done = [flags[group.key("done")].flatten(dims).all(-1) for group in top]
+        done = [flags[group.key(name)].flatten(dims).all(-1) for group in top]
         return done[0] if len(done) == 1 else torch.stack(done, -1).all(-1)
 
     def _inherit(

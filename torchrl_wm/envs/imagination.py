@@ -344,9 +344,16 @@ class Imagination(EnvBase):
             act = self._actor(policy, program, tensordict, size, device)
         kernel = self.step_kernel
         run = partial(imagined, kernel, act, horizon, size, device)
-        if self._compiler is not None:
-            program = getattr(act, "program", None)
-            run = self._compiler.wrap(run, kernel, act, program, horizon, size)
+        program = getattr(act, "program", None)
+        if self._compiler is not None and (act is None or program is not None):
+            # A program is made for its networks and keys: two that agree are one.
+            made_for = None if program is None else program.made_for
+            held = (
+                kernel,
+                kernel.program,
+                *(() if program is None else program.modules),
+            )
+            run = self._compiler.wrap(run, held, (made_for, horizon, size))
         try:
             root, next_, mask = run(values, flat)
         except KeyError as err:
@@ -375,9 +382,7 @@ class Imagination(EnvBase):
             first call, and imagination stays eager. :meth:`eager` undoes it.
         """
         super().compile(warmup=warmup, **kwargs)
-        self.__dict__["_compiler"] = Compiler(
-            {"fullgraph": True, "dynamic": False, **kwargs}
-        )
+        self.__dict__["_compiler"] = Compiler(kwargs, "imagine", "env.eager()")
         return self
 
     def eager(self) -> Imagination:
@@ -385,6 +390,11 @@ class Imagination(EnvBase):
         super().eager()
         self.__dict__["_compiler"] = None
         return self
+
+    def actor(self, policy: Callable, batch_size: torch.Size) -> Act:
+        """A policy as what acts on flat values, ``[*B]`` by key."""
+        program = self._program(policy)
+        return self._actor(policy, program, None, batch_size, self.device)
 
     def _program(self, policy: Callable | None) -> Program | None:
         """A policy made of TensorDict modules as a program; the last one is kept."""

@@ -31,6 +31,8 @@ class Layout:
         latent: the latents that move.
         context: root entries that the step reads and that never change.
         decoded: the observations that the decoder writes, if it is run.
+        predicted: what the step writes beside the latents and the caller declared:
+            an ensemble's disagreement, say.
         endings: what decides the done entries.
         observed: the encoder's inputs, as far as the reference env has them.
         nested: dims that nested tensordicts have of their own, by their keys.
@@ -43,6 +45,7 @@ class Layout:
     latent: dict[NestedKey, TensorSpec]
     context: dict[NestedKey, TensorSpec]
     decoded: dict[NestedKey, TensorSpec]
+    predicted: dict[NestedKey, TensorSpec]
     endings: Endings
     observed: dict[NestedKey, TensorSpec]
     nested: dict[tuple[str, ...], torch.Size]
@@ -52,7 +55,7 @@ class Layout:
         """The same on another device."""
         moved = {
             name: {key: spec.to(device) for key, spec in getattr(self, name).items()}
-            for name in ("latent", "context", "decoded", "observed")
+            for name in ("latent", "context", "decoded", "predicted", "observed")
         }
         whole = {
             name: getattr(self, name).to(device)
@@ -66,6 +69,7 @@ class Layout:
         return {
             *self.state,
             *self.decoded,
+            *self.predicted,
             *self.reward_keys,
             *unique(self.done.keys(True, True)),
         }
@@ -120,6 +124,7 @@ def make_layout(
         latent={},
         context={},
         decoded={},
+        predicted={},
         endings=endings,
         observed={
             key: _to(reference[key], device)
@@ -164,6 +169,10 @@ def make_layout(
                 _check_entry(
                     "encoder", key, encoded.get(key, None), layout.latent[key], dims
                 )
+        layout.predicted = {
+            key: _to(explicit[key], device)
+            for key in _predicted_keys(layout, explicit, written)
+        }
         state = _zeros({**layout.state, **_flatten(layout.action)}, lead, device)
         stepped = check_step(world_model, layout, state)
         decoded_keys = _decoded_keys(world_model, layout, explicit, decode)
@@ -171,7 +180,7 @@ def make_layout(
             layout.decoded = _trace_decoder(
                 world_model, layout, decoded_keys, stepped, explicit, reference, dims
             )
-    carried = {*layout.state, *layout.decoded}
+    carried = {*layout.state, *layout.decoded, *layout.predicted}
     inputs = {strip_next(k) for k in unique(world_model.encoder.in_keys)}
     outputs = set(written_keys(world_model.encoder))
     layout.dropped = ({*reference} | inputs | outputs) - carried
@@ -202,7 +211,7 @@ def check_step(
         for key in written_keys(module)
     }
     next_td = out.get("next")
-    for key, spec in layout.latent.items():
+    for key, spec in {**layout.latent, **layout.predicted}.items():
         _check_entry(who[key], join("next", key), next_td.get(key), spec, dims)
     for key in layout.reward_keys:
         _check_entry(
@@ -513,14 +522,26 @@ def _decoded_keys(
             "decode=True needs a world model with a decoder: WorldModel(..., decoder="
             "TensorDictModule(net, in_keys=[latent], out_keys=[observation]))."
         )
-    unknown = [k for k in explicit if k not in layout.state and k not in available]
+    carried = {*layout.state, *layout.predicted}
+    unknown = [k for k in explicit if k not in carried and k not in available]
     if unknown:
+        step = [k for k in unique(world_model.step_module.out_keys) if is_next(k)]
         raise ValueError(
             f"observation_spec has {unknown}, which the imagined env cannot produce: its "
-            f"latents are {list(layout.latent)} and its decoder writes {available}."
+            f"latents are {list(layout.latent)}, its decoder writes {available} and its step "
+            f"writes {step}."
         )
     wanted = available if decode else [k for k in available if k in explicit]
-    return [key for key in wanted if key not in layout.state]
+    return [k for k in wanted if k not in layout.state and k not in layout.predicted]
+
+
+def _predicted_keys(
+    layout: Layout, explicit: dict[NestedKey, TensorSpec], written: list[NestedKey]
+) -> list[NestedKey]:
+    """What the caller declared and the step writes, and is nothing else already."""
+    taken = {*layout.state, *layout.reward_keys, *layout.action_keys}
+    taken.update(key for group in layout.endings.groups for key in group.keys())
+    return [key for key in explicit if key in written and key not in taken]
 
 
 def _trace_decoder(

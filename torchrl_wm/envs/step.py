@@ -54,7 +54,8 @@ class StepKernel:
         self.required = unique([*self.inputs, *layout.action_keys])
         self.program = Program([world_model.step_module])
         self._predicted = [
-            (key, join("next", key)) for key in (*layout.latent, *layout.reward_keys)
+            (key, join("next", key))
+            for key in (*layout.latent, *layout.predicted, *layout.reward_keys)
         ]
         self._decode = None
         if layout.decoded:
@@ -85,7 +86,7 @@ class StepKernel:
 
         Returns:
             What belongs under ``"next"``: latents, context, decoded
-            observations, reward and done entries.
+            observations, declared predictions, reward and done entries.
         """
         self.check_inputs(tensordict)
         keys = self.required
@@ -103,6 +104,7 @@ class StepKernel:
         device: torch.device | None,
         endings: Values | None = None,
         again: bool = False,
+        decode: bool = True,
     ) -> Values:
         """Predict one step, on tensors alone.
 
@@ -113,6 +115,7 @@ class StepKernel:
             device: where the state is.
             endings: the done entries, where they are known beforehand.
             again: whether outputs of this shape were checked before.
+            decode: whether to decode the observations that the env carries.
 
         Returns:
             The ``"next"`` entries by flat key, without the "next".
@@ -124,7 +127,7 @@ class StepKernel:
         out: Values = {key: work[place] for key, place in self._predicted}
         for key in layout.context:
             out[key] = values[key]
-        if self._decode is not None:
+        if self._decode is not None and decode:
             reads = decoder_inputs(self.world_model, {k: out[k] for k in layout.state})
             self._decode(reads, batch_size, device)
             for key, place in self._decoded:

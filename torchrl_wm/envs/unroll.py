@@ -77,7 +77,8 @@ def _moving(kernel: StepKernel) -> list[NestedKey]:
     layout = kernel.layout
     counter = [] if kernel.counter_key is None else [kernel.counter_key]
     done = [key for group in layout.endings.groups for key in group.keys()]
-    return [*layout.latent, *layout.context, *layout.decoded, *counter, *done]
+    carried = (*layout.state, *layout.decoded, *layout.predicted)
+    return [*carried, *counter, *done]
 
 
 class ProgramActor:

@@ -48,8 +48,11 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
     Keyword Args:
         observation_spec: specs of latents (else taken from the reference env's
             entry of that name, else inferred by tracing the encoder), of decoder
-            outputs (which are then decoded at every step) and of constant
-            context that the model reads. With the env's batch shape, or none.
+            outputs (which are then decoded at every step), of constant
+            context that the model reads, and of other entries that the model's
+            step writes below "next" and that are to be carried, such as an
+            ensemble's disagreement (zero after a reset). With the env's batch
+            shape, or none.
         batch_size: the number of envs imagined at once; ``base_env``'s by
             default. An int is one batch dim. With ``[]`` the env takes
             tensordicts of any batch size; else it is batch-locked.
@@ -188,12 +191,12 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         state = {**layout.state, **counter}
         self._nested_keys = {
             unravel_key(as_tuple(key)[:depth])
-            for key in {**state, **layout.decoded}
+            for key in {**state, **layout.decoded, **layout.predicted}
             for depth in range(1, len(as_tuple(key)))
         }
         self.state_spec = composite(state, layout, size, device)
         self.observation_spec = composite(
-            {**state, **layout.decoded}, layout, size, device
+            {**state, **layout.decoded, **layout.predicted}, layout, size, device
         )
 
     def _make_kernel(self, layout: Layout) -> StepKernel:
@@ -266,6 +269,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             "latents": self.latent_keys,
             "context": list(self._layout.context),
             "decoded": list(self._layout.decoded),
+            "predicted": list(self._layout.predicted),
             "max_steps": self.max_steps,
             "start_states": None if source is None else type(source).__name__,
         }
@@ -336,6 +340,8 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
                 (*out.batch_size, 1), dtype=torch.int64, device=self.device
             )
             out.set(_COUNTER_KEY, counter)
+        for key, spec in layout.predicted.items():
+            out.set(key, spec.zero(out.batch_size))  # nothing was predicted yet
         for key, flag in layout.endings.none(out.batch_size, self.device).items():
             out.set(key, flag)
         return self.step_kernel.with_nested_dims(out)
@@ -450,6 +456,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             *self.reset_keys,
             *layout.action_keys,
             *layout.reward_keys,
+            *layout.predicted,
             *layout.dropped,
         }
 
@@ -485,7 +492,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         rows = self._rows_to_reset(tensordict)
         merged = _update_during_reset(tensordict_reset, merged, self.reset_keys)
         if rows is not None:
-            for key in self.state_spec.keys(True, True):
+            for key in (*self.state_spec.keys(True, True), *self._layout.predicted):
                 new, old = tensordict_reset.get(key), merged.get(key)
                 merged.set(key, torch.where(_expand_right(rows, new), new, old))
         return merged
@@ -569,6 +576,8 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             values[_COUNTER_KEY] = torch.zeros(
                 (*size, 1), dtype=torch.int64, device=device
             )
+        for key, spec in layout.predicted.items():
+            values[key] = spec.zero(size)
         values.update(layout.endings.none(size, device))
         return values
 

@@ -2,9 +2,68 @@
 
 from __future__ import annotations
 
+from torchrl_wm.modules.ensemble import EnsembleLinear, EnsembleMLP, GaussianEnsemble
+from torchrl_wm.modules.ensemble_dynamics import (
+    EnsembleDynamics,
+    SampleMember,
+    with_propagation,
+)
+from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.gaussian import BoundedLogVar
+from torchrl_wm.modules.heads import (
+    ContinueHead,
+    FunctionHead,
+    GaussianHead,
+    TerminationHead,
+)
 from torchrl_wm.modules.initial_state import InitialState
+from torchrl_wm.modules.latent import NormedLinear, NormedMLP, SimNorm
+from torchrl_wm.modules.normalizer import (
+    DenormalizedNetwork,
+    fit_normalizers,
+    NormalizedNetwork,
+    Normalizer,
+)
 from torchrl_wm.modules.observer import Observer
+from torchrl_wm.modules.pixels import PixelDecoder, PixelEncoder
+from torchrl_wm.modules.q_ensemble import QEnsemble
+from torchrl_wm.modules.rssm import ContinuationModel, RSSMDynamics, RSSMPosteriorHead
+from torchrl_wm.modules.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.world_model import WorldModel
 
-__all__ = ["InitialState", "MissingEntryError", "Observer", "WorldModel"]
+__all__ = [
+    "BoundedLogVar",
+    "ContinuationModel",
+    "ContinueHead",
+    "DenormalizedNetwork",
+    "EnsembleDynamics",
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "Entry",
+    "FunctionHead",
+    "GaussianEnsemble",
+    "GaussianHead",
+    "InitialState",
+    "JoinEntries",
+    "MissingEntryError",
+    "NormalizedNetwork",
+    "Normalizer",
+    "NormedLinear",
+    "NormedMLP",
+    "Observer",
+    "PixelDecoder",
+    "PixelEncoder",
+    "QEnsemble",
+    "RSSMDynamics",
+    "RSSMPosteriorHead",
+    "SampleMember",
+    "SimNorm",
+    "SplitEntries",
+    "SymlogTwoHot",
+    "TerminationHead",
+    "TwoHotHead",
+    "WorldModel",
+    "fit_normalizers",
+    "with_propagation",
+]

@@ -13,22 +13,25 @@ encoder writes. An episode begins at the initial state, corrected by its first o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import (
-    is_next,
-    join,
-    leaf_keys,
-    missing_from,
-    strip_next,
-    unique,
+from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.program import to_tensordict, Values
+from torchrl_wm.modules.recurrence import (
+    contiguous,
+    Inputs,
+    RolloutCompiler,
+    unroll_time,
+    where,
 )
-
 from torchrl_wm.modules.running import run_components
+from torchrl_wm.modules.transition import Place, Transition
+from torchrl_wm.modules.wiring import written_keys
 
 if TYPE_CHECKING:
     from torchrl_wm.modules.world_model import WorldModel
@@ -71,35 +74,14 @@ def _corrected(world_model: WorldModel, predicted: TensorDictBase) -> TensorDict
     return corrected.select(*world_model.latent_keys)
 
 
-def transition(
-    world_model: WorldModel, step: TensorDictBase, encoded: TensorDictBase
-) -> tuple[TensorDictBase, TensorDictBase]:
-    """One step of the filter.
-
-    Args:
-        step: latents, action and context, ``[*B]``; not modified.
-        encoded: what the encoder makes of the next observation, ``[*B]``.
-
-    Returns:
-        What dynamics and posterior write under "next", and the corrected latents.
-    """
-    work = run_components({"dynamics": world_model.dynamics}, step.copy())
-    predicted = work.get("next")
-    if world_model.posterior is None:
-        written = [
-            key for key in world_model.latent_keys if encoded.get(key, None) is not None
-        ]
-        state = predicted.select(*world_model.latent_keys).copy()
-        return predicted, state.update(encoded.select(*written))
-    posterior = {"posterior": world_model.posterior}
-    written = map(strip_next, world_model.posterior.out_keys)
-    keep = unique([*predicted.keys(True, True), *written])
-    predicted.update(encoded)
-    if any(is_next(key) for key in unique(world_model.posterior.in_keys)):
-        predicted = run_components(posterior, work).get("next")
-    else:
-        predicted = run_components(posterior, predicted)
-    return predicted.select(*keep), predicted.select(*world_model.latent_keys)
+def transition_of(world_model: WorldModel) -> Transition:
+    """The model's step on tensors, made anew where a component or network was replaced."""
+    if torch.compiler.is_compiling():
+        return Transition(world_model)  # the graph is guarded as the components are
+    cached = world_model.__dict__.get("_transition_cache")
+    if cached is None or not cached.is_for(world_model):
+        cached = world_model.__dict__["_transition_cache"] = Transition(world_model)
+    return cached
 
 
 def check_observable(world_model: WorldModel) -> None:
@@ -136,7 +118,8 @@ def observe_step(world_model: WorldModel, tensordict: TensorDictBase) -> TensorD
     if not world_model.is_recurrent:
         return tensordict.update(fresh.select(*latents))
     restart = episode_begins(tensordict)
-    missing = missing_from(tensordict, _context(world_model))
+    step = transition_of(world_model)
+    missing = missing_from(tensordict, step.context)
     if missing_from(tensordict, latents) or missing:
         if not missing_from(tensordict, latents) and (
             restart is None or not restart.all()
@@ -149,12 +132,18 @@ def observe_step(world_model: WorldModel, tensordict: TensorDictBase) -> TensorD
             )
         return tensordict.update(fresh.select(*latents))
     encoded = world_model.encoder(tensordict.select(*inputs))
-    encoded = encoded.select(*unique(world_model.encoder.out_keys))
-    before = tensordict.select(*latents, *_context(world_model))
-    _, state = transition(world_model, before, encoded)
+    at = Place(tensordict.batch_size, tensordict.device)
+    before, context = values_of(tensordict, latents), values_of(
+        tensordict, step.context
+    )
+    values = step.predict(before, context, at)
+    below = _below_next(values_of(encoded, written_keys(world_model.encoder)))
+    _, state = step.correct(values, below, at)
     if restart is not None:
-        state = _where(restart, fresh, state)
-    return tensordict.update(state)
+        state = where(restart, values_of(fresh, latents), state)
+    for key, value in state.items():
+        tensordict.set(key, value)
+    return tensordict
 
 
 def observe_sequence(
@@ -173,7 +162,8 @@ def observe_sequence(
     """
     latents = world_model.latent_keys
     inputs = unique(world_model.encoder.in_keys)
-    _require(tensordict, [*(join("next", k) for k in inputs), *_context(world_model)])
+    step = transition_of(world_model)
+    _require(tensordict, [*(join("next", k) for k in inputs), *step.context])
     if not tensordict.batch_dims or not tensordict.batch_size.numel():
         raise ValueError(
             f"observe filters sequences, [*B, T], and the tensordict has the batch size "
@@ -184,27 +174,54 @@ def observe_sequence(
     begun = None
     if restart is not None:
         begun = _begun(world_model, tensordict.select(*inputs, strict=False))
-        begun = begun.select(*latents).unbind(-1)
+        begun = values_of(begun, latents)
     encoded = run_components(
         {"encoder": world_model.encoder}, tensordict.get("next").select(*inputs)
     )
-    encodings = encoded.select(*unique(world_model.encoder.out_keys)).unbind(-1)
-    steps = tensordict.select(*_context(world_model)).unbind(-1)
-    filtered = []
-    for t, (step, encoding) in enumerate(zip(steps, encodings)):
-        if restart is not None and t:
-            state = _where(restart[..., t], begun[t], state)
-        step = step.copy().update(state)
-        predicted, state = transition(world_model, step, encoding)
-        filtered.append(step.select(*latents).set("next", predicted))
-    out = tensordict.copy()
-    return out.update(torch.stack(filtered, tensordict.batch_dims - 1))
+    written = written_keys(world_model.encoder)
+    given = Inputs(
+        values_of(tensordict, step.context),
+        _below_next(values_of(encoded, written)),
+        restart,
+        begun,
+    )
+    at = Place(tensordict.batch_size[:-1], tensordict.device)
+    filtered = unroll_time(step, state, given, at, compiler_of(world_model))
+    return tensordict.copy().update(
+        to_tensordict(filtered, tensordict.batch_size, tensordict.device)
+    )
 
 
-def first_latents(
-    world_model: WorldModel, tensordict: TensorDictBase
+def predict_sequence(
+    world_model: WorldModel, tensordict: TensorDictBase, keep: Iterable[NestedKey]
 ) -> TensorDictBase:
-    """The latents that a sequence starts from, ``[*B]``.
+    """Predict whole sequences, open loop, from the latents of their first step.
+
+    Args:
+        tensordict: the first observations or latents, and what the dynamics
+            read beside latents, ``[*B, T]``; not modified.
+        keep: entries of it that the result has, too.
+
+    Returns:
+        A tensordict, ``[*B, T]``, with the predicted latents at the root, and what
+        the dynamics write.
+    """
+    step = transition_of(world_model)
+    state = first_latents(world_model, tensordict)
+    given = Inputs(values_of(tensordict, step.context))
+    at = Place(tensordict.batch_size[:-1], tensordict.device)
+    steps = unroll_time(step, state, given, at, compiler_of(world_model))
+    kept = tensordict.select(*keep).apply(contiguous)  # heads see it beside the steps
+    return kept.update(to_tensordict(steps, tensordict.batch_size, tensordict.device))
+
+
+def compiler_of(world_model: WorldModel) -> RolloutCompiler | None:
+    """What compiles the model's steps through time, if it was asked to."""
+    return world_model.__dict__.get("_rollout_compiler")
+
+
+def first_latents(world_model: WorldModel, tensordict: TensorDictBase) -> Values:
+    """The latents that a sequence starts from, ``[*B, ...]`` by key.
 
     What the encoder writes is encoded; the other latents are those given at the
     first step, or, where an episode begins there or none are given, what the
@@ -217,21 +234,21 @@ def first_latents(
     state = known
     if missing_from(known, latents) or not missing_from(known, inputs):
         state = _begun(world_model, known)
-    state = state.select(*latents)
+    state = values_of(state, latents)
     restart = episode_begins(tensordict)
     if restart is None or missing_from(first, latents) == latents:
         return state
     fresh = _begun(world_model, first.select(*inputs, strict=False))
-    return _where(restart[..., 0], fresh, state)
+    return where(restart[..., 0], values_of(fresh, latents), state)
 
 
 def episode_begins(
     tensordict: TensorDictBase, done: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Where episodes begin, in the shape of the batch; None where nothing says so.
+    """Place episodes begin, in the shape of the batch; None where nothing says so.
 
     ``is_init`` says so; without it, in a sequence, a ``done`` one step before.
-    Where only agents have such entries, an episode begins when it does for all.
+    Place only agents have such entries, an episode begins when it does for all.
 
     Args:
         tensordict: ``[*B]``, or ``[*B, T]`` with "next".
@@ -247,9 +264,10 @@ def episode_begins(
     if ended is None:
         return None
     ended = ended.reshape(*tensordict.batch_size, -1).bool().any(-1)
-    begins = torch.zeros_like(ended)
-    begins[..., 1:] = ended[..., :-1]
-    return begins
+    # Rolled, not written to a slice: torch 2.13's inductor makes C++ of that which does
+    # not compile.
+    later = torch.arange(ended.shape[-1], device=ended.device) > 0
+    return ended.roll(1, -1) & later
 
 
 def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:
@@ -290,23 +308,17 @@ def _begun(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBas
     return begun
 
 
-def _context(world_model: WorldModel) -> list[NestedKey]:
-    """What dynamics read beside latents: the action, and constant context."""
-    latents = world_model.latent_keys
-    keys = unique(world_model.dynamics.in_keys)
-    return [key for key in keys if not is_next(key) and key not in latents]
+def values_of(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Values:
+    """Entries of a tensordict, by flat key.
+
+    Raises:
+        KeyError: if one is not there.
+    """
+    return {key: tensordict[key] for key in keys}
 
 
-def _where(
-    mask: torch.Tensor, new: TensorDictBase, old: TensorDictBase
-) -> TensorDictBase:
-    """``new`` in the rows of ``mask``, ``[*B]``, else ``old``; the entries of ``old``."""
-    out = old.copy()
-    for key in unique(old.keys(True, True)):
-        value = old.get(key)
-        rows = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
-        out.set(key, torch.where(rows, new.get(key), value))
-    return out
+def _below_next(values: Values) -> Values:
+    return {join("next", key): value for key, value in values.items()}
 
 
 def _require(

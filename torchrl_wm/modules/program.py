@@ -289,7 +289,8 @@ def _through_tensordict(module: nn.Module) -> Step:
     ) -> None:
         shown = {k: values[k] for k in in_keys if k in values} if narrow else values
         out = module(to_tensordict(shown, batch_size, device))
-        for key in out_keys:
+        # What such a module writes beyond its out_keys is kept, as in a tensordict.
+        for key in out_keys if narrow else unique(out.keys(True, True)):
             values[key] = out.get(key)
 
     return step

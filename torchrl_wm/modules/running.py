@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
@@ -37,7 +38,10 @@ def run_components(
     return tensordict
 
 
-def describe(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> str:
+def describe(
+    tensordict: TensorDictBase | Mapping[NestedKey, torch.Tensor],
+    keys: Iterable[NestedKey],
+) -> str:
     """``{key: shape dtype}`` for error messages."""
     parts = []
     for key in unique(keys):

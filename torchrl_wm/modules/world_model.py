@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase, TensorDictSequential
 from torch import nn
@@ -12,6 +14,7 @@ from torchrl_wm.modules.filtering import begin, observe_sequence, observe_step
 from torchrl_wm.modules.initial_state import InitialState, InitialStateLike
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.observer import Observer
+from torchrl_wm.modules.recurrence import RolloutCompiler, Scope
 from torchrl_wm.modules.wiring import (
     check_component,
     check_posterior,
@@ -232,7 +235,9 @@ class WorldModel(TensorDictModuleBase):
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        state.pop("_sequence_cache", None)
+        # They hold on to networks and to what was compiled: a copy makes its own.
+        for cache in ("_sequence_cache", "_transition_cache", "_rollout_compiler"):
+            state.pop(cache, None)
         return state
 
     def __setstate__(self, state: dict) -> None:
@@ -324,6 +329,70 @@ class WorldModel(TensorDictModuleBase):
         if named or tensordict.get("next", None) is not None:
             return observe_sequence(self, tensordict)
         return observe_step(self, tensordict)
+
+    def compile_rollout(self, scope: Scope = "step", **kwargs: Any) -> WorldModel:
+        """Compile the steps through time of :meth:`observe` and of multi-step losses.
+
+        What is compiled is one step, however long the sequences are: the time that
+        this takes does not grow with ``T``, and sequences of another length use the
+        same graph. A graph is made for each batch shape, set of entries and
+        gradient mode, at its first call, and kept until a component is replaced;
+        copies of the model start eager. The first step of a sequence is eager.
+        A :class:`~torchrl_wm.WorldModelLoss` of the model uses it, too.
+
+        With ``"scan"``, the steps are one higher-order scan
+        (:func:`torch._higher_order_ops.scan`, through TorchRL). It is slower to
+        compile than a step and its graph is that of one ``T``, yet its size does
+        not grow with ``T``. Choose it for a loss that is compiled as a whole, where
+        a loop over steps would be unrolled into the graph.
+
+        Random numbers are those of the compiler: samples have the distribution
+        of eager ones, not their values.
+
+        Args:
+            scope: ``"step"`` or ``"scan"``, as in TorchRL's
+                :class:`~torchrl.modules.RSSMRolloutV3`.
+            kwargs: for :func:`torch.compile`; ``fullgraph`` is True and
+                ``dynamic`` False unless given.
+
+        Returns:
+            The model itself. Where there is no compiler, a warning says so at the
+            first call, and the steps stay eager. :meth:`eager_rollout` undoes it.
+
+        Raises:
+            ValueError: for another scope.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl.modules import MLP
+            >>> from torchrl_wm import WorldModel
+            >>> world_model = WorldModel(
+            ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+            ...     Mod(MLP(5, 4, num_cells=[8]), ["latent", "action"], [("next", "latent")]),
+            ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+            ... )
+            >>> data = TensorDict(
+            ...     {
+            ...         "observation": torch.randn(2, 5, 3),
+            ...         "action": torch.randn(2, 5, 1),
+            ...         "next": {"observation": torch.randn(2, 5, 3)},
+            ...     },
+            ...     batch_size=[2, 5],
+            ... )
+            >>> world_model = world_model.compile_rollout(backend="eager")  # default: inductor
+            >>> world_model.observe(data)["latent"].shape
+            torch.Size([2, 5, 4])
+        """
+        devices = {value.device for value in (*self.parameters(), *self.buffers())}
+        self.__dict__["_rollout_compiler"] = RolloutCompiler(scope, kwargs, devices)
+        return self
+
+    def eager_rollout(self) -> WorldModel:
+        """Undo :meth:`compile_rollout`."""
+        self.__dict__["_rollout_compiler"] = None
+        return self
 
     def observer(self) -> Observer:
         """:meth:`observe`, one step at a time, as a module to put before a policy."""

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from torchrl_wm.objectives.consistency import ConsistencyTerm
+
+from torchrl_wm.objectives.gaussian import (
+    bootstrap_counts,
+    gaussian_nll,
+    GaussianNLLTerm,
+)
+from torchrl_wm.objectives.kl import KLTerm
+from torchrl_wm.objectives.observation import ObservationTerm
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,
@@ -9,13 +18,23 @@ from torchrl_wm.objectives.terms import (
     ReconstructionTerm,
     RewardTerm,
 )
+from torchrl_wm.objectives.two_hot import TwoHotTerm
+from torchrl_wm.objectives.value import ValueTerm
 from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 
 __all__ = [
+    "ConsistencyTerm",
     "DoneTerm",
+    "GaussianNLLTerm",
+    "KLTerm",
     "LatentTerm",
     "LossTerm",
+    "ObservationTerm",
     "ReconstructionTerm",
     "RewardTerm",
+    "TwoHotTerm",
+    "ValueTerm",
     "WorldModelLoss",
+    "bootstrap_counts",
+    "gaussian_nll",
 ]

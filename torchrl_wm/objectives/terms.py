@@ -7,11 +7,14 @@ model's predictions and the labels into one number per sample.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
+from torchrl.modules import symlog
 from torchrl.objectives.utils import distance_loss
 
 from torchrl_wm.modules import WorldModel
@@ -30,7 +33,9 @@ from torchrl_wm.modules.wiring import written_keys
 if TYPE_CHECKING:
     from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 
-DISTANCES = ("l2", "l1", "smooth_l1")
+#: Gives the unit in which an entry is compared, by its key.
+Scale = Callable[[NestedKey], "torch.Tensor | float"]
+DISTANCES = ("l2", "l1", "smooth_l1", "symlog")
 
 
 class LossTerm(abc.ABC):
@@ -67,10 +72,20 @@ class LossTerm(abc.ABC):
 
     #: The heads whose outputs the term reads; they are run only if some term needs them.
     components: tuple[str, ...] = ()
+    #: Those of its own :meth:`modules` that have target parameters, too.
+    delayed: tuple[str, ...] = ()
 
     def __init__(self, name: str, weight: float = 1.0) -> None:
         self.name = name
         self.weight = weight
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules beside the world model's components that the term trains, by name.
+
+        The loss holds their parameters as ``<name>_params``, and, for names in
+        ``delayed``, as ``target_<name>_params``.
+        """
+        return {}
 
     def check(self, world_model: WorldModel) -> None:
         """Refuse, at the loss's construction, a model that lacks a component.
@@ -122,12 +137,13 @@ class RewardTerm(LossTerm):
     """Distance of the predicted reward from the real one.
 
     Args:
-        distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        distance: ``"l2"``, ``"l1"``, ``"smooth_l1"`` or ``"symlog"``.
         weight: what the term is multiplied with.
         key: the reward, below "next"; by default the loss's ``reward`` key. With
             several rewards give one term for each:
             ``losses=[RewardTerm(key=("red", "reward"), name="red"), ...]``.
         name: the loss appears as ``loss_<name>``.
+        scale: see :class:`ReconstructionTerm`.
     """
 
     components = ("reward_head",)
@@ -138,10 +154,12 @@ class RewardTerm(LossTerm):
         weight: float = 1.0,
         key: NestedKey | None = None,
         name: str = "reward",
+        scale: Scale | None = None,
     ) -> None:
         super().__init__(name, weight)
         self.distance = check_distance("reward_loss", distance, DISTANCES)
         self.key = key
+        self.scale = scale
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
         return [join("next", self.key or keys.reward)]
@@ -149,12 +167,13 @@ class RewardTerm(LossTerm):
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
         key = join("next", self.key or keys.reward)
-        reward = _prediction(predicted, key, "reward_head", loss)
+        reward = prediction(predicted, key, "reward_head", loss)
         label = None
         if self.key is None:
             label = batch.get(join("next", keys.true_reward), None)
         if label is None:
             label = read_label(batch, key, self.name)
+        reward, label = _in_units(self.scale, key, reward, label)
         return distance(reward, label, self.distance, key, batch)
 
 
@@ -163,19 +182,32 @@ class DoneTerm(LossTerm):
 
     The label is ``terminated``; without one, ``done & ~truncated``; without
     that, ``done``. A time limit is not a termination.
+
+    Args:
+        distance: ``"bce"`` on the logits, or a distance of their sigmoid.
+        weight: what the term is multiplied with.
+        real_next: let the head judge the latents that the encoder makes of the
+            *real* next observation, in place of the predicted ones. The head then
+            learns from the first batch on, and the dynamics learn nothing from
+            it; for models whose latents are observations.
     """
 
     components = ("done_head",)
 
-    def __init__(self, distance: str = "bce", weight: float = 1.0) -> None:
+    def __init__(
+        self, distance: str = "bce", weight: float = 1.0, real_next: bool = False
+    ) -> None:
         super().__init__("done", weight)
         self.distance = check_distance("done_loss", distance, ("bce", *DISTANCES))
+        self.real_next = real_next
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
         return [join("next", keys.terminated), join("next", keys.done)]
 
     def __call__(self, predicted, batch, loss):
         key, goes_on = self.prediction_key(loss)
+        if self.real_next:
+            predicted = loss.judge_real_next("done_head", predicted, batch)
         logits = predicted.get(key)
         if not logits.is_floating_point():
             raise TypeError(
@@ -190,7 +222,7 @@ class DoneTerm(LossTerm):
             return distance(logits.sigmoid(), label, self.distance, key, batch)
         _same_shape(logits, label, key)
         loss_value = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
-        return _per_sample(loss_value, batch)
+        return per_sample(loss_value, batch)
 
     @staticmethod
     def prediction_key(loss: WorldModelLoss) -> tuple[NestedKey, bool]:
@@ -238,12 +270,15 @@ class ReconstructionTerm(LossTerm):
     """Distance of the decoded observations from the real ones.
 
     Args:
-        distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        distance: ``"l2"``, ``"l1"``, ``"smooth_l1"`` or ``"symlog"``.
         weight: what the term is multiplied with.
         target: ``"observation"`` decodes the encoded latents and compares with
             the observation they came from; ``"next"`` decodes the *predicted*
             latents and compares with the next observation, and so trains the
             dynamics, too.
+        scale: gives, for a key without its "next", what prediction and label are
+            divided by first, such as a fitted standard deviation: then features
+            of all sizes count alike.
     """
 
     components = ("decoder",)
@@ -253,8 +288,10 @@ class ReconstructionTerm(LossTerm):
         distance: str = "l2",
         weight: float = 1.0,
         target: str = "observation",
+        scale: Scale | None = None,
     ) -> None:
         super().__init__("reconstruction", weight)
+        self.scale = scale
         self.distance = check_distance("reconstruction_loss", distance, DISTANCES)
         if target not in ("observation", "next"):
             raise ValueError(
@@ -298,8 +335,13 @@ class ReconstructionTerm(LossTerm):
                         decoded_next = loss.decode_next(predicted)
                     decoded = decoded_next.get(key)
             label = read_label(batch, label_key, self.name)
-            total = total + distance(decoded, label, self.distance, label_key, batch)
+            total = total + self.compare(decoded, label, label_key, batch)
         return total
+
+    def compare(self, predicted, target, key, batch) -> torch.Tensor:
+        """How far a decoded observation is from the real one, ``[*B]``."""
+        predicted, target = _in_units(self.scale, key, predicted, target)
+        return distance(predicted, target, self.distance, key, batch)
 
 
 class LatentTerm(LossTerm):
@@ -332,7 +374,7 @@ class LatentTerm(LossTerm):
                     f"{keys.predicted_latent!r}. Say which latent it is the target of: "
                     f"loss.set_keys(predicted_latent=('next', ...))."
                 )
-            return distance(value, target.detach(), self.distance, name, batch)
+            return self.compare(value, target.detach(), name, batch)
         latents = loss.world_model.latent_keys
         targets = loss.encode_next(batch)
         compared = [key for key in latents if targets.get(key, None) is not None]
@@ -345,14 +387,14 @@ class LatentTerm(LossTerm):
         total = 0.0
         for key in compared:
             name = join("next", key)
-            total = total + distance(
-                predicted.get(name),
-                targets.get(key).detach(),
-                self.distance,
-                name,
-                batch,
+            total = total + self.compare(
+                predicted.get(name), targets.get(key).detach(), name, batch
             )
         return total
+
+    def compare(self, predicted, target, key, batch) -> torch.Tensor:
+        """How far a predicted latent is from its target, ``[*B]``."""
+        return distance(predicted, target, self.distance, key, batch)
 
 
 # What the terms share ------------------------------------------------------
@@ -374,12 +416,29 @@ def distance(
     key: NestedKey,
     batch: TensorDictBase,
 ) -> torch.Tensor:
-    """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast."""
+    """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast.
+
+    ``"symlog"`` is the squared distance of the symmetric logarithms (arXiv 2301.04104, eq. 10).
+    """
     _same_shape(value, label, key)
     # Not in the lower precision of the two, where both could round to the same.
     dtype = torch.promote_types(value.dtype, label.dtype)
-    loss = distance_loss(value.to(dtype), label.to(dtype), name)
-    return _per_sample(loss, batch)
+    value, label = value.to(dtype), label.to(dtype)
+    if name == "symlog":  # squares of large numbers would drown the small ones
+        value, label, name = symlog(value), symlog(label), "l2"
+    loss = distance_loss(value, label, name)
+    return per_sample(loss, batch)
+
+
+def _in_units(
+    scale: Scale | None, key: NestedKey, value: torch.Tensor, label: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prediction and label divided by the scale of their entry."""
+    if scale is None:
+        return value, label
+    _same_shape(value, label, key)
+    unit = scale(strip_next(key))
+    return value / unit, label / unit
 
 
 def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor:
@@ -401,9 +460,10 @@ def missing_label(
     )
 
 
-def _prediction(
+def prediction(
     predicted: TensorDictBase, key: NestedKey, component: str, loss: WorldModelLoss
 ) -> torch.Tensor:
+    """What ``component`` predicted under ``key``, or an error that says what it writes."""
     value = predicted.get(key, None)
     if value is None:
         written = written_keys(getattr(loss.world_model, component))
@@ -423,7 +483,7 @@ def _same_shape(value: torch.Tensor, label: torch.Tensor, key: NestedKey) -> Non
         )
 
 
-def _per_sample(loss: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
+def per_sample(loss: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
     """``[*B, *feature]`` as ``[*B]``, by the mean over the feature dims."""
     dims = batch.batch_dims
     return loss if loss.ndim == dims else loss.flatten(dims).mean(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -15,7 +17,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import episode_begins, first_latents, IS_INIT
+from torchrl_wm.modules.filtering import episode_begins, IS_INIT, predict_sequence
 from torchrl_wm.modules.keys import (
     as_tuple,
     is_next,
@@ -78,7 +80,7 @@ class WorldModelLoss(LossModule):
         losses: names of terms, or :class:`~torchrl_wm.objectives.LossTerm`
             objects. ``["reward"]`` by default.
         reward_loss, reconstruction_loss, latent_loss: the distance, ``"l2"``,
-            ``"l1"`` or ``"smooth_l1"``.
+            ``"l1"``, ``"smooth_l1"``, or ``"symlog"``: l2 of the symmetric logarithms.
         done_loss: ``"bce"`` on the logits, or a distance of their sigmoid from
             the label.
         reward_weight, done_weight, reconstruction_weight, latent_weight: what
@@ -268,17 +270,47 @@ class WorldModelLoss(LossModule):
         parts = dict(self.world_model.components)
         if self.world_model.initial_state is not None:
             parts["initial_state"] = self.world_model.initial_state
+        for term in self.terms:
+            for name, module in term.modules().items():
+                if parts.setdefault(name, module) is not module:
+                    raise ValueError(
+                        f"The loss {term.name!r} calls a module of its own {name!r}, and there "
+                        f"is another one of that name. Give it another name in modules()."
+                    )
         return parts
 
     def _follow_components(self) -> None:
         """Hold the parameters of the model's present components."""
+        delayed = {name for term in self.terms for name in term.delayed}
+        if self.delay_encoder:
+            delayed.add("encoder")
         for name, module in self._parts().items():
-            if self.__dict__.get(name) is not module:
+            if self.__dict__.get(name) is module:
+                continue
+            with warnings.catch_warnings():
+                # Modules of terms cannot be annotated here.
+                warnings.filterwarnings("ignore", ".*part of the annotations")
                 self.convert_to_functional(
-                    module,
-                    name,
-                    create_target_params=self.delay_encoder and name == "encoder",
+                    module, name, create_target_params=name in delayed
                 )
+
+    @contextmanager
+    def target_parameters(self, name: str) -> Iterator[None]:
+        """Let the module ``name`` use its target parameters for a while.
+
+        Args:
+            name: the encoder (with ``delay_encoder``), or a module of a term that
+                is among the ``delayed``.
+        """
+        module, parameters = getattr(self, name), getattr(self, name + "_params")
+        target = getattr(self, f"target_{name}_params")
+        try:
+            with target.to_module(module, preserve_module_state=False):
+                yield
+        except Exception:
+            # tensordict leaves the target's parameters in a module that raised.
+            parameters.to_module(module, preserve_module_state=False)
+            raise
 
     def _with_parameters(self, function: Callable[[], Result]) -> Result:
         """Call ``function`` while the model's components use the parameters held here."""
@@ -324,12 +356,8 @@ class WorldModelLoss(LossModule):
         with torch.no_grad():
             if not self.delay_encoder:
                 return encode()
-            try:
-                return _call_with(self.target_encoder_params, self.encoder, encode)
-            except Exception:
-                # tensordict leaves the target's parameters in a module that raised.
-                self.encoder_params.to_module(self.encoder, preserve_module_state=False)
-                raise
+            with self.target_parameters("encoder"):
+                return encode()
 
     def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
         """The observations that the predicted next latents stand for, at the root."""
@@ -337,6 +365,23 @@ class WorldModelLoss(LossModule):
         for key in self.world_model.latent_keys:
             inputs.set(key, predicted.get(join("next", key)))
         return self.world_model.decode(inputs)
+
+    def judge_real_next(
+        self, name: str, predicted: TensorDictBase, batch: TensorDictBase
+    ) -> TensorDictBase:
+        """What a head makes of the real next latents, in place of the predicted ones.
+
+        Args:
+            name: the component.
+            predicted: what the model made of the batch.
+            batch: the real transitions.
+
+        Returns:
+            The real transitions with what the head writes.
+        """
+        inputs = predicted.exclude("next").copy()
+        inputs.set("next", self.encode_next(batch).detach())
+        return run_components({name: self.world_model.components[name]}, inputs)
 
     # Keys ----------------------------------------------------------------
 
@@ -438,7 +483,7 @@ class WorldModelLoss(LossModule):
         if self.multi_step or self.world_model.is_recurrent:
             self._check_sequence(batch)
         if self.multi_step:
-            predicted = self._open_loop(batch, inputs)
+            predicted = self._heads(predict_sequence(self.world_model, batch, inputs))
         elif self.world_model.is_recurrent:
             predicted = self._filtered(batch, inputs)
         else:
@@ -493,21 +538,6 @@ class WorldModelLoss(LossModule):
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
         return self._heads(filtered.exclude(*(k for k in observed if k not in hidden)))
-
-    def _open_loop(
-        self, batch: TensorDictBase, inputs: list[NestedKey]
-    ) -> TensorDictBase:
-        """Predictions over the whole sequence from its first latents on."""
-        model = self.world_model
-        latents = model.latent_keys
-        state = first_latents(model, batch)
-        dynamics = {"dynamics": model.dynamics}
-        steps = []
-        for step in batch.select(*inputs).unbind(-1):
-            step = run_components(dynamics, step.copy().update(state))
-            state = step.get("next").select(*latents)
-            steps.append(step)
-        return self._heads(torch.stack(steps, batch.batch_dims - 1))
 
     def _until_end(
         self, tensordict: TensorDictBase

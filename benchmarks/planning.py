@@ -1,0 +1,145 @@
+"""What a plan costs: ratios to a hand-written tensor loop, everything measured in this process.
+
+    python benchmarks/planning.py --out docs/benchmarks/planning_cost.md
+
+The hand loop is the cross-entropy method over the same networks on bare tensors. "TorchRL" is
+TorchRL's CEMPlanner over TorchRL's ModelBasedEnvBase, wired as in the planner's own example;
+TorchRL's WorldModelEnv, with its fixed batch size, cannot be planned in.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import ACTION, LATENT, Loop, machine, make_parts, measure, Reference
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import ModelBasedEnvBase
+from torchrl.modules import CEMPlanner as TorchRLPlanner, SafeModule, WorldModelWrapper
+
+from torchrl_wm import WorldModel, WorldModelEnv
+from torchrl_wm.planners import CEMPlanner
+
+HORIZON, STEPS, CANDIDATES, ELITES = 15, 5, 500, 50
+
+
+class TorchRLEnv(ModelBasedEnvBase):
+    """TorchRL's env as its planners' examples wire it: root keys, no done head."""
+
+    def __init__(self, parts: dict) -> None:
+        dynamics, reward = parts["dynamics"].module, parts["reward_head"].module
+        super().__init__(
+            WorldModelWrapper(
+                SafeModule(dynamics, in_keys=["latent", "action"], out_keys=["latent"]),
+                SafeModule(reward, in_keys=["latent"], out_keys=["reward"]),
+            )
+        )
+        self.state_spec = Composite(latent=Unbounded((LATENT,)))
+        self.observation_spec = Composite(latent=Unbounded((LATENT,)))
+        self.action_spec = Bounded(-1.0, 1.0, (ACTION,))
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict, **kwargs):
+        raise NotImplementedError
+
+
+def hand_loop(parts: dict, start: torch.Tensor) -> Loop:
+    """The cross-entropy method on tensors, for the states ``[B, L]``."""
+    dynamics, reward = parts["dynamics"].module, parts["reward_head"].module
+    batch = start.shape[0]
+    rows = torch.arange(batch).unsqueeze(1)
+
+    def plan() -> torch.Tensor:
+        mean = torch.zeros(batch, 1, HORIZON, ACTION)
+        std = torch.ones_like(mean)
+        states = start.repeat_interleave(CANDIDATES, 0)
+        for _ in range(STEPS):
+            noise = torch.randn(batch, CANDIDATES, HORIZON, ACTION)
+            actions = (mean + std * noise).clamp(-1, 1)
+            latent, total = states, 0.0
+            for action in actions.flatten(0, 1).unbind(1):
+                latent = dynamics(latent, action)
+                total = total + reward(latent)
+            best = total.reshape(batch, CANDIDATES).topk(ELITES).indices
+            elites = actions[rows, best]
+            mean = elites.mean(1, keepdim=True)
+            std = elites.std(1, keepdim=True, unbiased=False)
+        return mean[:, 0, 0]
+
+    return plan
+
+
+def variants(batch: int, *, compiled: bool = False) -> dict[str, Loop]:
+    """Plans to compare, for ``batch`` states at once; the first is the reference."""
+    # SiLU, as PETS and Dreamer have it. Of tanh, inductor's code for CPUs is slower
+    # than eager torch, whatever is planned with it.
+    parts = make_parts(False, False, nn.SiLU)
+    parts.pop("policy")
+    reference = Reference([])
+    reference.action_spec = Bounded(-1.0, 1.0, (ACTION,))
+    start = TensorDict({"latent": torch.randn(batch, LATENT)}, [batch])
+    numbers = (HORIZON, STEPS, CANDIDATES, ELITES)
+    ours = CEMPlanner(WorldModelEnv(WorldModel(**parts), reference), *numbers)
+    loops = {"hand loop": hand_loop(parts, start["latent"])}
+    if compiled:
+        ours.compile()
+        return {**loops, "compiled": lambda: ours(start.clone())}
+    theirs = TorchRLPlanner(TorchRLEnv(parts), *numbers)
+    return {
+        **loops,
+        "CEMPlanner": lambda: ours(start.clone()),
+        "TorchRL": lambda: theirs(start.clone()),
+    }
+
+
+def rows(batches: list[int], seconds: float) -> list[str]:
+    """The table."""
+    lines = [
+        "| states at once | hand loop, ms | CEMPlanner | compiled CEMPlanner | TorchRL "
+        "| TorchRL / CEMPlanner |",
+        "|---|---|---|---|---|---|",
+    ]
+    for batch in batches:
+        eager = measure(variants(batch), seconds)
+        graph = measure(variants(batch, compiled=True), seconds)
+        floor = eager["hand loop"]
+        lines.append(
+            f"| {batch} | {floor * 1e3:.0f} | {eager['CEMPlanner'] / floor:.2f} "
+            f"| {graph['compiled'] / graph['hand loop']:.2f} | {eager['TorchRL'] / floor:.2f} "
+            f"| {eager['TorchRL'] / eager['CEMPlanner']:.2f} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    """Measure, print and, if asked, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    print(machine())
+    text = [
+        f"Machine: {machine()}.",
+        "",
+        f"A plan of the cross-entropy method: {CANDIDATES} candidates, horizon {HORIZON}, {STEPS} "
+        f"iterations, networks of two layers of 256 (SiLU), the minimum over interleaved rounds; ratios to "
+        f"the hand loop.",
+        "",
+        *rows(args.batches, args.seconds),
+        "",
+    ]
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

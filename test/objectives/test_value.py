@@ -1,0 +1,146 @@
+"""The value term: its parameters, its targets, and modules that terms bring along.
+
+Its formula is in ``test/models/test_tdmpc2.py``, where it is part of TD-MPC2's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from _models import ACTION, gru_model, LATENT, linear, make_model, transitions
+from tensordict.nn import TensorDictModule as Mod
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.objectives import SoftUpdate
+
+from torchrl_wm import WorldModelLoss
+from torchrl_wm.modules import Entry, QEnsemble
+from torchrl_wm.objectives import LossTerm, ValueTerm
+
+ENTRY = Entry.from_spec("action", Bounded(-1.0, 1.0, (ACTION,)))
+
+
+def parts():
+    q = QEnsemble({"latent": LATENT}, [ENTRY], num_cells=[8], dropout=0.0)
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    return make_model(), q, policy
+
+
+def test_the_loss_holds_online_and_target_parameters() -> None:
+    model, q, policy = parts()
+    loss = WorldModelLoss(model, losses=["reward", ValueTerm(q, policy)])
+    mine = {id(p) for p in loss.parameters()}
+    assert {id(p) for p in q.parameters()} <= mine
+    assert not {id(p) for p in policy.parameters()} & mine
+    update = SoftUpdate(loss, tau=0.25)
+    name = ("networks", "0", "weight")
+    online, target = loss.q_ensemble_params[name], loss.target_q_ensemble_params[name]
+    assert torch.equal(online.data, target.data)
+    online.data.add_(1.0)
+    update.step()
+    torch.testing.assert_close(
+        online.data - target.data, torch.full(online.shape, 0.75)
+    )
+    # And in its state, so that it goes on where it was left.
+    keys = loss.state_dict().keys()
+    assert any(key.startswith("target_q_ensemble_params") for key in keys)
+
+
+def test_gradients() -> None:
+    """Of the values through the latents, not of the targets, nor of the policy."""
+    model, q, policy = parts()
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    loss = WorldModelLoss(model, losses=[ValueTerm(q, policy)], multi_step=True)
+    SoftUpdate(loss, tau=0.1)
+    loss(transitions(3, 4))["loss_value"].backward()
+    for part in (model.encoder, model.dynamics, q):
+        assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_bootstraps_through_truncations_alone() -> None:
+    model, q, policy = parts()
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = transitions(2)
+    batch["next", "reward"] = torch.ones(2, 1)
+    for name in ("done", "terminated", "truncated"):
+        batch["next", name] = torch.zeros(2, 1, dtype=torch.bool)
+    term = ValueTerm(q, policy, subset=None)
+    loss = WorldModelLoss(model, losses=[term])
+    SoftUpdate(loss, tau=0.1)
+    alive = term._target(batch, loss)
+    batch["next", "done"][:] = batch["next", "truncated"][:] = True
+    assert torch.equal(term._target(batch, loss), alive)
+    batch["next", "terminated"][0] = True
+    target = term._target(batch, loss)
+    assert target[0] == 1.0 and target[1] == alive[1] and alive[1] != 1.0
+
+
+def test_parameters_are_restored_after_an_error() -> None:
+    model, q, policy = parts()
+    broken = Mod(lambda x: x[..., :1], ["latent"], ["action"])
+    loss = WorldModelLoss(model, losses=[ValueTerm(q, broken)])
+    SoftUpdate(loss, tau=0.1)
+    before = copy.deepcopy(dict(q.named_parameters()))
+    with pytest.raises(ValueError, match="'action'"):
+        loss(transitions(3))
+    after = dict(q.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_terms_of_your_own_bring_modules() -> None:
+    """What is trained beside the model's components is named by the term."""
+
+    class Probe(LossTerm):
+        def __init__(self, name="probe") -> None:
+            super().__init__(name)
+            self.net = nn.Linear(LATENT, 1)
+
+        def modules(self):
+            return {"my_probe": self.net}
+
+        def labels(self, world_model, keys):
+            return []
+
+        def __call__(self, predicted, batch, loss):
+            return self.net(predicted["next", "latent"]).pow(2).squeeze(-1)
+
+    probe = Probe()
+    loss = WorldModelLoss(make_model(), losses=[probe])
+    loss(transitions(3))["loss_probe"].backward()
+    assert loss.my_probe_params["weight"].grad.any()
+    with pytest.raises(
+        ValueError, match="'other' calls a module of its own 'my_probe'"
+    ):
+        WorldModelLoss(make_model(), losses=[probe, Probe("other")])
+
+
+class TestWrongUse:
+    def test_policy(self) -> None:
+        _, q, _ = parts()
+        with pytest.raises(
+            ValueError, match=r"for \['action'\], and it writes \['a'\]"
+        ):
+            ValueTerm(q, linear(["latent"], ["a"], [LATENT, ACTION]))
+
+    def test_model(self) -> None:
+        _, q, policy = parts()
+        q.latent_keys = ["belief"]
+        with pytest.raises(ValueError, match=r"\['belief'\].*encoder writes"):
+            WorldModelLoss(gru_model(), losses=[ValueTerm(q, policy)])
+
+    def test_reward(self) -> None:
+        model, q, policy = parts()
+        loss = WorldModelLoss(model, losses=[ValueTerm(q, policy)])
+        SoftUpdate(loss, tau=0.1)
+        batch = transitions(3)
+        batch["next", "reward"] = torch.zeros(3, 2)
+        with pytest.raises(ValueError, match=r"'reward' has \(3, 2\)"):
+            loss(batch)

@@ -1,0 +1,31 @@
+"""Ready-made world models, each with its loss, from an env's specs."""
+
+from __future__ import annotations
+
+from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
+from torchrl_wm.models.mlp import make_mlp_world_model, MLPConfig
+from torchrl_wm.models.persistence import load_world_model, save_world_model
+from torchrl_wm.models.rssm import make_rssm_world_model, RSSMConfig
+from torchrl_wm.models.specs import EnvSpecs, PixelEntry, read_specs
+from torchrl_wm.models.tdmpc2 import (
+    make_tdmpc2_q_ensemble,
+    make_tdmpc2_world_model,
+    TDMPC2Config,
+)
+
+__all__ = [
+    "EnsembleConfig",
+    "EnvSpecs",
+    "MLPConfig",
+    "PixelEntry",
+    "RSSMConfig",
+    "TDMPC2Config",
+    "load_world_model",
+    "make_ensemble_world_model",
+    "make_mlp_world_model",
+    "make_rssm_world_model",
+    "make_tdmpc2_q_ensemble",
+    "make_tdmpc2_world_model",
+    "read_specs",
+    "save_world_model",
+]

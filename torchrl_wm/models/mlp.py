@@ -1,0 +1,294 @@
+"""Deterministic latent models of multilayer perceptrons, from an env's specs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.modules import MLP
+
+from torchrl_wm.models.building import activation, build, register
+from torchrl_wm.models.networks import (
+    ObservationDecoder,
+    ObservationEncoder,
+    WithActions,
+)
+from torchrl_wm.models.specs import EnvSpecs
+from torchrl_wm.modules import (
+    DenormalizedNetwork,
+    JoinEntries,
+    Normalizer,
+    TerminationHead,
+    WorldModel,
+)
+from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.objectives import (
+    DoneTerm,
+    LatentTerm,
+    ReconstructionTerm,
+    RewardTerm,
+    WorldModelLoss,
+)
+
+_LATENT = "latent"
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The settings of :func:`make_mlp_world_model`.
+
+    Args:
+        observation_keys: the observations to model; all by default.
+        latent_size: ``L``.
+        hidden: the sizes of the hidden layers of every network.
+        activation: ``"silu"``, ``"relu"``, ``"elu"``, ``"gelu"``, ``"mish"`` or ``"tanh"``.
+        normalize: whether vector observations and rewards are normalised.
+        pixel_depth, pixel_multipliers: of the image encoders and decoders; see
+            :class:`~torchrl_wm.modules.PixelEncoder`.
+        termination: ``"learned"``, or ``"none"``: episodes end by time alone.
+        termination_threshold: the probability from which on an episode ends.
+        sample_termination: draw terminations instead.
+        multi_step: train open loop over sequences ``[*B, T]``, in place of single
+            transitions.
+        decay: the weight of a step relative to the one before it, with ``multi_step``.
+        reward_weight, reconstruction_weight, latent_weight, done_weight: of the
+            losses.
+    """
+
+    observation_keys: tuple[NestedKey, ...] | None = None
+    latent_size: int = 64
+    hidden: tuple[int, ...] = (256, 256)
+    activation: str = "silu"
+    normalize: bool = True
+    pixel_depth: int = 16
+    pixel_multipliers: tuple[int, ...] | None = None
+    termination: Literal["learned", "none"] = "learned"
+    termination_threshold: float = 0.5
+    sample_termination: bool = False
+    multi_step: bool = False
+    decay: float = 1.0
+    reward_weight: float = 1.0
+    reconstruction_weight: float = 1.0
+    latent_weight: float = 1.0
+    done_weight: float = 1.0
+
+
+def make_mlp_world_model(
+    env: EnvBase, config: MLPConfig | None = None, **overrides: Any
+) -> tuple[WorldModel, WorldModelLoss]:
+    """A deterministic latent model of ``env``: the plainest that serves everything.
+
+    Observations of all kinds become one latent, ``"latent"``, which moves by
+    what a network of it and the action adds to it. The loss decodes the
+    *predicted* latents and compares them with the next observations, in units of
+    their own spread, and compares the predicted latents with the encodings of the
+    next observations; beside these it trains reward and termination. Fit the
+    normalisers before training::
+
+        fit_normalizers(world_model, batch)
+
+    Args:
+        env: the env whose specs are read. Vector, dictionary and image
+            observations, continuous, discrete and multi-dimensional actions.
+        config, overrides: the settings, as a whole and by name.
+
+    Returns:
+        The model and its loss.
+
+    Raises:
+        TypeError: for a setting that there is not.
+        ValueError: for specs that it cannot serve, such as class numbers among the
+            observations.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm import WorldModelEnv
+        >>> from torchrl_wm.models import make_mlp_world_model
+        >>> from torchrl_wm.modules import fit_normalizers
+        >>> real_env = GymEnv("CartPole-v1")
+        >>> world_model, loss = make_mlp_world_model(real_env, hidden=(32,), latent_size=8)
+        >>> batch = real_env.rollout(100, break_when_any_done=False)
+        >>> fit_normalizers(world_model, batch)
+        >>> sorted(loss(batch).keys())
+        ['loss_done', 'loss_latent', 'loss_reconstruction', 'loss_reward']
+        >>> env = WorldModelEnv(world_model, real_env, start_states=real_env, decode=True)
+        >>> env.imagine(5)["next", "observation"].shape
+        torch.Size([5, 4])
+    """
+    return build("mlp", env, config, overrides)
+
+
+@register("mlp", MLPConfig)
+def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLoss]:
+    size = config.latent_size
+    with_action = size + specs.action_size
+    observed = [_LATENT, *specs.action_keys]
+    decoder = _Decoder(specs, config)
+    reward = DenormalizedNetwork(
+        WithActions(_mlp(config, with_action, specs.reward.size), specs),
+        [specs.reward],
+        normalize=config.normalize,
+    )
+    world_model = WorldModel(
+        TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),
+        TensorDictModule(
+            _Dynamics(WithActions(_mlp(config, with_action, size), specs)),
+            observed,
+            [join("next", _LATENT)],
+        ),
+        TensorDictModule(reward, observed, [join("next", specs.reward.key)]),
+        done_head=_done_head(specs, config),
+        decoder=TensorDictModule(decoder, [_LATENT], specs.observation_keys),
+    )
+    terms = [
+        RewardTerm(weight=config.reward_weight, scale=reward.scale),
+        ReconstructionTerm(
+            weight=config.reconstruction_weight, target="next", scale=decoder.scale
+        ),
+        LatentTerm(weight=config.latent_weight),
+    ]
+    if world_model.done_head is not None:
+        terms.append(DoneTerm(weight=config.done_weight))
+    loss = WorldModelLoss(
+        world_model, losses=terms, multi_step=config.multi_step, decay=config.decay
+    )
+    loss.set_keys(**specs.loss_keys)
+    return world_model, loss
+
+
+class _Encoder(nn.Module):
+    """Observations as a latent."""
+
+    def __init__(self, specs: EnvSpecs, config: MLPConfig) -> None:
+        super().__init__()
+        width = config.hidden[-1] if config.hidden else config.latent_size
+        self.normalizer = None
+        if config.normalize and specs.vectors:
+            self.normalizer = Normalizer(specs.vector_size)
+
+        def vectors(in_features: int, out_features: int) -> nn.Module:
+            network = _mlp(config, in_features, out_features)
+            if self.normalizer is None:
+                return network
+            return nn.Sequential(_Applied(self.normalizer), network)
+
+        self.features = ObservationEncoder(
+            specs,
+            vectors,
+            width,
+            pixel_depth=config.pixel_depth,
+            pixel_multipliers=config.pixel_multipliers,
+        )
+        self.latent = nn.Sequential(
+            activation(config.activation)(),
+            nn.Linear(self.features.out_features, config.latent_size),
+        )
+
+    def forward(self, *observations: torch.Tensor) -> torch.Tensor:
+        return self.latent(self.features(*observations))
+
+    def fit_normalizer(self, *observations: torch.Tensor) -> None:
+        if self.normalizer is not None:
+            join = self.features.join
+            self.normalizer.fit(join(*observations[: len(join.entries)]))
+
+
+class _Decoder(nn.Module):
+    """A latent as observations."""
+
+    def __init__(self, specs: EnvSpecs, config: MLPConfig) -> None:
+        super().__init__()
+        self.join = JoinEntries(specs.vectors)
+        self.normalizer = None
+        if config.normalize and specs.vectors:
+            self.normalizer = Normalizer(specs.vector_size)
+        self.image_scales = {entry.key: entry.scale for entry in specs.pixels}
+
+        def vectors(in_features: int, out_features: int) -> nn.Module:
+            network = _mlp(config, in_features, out_features)
+            if self.normalizer is None:
+                return network
+            return nn.Sequential(network, _Applied(self.normalizer, inverse=True))
+
+        self.observations = ObservationDecoder(
+            specs,
+            config.latent_size,
+            vectors,
+            pixel_depth=config.pixel_depth,
+            pixel_multipliers=config.pixel_multipliers,
+        )
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.observations(latent)
+
+    def fit_output_normalizer(self, *observations: torch.Tensor) -> None:
+        if self.normalizer is not None:
+            vectors = observations[: len(self.join.entries)]
+            self.normalizer.fit(self.join(*vectors))
+
+    def scale(self, key: NestedKey) -> torch.Tensor | float:
+        """The unit of an observation's errors: its spread, or an image's largest value."""
+        key = unique([key])[0]
+        if key in self.image_scales:
+            return self.image_scales[key]
+        if self.normalizer is None:
+            return 1.0
+        std = self.observations.split(self.normalizer.std)
+        std = std if isinstance(std, tuple) else (std,)
+        return std[[entry.key for entry in self.join.entries].index(key)]
+
+
+class _Applied(nn.Module):
+    """A normaliser inside a network, which belongs to what is around it and fits it."""
+
+    def __init__(self, normalizer: Normalizer, *, inverse: bool = False) -> None:
+        super().__init__()
+        # Not registered: each tensor stands once in a state_dict.
+        self.__dict__["normalizer"] = normalizer
+        self.inverse = inverse
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        apply = self.normalizer.inverse if self.inverse else self.normalizer
+        return apply(value)
+
+
+class _Dynamics(nn.Module):
+    """Adds to a latent what the network makes of it and the action."""
+
+    def __init__(self, change: nn.Module) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
+        return latent + self.change(latent, *actions)
+
+
+def _done_head(specs: EnvSpecs, config: MLPConfig) -> TerminationHead | None:
+    if config.termination == "none":
+        return None
+    if config.termination != "learned":
+        raise ValueError(
+            f"Unknown termination {config.termination!r}. Valid choices are ['learned', 'none']."
+        )
+    return TerminationHead(
+        _mlp(config, config.latent_size, specs.done.size),
+        [join("next", _LATENT)],
+        done_key=specs.done.key,
+        shape=specs.done.shape,
+        threshold=config.termination_threshold,
+        sample=config.sample_termination,
+    )
+
+
+def _mlp(config: MLPConfig, in_features: int, out_features: int) -> MLP:
+    return MLP(
+        in_features,
+        out_features,
+        num_cells=list(config.hidden),
+        activation_class=activation(config.activation),
+    )

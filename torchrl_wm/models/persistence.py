@@ -1,0 +1,318 @@
+"""World models in files: weights and plain data, never code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
+from torchrl_wm.models.specs import EnvSpecs
+from torchrl_wm.modules import WorldModel
+
+#: What marks a file as one of ours.
+FORMAT = "torchrl_wm.world_model"
+#: Raised with each change that an older version cannot read.
+VERSION = 1
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
+    """Write a world model into a file.
+
+    The file holds tensors, numbers and strings, and is read with
+    ``torch.load(weights_only=True)``. Of a model that a builder made it holds the
+    settings and the env's specs, too, so that :func:`load_world_model` needs
+    nothing else. The optimiser's state is not part of it.
+
+    Args:
+        world_model: the model; ready-made or wired by hand.
+        path: the file. It is replaced as a whole, or not at all.
+
+    Raises:
+        TypeError: if the model's state or settings hold what is neither tensor
+            nor plain data.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.models import (
+        ...     load_world_model, make_ensemble_world_model, save_world_model
+        ... )
+        >>> world_model, loss = make_ensemble_world_model(GymEnv("CartPole-v1"), hidden=(32,))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "model.pt"
+        ...     save_world_model(world_model, path)
+        ...     again = load_world_model(path)
+        >>> again.recipe.config.hidden
+        (32,)
+    """
+    if not isinstance(world_model, WorldModel):
+        raise TypeError(
+            f"world_model must be a torchrl_wm.WorldModel, got {type(world_model).__name__}."
+        )
+    state = {
+        # Copies: of a view the whole storage would be written.
+        key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for key, value in world_model.state_dict().items()
+    }
+    _check_plain(state, "state_dict")
+    content = {"format": FORMAT, "version": VERSION, "state_dict": state}
+    recipe = getattr(world_model, "recipe", None)
+    content["recipe"] = None if recipe is None else _plain_recipe(recipe)
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def load_world_model(
+    path: str | os.PathLike,
+    world_model: WorldModel | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> WorldModel:
+    """Read a world model from a file that :func:`save_world_model` wrote.
+
+    Nothing in the file is executed, wherever it comes from.
+
+    Args:
+        path: the file.
+        world_model: a model to load the weights into, in place, with its loss and
+            optimiser staying what they are. Needed for models that were wired by
+            hand, or with functions of yours (``reward_function``); without it
+            the model is made anew from the settings in the file.
+
+    Keyword Args:
+        device: where to put a model that is made anew; the CPU by default.
+
+    Returns:
+        The world model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, no world model's, of a newer version,
+            or of another model than the one given.
+
+    Examples:
+        See :func:`save_world_model`. To go on training:
+
+        >>> import tempfile, pathlib
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.models import load_world_model, make_mlp_world_model, save_world_model
+        >>> env = GymEnv("CartPole-v1")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "model.pt"
+        ...     save_world_model(make_mlp_world_model(env, hidden=(32,))[0], path)
+        ...     world_model, loss = make_mlp_world_model(env, hidden=(32,))
+        ...     world_model = load_world_model(path, world_model)
+    """
+    content = _read(path)
+    if world_model is None:
+        return _made_anew(content, path, device)
+    if device is not None:
+        raise ValueError(
+            "device is for models that are made anew. The given world_model stays where it is; "
+            "move it with world_model.to(device)."
+        )
+    _check_recipe(content["recipe"], getattr(world_model, "recipe", None), path)
+    _load_state(world_model, content["state_dict"], path)
+    return world_model
+
+
+# Reading -------------------------------------------------------------------
+
+
+def _read(path: str | os.PathLike) -> dict[str, Any]:
+    """The file's content, checked."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no world model file {os.fspath(path)!r}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no world model file, or a damaged one: it holds something "
+            f"else than tensors and plain data. Nothing of it was executed. Write such files with "
+            f"save_world_model(world_model, path)."
+        ) from err
+    except Exception as err:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no world model file, or a damaged one, as of a write that "
+            f"was cut off ({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''})."
+        ) from err
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)!r} is a file of torch, but no world model file. A state_dict by "
+            f"itself is loaded by world_model.load_state_dict(torch.load(path))."
+        )
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} is of version {version!r} of the format, and this torchrl_wm "
+            f"reads versions up to {VERSION}. Update torchrl_wm."
+        )
+    missing = [key for key in ("state_dict", "recipe") if key not in content]
+    if missing or not isinstance(content["state_dict"], dict):
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
+        )
+    return content
+
+
+def _made_anew(
+    content: dict[str, Any], path: Any, device: torch.device | str | None
+) -> WorldModel:
+    if content["recipe"] is None:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds the weights of a world model that was wired by hand. Wire "
+            f"it again and load into it: load_world_model(path, world_model)."
+        )
+    functions = content["recipe"].get("functions")
+    if functions:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds a model made with the functions {functions}, which no file "
+            f"holds. Make it again with them and load into it: world_model, loss = "
+            f"make_{content['recipe']['builder']}_world_model(env, ...); load_world_model(path, "
+            f"world_model)."
+        )
+    recipe = _recipe(content["recipe"], path)
+    with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
+        world_model, _ = rebuild(recipe)
+    # As it was saved, dtypes included.
+    _load_state(world_model, content["state_dict"], path, assign=True)
+    return world_model if device is None else world_model.to(device)
+
+
+def _load_state(
+    world_model: nn.Module, state: Mapping[str, Any], path: Any, *, assign: bool = False
+) -> None:
+    """Load weights, or say what does not fit, before anything is changed."""
+    own = world_model.state_dict()
+    problems = [f"the file lacks {key!r}" for key in own if key not in state]
+    problems += [f"the model lacks {key!r}" for key in state if key not in own]
+    for key in own.keys() & state.keys():
+        here, there = own[key], state[key]
+        if not isinstance(here, torch.Tensor) or isinstance(
+            here, nn.parameter.UninitializedTensorMixin
+        ):
+            continue
+        if not isinstance(there, torch.Tensor) or here.shape != there.shape:
+            got = tuple(getattr(there, "shape", ())) or type(there).__name__
+            problems.append(
+                f"{key!r} is {tuple(here.shape)} in the model, {got} in the file"
+            )
+        elif here.dtype != there.dtype and not assign:
+            problems.append(
+                f"{key!r} is {here.dtype} in the model, {there.dtype} in the file: call "
+                f"world_model.to({there.dtype}) first"
+            )
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"The weights in {os.fspath(path)!r} are those of another model, or of one whose "
+            f"components were replaced: {shown}{more}. Wire the same model and load into it: "
+            f"load_world_model(path, world_model)."
+        )
+    world_model.load_state_dict(dict(state), assign=assign)
+
+
+# Recipes -------------------------------------------------------------------
+
+
+def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data; of functions only the names."""
+    if not is_dataclass(recipe.config):
+        raise TypeError(
+            f"The config of the world model must be a dataclass, got "
+            f"{type(recipe.config).__name__}."
+        )
+    config, functions = {}, {}
+    for field in fields(recipe.config):
+        value = getattr(recipe.config, field.name)
+        if callable(value) and not isinstance(value, type):
+            functions[field.name] = getattr(value, "__name__", type(value).__name__)
+        else:
+            _check_plain(value, field.name)
+            config[field.name] = value
+    return {
+        "builder": recipe.builder,
+        "config": config,
+        "functions": functions,
+        "specs": recipe.specs.to_plain(),
+    }
+
+
+def _recipe(data: Mapping[str, Any], path: Any) -> Recipe:
+    """The recipe of a file."""
+    try:
+        name, settings, specs = data["builder"], data["config"], data["specs"]
+        if name not in BUILDERS:
+            raise ValueError(
+                f"the builder {name!r} is unknown; there are {sorted(BUILDERS)}"
+            )
+        config = resolve_config(BUILDERS[name].config, None, dict(settings))
+        return Recipe(name, config, EnvSpecs.from_plain(specs))
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise ValueError(
+            f"The settings in {os.fspath(path)!r} are not those of this torchrl_wm ({err}). "
+            f"Update torchrl_wm, or make the model and load into it: load_world_model(path, "
+            f"world_model)."
+        ) from err
+
+
+def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
+    """Refuse weights that were trained for something else, though they may fit by shape."""
+    if data is None or own is None:
+        return
+    here = _plain_recipe(own)
+    for name, what in (("builder", "by the builder"), ("specs", "for the env specs")):
+        if data.get(name) != here[name]:
+            raise ValueError(
+                f"{os.fspath(path)!r} holds a model made {what} {data.get(name)!r}, and the given "
+                f"one was made {what} {here[name]!r}."
+            )
+    changed = {
+        key: (value, here["config"][key])
+        for key, value in data.get("config", {}).items()
+        if key in here["config"] and here["config"][key] != value
+    }
+    if changed:
+        warnings.warn(
+            f"The model in {os.fspath(path)!r} was made with other settings than the given one "
+            f"(file, given): {changed}. The weights are loaded; the settings stay the given "
+            f"one's.",
+            stacklevel=3,
+        )
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what a file without code cannot hold."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return
+    if type(value) in (list, tuple):
+        for item in value:
+            _check_plain(item, where)
+        return
+    if type(value) is dict:
+        for key, item in value.items():
+            _check_plain(item, f"{where}[{key!r}]")
+        return
+    raise TypeError(
+        f"A world model file holds tensors, numbers and strings; {where} is a "
+        f"{type(value).__module__}.{type(value).__name__}."
+    )

@@ -1,0 +1,402 @@
+"""Recurrent state space models: PlaNet's and the Dreamers'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Unbounded
+from torchrl.envs import EnvBase
+from torchrl.modules import (
+    DreamerV3MLP,
+    MLP,
+    RSSMPosterior,
+    RSSMPosteriorV3,
+    RSSMPrior,
+    RSSMPriorV3,
+    SymExpTwoHot,
+)
+
+from torchrl_wm.models.building import build, register
+from torchrl_wm.models.networks import ObservationDecoder, ObservationEncoder, Shaped
+from torchrl_wm.models.specs import EnvSpecs
+from torchrl_wm.modules import (
+    ContinueHead,
+    JoinEntries,
+    RSSMDynamics,
+    RSSMPosteriorHead,
+    TwoHotHead,
+    WorldModel,
+)
+from torchrl_wm.modules.keys import as_tuple, join, sibling
+from torchrl_wm.objectives import (
+    KLTerm,
+    LossTerm,
+    ObservationTerm,
+    RewardTerm,
+    TwoHotTerm,
+    WorldModelLoss,
+)
+
+_STATE, _BELIEF, _EMBEDDING = "state", "belief", "embedding"
+
+
+@dataclass
+class RSSMConfig:
+    """Settings of :func:`make_rssm_world_model`.
+
+    The defaults are DreamerV3's architecture and losses in a size for small
+    problems; :meth:`planet`, :meth:`dreamer_v2` and :meth:`dreamer_v3` give the
+    papers' choices, each with settings of your own: ``RSSMConfig.planet(
+    belief_size=100)``.
+
+    Args:
+        latent: the stochastic state: ``"categorical"`` or ``"gaussian"``.
+        recurrent: the cell of a categorical model: ``"block_gru"`` (DreamerV3) or
+            ``"gru"``. Gaussian models have a GRU.
+        belief_size: of the deterministic state.
+        state_size: of a Gaussian state.
+        categoricals: the number of distributions of a categorical state.
+        classes: the classes of each of them.
+        blocks: of the block GRU; they divide ``belief_size``.
+        hidden_size: of prior and posterior.
+        num_cells: of the layers of encoder, decoder and heads.
+        depth: the number of these layers.
+        normed: RMS-normed SiLU layers (DreamerV3), or plain ELU layers.
+        pixel_depth: channels of the image networks.
+        pixel_multipliers: of their stages; chosen by the images' size if None.
+        symlog: whether vector observations are encoded and compared in symlog
+            space.
+        reward_bins: of the two-hot reward head; None predicts the reward itself.
+        continue_head: whether the end of episodes is predicted.
+        kl_balance: the KL's weights of dynamics and representation; None for
+            the plain KL.
+        free_nats: of the KL, per step.
+        unimix: the uniform share of categorical distributions.
+        kl_weight, reconstruction_weight, reward_weight, continue_weight: of the
+            losses.
+        observation_keys: which observations to use, all if None.
+
+    Raises:
+        ValueError: for unknown choices, and for blocks that do not divide the
+            belief.
+    """
+
+    latent: Literal["categorical", "gaussian"] = "categorical"
+    recurrent: Literal["block_gru", "gru"] = "block_gru"
+    belief_size: int = 256
+    state_size: int = 30
+    categoricals: int = 16
+    classes: int = 16
+    blocks: int = 8
+    hidden_size: int = 128
+    num_cells: int = 128
+    depth: int = 2
+    normed: bool = True
+    pixel_depth: int = 16
+    pixel_multipliers: tuple[int, ...] | None = None
+    symlog: bool = True
+    reward_bins: int | None = 255
+    continue_head: bool = True
+    kl_balance: tuple[float, float] | None = (1.0, 0.1)
+    free_nats: float = 1.0
+    unimix: float = 0.01
+    kl_weight: float = 1.0
+    reconstruction_weight: float = 1.0
+    reward_weight: float = 1.0
+    continue_weight: float = 1.0
+    observation_keys: tuple[NestedKey, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("latent", ("categorical", "gaussian")),
+            ("recurrent", ("block_gru", "gru")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Unknown {name}={getattr(self, name)!r}. Valid are {list(known)}."
+                )
+        if self._grouped and self.belief_size % self.blocks:
+            raise ValueError(
+                f"blocks={self.blocks} do not divide belief_size={self.belief_size}, as the "
+                f"block GRU needs. Change one of them, or take recurrent='gru'."
+            )
+
+    @property
+    def _grouped(self) -> bool:
+        return self.latent == "categorical" and self.recurrent == "block_gru"
+
+    @property
+    def stochastic_size(self) -> int:
+        """The size of the stochastic state, as a vector."""
+        if self.latent == "gaussian":
+            return self.state_size
+        return self.categoricals * self.classes
+
+    @classmethod
+    def planet(cls, **settings: Any) -> RSSMConfig:
+        """As in PlaNet (arXiv 1811.04551) and the first Dreamer (1912.01603): Gaussian, plain KL."""
+        paper = {
+            "latent": "gaussian",
+            "belief_size": 200,
+            "state_size": 30,
+            "hidden_size": 200,
+            "num_cells": 200,
+            "normed": False,
+            "symlog": False,
+            "reward_bins": None,
+            "continue_head": False,
+            "kl_balance": None,
+            "free_nats": 3.0,
+            "unimix": 0.0,
+            # Of Gaussians of unit variance.
+            "reconstruction_weight": 0.5,
+            "reward_weight": 0.5,
+        }
+        return cls(**{**paper, **settings})
+
+    @classmethod
+    def dreamer_v2(cls, **settings: Any) -> RSSMConfig:
+        """As in DreamerV2 (arXiv 2010.02193): categorical, with KL balancing."""
+        paper = {
+            "recurrent": "gru",
+            "belief_size": 600,
+            "categoricals": 32,
+            "classes": 32,
+            "hidden_size": 600,
+            "num_cells": 400,
+            "depth": 4,
+            "normed": False,
+            "symlog": False,
+            "reward_bins": None,
+            "kl_balance": (0.8, 0.2),
+            "free_nats": 0.0,
+            "unimix": 0.0,
+            "kl_weight": 0.1,
+            "reconstruction_weight": 0.5,
+            "reward_weight": 0.5,
+        }
+        return cls(**{**paper, **settings})
+
+    @classmethod
+    def dreamer_v3(cls, **settings: Any) -> RSSMConfig:
+        """As in DreamerV3 (arXiv 2301.04104), its smallest size of 12 million parameters."""
+        paper = {
+            "belief_size": 2048,
+            "categoricals": 32,
+            "classes": 16,
+            "hidden_size": 256,
+            "num_cells": 256,
+            "depth": 3,
+        }
+        return cls(**{**paper, **settings})
+
+
+def make_rssm_world_model(
+    env: EnvBase, config: RSSMConfig | None = None, **overrides: Any
+) -> tuple[WorldModel, WorldModelLoss]:
+    """A recurrent state space model of ``env``, and the loss that trains it.
+
+    The latents are ``"state"``, drawn from a distribution, and ``"belief"``,
+    which is not. TorchRL's RSSM networks are their dynamics and posterior; all
+    observations are encoded together, and decoded; the reward is two-hot, and
+    a continue head predicts the end of episodes, as the config says.
+
+    The loss is trained on sequences, ``[*B, T]``: it filters the observations
+    (:meth:`~torchrl_wm.WorldModel.observe`), and compares the filtered latents'
+    observations, rewards and continuations, and the posterior with the prior.
+
+    Args:
+        env: the env whose specs are read; it is neither reset nor stepped.
+        config: the settings.
+        overrides: settings by name.
+
+    Returns:
+        The model and its loss.
+
+    Raises:
+        TypeError: for an unknown setting.
+        ValueError: if a spec cannot be served; the message names it.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm import WorldModelEnv
+        >>> from torchrl_wm.models import make_rssm_world_model
+        >>> real_env = GymEnv("CartPole-v1")
+        >>> world_model, loss_module = make_rssm_world_model(real_env, belief_size=64)
+        >>> world_model.latent_keys
+        ['state', 'belief']
+        >>> data = real_env.rollout(10, break_when_any_done=False)
+        >>> sorted(loss_module(data).keys())
+        ['loss_done', 'loss_kl', 'loss_reconstruction', 'loss_reward']
+        >>> env = WorldModelEnv(world_model, real_env, start_states=real_env)
+        >>> env.imagine(5)["next", "reward"].shape
+        torch.Size([5, 1])
+    """
+    return build("rssm", env, config, overrides)
+
+
+@register("rssm", RSSMConfig)
+def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLoss]:
+    features = config.stochastic_size + config.belief_size
+    next_latents = [join("next", key) for key in (_STATE, _BELIEF)]
+    encoder = ObservationEncoder(
+        specs,
+        lambda n, m: _mlp(config, n, m),
+        config.num_cells,
+        squash=config.symlog,
+        pixel_depth=config.pixel_depth,
+        pixel_multipliers=config.pixel_multipliers,
+    )
+    decoder = ObservationDecoder(
+        specs,
+        features,
+        lambda n, m: _mlp(config, n, m),
+        squash=config.symlog,
+        pixel_depth=config.pixel_depth,
+        pixel_multipliers=config.pixel_multipliers,
+    )
+    done_head = None
+    if config.continue_head:
+        done_head = ContinueHead(
+            _mlp(config, features, specs.done.size),
+            next_latents,
+            done_key=specs.done.key,
+            shape=specs.done.shape,
+        )
+    dynamics, posterior = _rssm(specs, config, encoder.out_features)
+    world_model = WorldModel(
+        TensorDictModule(encoder, specs.observation_keys, [_EMBEDDING]),
+        dynamics,
+        _reward_head(specs, config, features, next_latents),
+        done_head=done_head,
+        decoder=TensorDictModule(decoder, [_STATE, _BELIEF], specs.observation_keys),
+        posterior=posterior,
+        initial_state=TensorDict(
+            {
+                _STATE: torch.zeros(config.stochastic_size),
+                _BELIEF: torch.zeros(config.belief_size),
+            }
+        ),
+    )
+    loss = WorldModelLoss(
+        world_model, losses=_terms(specs, config), done_weight=config.continue_weight
+    )
+    loss.set_keys(**specs.loss_keys)
+    return world_model, loss
+
+
+def _rssm(
+    specs: EnvSpecs, config: RSSMConfig, embedding: int
+) -> tuple[TensorDictModule, TensorDictModule]:
+    """Wire TorchRL's networks as dynamics and posterior."""
+    actions = JoinEntries(specs.actions)
+    if config.latent == "gaussian":
+        names = ("mean", "std")
+        prior = RSSMPrior(
+            Unbounded((specs.action_size,)),
+            # TorchRL's prior reads the belief as it reads its input.
+            hidden_dim=config.belief_size,
+            rnn_hidden_dim=config.belief_size,
+            state_dim=config.state_size,
+            action_dim=specs.action_size,
+        )
+        posterior = RSSMPosterior(
+            hidden_dim=config.hidden_size,
+            state_dim=config.state_size,
+            rnn_hidden_dim=config.belief_size,
+            obs_embed_dim=embedding,
+        )
+    else:
+        names = ("logits",)
+        prior = RSSMPriorV3(
+            action_shape=(specs.action_size,),
+            action_dim=specs.action_size,
+            hidden_dim=config.hidden_size,
+            rnn_hidden_dim=config.belief_size,
+            num_categoricals=config.categoricals,
+            num_classes=config.classes,
+            recurrent_model=config.recurrent,
+            num_blocks=config.blocks,
+            unimix=config.unimix,
+        )
+        posterior = RSSMPosteriorV3(
+            hidden_dim=config.hidden_size,
+            rnn_hidden_dim=config.belief_size,
+            obs_embed_dim=embedding,
+            num_categoricals=config.categoricals,
+            num_classes=config.classes,
+            use_rms_norm=config.normed,
+            unimix=config.unimix,
+        )
+    dynamics = TensorDictModule(
+        RSSMDynamics(prior, actions),
+        [_STATE, _BELIEF, *specs.action_keys],
+        [
+            *[join("next", f"prior_{name}") for name in names],
+            join("next", _STATE),
+            join("next", _BELIEF),
+        ],
+    )
+    correction = TensorDictModule(
+        RSSMPosteriorHead(posterior),
+        [join("next", _BELIEF), join("next", _EMBEDDING)],
+        [*[join("next", f"posterior_{name}") for name in names], join("next", _STATE)],
+    )
+    return dynamics, correction
+
+
+def _reward_head(
+    specs: EnvSpecs, config: RSSMConfig, features: int, reads: list[NestedKey]
+) -> TensorDictModule:
+    reward = specs.reward
+    writes = join("next", reward.key)
+    if config.reward_bins is None:
+        network = Shaped(_mlp(config, features, reward.size), reward.shape)
+        return TensorDictModule(network, reads, [writes])
+    bins = config.reward_bins
+    network = _mlp(config, features, reward.size * bins)
+    logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
+    return TensorDictModule(
+        TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape),
+        reads,
+        [join("next", logits), writes],
+    )
+
+
+def _terms(specs: EnvSpecs, config: RSSMConfig) -> list[str | LossTerm]:
+    terms: list[str | LossTerm] = [
+        ObservationTerm(
+            weight=config.reconstruction_weight,
+            symlog=specs.vector_keys if config.symlog else False,
+            scale={entry.key: entry.scale for entry in specs.pixels},
+        ),
+        RewardTerm(weight=config.reward_weight)
+        if config.reward_bins is None
+        else TwoHotTerm(config.reward_weight),
+        KLTerm(
+            config.kl_weight,
+            balance=config.kl_balance,
+            free_nats=config.free_nats,
+            unimix=config.unimix if config.latent == "categorical" else 0.0,
+        ),
+    ]
+    return [*terms, "done"] if config.continue_head else terms
+
+
+def _mlp(config: RSSMConfig, in_features: int, out_features: int) -> nn.Module:
+    """A network; several inputs are joined."""
+    if config.normed:
+        return DreamerV3MLP(
+            in_features, out_features, depth=config.depth, num_cells=config.num_cells
+        )
+    return MLP(
+        in_features,
+        out_features,
+        num_cells=[config.num_cells] * config.depth,
+        activation_class=nn.ELU,
+    )

@@ -1,0 +1,236 @@
+"""TD-MPC2's latent world model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.envs import EnvBase
+
+from torchrl_wm.models.building import build, register, resolve_config
+from torchrl_wm.models.networks import ObservationEncoder, WithActions
+from torchrl_wm.models.specs import EnvSpecs, read_specs
+from torchrl_wm.modules import (
+    NormedMLP,
+    QEnsemble,
+    SimNorm,
+    SymlogTwoHot,
+    TerminationHead,
+    TwoHotHead,
+    WorldModel,
+)
+from torchrl_wm.modules.keys import as_tuple, join, sibling
+from torchrl_wm.modules.latent import NormedLinear
+from torchrl_wm.objectives import ConsistencyTerm, DoneTerm, TwoHotTerm, WorldModelLoss
+
+_LATENT = "latent"
+
+
+@dataclass
+class TDMPC2Config:
+    """Settings of :func:`make_tdmpc2_world_model`; the defaults are the paper's.
+
+    Args:
+        latent_size: ``L``.
+        group: of the latent's simplices; it divides ``latent_size``.
+        num_cells: of the layers of dynamics and heads.
+        depth: the number of these layers.
+        encoder_cells: of the encoder's layers.
+        encoder_depth: the number of these layers, before the one that gives the
+            latent.
+        pixel_depth: channels of the image encoders.
+        pixel_multipliers: of their stages; chosen by the images' size if None.
+        bins: of the two-hot reward and values.
+        limit: they span ``[-limit, limit]`` in symlog space.
+        done_head: whether the end of episodes is predicted.
+        consistency_weight, reward_weight, done_weight: of the losses.
+        decay: of the losses' steps.
+        num_q: the number of action values.
+        q_dropout: in their first layer.
+        observation_keys: which observations to use, all if None.
+
+    Raises:
+        ValueError: if ``group`` does not divide ``latent_size``.
+    """
+
+    latent_size: int = 512
+    group: int = 8
+    num_cells: int = 512
+    depth: int = 2
+    encoder_cells: int = 256
+    encoder_depth: int = 1
+    pixel_depth: int = 16
+    pixel_multipliers: tuple[int, ...] | None = None
+    bins: int = 101
+    limit: float = 10.0
+    done_head: bool = True
+    consistency_weight: float = 20.0
+    reward_weight: float = 0.1
+    done_weight: float = 1.0
+    decay: float = 0.5
+    num_q: int = 5
+    q_dropout: float = 0.01
+    observation_keys: tuple[NestedKey, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.latent_size % self.group:
+            raise ValueError(
+                f"group={self.group} does not divide latent_size={self.latent_size}, as SimNorm "
+                f"needs."
+            )
+        if self.encoder_depth < 1:
+            raise ValueError(f"encoder_depth={self.encoder_depth} must be at least 1.")
+
+    @property
+    def cells(self) -> list[int]:
+        """The layers of dynamics and heads."""
+        return [self.num_cells] * self.depth
+
+
+def make_tdmpc2_world_model(
+    env: EnvBase, config: TDMPC2Config | None = None, **overrides: Any
+) -> tuple[WorldModel, WorldModelLoss]:
+    """TD-MPC2's world model of ``env`` (arXiv 2310.16828), and the loss that trains it.
+
+    The latent, ``"latent"``, lies on simplices; dynamics, reward and termination
+    are normed MLPs; there is no decoder. The loss rolls the latent of a
+    sequence's first observation through its actions, ``[*B, T]`` (the paper's
+    ``T`` is 3), and compares latents with encodings, rewards and terminations,
+    step ``t`` weighed by ``decay ** t``.
+
+    The paper's action values are :func:`make_tdmpc2_q_ensemble`; they join the
+    loss as a :class:`~torchrl_wm.objectives.ValueTerm`.
+
+    Args:
+        env: the env whose specs are read; it is neither reset nor stepped.
+        config: the settings.
+        overrides: settings by name.
+
+    Returns:
+        The model and its loss.
+
+    Raises:
+        TypeError: for an unknown setting.
+        ValueError: if a spec cannot be served; the message names it.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm import WorldModelEnv
+        >>> from torchrl_wm.models import make_tdmpc2_world_model
+        >>> real_env = GymEnv("Pendulum-v1")
+        >>> world_model, loss_module = make_tdmpc2_world_model(
+        ...     real_env, latent_size=64, num_cells=64
+        ... )
+        >>> data = real_env.rollout(30).reshape(10, 3)
+        >>> sorted(loss_module(data).keys())
+        ['loss_consistency', 'loss_done', 'loss_reward']
+        >>> env = WorldModelEnv(world_model, real_env, start_states=real_env)
+        >>> env.imagine(5)["next", "reward"].shape
+        torch.Size([5, 1])
+    """
+    return build("tdmpc2", env, config, overrides)
+
+
+def make_tdmpc2_q_ensemble(
+    env: EnvBase, config: TDMPC2Config | None = None, **overrides: Any
+) -> QEnsemble:
+    """The action values that go with :func:`make_tdmpc2_world_model`.
+
+    Args:
+        env: the env whose specs are read.
+        config: the settings; those of the world model.
+        overrides: settings by name.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.models import make_tdmpc2_q_ensemble, TDMPC2Config
+        >>> config = TDMPC2Config(latent_size=64, num_cells=64)
+        >>> q = make_tdmpc2_q_ensemble(GymEnv("Pendulum-v1"), config)
+        >>> q.in_keys, q.out_keys[-1], q.num_networks
+        (['latent', 'action'], 'state_action_value', 5)
+    """
+    config = resolve_config(TDMPC2Config, config, overrides)
+    specs = read_specs(env, observation_keys=config.observation_keys)
+    ensemble = QEnsemble(
+        {_LATENT: config.latent_size},
+        specs.actions,
+        num_networks=config.num_q,
+        num_cells=config.cells,
+        two_hot=SymlogTwoHot(config.bins, config.limit),
+        dropout=config.q_dropout,
+    )
+    return ensemble if env.device is None else ensemble.to(env.device)
+
+
+@register("tdmpc2", TDMPC2Config)
+def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModelLoss]:
+    simplices = partial(SimNorm, config.group)
+    size = config.latent_size
+    with_action = size + specs.action_size
+    observed = [_LATENT, *specs.action_keys]
+    reward, bins = specs.reward, SymlogTwoHot(config.bins, config.limit)
+    network = NormedMLP(with_action, reward.size * config.bins, config.cells)
+    logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
+    done_head = None
+    if config.done_head:
+        done_head = TerminationHead(
+            NormedMLP(size, specs.done.size, config.cells),
+            [join("next", _LATENT)],
+            done_key=specs.done.key,
+            shape=specs.done.shape,
+        )
+    world_model = WorldModel(
+        TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),
+        TensorDictModule(
+            WithActions(
+                NormedMLP(with_action, size, config.cells, activation=simplices), specs
+            ),
+            observed,
+            [join("next", _LATENT)],
+        ),
+        TensorDictModule(
+            TwoHotHead(WithActions(network, specs), bins, shape=reward.shape),
+            observed,
+            [join("next", logits), join("next", reward.key)],
+        ),
+        done_head=done_head,
+    )
+    losses = [
+        ConsistencyTerm(weight=config.consistency_weight),
+        TwoHotTerm(config.reward_weight),
+    ]
+    if config.done_head:
+        losses.append(DoneTerm(weight=config.done_weight))
+    loss = WorldModelLoss(
+        world_model, losses=losses, multi_step=True, decay=config.decay
+    )
+    loss.set_keys(**specs.loss_keys)
+    return world_model, loss
+
+
+class _Encoder(nn.Module):
+    """Observations on simplices."""
+
+    def __init__(self, specs: EnvSpecs, config: TDMPC2Config) -> None:
+        super().__init__()
+        hidden = [config.encoder_cells] * (config.encoder_depth - 1)
+        self.features = ObservationEncoder(
+            specs,
+            lambda n, m: NormedMLP(n, m, hidden, activation=nn.Mish),
+            config.encoder_cells,
+            pixel_depth=config.pixel_depth,
+            pixel_multipliers=config.pixel_multipliers,
+        )
+        self.latent = NormedLinear(
+            self.features.out_features,
+            config.latent_size,
+            activation=partial(SimNorm, config.group),
+        )
+
+    def forward(self, *observations: torch.Tensor) -> torch.Tensor:
+        return self.latent(self.features(*observations))

@@ -1,0 +1,49 @@
+"""torch.compile, with a way out where there is no compiler."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class GraphMaker:
+    """Compiles functions, until it turns out that nothing can be compiled here.
+
+    Args:
+        options: for :func:`torch.compile`; ``fullgraph`` is True and ``dynamic``
+            False unless given.
+        what: what is compiled, for the warning.
+        undo: the call that makes it eager again, for the warning.
+    """
+
+    def __init__(self, options: dict[str, Any], what: str, undo: str) -> None:
+        self.options = {"fullgraph": True, "dynamic": False, **options}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            # Or all graphs of a process would count towards one limit, of eight.
+            self.options.setdefault("isolate_recompiles", True)
+        self.what, self.undo = what, undo
+        self.failed = False
+
+    def compile(self, function: Callable) -> Callable:
+        """The compiled function."""
+        return torch.compile(function, **self.options)
+
+    def attempt(self, call: Callable[[], Result]) -> Result | None:
+        """What ``call`` returns; None, with a warning, where compiling failed."""
+        try:
+            return call()
+        except torch._dynamo.exc.BackendCompilerFailed as err:
+            self.failed = True
+            warnings.warn(
+                f"{self.what} could not be compiled and stays eager ({type(err).__name__}: "
+                f"{str(err).splitlines()[0]}). Is there a C++ compiler? {self.undo} "
+                f"silences this.",
+                stacklevel=4,
+            )
+            return None

@@ -1,0 +1,156 @@
+"""Several networks as one, with one batched matmul per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrl_wm.modules.gaussian import BoundedLogVar
+
+
+class EnsembleLinear(nn.Module):
+    """The linear layers of ``E`` members, as one batched matmul.
+
+    Args:
+        members: ``E``.
+        in_features, out_features: as of :class:`torch.nn.Linear`.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules import EnsembleLinear
+        >>> layer = EnsembleLinear(5, 3, 2)
+        >>> layer(torch.randn(5, 10, 3)).shape
+        torch.Size([5, 10, 2])
+    """
+
+    def __init__(self, members: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.members, self.in_features = members, in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(members, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(members, 1, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each member's weights by themselves, as PETS does; biases are zero."""
+        std = 1 / (2 * sqrt(self.in_features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """``[E, N, in]`` to ``[E, N, out]``."""
+        return torch.baddbmm(self.bias, value, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.members}, {self.in_features}, {self.out_features}"
+
+
+class EnsembleMLP(nn.Module):
+    """``E`` multilayer perceptrons of one shape.
+
+    Args:
+        members: ``E``.
+        in_features, out_features: the sizes of input and output.
+        hidden: the sizes of the hidden layers.
+        activation: the class of the activations between layers.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules import EnsembleMLP
+        >>> network = EnsembleMLP(7, 3, 2, hidden=(64, 64))
+        >>> network(torch.randn(4, 5, 3)).shape  # one input for all
+        torch.Size([7, 4, 5, 2])
+    """
+
+    def __init__(
+        self,
+        members: int,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden: Sequence[int] = (200, 200, 200, 200),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        if members < 1:
+            raise ValueError(
+                f"An ensemble needs at least one member, got members={members}."
+            )
+        self.members, self.in_features = members, in_features
+        sizes = [in_features, *hidden, out_features]
+        self.layers = nn.ModuleList(
+            EnsembleLinear(members, *pair) for pair in zip(sizes, sizes[1:])
+        )
+        self.activation = activation()
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The members' outputs.
+
+        Args:
+            value: ``[*B, in]``, the same for all members.
+
+        Returns:
+            ``[E, *B, out]``.
+        """
+        shared = value.reshape(1, -1, self.in_features)
+        out = self.members_apart(shared.expand(self.members, -1, -1))
+        return out.reshape(self.members, *value.shape[:-1], out.shape[-1])
+
+    def members_apart(self, value: torch.Tensor) -> torch.Tensor:
+        """``[E, N, in]``, an input for each member, to ``[E, N, out]``."""
+        *inner, last = self.layers
+        for layer in inner:
+            value = self.activation(layer(value))
+        return last(value)
+
+
+class GaussianEnsemble(nn.Module):
+    """``E`` networks that each predict a Gaussian: PETS's probabilistic ensemble (arXiv 1805.12114).
+
+    Args:
+        members, in_features: as of :class:`EnsembleMLP`.
+        out_features: the number of Gaussians, ``D``.
+
+    Keyword Args:
+        log_var: keeps the log-variance within bounds;
+            :class:`BoundedLogVar` of its defaults if None.
+        network: ``hidden`` and ``activation``, as of :class:`EnsembleMLP`.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules import GaussianEnsemble
+        >>> ensemble = GaussianEnsemble(5, 3, 2, hidden=(64, 64))
+        >>> loc, log_var = ensemble(torch.randn(10, 3))
+        >>> loc.shape, log_var.shape
+        (torch.Size([5, 10, 2]), torch.Size([5, 10, 2]))
+    """
+
+    def __init__(
+        self,
+        members: int,
+        in_features: int,
+        out_features: int,
+        *,
+        log_var: BoundedLogVar | None = None,
+        **network: Any,
+    ) -> None:
+        super().__init__()
+        self.members, self.out_features = members, out_features
+        self.network = EnsembleMLP(members, in_features, 2 * out_features, **network)
+        self.bounds = BoundedLogVar(out_features) if log_var is None else log_var
+
+    def forward(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The members' Gaussians.
+
+        Args:
+            value: ``[*B, in]``.
+
+        Returns:
+            Means and log-variances, ``[E, *B, D]`` each.
+        """
+        loc, raw = self.network(value).chunk(2, -1)
+        return loc, self.bounds(raw)

@@ -1,0 +1,457 @@
+"""Ensemble dynamics: from the members' Gaussians to one next state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import nn
+
+from torchrl_wm.modules.ensemble import GaussianEnsemble
+from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import join, leaf_keys, sibling
+from torchrl_wm.modules.normalizer import Normalizer, valid_rows
+from torchrl_wm.modules.world_model import WorldModel
+
+Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
+PROPAGATIONS: tuple[str, ...] = ("ts1", "tsinf", "expectation", "mean")
+
+
+class EnsembleDynamics(TensorDictModule):
+    """A probabilistic ensemble as the dynamics of a world model (PETS, MBPO).
+
+    The members predict the change of the latents (or the latents themselves)
+    and, if asked to, the reward, each as a Gaussian. ``propagation`` says how one next
+    state is made of them (PETS, arXiv 1805.12114, section 5):
+
+    - ``"ts1"``: sampled from a member drawn anew for each row and step.
+    - ``"tsinf"``: sampled from the member that the row follows, which stands
+      under ``member`` at the root (``[*B]`` int64) and stays over a rollout.
+    - ``"expectation"``: sampled from the Gaussian of the members' average mean
+      and average variance.
+    - ``"mean"``: the members' average mean, without noise.
+
+    Members are drawn from, and averaged over, the :attr:`elites`. The loss trains
+    all of them on ``("next", "loc")`` and ``("next", "log_var")``.
+
+    ====================================  ==================  ========================
+    reads                                 shape
+    ====================================  ==================  ========================
+    latents, actions                      by their entries
+    ``member``                            ``[*B]`` int64      with ``"tsinf"`` alone
+    ====================================  ==================  ========================
+
+    ====================================  ==================  ========================
+    writes                                shape
+    ====================================  ==================  ========================
+    ``("next", latent)``                  by its entry
+    ``("next", "ensemble_reward")``       as the reward       with ``reward``; beside it
+    ``("next", "loc")``                   ``[*B, E, D]``      the members' means
+    ``("next", "log_var")``               ``[*B, E, D]``      and log-variances
+    ``("next", "disagreement")``          ``[*B, 1]``         spread of the means
+    ====================================  ==================  ========================
+
+    ``D`` is the size of all latents and the reward, joined in this order; means
+    and variances are those of the *next* latents, in the units of the data.
+    (Members come after the batch dims, so that the entries fit a tensordict of
+    batch size ``[*B]``.) The disagreement is the standard deviation of the
+    members' means, in units of the targets' own spread, as the root mean square
+    over ``D``; of one member it is zero.
+
+    Args:
+        ensemble: maps the joined latents and actions to ``D`` Gaussians.
+        latents: the latents, of float dtypes.
+        actions: the actions.
+
+    Keyword Args:
+        reward: the reward, if the members predict it, too.
+        target: ``"delta"``, the members predict the change of the latents, or
+            ``"absolute"``, the next latents.
+        propagation: see above.
+        elites: how many of the members make predictions; all by default.
+            Until :meth:`choose_elites` they are the first.
+        normalize: whether inputs and targets are normalised.
+        member_key: where the member stands that a row follows.
+
+    Raises:
+        ValueError: if the ensemble's sizes are not those of the entries, or an
+            option is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Unbounded
+        >>> from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble
+        >>> observation = Entry.from_spec("observation", Unbounded((3,)))
+        >>> action = Entry.from_spec("action", Unbounded((1,)))
+        >>> dynamics = EnsembleDynamics(
+        ...     GaussianEnsemble(5, 4, 3, hidden=(32, 32)), [observation], [action],
+        ...     propagation="mean", normalize=False,
+        ... )
+        >>> td = TensorDict({"observation": torch.zeros(7, 3), "action": torch.zeros(7, 1)}, [7])
+        >>> out = dynamics(td)["next"]
+        >>> out["observation"].shape, out["loc"].shape, out["disagreement"].shape
+        (torch.Size([7, 3]), torch.Size([7, 5, 3]), torch.Size([7, 1]))
+    """
+
+    def __init__(
+        self,
+        ensemble: GaussianEnsemble,
+        latents: Sequence[Entry],
+        actions: Sequence[Entry],
+        *,
+        reward: Entry | None = None,
+        target: Literal["delta", "absolute"] = "delta",
+        propagation: Propagation = "ts1",
+        elites: int | None = None,
+        normalize: bool = True,
+        member_key: NestedKey = "member",
+    ) -> None:
+        step = _EnsembleStep(
+            ensemble, latents, actions, reward, target, elites, normalize
+        )
+        self._wire(step, propagation, member_key)
+
+    def _wire(
+        self, step: _EnsembleStep, propagation: Propagation, member_key: NestedKey
+    ) -> None:
+        if propagation not in PROPAGATIONS:
+            raise ValueError(
+                f"Unknown propagation {propagation!r}. Valid choices are {list(PROPAGATIONS)}."
+            )
+        reads = [entry.key for entry in (*step.latents, *step.actions)]
+        if propagation == "tsinf":
+            reads.append(member_key)
+        writes = [join("next", entry.key) for entry in step.latents]
+        if step.reward is not None:
+            writes.append(join("next", sibling(step.reward.key, "ensemble_reward")))
+        writes += [("next", "loc"), ("next", "log_var"), ("next", "disagreement")]
+        super().__init__(_Propagate(step, propagation), reads, writes)
+        self.propagation, self.member_key = propagation, member_key
+
+    @property
+    def ensemble(self) -> GaussianEnsemble:
+        """The members."""
+        return self._step.ensemble
+
+    @property
+    def elites(self) -> torch.Tensor:
+        """The numbers of the members that make predictions, ``[n]`` int64."""
+        return self._step.elites
+
+    @property
+    def targets(self) -> list[NestedKey]:
+        """The entries below "next" that the members predict, in the order of ``D``."""
+        rewards = [] if self._step.reward is None else [self._step.reward]
+        return [entry.key for entry in (*self._step.latents, *rewards)]
+
+    @property
+    def _step(self) -> _EnsembleStep:
+        return self.module.step
+
+    def with_propagation(self, propagation: Propagation) -> EnsembleDynamics:
+        """The same members, propagated otherwise: parameters and buffers are shared."""
+        other = type(self).__new__(type(self))
+        other._wire(self._step, propagation, self.member_key)
+        return other.train(self.training)
+
+    # Data ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_normalizers(self, batch: TensorDictBase) -> None:
+        """Fit the normalisers of inputs and targets to real transitions, ``[*B]``.
+
+        Raises:
+            KeyError: if latents, actions or targets are missing.
+        """
+        step, batch = self._step, valid_rows(batch)
+        if step.inputs is None:
+            return
+        values = [_get(batch, key) for key in self._read_keys()]
+        state, given = step.join(values)
+        step.inputs.fit(given)
+        step.outputs.fit(self._targets(batch) - step.base(state))
+
+    @torch.no_grad()
+    def member_errors(self, batch: TensorDictBase) -> torch.Tensor:
+        """The mean squared error of each member on real transitions, ``[E]``.
+
+        In units of the targets' spread, so that no entry outweighs the others.
+
+        Args:
+            batch: transitions ``[*B]`` that were held out of training. What its
+                ``("collector", "mask")`` calls invalid is left out.
+        """
+        step, batch = self._step, valid_rows(batch)
+        values = [_get(batch, key) for key in self._read_keys()]
+        state, given = step.join(values)
+        loc, _ = step.predict(given)
+        target = step.normalized(self._targets(batch) - step.base(state))
+        return (loc - target).pow(2).flatten(1).mean(1)
+
+    def choose_elites(self, batch: TensorDictBase) -> torch.Tensor:
+        """Make the members of the least held-out error the elites (MBPO, arXiv 1906.08253).
+
+        Args:
+            batch: transitions ``[*B]`` that were held out of training.
+
+        Returns:
+            :meth:`member_errors`, ``[E]``.
+        """
+        errors = self.member_errors(batch)
+        best = errors.argsort()[: len(self.elites)]
+        self.elites.copy_(best.sort().values)
+        return errors
+
+    def _read_keys(self) -> list[NestedKey]:
+        return [entry.key for entry in (*self._step.latents, *self._step.actions)]
+
+    def _targets(self, batch: TensorDictBase) -> torch.Tensor:
+        values = (_get(batch, join("next", key)) for key in self.targets)
+        return self._step.join_targets(*values)
+
+
+class _EnsembleStep(nn.Module):
+    """What the propagations share: the members, between normalisers."""
+
+    def __init__(
+        self, ensemble, latents, actions, reward, target, elites, normalize
+    ) -> None:
+        super().__init__()
+        if target not in ("delta", "absolute"):
+            raise ValueError(
+                f"Unknown target {target!r}. Valid choices are ['delta', 'absolute']."
+            )
+        self.latents, self.actions, self.reward = tuple(latents), tuple(actions), reward
+        self.delta = target == "delta"
+        outputs = [*self.latents, *([] if reward is None else [reward])]
+        self.join_inputs = JoinEntries([*self.latents, *self.actions])
+        self.join_targets = JoinEntries(outputs)
+        self.split = SplitEntries(outputs)
+        self.state_size = sum(entry.size for entry in self.latents)
+        self.ensemble = ensemble
+        sizes = {
+            "in_features": (
+                ensemble.network.in_features,
+                self.join_inputs.out_features,
+            ),
+            "out_features": (ensemble.out_features, self.split.in_features),
+        }
+        for name, (has, needs) in sizes.items():
+            if has != needs:
+                raise ValueError(
+                    f"The ensemble has {name}={has}; the latents {_names(latents)}, actions "
+                    f"{_names(actions)} and reward {reward and reward.name} ask for {needs}."
+                )
+        members = ensemble.members
+        count = members if elites is None else elites
+        if not 1 <= count <= members:
+            raise ValueError(
+                f"elites must be between 1 and the {members} members, got {elites}."
+            )
+        self.register_buffer("elites", torch.arange(count))
+        self.inputs = Normalizer(self.join_inputs.out_features) if normalize else None
+        self.outputs = Normalizer(self.split.in_features) if normalize else None
+
+    def join(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents alone, ``[*B, S]``, and with the actions, ``[*B, S + A]``."""
+        joined = self.join_inputs(*values)
+        return joined[..., : self.state_size], joined
+
+    def predict(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The members' normalised targets: ``(loc, log_var)``, ``[E, *B, D]``."""
+        return self.ensemble(joined if self.inputs is None else self.inputs(joined))
+
+    def base(self, state: torch.Tensor) -> torch.Tensor:
+        """What predicted targets are added to, ``[*B, D]``."""
+        if not self.delta:
+            return torch.zeros_like(F.pad(state, (0, self._extra)))
+        return F.pad(state, (0, self._extra))  # the reward is no change of anything
+
+    def normalized(self, target: torch.Tensor) -> torch.Tensor:
+        return target if self.outputs is None else self.outputs(target)
+
+    def denormalized(self, target: torch.Tensor) -> torch.Tensor:
+        return target if self.outputs is None else self.outputs.inverse(target)
+
+    def log_scale(self) -> torch.Tensor | float:
+        return 0.0 if self.outputs is None else 2 * self.outputs.std.log()
+
+    @property
+    def _extra(self) -> int:
+        return self.split.in_features - self.state_size
+
+
+class _Propagate(nn.Module):
+    """One step of the ensemble, by one way of propagating."""
+
+    def __init__(self, step: _EnsembleStep, propagation: Propagation) -> None:
+        super().__init__()
+        self.step, self.propagation = step, propagation
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        step, member = self.step, None
+        if self.propagation == "tsinf":
+            *values, member = values
+        state, joined = step.join(values)
+        base = step.base(state)
+        loc, log_var = step.predict(joined)  # [E, *B, D]
+        chosen = self._choose(loc, log_var, member)
+        entries = step.split(base + step.denormalized(chosen))
+        entries = entries if isinstance(entries, tuple) else (entries,)
+        spread = loc.var(0, unbiased=False).mean(-1, keepdim=True)
+        # The root of zero has no gradient that anyone could use.
+        disagreement = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt()
+        disagreement = torch.where(spread > 0, disagreement, 0.0)
+        return (
+            *entries,
+            (base + step.denormalized(loc)).movedim(0, -2),
+            (log_var + step.log_scale()).movedim(0, -2),
+            disagreement,
+        )
+
+    def _choose(
+        self,
+        loc: torch.Tensor,
+        log_var: torch.Tensor,
+        member: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A target ``[*B, D]`` from the members' Gaussians ``[E, *B, D]``."""
+        elites, lead = self.step.elites, loc.shape[1:-1]
+        if self.propagation == "ts1":
+            drawn = torch.randint(len(elites), lead, device=loc.device)
+            member = elites[drawn]
+        if member is not None:
+            loc, log_var = _of_member(loc, member), _of_member(log_var, member)
+            std = (log_var / 2).exp()
+        else:
+            if len(elites) < len(loc):
+                loc, log_var = loc[elites], log_var[elites]
+            loc = loc.mean(0)
+            if self.propagation == "mean":
+                return loc
+            std = log_var.exp().mean(0).sqrt()
+        return loc + std * torch.randn_like(loc)
+
+
+class SampleMember(TensorDictModuleBase):
+    """Writes the member that each row follows, where it is not there already.
+
+    Goes behind the encoder of a world model that propagates by TSinf; drawn from
+    the elites.
+
+    Args:
+        dynamics: the ensemble.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Unbounded
+        >>> from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble, SampleMember
+        >>> entries = [Entry.from_spec("observation", Unbounded((3,)))]
+        >>> dynamics = EnsembleDynamics(
+        ...     GaussianEnsemble(5, 3, 3, hidden=()), entries, [], propagation="tsinf"
+        ... )
+        >>> SampleMember(dynamics)(TensorDict({"observation": torch.zeros(7, 3)}, [7]))["member"].shape
+        torch.Size([7])
+    """
+
+    def __init__(self, dynamics: EnsembleDynamics) -> None:
+        super().__init__()
+        self.in_keys = [dynamics._step.latents[0].key]
+        self.out_keys = [dynamics.member_key]
+        # Not registered: the ensemble's tensors are the dynamics'.
+        self.__dict__["_step"] = dynamics._step
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``member``, ``[*B]`` int64, unless it is there."""
+        (key,) = self.out_keys
+        if tensordict.get(key, None) is None:
+            elites = self._step.elites
+            drawn = torch.randint(
+                len(elites), tensordict.batch_size, device=elites.device
+            )
+            tensordict.set(key, elites[drawn])
+        return tensordict
+
+
+def with_propagation(world_model: WorldModel, propagation: Propagation) -> WorldModel:
+    """The same world model with its ensemble propagated otherwise.
+
+    Networks, normalisers and elites are shared, so that training either trains
+    both. Several envs can imagine with one model in several ways at a time.
+
+    Args:
+        world_model: a model whose dynamics are :class:`EnsembleDynamics`.
+        propagation: ``"ts1"``, ``"tsinf"``, ``"expectation"`` or ``"mean"``.
+
+    Returns:
+        The new world model. With ``"tsinf"`` its encoder also writes ``member``, so
+        that the env that imagines with it carries that as constant context.
+
+    Raises:
+        TypeError: if the dynamics are no ensemble.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm import WorldModelEnv
+        >>> from torchrl_wm.models import make_ensemble_world_model
+        >>> from torchrl_wm.modules import with_propagation
+        >>> real_env = GymEnv("Pendulum-v1")
+        >>> world_model, loss = make_ensemble_world_model(real_env, members=3, hidden=(32,))
+        >>> env = WorldModelEnv(with_propagation(world_model, "tsinf"), real_env)
+        >>> env.imagine(4, tensordict=real_env.reset().expand(10))["member"].shape
+        torch.Size([10, 4])
+    """
+    dynamics = world_model.dynamics
+    if not isinstance(dynamics, EnsembleDynamics):
+        raise TypeError(
+            f"with_propagation needs dynamics that are EnsembleDynamics, got "
+            f"{type(dynamics).__name__}. make_ensemble_world_model(env) wires such a model."
+        )
+    dynamics = dynamics.with_propagation(propagation)
+    encoder = world_model.encoder
+    if isinstance(encoder, TensorDictSequential) and isinstance(
+        encoder[-1], SampleMember
+    ):
+        encoder = encoder[0] if len(encoder.module) == 2 else encoder[:-1]
+    if propagation == "tsinf":
+        encoder = TensorDictSequential(encoder, SampleMember(dynamics))
+    others = {
+        name: module
+        for name, module in world_model.components.items()
+        if name not in ("encoder", "dynamics")
+    }
+    view = WorldModel(encoder, dynamics, **others)
+    view.initial_state = world_model.initial_state
+    return view
+
+
+def _of_member(value: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """Of ``[E, *B, D]`` what each row's member says, ``[*B, D]``."""
+    if member.dtype is not torch.int64 or member.shape != value.shape[1:-1]:
+        raise ValueError(
+            f"'member' must be int64 of the batch shape {tuple(value.shape[1:-1])}, the number "
+            f"of the member that each row follows; got {member.dtype} of the shape "
+            f"{tuple(member.shape)}."
+        )
+    index = member[None, ..., None].expand(1, *value.shape[1:])
+    return value.gather(0, index)[0]
+
+
+def _get(batch: TensorDictBase, key: NestedKey) -> torch.Tensor:
+    value = batch.get(key, None)
+    if value is None:
+        raise MissingEntryError(
+            f"The ensemble needs {key!r}, and the batch has {leaf_keys(batch)}."
+        )
+    return value
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    return [entry.name for entry in entries]

@@ -1,0 +1,312 @@
+"""Inputs and targets of networks, shifted and scaled by what the data is like."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.modules.world_model import WorldModel
+
+#: A spread this small, relative to the mean, is rounding: the dimension is constant.
+_CONSTANT = 1e-6
+
+
+class Normalizer(nn.Module):
+    """Gives each feature mean 0 and standard deviation 1, as fitted from data.
+
+    Mean and standard deviation are buffers: they are saved, move with the model
+    and are not trained. Until :meth:`fit` is called it is the identity, and the
+    first use warns. A feature that is constant in the data is shifted and not
+    scaled.
+
+    Args:
+        features: the number of features ``F``.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules import Normalizer
+        >>> data = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+        >>> normalizer = Normalizer(2).fit(data)
+        >>> normalizer(data)
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
+        >>> normalizer.inverse(normalizer(data))
+        tensor([[1., 5.],
+                [3., 5.]])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        # What `fitted` says, without waiting for the device.
+        self._is_fitted = self._has_warned = False
+
+    @property
+    def features(self) -> int:
+        """The number of features ``F``."""
+        return self.mean.shape[-1]
+
+    @torch.no_grad()
+    def fit(self, data: torch.Tensor) -> Normalizer:
+        """Take mean and standard deviation from ``data``, in place of those before.
+
+        Args:
+            data: ``[*B, F]``, all of it valid.
+
+        Returns:
+            The normaliser itself.
+
+        Raises:
+            ValueError: if the data has another number of features, no rows, or
+                values that are not finite.
+        """
+        if data.ndim < 1 or data.shape[-1] != self.features or not data.numel():
+            raise ValueError(
+                f"The normaliser has {self.features} features, and was to be fitted to data of "
+                f"the shape {tuple(data.shape)}. Give [*B, {self.features}] with at least one row."
+            )
+        rows = data.reshape(-1, self.features).double()
+        bad = (~rows.isfinite()).any(0).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"The normaliser cannot be fitted: the features {bad} hold NaN or infinite "
+                f"values. Mask padding out, or look at what the env recorded."
+            )
+        mean, std = rows.mean(0), rows.std(0, unbiased=False)
+        constant = std <= _CONSTANT * mean.abs()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+        self.fitted.fill_(True)
+        self._is_fitted = True
+        return self
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """``[*B, F]`` in the units of the data, to mean 0 and standard deviation 1."""
+        self._warn_if_unfitted()
+        return (value - self.mean) / self.std
+
+    def inverse(self, value: torch.Tensor) -> torch.Tensor:
+        """What :meth:`forward` did, undone."""
+        self._warn_if_unfitted()
+        return value * self.std + self.mean
+
+    def _warn_if_unfitted(self) -> None:
+        if self._is_fitted or self._has_warned or torch.compiler.is_compiling():
+            return
+        self._has_warned = True
+        warnings.warn(
+            "A normaliser is used before it is fitted, and is the identity. Call "
+            "torchrl_wm.modules.fit_normalizers(world_model, batch) with real transitions "
+            "first.",
+            stacklevel=3,
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_fitted = bool(self.fitted)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, fitted={self._is_fitted}"
+
+
+class NormalizedNetwork(nn.Module):
+    """A network that reads entries: joined into one vector, and normalised.
+
+    Args:
+        entries: what it reads, in the order of its inputs.
+        network: maps ``[*B, n]`` to its outputs, ``n`` being the joined entries' size.
+        normalize: whether to normalise.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl.data import Categorical, Unbounded
+        >>> from torchrl_wm.modules import Entry, NormalizedNetwork
+        >>> entries = [
+        ...     Entry.from_spec("observation", Unbounded((2,))),
+        ...     Entry.from_spec("action", Categorical(3)),
+        ... ]
+        >>> network = NormalizedNetwork(entries, torch.nn.Linear(5, 4))
+        >>> observation, action = torch.randn(10, 2), torch.randint(3, (10,))
+        >>> network.fit_normalizer(observation, action)
+        >>> network(observation, action).shape
+        torch.Size([10, 4])
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], network: nn.Module, *, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.join = JoinEntries(entries)
+        self.normalizer = Normalizer(self.join.out_features) if normalize else None
+        self.network = network
+
+    def forward(self, *values: torch.Tensor) -> Any:
+        """What the network makes of the entries, one tensor ``[*B, *feature]`` for each."""
+        vector = self.join(*values)
+        if self.normalizer is not None:
+            vector = self.normalizer(vector)
+        return self.network(vector)
+
+    def fit_normalizer(self, *values: torch.Tensor) -> None:
+        """Fit the normaliser to the entries, ``[*B, *feature]`` each."""
+        if self.normalizer is not None:
+            self.normalizer.fit(self.join(*values))
+
+
+class DenormalizedNetwork(nn.Module):
+    """A network that predicts entries of whatever scale, from outputs near 0 and 1.
+
+    Args:
+        network: maps its inputs to ``[*B, n]``, ``n`` being the entries' size.
+        entries: what it predicts, of float dtypes.
+        normalize: whether the outputs are scaled by what the data is like.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl.data import Unbounded
+        >>> from torchrl_wm.modules import DenormalizedNetwork, Entry
+        >>> reward = Entry.from_spec("reward", Unbounded((1,)))
+        >>> network = DenormalizedNetwork(torch.nn.Linear(4, 1), [reward])
+        >>> network.fit_output_normalizer(1000 + torch.randn(100, 1))
+        >>> bool((network(torch.randn(5, 4)) - 1000).abs().max() < 10)
+        True
+    """
+
+    def __init__(
+        self, network: nn.Module, entries: Sequence[Entry], *, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.join, self.split = JoinEntries(entries), SplitEntries(entries)
+        self.normalizer = Normalizer(self.split.in_features) if normalize else None
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """The entries, ``[*B, *feature]`` each; a single one as itself."""
+        vector = self.network(*inputs)
+        if self.normalizer is not None:
+            vector = self.normalizer.inverse(vector)
+        return self.split(vector)
+
+    def fit_output_normalizer(self, *values: torch.Tensor) -> None:
+        """Fit the normaliser to the entries, ``[*B, *feature]`` each."""
+        if self.normalizer is not None:
+            self.normalizer.fit(self.join(*values))
+
+    def scale(self, key: NestedKey) -> torch.Tensor | float:
+        """The standard deviation of an entry, of its feature shape: the unit of its errors."""
+        if self.normalizer is None:
+            return 1.0
+        std = self.split(self.normalizer.std)
+        std = std if isinstance(std, tuple) else (std,)
+        keys = [entry.key for entry in self.split.entries]
+        return std[keys.index(unique([key])[0])]
+
+
+@torch.no_grad()
+def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
+    """Fit all normalisers of a model to a batch of real transitions.
+
+    Called once there is data, before training; again when the data has become
+    another. Fitted are the networks that have a ``fit_normalizer`` (such as
+    :class:`NormalizedNetwork`), to the entries that their module reads, or a
+    ``fit_output_normalizer`` (:class:`DenormalizedNetwork`), to those that it writes,
+    and the modules that fit themselves (:class:`EnsembleDynamics`). Latents
+    that the batch lacks are encoded from its observations.
+
+    Args:
+        model: the world model, or a component of one.
+        batch: real transitions, ``[*B]``, with "next". What its
+            ``("collector", "mask")`` calls invalid is left out.
+
+    Raises:
+        KeyError: if the batch lacks an entry that a module reads.
+        ValueError: if the data is not finite, or nothing of it is valid.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.models import make_ensemble_world_model
+        >>> from torchrl_wm.modules import fit_normalizers
+        >>> env = GymEnv("Pendulum-v1")
+        >>> world_model, loss = make_ensemble_world_model(env, hidden=(32, 32))
+        >>> fit_normalizers(world_model, env.rollout(100))
+    """
+    batch = valid_rows(batch)
+    for module in model.modules():
+        if not isinstance(module, TensorDictModuleBase):
+            continue
+        network = getattr(module, "module", None)
+        if hasattr(module, "fit_normalizers"):
+            module.fit_normalizers(_data(model, batch, module.in_keys))
+        if hasattr(network, "fit_normalizer"):
+            keys = unique(module.in_keys)
+            data = _data(model, batch, keys)
+            network.fit_normalizer(*(data.get(key) for key in keys))
+        if hasattr(network, "fit_output_normalizer"):
+            keys = unique(module.out_keys)
+            data = _data(model, batch, keys)
+            network.fit_output_normalizer(*(data.get(key) for key in keys))
+
+
+def _data(
+    model: nn.Module, batch: TensorDictBase, keys: Sequence[NestedKey]
+) -> TensorDictBase:
+    """The batch with all of ``keys``, of which latents are encoded if need be."""
+    keys = unique(keys)
+    # Encoded anew for each module: what comes before it has just been fitted.
+    data = _with_latents(model, batch, keys)
+    missing = missing_from(data, keys)
+    if missing:
+        raise MissingEntryError(
+            f"A normaliser is fitted to {missing}, and the batch has {leaf_keys(batch)}. Give a "
+            f"batch of real transitions, as rollouts and collectors record them."
+        )
+    return data
+
+
+def valid_rows(batch: TensorDictBase) -> TensorDictBase:
+    """What the batch's mask calls valid, ``[N]``; all of it without a mask.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    mask = batch.get(("collector", "mask"), None)
+    if mask is not None:
+        batch = batch[mask.reshape(batch.batch_size)]
+    if not batch.batch_size.numel():
+        raise ValueError(
+            f"There is nothing to fit or compare: the batch has the batch size "
+            f"{tuple(batch.batch_size)} once what its mask calls invalid is left out."
+        )
+    return batch
+
+
+def _with_latents(
+    model: nn.Module, batch: TensorDictBase, in_keys: Sequence
+) -> TensorDictBase:
+    """The batch, with the latents that ``in_keys`` name and it lacks."""
+    if not isinstance(model, WorldModel):
+        return batch
+    lacking = missing_from(batch, unique(in_keys))
+    if not lacking or missing_from(batch, unique(model.encoder.in_keys)):
+        return batch
+    batch = batch.copy()
+    with evaluation_mode(model):
+        batch.update(model.encode(batch.select(*unique(model.encoder.in_keys))))
+        nexts = [join("next", key) for key in unique(model.encoder.in_keys)]
+        if any(map(is_next, lacking)) and not missing_from(batch, nexts):
+            inputs = batch.get("next").select(*unique(model.encoder.in_keys))
+            for key, value in model.encode(inputs).items(True, True):
+                batch.set(join("next", key), value)
+    return batch

@@ -1,0 +1,163 @@
+"""Scalars as distributions over bins: two-hot regression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import nn
+from torchrl.modules import symexp, SymExpTwoHot, symlog
+from torchrl.objectives import two_hot_cross_entropy, two_hot_decode, two_hot_encode
+
+
+class SymlogTwoHot(nn.Module):
+    """Scalars as two neighbouring bins, evenly spaced in symlog space.
+
+    TD-MPC2's representation (arXiv 2310.16828, section 3.1): a scalar ``x`` is
+    spread over the two bins around ``symlog(x)``, and logits are read as
+    ``symexp`` of their expectation. TorchRL's
+    :class:`~torchrl.modules.SymExpTwoHot`, DreamerV3's, interpolates between the
+    raw values of its bins instead, over a wider range; either goes wherever one
+    is asked for.
+
+    Args:
+        num_bins: the number of bins.
+        limit: the bins span ``[-limit, limit]`` in symlog space; what lies
+            beyond saturates. The default reaches about 22,000.
+
+    Raises:
+        ValueError: if there are fewer than 2 bins, or ``limit`` is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules import SymlogTwoHot
+        >>> two_hot = SymlogTwoHot()
+        >>> x = torch.tensor([-10.0, 0.0, 0.3])
+        >>> two_hot.decode(two_hot.encode(x).log()).allclose(x, atol=1e-4)
+        True
+    """
+
+    def __init__(self, num_bins: int = 101, limit: float = 10.0) -> None:
+        super().__init__()
+        if num_bins < 2 or not limit > 0:
+            raise ValueError(
+                f"SymlogTwoHot needs at least 2 bins and a positive limit, got "
+                f"num_bins={num_bins} and limit={limit}."
+            )
+        self.num_bins, self.limit = num_bins, limit
+        bins = torch.linspace(-limit, limit, num_bins)
+        # Rounding must not make them lopsided: equal logits stand for exactly 0.
+        self.register_buffer("bins", (bins - bins.flip(0)) / 2)
+
+    def encode(self, target: torch.Tensor) -> torch.Tensor:
+        """Scalars ``[*B]`` as distributions ``[*B, bins]``."""
+        return two_hot_encode(symlog(target), self.bins)
+
+    def decode(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits ``[*B, bins]`` as scalars ``[*B]``."""
+        return symexp(two_hot_decode(logits, self.bins))
+
+    def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of logits ``[*B, bins]`` and scalars ``[*B]`` or ``[*B, 1]``: ``[*B]``."""
+        return two_hot_cross_entropy(logits, symlog(target), self.bins)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """:meth:`decode` with a trailing dim, ``[*B, 1]``."""
+        return self.decode(logits).unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"num_bins={self.num_bins}, limit={self.limit}"
+
+
+#: What says how scalars and bins belong together.
+TwoHot = (SymExpTwoHot, SymlogTwoHot)
+
+
+class TwoHotHead(nn.Module):
+    """A network whose logits over bins stand for a scalar: gives both.
+
+    In a world model the logits go to ``("next", "reward_logits")``, where
+    :class:`~torchrl_wm.objectives.TwoHotTerm` trains them, and the scalar to
+    ``("next", "reward")``, which is what an env needs.
+
+    Args:
+        network: ``[*B, n]`` inputs as ``[*B, shape * bins]`` logits.
+        two_hot: the bins: TorchRL's :class:`~torchrl.modules.SymExpTwoHot`
+            (DreamerV3) by default, or :class:`SymlogTwoHot` (TD-MPC2).
+        shape: the feature shape of the scalar, ``(1,)`` by default.
+        zero: start with the last linear layer at zero, so that the first
+            predictions are 0. Without it, random logits mean astronomical rewards.
+
+    Raises:
+        ValueError: if ``zero`` is asked for and the network has no linear layer.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.modules import MLP, SymExpTwoHot
+        >>> from torchrl_wm.modules import TwoHotHead
+        >>> two_hot = SymExpTwoHot(41)
+        >>> reward_head = Mod(
+        ...     TwoHotHead(MLP(4, 41, num_cells=[32]), two_hot),
+        ...     [("next", "latent")],
+        ...     [("next", "reward_logits"), ("next", "reward")],
+        ... )
+        >>> logits, reward = reward_head(next_latent=torch.randn(5, 4))
+        >>> logits.shape, reward.shape
+        (torch.Size([5, 41]), torch.Size([5, 1]))
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        two_hot: nn.Module | None = None,
+        *,
+        shape: Sequence[int] = (1,),
+        zero: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.two_hot = SymExpTwoHot() if two_hot is None else two_hot
+        #: The feature shape of the scalar.
+        self.shape = tuple(shape)
+        # A trailing dim of 1 is the scalar's own, and the bins stand in its place.
+        lead = self.shape[:-1] if self.shape[-1:] == (1,) else self.shape
+        self._lead = (*lead, self.two_hot.num_bins)
+        if zero:
+            _zero_last_linear(network)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict.
+
+        Args:
+            inputs: what the network reads, ``[*B, n]`` each.
+
+        Returns:
+            Logits ``[*B, bins]`` and their scalar ``[*B, 1]`` (for ``shape=(1,)``).
+
+        Raises:
+            ValueError: if the network does not give one number for each bin.
+        """
+        logits = self.network(*inputs)
+        if logits.shape[-1] != prod(self._lead):
+            raise ValueError(
+                f"The network of a TwoHotHead gives {logits.shape[-1]} numbers; for the shape "
+                f"{self.shape} and {self.two_hot.num_bins} bins it must give "
+                f"{prod(self._lead)}."
+            )
+        size = logits.shape[:-1]
+        logits = logits.reshape(*size, *self._lead)
+        return logits, self.two_hot.decode(logits).reshape(*size, *self.shape)
+
+
+def _zero_last_linear(network: nn.Module) -> None:
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"TwoHotHead sets the last linear layer to zero, and {type(network).__name__} has "
+            f"none. Do it yourself and pass zero=False."
+        )
+    with torch.no_grad():
+        for parameter in layers[-1].parameters():
+            parameter.zero_()

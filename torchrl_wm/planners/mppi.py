@@ -1,0 +1,115 @@
+"""Model-predictive path integral control."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.modules.planners.common import _mask_post_done_reward, _planning_done_keys
+
+from torchrl_wm.planners.actions import Proposal
+from torchrl_wm.planners.base import MPCPlanner, Population, Search
+
+
+class MPPIPlanner(MPCPlanner):
+    """Plan by model-predictive path integral control (arXiv 1509.01149).
+
+    The next Gaussian is fitted to the best candidates, weighted by the softmax of
+    ``temperature`` times their returns; it acts on the weighted mean. With a
+    ``terminal_value``, a ``policy`` and ``min_std`` it is the planner of TD-MPC2
+    (arXiv 2310.16828).
+
+    Args:
+        env: what predicts.
+        advantage_module: a value estimator (:class:`~torchrl.objectives.value.TDLambdaEstimator`
+            for instance) whose advantage at the first step is what candidates
+            are compared by. Whole trajectories are imagined for it. None takes
+            the return, which is faster.
+        temperature: what the returns are multiplied by. TorchRL's convention: the
+            higher, the fewer candidates count. The default fits returns that
+            differ by about one.
+        planning_horizon, optim_steps, num_candidates, top_k, reward_key, action_key:
+            see :class:`~torchrl_wm.planners.MPCPlanner`, as the other keywords.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl.modules import MLP
+        >>> from torchrl_wm import WorldModel, WorldModelEnv
+        >>> from torchrl_wm.planners import MPPIPlanner
+        >>> base_env = GymEnv("Pendulum-v1")
+        >>> world_model = WorldModel(
+        ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+        ...     Mod(MLP(5, 4, num_cells=[32]), ["latent", "action"], [("next", "latent")]),
+        ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+        ... )
+        >>> env = WorldModelEnv(world_model, base_env)
+        >>> planner = MPPIPlanner(
+        ...     env, planning_horizon=10, optim_steps=3, num_candidates=64, top_k=8
+        ... )
+        >>> base_env.rollout(5, planner)["action"].shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        advantage_module: nn.Module | None = None,
+        temperature: float = 1.0,
+        planning_horizon: int = 15,
+        optim_steps: int = 6,
+        num_candidates: int = 512,
+        top_k: int = 64,
+        reward_key: NestedKey = ("next", "reward"),
+        action_key: NestedKey = "action",
+        **kwargs: Any,
+    ) -> None:
+        if advantage_module is not None and not isinstance(advantage_module, nn.Module):
+            raise TypeError(
+                f"advantage_module must be a value estimator or None, got "
+                f"{type(advantage_module).__name__}. MPPIPlanner(env, None, temperature, ...), or "
+                f"name the arguments."
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        super().__init__(
+            env,
+            planning_horizon,
+            optim_steps,
+            num_candidates,
+            top_k,
+            reward_key,
+            action_key,
+            **kwargs,
+        )
+        self.advantage_module = advantage_module
+        self.register_buffer("temperature", torch.as_tensor(float(temperature)))
+        self.to(env.device)
+
+    def score(self, state: Any, samples: torch.Tensor) -> torch.Tensor:
+        if self.advantage_module is None:
+            return super().score(state, samples)
+        rows, number = samples.shape[:2]
+        particles = self.num_particles
+        actions = self.space.action(samples).flatten(0, 1)
+        actions = actions.repeat_interleave(particles, 0)
+        starts = self.objective.repeat(state, number * particles)
+        imagined = self.objective.imagine(starts, actions)
+        done_keys = _planning_done_keys(self.env)
+        reward = _mask_post_done_reward(
+            imagined, self.reward_key, done_keys, time_dim=1
+        )
+        self.advantage_module(imagined.set(self.reward_key, reward))
+        advantage = imagined.get("advantage")[:, 0]
+        values = advantage.reshape(rows, number, particles).mean(-1)
+        return torch.where(values.isfinite(), values, -torch.inf)
+
+    def improve(self, search: Search, population: Population) -> tuple[Proposal, None]:
+        elites = population.best(self.top_k)
+        # The best one's weight is 1, however large the returns are.
+        lead = (elites.returns - elites.returns[:, :1]).nan_to_num(0.0)
+        return self.refit(search, elites, (self.temperature * lead).exp()), None

@@ -1,0 +1,376 @@
+"""What a plan is worth: the return that a model, or any env, predicts for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
+from torchrl.modules.planners.common import _planning_done_keys
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.envs.layout import Layout
+from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.envs.unroll import ProgramActor
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import leaf_keys, missing_from, sibling, strip_next, unique
+from torchrl_wm.modules.program import Program, to_tensordict, Values
+
+#: The names under which TorchRL's modules write values.
+_VALUE_NAMES = ("state_value", "state_action_value", "chosen_action_value")
+
+
+class Objective(ABC):
+    """Predicts returns: the sum of rewards up to the first end, and what is worth what remains.
+
+    Args:
+        env: what predicts.
+        action_key: the action that is planned.
+        reward_key: the reward, below "next".
+        discount: the factor per step.
+        terminal_value: writes the value of the states at the horizon.
+        policy: proposes actions.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        action_key: NestedKey,
+        reward_key: NestedKey,
+        discount: float,
+        terminal_value: TensorDictModuleBase | None,
+        policy: Callable | None,
+    ) -> None:
+        self.env = env
+        self.action_key = action_key
+        self.reward_key = reward_key
+        self.discount = discount
+        self.terminal_value = terminal_value
+        self.policy = policy
+        self.value_key = None if terminal_value is None else value_key(terminal_value)
+
+    def prepare(self) -> tuple:
+        """Look at what predicts as it is now; all that a compiled plan depends on."""
+        return ()
+
+    @abstractmethod
+    def start(self, tensordict: TensorDictBase) -> Any:
+        """The states that plans begin from, as rows ``[B]``; whatever :meth:`repeat` takes."""
+
+    @abstractmethod
+    def repeat(self, state: Any, times: int) -> Any:
+        """Each row ``times`` times in a row, ``[B * times]``."""
+
+    @abstractmethod
+    def returns(self, state: Any, actions: torch.Tensor) -> torch.Tensor:
+        """The returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
+
+    @abstractmethod
+    def proposed(self, state: Any, horizon: int) -> torch.Tensor:
+        """What the policy does from the rows of ``state``: ``[R, H, *A]``."""
+
+    @abstractmethod
+    def imagine(self, state: Any, actions: torch.Tensor) -> TensorDictBase:
+        """The whole trajectories ``[R, H]`` of the actions ``[R, H, *A]``."""
+
+
+class ModelObjective(Objective):
+    """Predicts on tensors alone, by the step kernel of a :class:`~torchrl_wm.WorldModelEnv`."""
+
+    env: WorldModelEnv
+    kernel: StepKernel
+    #: The terminal value and the policy, as programs.
+    value: Program | None = None
+    program: Program | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # These hold on to networks: a copy makes its own.
+        held = ("kernel", "value", "program")
+        return {k: v for k, v in self.__dict__.items() if k not in held}
+
+    def prepare(self) -> tuple:
+        self.kernel = kernel = self.env.step_kernel
+        if self.terminal_value is not None:
+            if self.value is None or not self.value.is_for(self.terminal_value):
+                self.value = Program([self.terminal_value])
+        if self.policy is not None:
+            act = self.env.actor(self.policy, torch.Size([1]))
+            self.program = getattr(act, "program", None)
+        return (kernel, kernel.program, self.value, self.program)
+
+    def start(self, tensordict: TensorDictBase) -> Values:
+        env = self.env
+        kernel = self.kernel
+        specs = {**kernel.layout.state, **self._read_observations(kernel.layout)}
+        needed = list(specs)
+        missing = missing_from(tensordict, needed)
+        state = tensordict
+        if missing:
+            inputs = unique(env.world_model.encoder.in_keys)
+            recurrent = env.world_model.is_recurrent
+            if not recurrent and not missing_from(tensordict, inputs):
+                state = env.world_model.encode(tensordict.copy())
+            self._check(tensordict, missing_from(state, needed))
+        values = {key: state.get(key) for key in needed}
+        if kernel.counter_key is not None:
+            count = tensordict.get(kernel.counter_key, None)
+            if count is not None:
+                values[kernel.counter_key] = count
+        dims = tensordict.batch_dims
+        for key in needed:
+            spec = specs[key]
+            expected = (*tensordict.batch_size, *spec.shape)
+            if tuple(values[key].shape) != expected or values[key].dtype != spec.dtype:
+                raise ValueError(
+                    f"The planner's {key!r} has the shape {tuple(values[key].shape)} and "
+                    f"{values[key].dtype}; the tensordict's batch size "
+                    f"{tuple(tensordict.batch_size)} and the env's spec ask for {expected} and "
+                    f"{spec.dtype}."
+                )
+        return {
+            key: value.reshape(-1, *value.shape[dims:]).to(env.device)
+            for key, value in values.items()
+        }
+
+    def _read_observations(self, layout: Layout) -> dict[NestedKey, TensorSpec]:
+        """The decoded observations that the policy or the terminal value read."""
+        modules = (self.policy, self.terminal_value)
+        read = {key for m in modules for key in unique(getattr(m, "in_keys", []))}
+        return {key: spec for key, spec in layout.decoded.items() if key in read}
+
+    def _check(self, tensordict: TensorDictBase, missing: list[NestedKey]) -> None:
+        if not missing:
+            return
+        model = self.env.world_model
+        fix = (
+            "The model is recurrent: put its observer before the planner, which keeps them up to "
+            "date, TensorDictSequential(world_model.observer(), planner)"
+            if model.is_recurrent
+            else f"Give them, by world_model.encode(observations), or give the observations "
+            f"{unique(model.encoder.in_keys)}"
+        )
+        raise MissingEntryError(
+            f"The planner starts from the latents {missing}, and the tensordict has "
+            f"{leaf_keys(tensordict)}. {fix}."
+        )
+
+    def repeat(self, state: Values, times: int) -> Values:
+        if times == 1:
+            return dict(state)
+        return {
+            key: value.unsqueeze(1)
+            .expand(-1, times, *value.shape[1:])
+            .reshape(-1, *value.shape[1:])
+            for key, value in state.items()
+        }
+
+    def returns(self, state: Values, actions: torch.Tensor) -> torch.Tensor:
+        kernel, device = self.kernel, self.env.device
+        layout = kernel.layout
+        size, endings = actions.shape[:1], layout.endings
+        never = endings.never(size, device)
+        place = strip_next(self.reward_key)
+        values = dict(state)
+        observed = list(self._read_observations(layout))
+        moving = [*layout.latent, *observed]
+        if kernel.counter_key is not None:
+            moving.append(kernel.counter_key)
+        value = _Value(self, values, size) if self.terminal_value is not None else None
+        total = going = None
+        scale = 1.0
+        for step, action in enumerate(actions.unbind(1)):
+            values[self.action_key] = action
+            predicted = kernel.predict(
+                values, size, device, never, step > 0, decode=bool(observed)
+            )
+            reward = _scaled(_per_row(predicted[place]), scale)
+            scale *= self.discount
+            if going is not None:
+                # Not a product: what follows an end may be NaN.
+                reward = torch.where(going, reward, torch.zeros_like(reward))
+            total = reward if total is None else total + reward
+            for key in moving:
+                values[key] = predicted[key]
+            ended = terminated = None
+            if endings.can_end:
+                ended = endings.ended(predicted, size)
+                terminated = endings.ended(predicted, size, "terminated")
+            if value is not None:
+                value.step(values, scale, going, terminated)
+            if ended is not None:
+                going = ~ended if going is None else going & ~ended
+        return total if value is None else total + value()
+
+    def evaluate(self, state: Values, size: torch.Size) -> torch.Tensor:
+        """The terminal value of states, ``[R]``."""
+        self.value(state, size, self.env.device)
+        return _per_row(state[self.value_key])
+
+    def proposed(self, state: Values, horizon: int) -> torch.Tensor:
+        kernel, device = self.kernel, self.env.device
+        size = next(iter(state.values())).shape[:1]
+        never = kernel.layout.endings.never(size, device)
+        if self.program is not None:
+            act = ProgramActor(self.program, size, device)
+        else:
+            act = self.env.actor(self.policy, size)
+        observed = list(self._read_observations(kernel.layout))
+        values, actions = dict(state), []
+        for step in range(horizon):
+            act(values, step)
+            actions.append(values[self.action_key])
+            predicted = kernel.predict(
+                values, size, device, never, step > 0, decode=bool(observed)
+            )
+            for key in (*kernel.layout.latent, *observed):
+                values[key] = predicted[key]
+        return torch.stack(actions, 1)
+
+    def imagine(self, state: Values, actions: torch.Tensor) -> TensorDictBase:
+        start = to_tensordict(state, actions.shape[:1], self.env.device)
+        return self.env.imagine(actions.shape[1], tensordict=start, actions=actions)
+
+
+class _Value:
+    """The value of where each trajectory is when it ends or reaches the horizon.
+
+    A termination is worth nothing; a truncation is worth its state.
+    """
+
+    def __init__(
+        self, objective: ModelObjective, values: Values, size: torch.Size
+    ) -> None:
+        self.objective, self.size = objective, size
+        self.state: Values = dict(values)
+        self.scale: torch.Tensor | float = 1.0
+        self.worth: torch.Tensor | None = None
+
+    def step(
+        self,
+        values: Values,
+        scale: float,
+        going: torch.Tensor | None,
+        terminated: torch.Tensor | None,
+    ) -> None:
+        """Follow the trajectories that were still ``going`` before this step."""
+        if going is None:
+            self.state, self.scale = dict(values), scale
+        else:
+            for key, value in values.items():
+                rows = going.reshape(going.shape + (1,) * (value.ndim - 1))
+                self.state[key] = torch.where(rows, value, self.state[key])
+            before = torch.as_tensor(self.scale, device=going.device)
+            self.scale = torch.where(going, scale, before)
+        if terminated is not None:
+            ended = terminated if going is None else terminated & going
+            self.worth = ~ended if self.worth is None else self.worth & ~ended
+
+    def __call__(self) -> torch.Tensor:
+        value = self.scale * self.objective.evaluate(dict(self.state), self.size)
+        if self.worth is None:
+            return value
+        return torch.where(self.worth, value, torch.zeros_like(value))
+
+
+class EnvObjective(Objective):
+    """Predicts by stepping an env that takes tensordicts of any batch size."""
+
+    def start(self, tensordict: TensorDictBase) -> TensorDictBase:
+        state = tensordict.exclude("next").reshape(-1)
+        if self.env.device is not None:
+            state = state.to(self.env.device)
+        return state
+
+    def repeat(self, state: TensorDictBase, times: int) -> TensorDictBase:
+        rows = state.unsqueeze(1).expand(state.shape[0], times)
+        return rows.reshape(-1)
+
+    def returns(self, state: TensorDictBase, actions: torch.Tensor) -> torch.Tensor:
+        total = going = worth = last = None
+        scale = 1.0
+        scales: torch.Tensor | float = 1.0
+        for action in actions.unbind(1):
+            step = self.env.step(state.copy().set(self.action_key, action))
+            reward = _scaled(_per_row(step.get(self.reward_key)), scale)
+            scale *= self.discount
+            if going is not None:
+                reward = torch.where(going, reward, torch.zeros_like(reward))
+            total = reward if total is None else total + reward
+            state = self.env.step_mdp(step)
+            ended = self._ended(step, "done")
+            if self.terminal_value is not None:
+                if going is None:
+                    last, scales = state, torch.full_like(total, scale)
+                    worth = torch.ones_like(ended)
+                else:
+                    last = torch.where(going, state, last)
+                    scales = torch.where(going, scale, scales)
+                terminated = self._ended(step, "terminated")
+                alive = ~terminated if going is None else ~(terminated & going)
+                worth = worth & alive
+            going = ~ended if going is None else going & ~ended
+        if self.terminal_value is None:
+            return total
+        value = _per_row(self.terminal_value(last.copy()).get(self.value_key))
+        return total + torch.where(worth, scales * value, torch.zeros_like(value))
+
+    def _ended(self, step: TensorDictBase, name: str) -> torch.Tensor:
+        ended = torch.zeros(step.batch_size, dtype=torch.bool, device=step.device)
+        for key in _planning_done_keys(self.env):
+            flag = step.get(sibling(key, name), None)
+            if flag is not None:
+                ended = ended | flag.flatten(1).all(-1)
+        return ended
+
+    def proposed(self, state: TensorDictBase, horizon: int) -> torch.Tensor:
+        actions = []
+        for _ in range(horizon):
+            acted = self.policy(state.copy())
+            actions.append(acted.get(self.action_key))
+            state = self.env.step_mdp(self.env.step(acted))
+        return torch.stack(actions, 1)
+
+    def imagine(self, state: TensorDictBase, actions: torch.Tensor) -> TensorDictBase:
+        steps = []
+        for action in actions.unbind(1):
+            step = self.env.step(state.copy().set(self.action_key, action))
+            steps.append(step)
+            state = self.env.step_mdp(step)
+        return torch.stack(steps, 1).refine_names(..., "time")
+
+
+def value_key(module: TensorDictModuleBase) -> NestedKey:
+    """Where a value module writes.
+
+    Raises:
+        ValueError: if that is not clear from its keys.
+    """
+    keys = unique(module.out_keys)
+    for name in _VALUE_NAMES:
+        named = [key for key in keys if key == name or key[-1] == name]
+        if len(named) == 1:
+            return named[0]
+    if len(keys) == 1:
+        return keys[0]
+    raise ValueError(
+        f"terminal_value writes {keys}, and it is not clear which is the value: let it write one "
+        f"of {list(_VALUE_NAMES)}, or nothing else."
+    )
+
+
+def _scaled(reward: torch.Tensor, scale: float) -> torch.Tensor:
+    return reward if scale == 1.0 else scale * reward
+
+
+def _per_row(entry: torch.Tensor) -> torch.Tensor:
+    """``[R, ...]`` as ``[R]``; the rewards of several agents add up."""
+    return (
+        entry.squeeze(-1)
+        if entry.ndim == 2 and entry.shape[1] == 1
+        else entry.flatten(1).sum(-1)
+    )
