@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
@@ -37,11 +39,13 @@ Loop = Callable[[], object]
 class Reference(EnvBase):
     """An env that only has specs."""
 
-    def __init__(self, batch_size: list[int]) -> None:
+    def __init__(
+        self, batch_size: list[int], latent: int = LATENT, action: int = ACTION
+    ) -> None:
         super().__init__(batch_size=batch_size)
         size = self.batch_size
-        self.observation_spec = Composite(latent=Unbounded((*size, LATENT)), shape=size)
-        self.action_spec = Unbounded((*size, ACTION))  # TorchRL refuses a Bounded one
+        self.observation_spec = Composite(latent=Unbounded((*size, latent)), shape=size)
+        self.action_spec = Unbounded((*size, action))  # TorchRL refuses a Bounded one
         self.reward_spec = Unbounded((*size, 1))
 
     def _reset(self, tensordict, **kwargs):
@@ -332,6 +336,29 @@ def peak_ratio(loop: Loop, networks: Loop) -> float:
         out = loop()
     returned = sum(value.untyped_storage().nbytes() for value in out.values(True, True))
     return (all_of_it.peak - activations.peak) / returned
+
+
+def parser(description: str, seconds: float) -> argparse.ArgumentParser:
+    """What all benchmarks are told on the command line."""
+    out = argparse.ArgumentParser(description=description.splitlines()[0])
+    out.add_argument("--seconds", type=float, default=seconds)
+    out.add_argument("--threads", type=int, default=1)
+    out.add_argument("--out", type=Path)
+    return out
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Seeds and threads; prints what the figures depend on."""
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    print(machine())
+
+
+def finish(args: argparse.Namespace, text: list[str]) -> None:
+    """Write the report, if that is asked for."""
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(text))
 
 
 def machine() -> str:

@@ -12,10 +12,8 @@ heading says which case this is, and both belong into a report.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import torch
-
+import common
 from common import (
     compiled_variants,
     filter_variants,
@@ -119,20 +117,15 @@ def imagination(args: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, seconds=1.5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
     parser.add_argument("--horizons", type=int, nargs="+", default=[1, 5, 15])
     parser.add_argument("--compiled-batches", type=int, nargs="*", default=[1, 256])
     parser.add_argument("--filter-batches", type=int, nargs="*", default=[16, 50])
     parser.add_argument("--filter-length", type=int, default=32)
     parser.add_argument("--only", choices=["imagination", "filtering"])
-    parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    print(machine())
+    common.begin(args)
     text = [f"Machine: {machine()}.", ""]
     if args.only != "filtering":
         text += imagination(args)
@@ -144,9 +137,7 @@ def main() -> None:
             *filter_rows(args.filter_batches, args.filter_length, args.seconds),
             "",
         ]
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    common.finish(args, text)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,23 @@ its subject belongs to (:mod:`torchrl_wm.modules`, :mod:`torchrl_wm.envs`,
 from __future__ import annotations
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.export import (
+    GymWorldModelEnv,
+    GymWorldModelVectorEnv,
+    make_env,
+    make_world_model_env,
+)
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.objectives import WorldModelLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["WorldModel", "WorldModelEnv", "WorldModelLoss"]
+__all__ = [
+    "GymWorldModelEnv",
+    "GymWorldModelVectorEnv",
+    "WorldModel",
+    "WorldModelEnv",
+    "WorldModelLoss",
+    "make_env",
+    "make_world_model_env",
+]

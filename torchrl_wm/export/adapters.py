@@ -1,0 +1,429 @@
+"""Any model object as a source of imagined steps, through callables or its own methods."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from torchrl_wm.export.forms import (
+    is_mapping,
+    MISSING,
+    Outcome,
+    read_flag,
+    read_reward,
+    ResetForm,
+    STEP_FORMS,
+    StepForm,
+)
+from torchrl_wm.export.isolation import Isolation
+from torchrl_wm.export.signatures import bind, Bound
+from torchrl_wm.export.sources import first_moment, Moment, numpy_info, Start, USERS
+from torchrl_wm.export.spaces import Checker, Reader, sample_start
+from torchrl_wm.export.trees import (
+    detached,
+    expand_rows,
+    map_leaves,
+    merge_rows,
+    snapshot,
+    to_device,
+    to_numpy,
+)
+
+_CPU = torch.device("cpu")
+#: The methods that step a model, the first found counts.
+STEP_METHODS = (
+    "env_step",
+    "step",
+    "predict_step",
+    "predict",
+    "imagine_step",
+    "transition",
+    "__call__",
+)
+RESET_METHODS = ("reset_env", "reset_state", "reset")
+DECODE_METHODS = ("decode", "decode_observation")
+
+
+class AdapterSource:
+    """A model object with spaces, stepped by callables or by its own methods.
+
+    Args:
+        model: any object.
+        observation_space: the space of one env's observations.
+        action_space: the space of one env's actions.
+        rows: the number of envs ``N`` that the model steps at once; None for a model
+            of one env, without a batch dim.
+        functions: ``reset_fn``, ``transition_fn``, ``reward_fn``, ``terminal_fn`` and
+            ``action_transform_fn``, or None in their place.
+        initial_observation: where episodes begin that no reset starts.
+        initial_state: where the state begins; it is copied at every reset.
+        device: where actions and states are put.
+        torch_actions: whether callables get tensors, or arrays.
+        clip: whether observations are clipped to their bounds.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        rows: int | None,
+        *,
+        functions: dict[str, Callable | None],
+        initial_observation: Any,
+        initial_state: Any,
+        device: torch.device | None,
+        torch_actions: bool,
+        clip: bool,
+    ) -> None:
+        self.model = model
+        self.observation_space, self.action_space = observation_space, action_space
+        self.rows, self.torch_actions = rows, torch_actions
+        if device is not None and isinstance(model, nn.Module):
+            model.to(device)
+        self.device = device or _device_of(model)
+        self._moves = device is not None
+        self.isolation = Isolation(model, self.device)
+        self.read = Reader(observation_space, rows, "observation", clip)
+        self.check_action = Checker(action_space, rows)
+        self.initial_observation = snapshot(initial_observation)
+        self.initial_state = snapshot(initial_state)
+
+        self._step = self._find_step(functions["transition_fn"])
+        self._reset = self._find_reset(functions["reset_fn"])
+        roles = ("model", "state", "obs", "action")
+        self._reward = _bound(functions["reward_fn"], roles, "reward_fn")
+        self._terminal = _bound(functions["terminal_fn"], roles, "terminal_fn")
+        self._transform = _bound(
+            functions["action_transform_fn"], ("model", "action"), "action_transform_fn"
+        )
+        self._decode = self._find_decode()
+        self._check_start()
+        self._reset_form = ResetForm(self.read, _name(self._reset))
+        self._step_form = StepForm(self.read, _name(self._step))
+        #: A model that keeps its own state is in one env's episode at a time.
+        self.is_stateful = not self._step.takes("state")
+        self._observes_state = False
+
+    # What is called ------------------------------------------------------
+
+    def _find_step(self, function: Callable | None) -> Bound:
+        if function is not None:
+            return bind(
+                function,
+                ("model", "state", "action"),
+                "transition_fn",
+                aliases={"obs": "state"},
+            )
+        method, name = _method(self.model, STEP_METHODS)
+        if method is None:
+            raise TypeError(
+                f"{type(self.model).__name__} has none of the methods {list(STEP_METHODS)}: pass "
+                f"transition_fn(model, state, action). It returns {STEP_FORMS}."
+            )
+        return bind(
+            method,
+            ("state", "action"),
+            f"{type(self.model).__name__}.{name}",
+            aliases={"obs": "state"},
+        )
+
+    def _find_reset(self, function: Callable | None) -> Bound | None:
+        if function is not None:
+            return bind(function, ("model", "seed", "options"), "reset_fn")
+        if self.initial_state is not None or self.initial_observation is not None:
+            return None
+        method, name = _method(self.model, RESET_METHODS)
+        if method is None:
+            return None
+        return bind(method, ("seed", "options"), f"{type(self.model).__name__}.{name}")
+
+    def _find_decode(self) -> Bound | None:
+        method, name = _method(self.model, DECODE_METHODS)
+        if method is None or self.initial_state is None:
+            return None
+        if self.initial_observation is not None or self._reset is not None:
+            return None
+        return bind(method, ("state",), f"{type(self.model).__name__}.{name}")
+
+    def _check_start(self) -> None:
+        nothing = self.initial_state is None and self.initial_observation is None
+        if self._reset is None and nothing:
+            raise TypeError(
+                f"Nothing says where episodes begin: pass reset_fn(model, seed, options), "
+                f"initial_observation or initial_state; or give {type(self.model).__name__} one "
+                f"of the methods {list(RESET_METHODS)}."
+            )
+        if self._reset is None and not self._step.takes("state"):
+            raise TypeError(
+                f"{_name(self._step)} takes no state, so the model keeps its own, and nothing "
+                f"resets it: pass reset_fn(model, seed, options), or let the step take the state."
+            )
+        if self.initial_observation is not None:
+            reader = Reader(self.observation_space, None, "initial_observation")
+            reader(self.initial_observation)
+
+    # Resetting -----------------------------------------------------------
+
+    def reset(self, start: Start) -> Moment:
+        """Begin episodes; see :class:`~torchrl_wm.export.sources.Source`."""
+        self.isolation.refresh()
+        mask = start.mask
+        if self.is_stateful:
+            if mask is not None and not mask.all():
+                raise RuntimeError(
+                    f"{_name(self._step)} takes no state, so the model keeps that of all "
+                    f"{self.rows} envs, and single ones cannot be reset. Let the step take the "
+                    f"state and return the next one."
+                )
+            USERS.claim(self.model, self)
+        outcome = self._start(start)
+        fresh = self._first_state(outcome)
+        if mask is not None:
+            fresh = merge_rows(mask, fresh, start.state)
+        info = None if outcome.info is MISSING else outcome.info
+        observation = self.read(outcome.observation)
+        return first_moment(self.rows, fresh, observation, numpy_info(info))
+
+    def _start(self, start: Start) -> Outcome:
+        """What a reset gives: by ``options``, a callable, or the initial values."""
+        options = start.options
+        given = {
+            "model": self.model,
+            "seed": start.seed,
+            "options": options or None,
+            "np_random": start.np_random,
+        }
+        if self.rows is not None:
+            given["options"] = {**options, "num_envs": self.rows}
+        wanted = {k: options[k] for k in ("state", "observation") if k in options}
+        takes_options = self._reset is not None and self._reset.takes("options")
+        unknown = sorted(set(options) - {"state", "observation"})
+        if unknown and not takes_options:
+            raise ValueError(
+                f"reset got the options {unknown}, which nothing reads. Known are 'state' and "
+                f"'observation', where to start; others are for a reset_fn(model, seed, options)."
+            )
+        if self._reset is not None and (takes_options or not wanted):
+            with self.isolation:
+                return self._reset_form(self._reset(given))
+        if wanted and self.is_stateful:
+            raise ValueError(
+                f"reset got the options {sorted(wanted)}, but {_name(self._step)} takes no state: "
+                f"the model keeps its own. Let reset_fn take the options."
+            )
+        state = wanted.get("state", None if wanted else self.initial_state)
+        observation = wanted.get("observation")
+        rows = None if wanted else self.rows
+        if observation is None and not wanted:
+            observation = self.initial_observation
+        state = self._placed(snapshot(state), rows)
+        if observation is not None:
+            observation = self._placed(snapshot(observation), rows)
+        elif self._decode is not None or _method(self.model, DECODE_METHODS)[0]:
+            decode = self._decode or bind(
+                _method(self.model, DECODE_METHODS)[0], ("state",), "decode"
+            )
+            with self.isolation:
+                observation = detached(decode({"state": snapshot(state)}))
+        else:
+            warnings.warn(
+                "The first observation is a sample of the observation space and has nothing to "
+                "do with initial_state: there is no initial_observation, and the model has no "
+                "decode(state). Pass initial_observation or reset_fn.",
+                stacklevel=5,
+            )
+            observation = sample_start(self.observation_space, start.seed)
+            if self.rows is not None:
+                observation = expand_rows(observation, self.rows)
+        return Outcome(observation, state=MISSING if state is None else state)
+
+    def _placed(self, tree: Any, rows: int | None) -> Any:
+        if tree is None:
+            return None
+        if rows is not None:
+            tree = expand_rows(tree, rows)
+        return to_device(tree, self.device) if self._moves else tree
+
+    def _first_state(self, outcome: Outcome) -> Any:
+        if self.is_stateful:
+            return None
+        state = outcome.state
+        self._observes_state = state is MISSING or state is None
+        if not self._observes_state:
+            return snapshot(state)
+        if self.initial_state is not None:
+            self._observes_state = False
+            return self._placed(snapshot(self.initial_state), self.rows)
+        # The observation is the state, as in models of the observations themselves.
+        return snapshot(outcome.observation)
+
+    # Stepping ------------------------------------------------------------
+
+    def step(self, state: Any, action: Any) -> Moment:
+        """Predict one step; see :class:`~torchrl_wm.export.sources.Source`."""
+        if self.is_stateful and not USERS.holds(self.model, self):
+            raise RuntimeError(
+                f"{_name(self._step)} takes no state, so the model keeps its own, and another env "
+                f"has used the model since this env's reset. Give each env a model of its own: "
+                f"copy.deepcopy(model)."
+            )
+        model, rows = self.model, self.rows
+        with self.isolation:
+            action = self._for_model(action)
+            given = {"model": model, "state": state, "action": action}
+            outcome = self._step_form(self._step(given))
+            following = self._next_state(state, outcome)
+            reward, terminated = outcome.reward, outcome.terminated
+            if reward is MISSING or reward is None:
+                reward = self._ask(self._reward, following, outcome, action)
+            if terminated is MISSING or terminated is None:
+                terminated = self._ask(self._terminal, following, outcome, action)
+        observation = self.read(outcome.observation)
+        truncated, info = outcome.truncated, outcome.info
+        return Moment(
+            following,
+            observation,
+            self._nothing(0.0)
+            if reward is None
+            else read_reward(reward, rows, "reward"),
+            self._nothing(False)
+            if terminated is None
+            else read_flag(terminated, rows, "terminated"),
+            self._nothing(False)
+            if truncated is MISSING or truncated is None
+            else read_flag(truncated, rows, "truncated"),
+            {} if info is MISSING else numpy_info(info),
+        )
+
+    def _nothing(self, value: Any) -> Any:
+        return value if self.rows is None else np.full(self.rows, value)
+
+    def _ask(
+        self, function: Bound | None, state: Any, outcome: Outcome, action: Any
+    ) -> Any:
+        if function is None:
+            return None
+        return function(
+            {
+                "model": self.model,
+                "state": state,
+                "obs": outcome.observation,
+                "action": action,
+            }
+        )
+
+    def _for_model(self, action: Any) -> Any:
+        if self.torch_actions:
+            action = _as_tensors(action, self.device)
+        if self._transform is not None:
+            action = self._transform({"model": self.model, "action": action})
+            if self.torch_actions:
+                action = _as_tensors(action, self.device)
+        return action
+
+    def _next_state(self, state: Any, outcome: Outcome) -> Any:
+        if self.is_stateful:
+            return None
+        following = outcome.state
+        if following is MISSING or following is None:
+            following = outcome.observation
+            if not self._observes_state and _form(following) != _form(state):
+                raise TypeError(
+                    f"{_name(self._step)} takes the state and returned none, so it would stand "
+                    f"still. Return (state, observation, reward) or another form that has it: "
+                    f"{STEP_FORMS}."
+                )
+        # Of its own: models hand out buffers that they write to again.
+        return snapshot(following)
+
+    def state_of(self, state: Any) -> Any:
+        """The state as numpy arrays of its own."""
+        return to_numpy(state)
+
+    def shown(self, state: Any, index: int | None = None) -> Any:
+        """A copy of the state: of one env, or of all."""
+        if self.rows is not None and index is not None:
+            state = map_leaves(lambda leaf: leaf[index], state)
+        return snapshot(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": USERS.holds(self.model, self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.pop("_held")
+        self.__dict__.update(state)
+        if held:  # a copy has a model of its own, in the same episode
+            USERS.claim(self.model, self)
+
+
+def _form(tree: Any) -> Any:
+    """Structure and shapes of a state."""
+    shapes: list = []
+    map_leaves(lambda leaf: shapes.append(np.shape(leaf)), _plain(tree))
+    keys = sorted(tree.keys(), key=str) if is_mapping(tree) else None
+    return keys, shapes
+
+
+def _plain(tree: Any) -> Any:
+    return tree.to_dict() if hasattr(tree, "to_dict") else tree
+
+
+def _as_tensors(action: Any, device: torch.device) -> Any:
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf
+        array = np.asarray(leaf)
+        if array.dtype == np.float64:  # as torch makes floats of Python's
+            array = array.astype(np.float32)
+        tensor = torch.from_numpy(array) if array.ndim else torch.as_tensor(array[()])
+        return tensor if device.type == "cpu" else tensor.to(device)
+
+    if type(action) is np.ndarray:
+        if action.dtype == np.float32 and action.ndim and device == _CPU:
+            return torch.from_numpy(action)  # the checked action is a copy already
+        return convert(action)
+    is_plain = isinstance(action, torch.Tensor)
+    return convert(action) if is_plain else map_leaves(convert, action)
+
+
+def _bound(function: Callable | None, roles: tuple, name: str) -> Bound | None:
+    return None if function is None else bind(function, roles, name)
+
+
+def _name(bound: Bound | None) -> str:
+    if bound is None:
+        return "reset"
+    function = bound.function
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _method(model: Any, names: tuple[str, ...]) -> tuple[Callable | None, str]:
+    for name in names:
+        if name == "__call__":
+            found = model if callable(model) and not isinstance(model, type) else None
+        else:
+            found = getattr(model, name, None)
+        if callable(found):
+            return found, "forward" if found is model else name
+    return None, ""
+
+
+def _device_of(model: Any) -> torch.device:
+    held = (
+        [model]
+        if isinstance(model, nn.Module)
+        else list(getattr(model, "__dict__", {}).values())
+    )
+    for module in held:
+        if isinstance(module, nn.Module):
+            parameter = next(module.parameters(), None)
+            if parameter is not None:
+                return parameter.device
+    return torch.device("cpu")

@@ -1,0 +1,95 @@
+"""Running a model without leaving a trace: no graph, own random numbers, evaluation mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+_CPU = torch.default_generator
+
+
+class Isolation:
+    """A context in which one env calls its model.
+
+    Within it, no autograd graph is kept, torch draws from a random state that
+    belongs to this env, and the model is in evaluation mode. Afterwards all three
+    are as they were, so that neither the caller's seeds nor its training notice.
+
+    Args:
+        model: what is called; modules are looked for in it and in its attributes.
+        device: where it runs, whose random state is kept, too.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self._cuda = None
+        if device.type == "cuda":
+            index = (
+                torch.cuda.current_device() if device.index is None else device.index
+            )
+            self._cuda = torch.device("cuda", index)
+        self._cuda_state: torch.Tensor | None = None
+        self._modes: dict[nn.Module, bool] = {}
+        self.refresh()
+        self.seed(0)
+
+    def __getstate__(self) -> dict:
+        held = {"_modes", "_modules", "_roots", "_outer", "_outer_cuda"}
+        return {k: v for k, v in self.__dict__.items() if k not in held}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._modes = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again for the modules of the model."""
+        model = self.model
+        if isinstance(model, nn.Module):
+            self._roots = [model]
+        else:
+            held = getattr(model, "__dict__", {}).values()
+            self._roots = [value for value in held if isinstance(value, nn.Module)]
+        self._modules = [module for root in self._roots for module in root.modules()]
+
+    def seed(self, seed: int) -> None:
+        """Begin the env's own random numbers anew."""
+        self._state = torch.Generator().manual_seed(seed).get_state()
+        if self._cuda is not None:
+            generator = torch.Generator(self._cuda).manual_seed(seed)
+            self._cuda_state = generator.get_state()
+
+    def __enter__(self) -> None:
+        # At every step of every env, so in as few calls as there can be.
+        self._outer_grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._outer = _CPU.get_state()
+        _CPU.set_state(self._state)
+        if self._cuda is not None:
+            self._outer_cuda = self._cuda_generator().get_state()
+            self._cuda_generator().set_state(self._cuda_state)
+        for root in self._roots:
+            if root.training:
+                self._modes = {m: m.training for m in self._modules}
+                for module in self._modes:
+                    # As module.training = False, without nn.Module's bookkeeping.
+                    module.__dict__["training"] = False
+                break
+
+    def __exit__(self, *error: Any) -> None:
+        if self._modes:
+            for module, mode in self._modes.items():
+                module.__dict__["training"] = mode
+            self._modes = {}
+        self._state = _CPU.get_state()
+        _CPU.set_state(self._outer)
+        if self._cuda is not None:
+            self._cuda_state = self._cuda_generator().get_state()
+            self._cuda_generator().set_state(self._outer_cuda)
+        torch._C._set_grad_enabled(self._outer_grad)
+
+    def _cuda_generator(self) -> torch.Generator:
+        return torch.cuda.default_generators[self._cuda.index]

@@ -1,0 +1,252 @@
+"""What the constructors of the Gymnasium envs share: arguments checked, the model found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Union
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase, GymEnv, GymWrapper
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.envs.start_states import StartStates
+from torchrl_wm.export.adapters import AdapterSource
+from torchrl_wm.export.sources import as_device, Source
+from torchrl_wm.export.spaces import checked_space
+from torchrl_wm.export.world_models import WorldModelSource
+from torchrl_wm.modules import WorldModel
+
+#: The callables that an object may be stepped by.
+FUNCTIONS = [
+    "reset_fn",
+    "transition_fn",
+    "reward_fn",
+    "terminal_fn",
+    "action_transform_fn",
+]
+StartSource = Union[StartStates, str, gymnasium.Env]
+
+
+def make_source(
+    world_model: Any,
+    observation_space: spaces.Space | None,
+    action_space: spaces.Space | None,
+    rows: int | None,
+    *,
+    initial_observation: Any = None,
+    initial_state: Any = None,
+    device: Any = None,
+    torch_actions: bool = True,
+    clip_observations: bool = False,
+    base_env: Any = None,
+    start_states: StartSource | None = None,
+    decode: bool | None = None,
+    **functions: Callable | None,
+) -> Source:
+    """What steps a model of any make.
+
+    Args:
+        rows: the number of envs at once; None for one.
+        world_model, observation_space, action_space, initial_observation, initial_state,
+            device, torch_actions, clip_observations, base_env, start_states, decode,
+            functions: see :class:`~torchrl_wm.GymWorldModelEnv`.
+
+    Raises:
+        TypeError: if it is nothing that can be stepped; the message says what to pass.
+    """
+    unknown = sorted(set(functions) - set(FUNCTIONS))
+    if unknown:
+        raise TypeError(f"Unknown arguments {unknown}. The callables are {FUNCTIONS}.")
+    device = as_device(device)
+    for space, name in (
+        (observation_space, "observation_space"),
+        (action_space, "action_space"),
+    ):
+        if space is not None:
+            checked_space(space, name)
+    world_model = _imagined_env(
+        world_model, rows, base_env, start_states, decode, device
+    )
+    if isinstance(world_model, WorldModelEnv):
+        given = sorted(name for name, value in functions.items() if value is not None)
+        if given:
+            raise TypeError(
+                f"{given} are for models that are no WorldModelEnv: in one, the components of the "
+                f"world model say what a step does. Put them there, e.g. "
+                f"WorldModel(..., reward_head=..., done_head=...)."
+            )
+        return WorldModelSource(
+            world_model,
+            rows,
+            observation_space=observation_space,
+            action_space=action_space,
+            initial={"state": initial_state, "observation": initial_observation},
+            clip=clip_observations,
+        )
+    for space, name in (
+        (observation_space, "observation_space"),
+        (action_space, "action_space"),
+    ):
+        checked_space(space, name)  # a None is refused here
+    return AdapterSource(
+        world_model,
+        checked_space(observation_space, "observation_space"),
+        checked_space(action_space, "action_space"),
+        rows,
+        functions={name: functions.get(name) for name in FUNCTIONS},
+        initial_observation=initial_observation,
+        initial_state=initial_state,
+        device=device,
+        torch_actions=torch_actions,
+        clip=clip_observations,
+    )
+
+
+def _imagined_env(
+    model: Any,
+    rows: int | None,
+    base_env: Any,
+    start_states: StartSource | None,
+    decode: bool | None,
+    device: Any,
+) -> Any:
+    """A WorldModelEnv where the model is one or gives one; else the model itself."""
+    if isinstance(model, type):
+        raise TypeError(
+            f"The model is the class {model.__name__}; pass an instance of it."
+        )
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    if isinstance(model, WorldModel):
+        if base_env is None:
+            raise TypeError(
+                "A WorldModel does not know its spaces. Pass the env whose specs it has, "
+                "base_env='Pendulum-v1' (an id, a Gymnasium or a TorchRL env), or a "
+                "WorldModelEnv(world_model, base_env, start_states=...)."
+            )
+        base_env = as_torchrl_env(base_env, "base_env")
+        if isinstance(start_states, (str, gymnasium.Env)):
+            start_states = as_torchrl_env(start_states, "start_states")
+        return WorldModelEnv(
+            model,
+            base_env,
+            batch_size=[],
+            device=device,
+            start_states=base_env if start_states is None else start_states,
+            decode=model.decoder is not None if decode is None else decode,
+        )
+    given = {"base_env": base_env, "start_states": start_states, "decode": decode}
+    extra = [name for name, value in given.items() if value is not None]
+    if extra:
+        raise TypeError(
+            f"{extra} go with a WorldModel or the path of a saved one, got "
+            f"{type(model).__name__}."
+        )
+    if isinstance(model, WorldModelEnv):
+        own = model.device
+        if device is not None and own is not None and own.type != device.type:
+            raise ValueError(
+                f"device={str(device)!r}, but the WorldModelEnv is on {own}: move it, "
+                f"env.to({str(device)!r})."
+            )
+    elif isinstance(model, EnvBase):
+        raise TypeError(
+            f"{type(model).__name__} is a TorchRL env, but no WorldModelEnv. Pass the "
+            f"WorldModelEnv itself, without transforms; any TorchRL env becomes a Gymnasium env "
+            f"by TorchRL's own EnvBase.register_gym(id, entry_point=..., to_numpy=True)."
+        )
+    elif isinstance(model, TensorDictModuleBase):
+        raise TypeError(
+            f"{type(model).__module__}.{type(model).__name__} reads and writes tensordicts and "
+            f"does not know its spaces. Make a torchrl_wm.WorldModel of its parts and pass "
+            f"WorldModelEnv(world_model, base_env, start_states=...); or pass transition_fn with "
+            f"an object that holds the module."
+        )
+    elif model is None or isinstance(model, (int, float, bytes, list, tuple, dict)):
+        raise TypeError(
+            f"The model is {type(model).__name__}, which cannot be stepped. Pass a "
+            f"WorldModelEnv, a WorldModel with base_env, or an object with spaces and "
+            f"transition_fn."
+        )
+    return model
+
+
+def load(path: str | Path) -> WorldModel:
+    """The world model that was saved at ``path``.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ImportError: if this version cannot load models.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no saved world model at {str(path)!r}. Pass the path given to "
+            f"torchrl_wm.models.save_world_model, or the model itself."
+        )
+    # By name, as Gymnasium finds entry points: packages of one layer do not import
+    # each other, and only a path needs this one.
+    try:
+        load_world_model = resolve_name("torchrl_wm.models:load_world_model")
+    except (ImportError, AttributeError) as err:
+        raise ImportError(
+            f"Cannot load {str(path)!r}: torchrl_wm.models.load_world_model is missing from this "
+            f"version. Load the model yourself, and pass it with base_env."
+        ) from err
+    return load_world_model(path)
+
+
+def as_torchrl_env(env: Any, name: str) -> EnvBase:
+    """A TorchRL env of a Gymnasium env or its id."""
+    if isinstance(env, EnvBase):
+        return env
+    if isinstance(env, str):
+        return GymEnv(env)
+    if isinstance(env, gymnasium.Env):
+        return GymWrapper(env)
+    raise TypeError(
+        f"{name} must be a TorchRL env, a Gymnasium env or its id, got {type(env).__name__}."
+    )
+
+
+def checked_limit(limit: Any) -> int | None:
+    """A number of steps after which episodes are truncated, or None."""
+    if limit is None:
+        return None
+    is_count = isinstance(limit, Integral) and not isinstance(limit, bool)
+    if not is_count or limit <= 0:
+        raise ValueError(
+            f"max_episode_steps must be a positive int, or None for no limit, got {limit!r}."
+        )
+    return int(limit)
+
+
+def checked_seed(seed: Any) -> int | None:
+    """A seed that Gymnasium takes, or None."""
+    is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and seed >= 0
+    if seed is not None and not is_seed:
+        raise ValueError(f"seed must be an int of at least 0, or None, got {seed!r}.")
+    return None if seed is None else int(seed)
+
+
+def checked_render_mode(mode: Any, metadata: dict[str, Any]) -> str | None:
+    """A render mode that there is, or None."""
+    modes = metadata["render_modes"]
+    if mode is not None and mode not in modes:
+        raise ValueError(
+            f"render_mode must be one of {modes} or None, got {mode!r}. To watch on a screen: "
+            f"gymnasium.wrappers.HumanRendering(env) over 'rgb_array'."
+        )
+    return mode
+
+
+def draw_seeds(np_random: np.random.Generator) -> tuple[int, int]:
+    """Seeds for a reset and for torch's random numbers in the episode."""
+    first, second = np_random.integers(0, 2**31 - 1, size=2)
+    return int(first), int(second)

@@ -1,0 +1,154 @@
+"""Many imagined envs as a Stable-Baselines3 ``VecEnv``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from torchrl_wm.export.vector_env import GymWorldModelVectorEnv
+
+try:
+    from stable_baselines3.common.vec_env import VecEnv
+
+    _MISSING = None
+except ImportError as err:  # the extra is asked for when the class is used
+    VecEnv, _MISSING = object, err
+
+
+class SB3VecEnv(VecEnv):
+    """``N`` imagined envs for Stable-Baselines3, stepped as one batch.
+
+    Episodes begin anew in the step that ends them; the last observation stands in
+    that env's info under ``terminal_observation``, and ``TimeLimit.truncated`` says
+    whether it was the time that ended it, as SB3's algorithms expect. Episode
+    returns are recorded by SB3's own ``VecMonitor``.
+
+    Args:
+        env: a :class:`~torchrl_wm.GymWorldModelVectorEnv` with
+            ``autoreset_mode="SameStep"``; or what makes one, with its arguments.
+        args, kwargs: for :class:`~torchrl_wm.GymWorldModelVectorEnv`.
+
+    Raises:
+        ImportError: without stable-baselines3.
+        ValueError: if the env has another autoreset mode.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gymnasium.spaces import Box
+        >>> from stable_baselines3 import PPO
+        >>> from torchrl_wm.export import SB3VecEnv
+        >>> class Model:
+        ...     def reset(self, seed, options):
+        ...         return np.zeros((options["num_envs"], 1), np.float32)
+        ...     def step(self, state, action):
+        ...         return state + action, state + action, -np.abs(state[:, 0])
+        >>> env = SB3VecEnv(
+        ...     Model(),
+        ...     Box(-100, 100, (1,)),
+        ...     Box(-1, 1, (1,)),
+        ...     num_envs=8,
+        ...     torch_actions=False,
+        ...     max_episode_steps=20,
+        ... )
+        >>> agent = PPO("MlpPolicy", env, n_steps=16, batch_size=64, seed=0).learn(128)
+        >>> agent.num_timesteps
+        128
+    """
+
+    def __init__(self, env: Any, *args: Any, **kwargs: Any) -> None:
+        if _MISSING is not None:
+            raise ImportError(
+                "SB3VecEnv needs stable-baselines3: pip install torchrl-wm[sb3]."
+            ) from _MISSING
+        if not isinstance(env, GymWorldModelVectorEnv):
+            kwargs.setdefault("autoreset_mode", AutoresetMode.SAME_STEP)
+            env = GymWorldModelVectorEnv(env, *args, **kwargs)
+        elif args or kwargs:
+            raise TypeError("Arguments make a vector env, and one is given already.")
+        if env.autoreset_mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"Stable-Baselines3 expects that an episode begins in the step that ends the last "
+                f"one: make the vector env with autoreset_mode='SameStep', not "
+                f"{env.autoreset_mode.value!r}."
+            )
+        self.env = env
+        self._actions: Any = None
+        super().__init__(
+            env.num_envs, env.single_observation_space, env.single_action_space
+        )
+
+    def reset(self) -> Any:
+        seeds = None if self._seeds[0] is None else self._seeds
+        options = self._options[0]
+        if any(other != options for other in self._options[1:]):
+            raise ValueError(
+                "The envs are one batch: set_options takes one dictionary for all, whose 'state' "
+                "or 'observation' has a row for each env."
+            )
+        observations, _ = self.env.reset(seed=seeds, options=options or None)
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> Any:
+        observations, rewards, terminated, truncated, vector_infos = self.env.step(
+            self._actions
+        )
+        infos: list[dict[str, Any]] = [
+            {"TimeLimit.truncated": False} for _ in range(self.num_envs)
+        ]
+        dones = terminated | truncated
+        if dones.any():
+            final = vector_infos["final_obs"]
+            for i in np.flatnonzero(dones):
+                infos[i]["TimeLimit.truncated"] = bool(
+                    truncated[i] and not terminated[i]
+                )
+                infos[i]["terminal_observation"] = final[i]
+        return observations, rewards.astype(np.float32), dones, infos
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of the vector env, for each of the envs asked for."""
+        values = self.env.get_attr(attr_name)
+        return [values[i] for i in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set an attribute of the vector env, which all envs share."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(
+                f"The envs are one batch and share {attr_name!r}: set it for all of them."
+            )
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self,
+        method_name: str,
+        *method_args: Any,
+        indices: Any = None,
+        **method_kwargs: Any,
+    ) -> list[Any]:
+        """Not there: the envs are one batch and have no methods of their own."""
+        raise NotImplementedError(
+            f"The envs are one batch: there is no {method_name!r} of a single one. Call it on the "
+            f"vector env: vec_env.env.{method_name}(...)."
+        )
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """False: the envs are not wrapped one by one; VecEnv wrappers go around all."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """The frames of all envs."""
+        if self.render_mode is None:
+            return [None] * self.num_envs
+        return list(self.env.render())

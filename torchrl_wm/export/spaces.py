@@ -1,0 +1,416 @@
+"""Gymnasium spaces: from TorchRL's specs, and what they let in and out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from tensordict import TensorDictBase
+from torchrl.data import (
+    Binary,
+    Categorical,
+    MultiCategorical,
+    MultiOneHot,
+    OneHot,
+    TensorSpec,
+)
+from torchrl.data.utils import numpy_to_torch_dtype_dict
+from torchrl.envs.libs.gym import _torchrl_to_gym_spec_transform
+
+from torchrl_wm.export.trees import tensor_to_numpy
+
+_TORCH_TO_NUMPY = {v: np.dtype(k) for k, v in numpy_to_torch_dtype_dict.items()}
+_CONTAINERS = (spaces.Dict, spaces.Tuple)
+_LEAVES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+#: How far, of the width of its bounds, an action may be outside by rounding.
+_TOLERANCE = 1e-5
+
+
+def checked_space(space: Any, name: str) -> spaces.Space:
+    """A copy of a space that the env can serve.
+
+    Raises:
+        TypeError: if it is not a Gymnasium space, or of an unsupported kind.
+        ValueError: if it is empty.
+    """
+    if not isinstance(space, spaces.Space):
+        raise TypeError(
+            f"{name} must be a gymnasium.Space, got {type(space).__module__}."
+            f"{type(space).__name__}. For example gymnasium.spaces.Box(-1, 1, (3,))."
+        )
+    for path, leaf in leaves_of(space):
+        if not isinstance(leaf, _LEAVES):
+            raise TypeError(
+                f"{name}{path} is a {type(leaf).__name__}; supported are Box, Discrete, "
+                f"MultiDiscrete, MultiBinary, and Dict and Tuple of these."
+            )
+        if 0 in leaf.shape:
+            raise ValueError(f"{name}{path} is empty: its shape is {leaf.shape}.")
+        if isinstance(leaf, spaces.Box) and bool(np.any(leaf.low > leaf.high)):
+            raise ValueError(f"{name}{path} has low > high: {leaf}.")
+    if isinstance(space, _CONTAINERS) and not len(space.spaces):
+        raise ValueError(f"{name} is an empty {type(space).__name__}.")
+    # A copy: seeding the caller's would rewind it, and envs would share one.
+    return copy.deepcopy(space)
+
+
+def leaves_of(space: spaces.Space, path: str = "") -> list[tuple[str, spaces.Space]]:
+    """The leaf spaces, with their places as they are written in Python."""
+    if isinstance(space, spaces.Dict):
+        children = [(f"{path}[{key!r}]", child) for key, child in space.spaces.items()]
+    elif isinstance(space, spaces.Tuple):
+        children = [(f"{path}[{i}]", child) for i, child in enumerate(space.spaces)]
+    else:
+        return [(path, space)]
+    return [leaf for place, child in children for leaf in leaves_of(child, place)]
+
+
+def space_of_spec(spec: TensorSpec) -> spaces.Space:
+    """The space of a spec without batch dims, by TorchRL's own conversion.
+
+    What the conversion loses is put back: dtypes, the shape of discrete specs, and
+    that an unbounded entry has no bounds.
+    """
+    if isinstance(spec, (MultiCategorical, MultiOneHot)):
+        return spaces.MultiDiscrete([int(n) for n in spec.nvec])
+    if isinstance(spec, Binary) and spec.dtype is not torch.bool:
+        shape = tuple(spec.shape)
+        return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
+    if isinstance(spec, (OneHot, Categorical)) and not isinstance(spec, Binary):
+        shape = spec.shape[:-1] if isinstance(spec, OneHot) else spec.shape
+        if shape.numel() > 1:
+            return spaces.MultiDiscrete(np.full(tuple(shape), spec.space.n))
+    space = _torchrl_to_gym_spec_transform(spec, categorical_action_encoding=True)
+    if not isinstance(space, spaces.Box):
+        return space
+    dtype = _TORCH_TO_NUMPY.get(spec.dtype, np.dtype(np.float32))
+    low, high = space.low, space.high
+    if np.issubdtype(dtype, np.floating):
+        end = np.finfo(dtype).max
+        low, high = np.where(low <= -end, -np.inf, low), np.where(
+            high >= end, np.inf, high
+        )
+    return spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype.type)
+
+
+class Reader:
+    """Turns what a model gives into what a space holds, as arrays of its own.
+
+    Args:
+        space: the space of one env.
+        rows: the number of envs ``N`` that are given at once, as a first dim; None
+            for one without it.
+        name: what is read, for messages.
+        clip: clip to the bounds. By default values outside are let through, since a
+            model's predictions are seldom exact, and a warning says so once.
+    """
+
+    def __init__(
+        self, space: spaces.Space, rows: int | None, name: str, clip: bool = False
+    ) -> None:
+        self.space = space
+        self.rows, self.name, self.clip = rows, name, clip
+        self.parts: Any = None
+        if isinstance(space, spaces.Dict):
+            self.parts = {
+                key: Reader(child, rows, f"{name}[{key!r}]", clip)
+                for key, child in space.spaces.items()
+            }
+        elif isinstance(space, spaces.Tuple):
+            self.parts = [
+                Reader(child, rows, f"{name}[{i}]", clip)
+                for i, child in enumerate(space.spaces)
+            ]
+        else:
+            self.dtype = np.dtype(space.dtype)
+            self.shape = space.shape if rows is None else (rows, *space.shape)
+            self.low, self.high = _bounds(space)
+            self._inside = _Inside(self.low, self.high, self.shape)
+            self._castable: dict[np.dtype, bool] = {}
+            self._warned = False
+
+    def __call__(self, value: Any) -> Any:
+        """A value as arrays that share no memory with it.
+
+        Raises:
+            ValueError: if shape, dtype or keys do not fit the space.
+            FloatingPointError: if it is NaN or infinite.
+        """
+        if isinstance(self.parts, dict):
+            self._check_keys(value)
+            return {key: part(value[key]) for key, part in self.parts.items()}
+        if self.parts is not None:
+            self._check_length(value)
+            return tuple(part(one) for part, one in zip(self.parts, value))
+        array = _as_array(value)
+        if array.shape != self.shape:
+            raise ValueError(self._shape_message(array.shape))
+        if array.dtype != self.dtype and not self._can_cast(array.dtype):
+            raise ValueError(
+                f"{self.name} is {array.dtype}, but its space holds {self.dtype}. Convert it in "
+                f"the model or its adapter, e.g. an image in [0, 1] by (255 * x).round()."
+                f"clamp(0, 255).to(torch.uint8); or declare a space of dtype {array.dtype}."
+            )
+        out = array.astype(self.dtype)
+        # Before the cast, in which integers would wrap around.
+        if not self._inside(array):
+            out = self._out_of_bounds(out, array)
+        return out[()] if out.ndim == 0 and self.space.shape == () else out
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value has the structure, shapes and kinds of dtype of the space."""
+        if isinstance(self.parts, dict):
+            return (
+                _is_mapping(value)
+                and set(value.keys()) == set(self.parts)
+                and all(part.fits(value[key]) for key, part in self.parts.items())
+            )
+        if self.parts is not None:
+            return (
+                isinstance(value, tuple)
+                and len(value) == len(self.parts)
+                and all(part.fits(one) for part, one in zip(self.parts, value))
+            )
+        if value is None or _is_mapping(value) or isinstance(value, (tuple, str)):
+            return False
+        try:
+            array = _as_array(value)
+        except (TypeError, ValueError):
+            return False
+        return array.shape == self.shape and self._can_cast(array.dtype)
+
+    def misfit(self, value: Any) -> str:
+        """Why a value does not fit, for messages."""
+        try:
+            self(value)
+        except (ValueError, TypeError, FloatingPointError) as err:
+            return str(err)
+        return f"{self.name} does not fit."
+
+    def describe(self) -> str:
+        """What is expected, for messages."""
+        if isinstance(self.parts, dict):
+            inner = ", ".join(f"{k!r}: {p.describe()}" for k, p in self.parts.items())
+            return f"a dictionary {{{inner}}}"
+        if self.parts is not None:
+            return f"a tuple ({', '.join(part.describe() for part in self.parts)})"
+        return f"{self.shape} {self.dtype}"
+
+    def _can_cast(self, dtype: np.dtype) -> bool:
+        known = self._castable.get(dtype)
+        if known is None:
+            known = dtype != object and np.can_cast(dtype, self.dtype, "same_kind")
+            # Integers of another width are checked by their values.
+            known = known or {dtype.kind, self.dtype.kind} <= {"i", "u"}
+            self._castable[dtype] = known
+        return known
+
+    def _out_of_bounds(self, out: np.ndarray, given: np.ndarray) -> np.ndarray:
+        if out.dtype.kind == "f":
+            bad = ~np.isfinite(out)
+            if bad.any():
+                raise FloatingPointError(
+                    f"{self.name} is NaN or infinite{self._where(bad)}. The model diverged: look "
+                    f"at its training, or shorten episodes with max_episode_steps."
+                )
+        bad = (given < self.low) | (given > self.high)
+        if not isinstance(self.space, spaces.Box) or out.dtype.kind != "f":
+            raise ValueError(
+                f"{self.name} is outside of {self.space}{self._where(bad)}: got {given[bad][:3]}."
+            )
+        if self.clip:
+            return np.clip(out, self.space.low, self.space.high)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name} is outside of the bounds of its space{self._where(bad)}, e.g. "
+                f"{out[bad][0]}. It is handed out as the model predicts it; pass "
+                f"clip_observations=True to clip it. This is said once.",
+                stacklevel=4,
+            )
+        return out
+
+    def _where(self, bad: np.ndarray) -> str:
+        if self.rows is None:
+            return ""
+        rows = np.flatnonzero(bad.reshape(self.rows, -1).any(-1))
+        return f" in env {rows[:5].tolist()}{'...' if len(rows) > 5 else ''}"
+
+    def _shape_message(self, shape: tuple[int, ...]) -> str:
+        hint = ""
+        if shape == (1, *self.shape):
+            hint = " The model keeps a batch dim of 1: remove it with squeeze(0)."
+        elif self.rows is not None and shape == self.shape[1:]:
+            hint = f" A vector env's model works on {self.rows} rows at once."
+        return (
+            f"{self.name} has the shape {shape}; its space asks for {self.shape}.{hint}"
+        )
+
+    def _check_keys(self, value: Any) -> None:
+        if not _is_mapping(value) or set(value.keys()) != set(self.parts):
+            got = (
+                sorted(value.keys(), key=str)
+                if _is_mapping(value)
+                else type(value).__name__
+            )
+            raise ValueError(
+                f"{self.name} must be a dictionary with the keys {sorted(self.parts)}, got {got}."
+            )
+
+    def _check_length(self, value: Any) -> None:
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.parts):
+            raise ValueError(
+                f"{self.name} must be a tuple of {len(self.parts)}, got {value!r:.80}."
+            )
+
+
+class Checker:
+    """Checks actions against a space and copies them.
+
+    Args:
+        space: the space of one env.
+        rows: the number of envs ``N`` that act at once; None for one.
+        name: what is checked, for messages.
+    """
+
+    def __init__(
+        self, space: spaces.Space, rows: int | None, name: str = "action"
+    ) -> None:
+        self.space = space
+        self.name, self.rows = name, rows
+        self.parts: Any = None
+        if isinstance(space, spaces.Dict):
+            self.parts = {
+                key: Checker(child, rows, f"{name}[{key!r}]")
+                for key, child in space.spaces.items()
+            }
+        elif isinstance(space, spaces.Tuple):
+            self.parts = [
+                Checker(child, rows, f"{name}[{i}]")
+                for i, child in enumerate(space.spaces)
+            ]
+        else:
+            self.dtype = np.dtype(space.dtype)
+            self.shape = space.shape if rows is None else (rows, *space.shape)
+            self.low, self.high = _bounds(space)
+            self._inside = _Inside(self.low, self.high, self.shape)
+
+    def __call__(self, action: Any) -> Any:
+        """The action as arrays of its own, in the space's dtype.
+
+        Raises:
+            ValueError: if it is outside of the space. What is outside of a Box by
+                rounding alone is clipped.
+        """
+        if isinstance(self.parts, dict):
+            if not _is_mapping(action) or set(action.keys()) != set(self.parts):
+                raise self._error(
+                    action, f"a dictionary with the keys {sorted(self.parts)}"
+                )
+            return {key: part(action[key]) for key, part in self.parts.items()}
+        if self.parts is not None:
+            if not isinstance(action, (tuple, list)) or len(action) != len(self.parts):
+                raise self._error(action, f"a tuple of {len(self.parts)}")
+            return tuple(part(one) for part, one in zip(self.parts, action))
+        try:
+            array = _as_array(action)
+        except (TypeError, ValueError):
+            raise self._error(action, f"an array of shape {self.shape}") from None
+        if array.shape != self.shape:
+            raise self._error(action, f"the shape {self.shape}", array.shape)
+        kinds = "fiu" if self.dtype.kind == "f" else "iub"
+        if array.dtype.kind not in kinds:
+            raise self._error(action, f"the dtype {self.dtype}", array.dtype)
+        out = array.astype(self.dtype)
+        if not self._inside(array):
+            out = self._settle(action, out)
+        return out
+
+    def _settle(self, action: Any, out: np.ndarray) -> np.ndarray:
+        if self.dtype.kind == "f" and not np.isnan(out).any():
+            low, high = self.space.low, self.space.high
+            with np.errstate(invalid="ignore"):
+                width = np.nan_to_num(high - low, posinf=0)
+            clipped = np.clip(out, low, high)
+            if (np.abs(out - clipped) <= _TOLERANCE * width).all():
+                return clipped
+        raise self._error(action, f"a value in {self.space}")
+
+    def _error(self, action: Any, expected: str, got: Any = None) -> ValueError:
+        rows = "" if self.rows is None else f" for each of {self.rows} envs"
+        return ValueError(
+            f"{self.name} must be {expected}{rows}, got {got if got is not None else ''} "
+            f"{action!r:.120}. env.action_space.sample() gives one that fits; "
+            f"gymnasium.wrappers.ClipAction and RescaleAction bring others into the bounds."
+        )
+
+
+class _Inside:
+    """Whether all of an array is within bounds; NaN is not.
+
+    Args:
+        low, high: the bounds of one env.
+        shape: the shape of the arrays, which may begin with the number of envs.
+    """
+
+    def __init__(
+        self, low: np.ndarray, high: np.ndarray, shape: tuple[int, ...]
+    ) -> None:
+        self.low, self.high = low, high
+        self.pairs: list[tuple[float, float]] | None = None
+        if np.prod(shape) <= 16:  # where Python's own loop is the faster one
+            bounds = (np.broadcast_to(bound, shape).ravel() for bound in (low, high))
+            self.pairs = list(zip(*(bound.tolist() for bound in bounds)))
+
+    def __call__(self, array: np.ndarray) -> bool:
+        if self.pairs is None:
+            return bool(((array >= self.low) & (array <= self.high)).all())
+        for value, (low, high) in zip(array.ravel().tolist(), self.pairs):
+            if not low <= value <= high:
+                return False
+        return True
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, torch.Tensor):
+        return tensor_to_numpy(value)
+    return np.asarray(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, (dict, TensorDictBase)) or (
+        hasattr(value, "keys") and hasattr(value, "__getitem__")
+    )
+
+
+def _bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest values; comparing with them is False for all that is not finite."""
+    if isinstance(space, spaces.Box):
+        if np.dtype(space.dtype).kind != "f":
+            return space.low, space.high
+        end = np.finfo(space.dtype).max
+        return np.maximum(space.low, -end), np.minimum(space.high, end)
+    if isinstance(space, spaces.Discrete):
+        return np.asarray(space.start), np.asarray(space.start + space.n - 1)
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    return np.zeros(space.shape, space.dtype), np.ones(space.shape, space.dtype)
+
+
+def sample_start(space: spaces.Space, seed: int) -> Any:
+    """A sample of a space, by a seed of its own."""
+    drawn = copy.deepcopy(space)
+    drawn.seed(seed)
+    return drawn.sample()
+
+
+def batched(space: spaces.Space, rows: int) -> spaces.Space:
+    """The space of ``rows`` envs at once."""
+    return gymnasium.vector.utils.batch_space(space, rows)

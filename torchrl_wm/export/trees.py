@@ -1,0 +1,129 @@
+"""States of any make: tensors, arrays, and containers of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply ``function`` to the leaves of containers of one structure.
+
+    Mappings, lists, tuples and tensordicts are containers; all else is a leaf.
+    """
+    if isinstance(tree, TensorDictBase):
+        return tree.apply(function, *rest)
+    if isinstance(tree, Mapping):
+        keys = list(tree)
+        out = {k: map_leaves(function, tree[k], *[r[k] for r in rest]) for k in keys}
+        return out if type(tree) is dict else _rebuilt(tree, out)
+    if isinstance(tree, (list, tuple)):
+        out = [map_leaves(function, *parts) for parts in zip(tree, *rest)]
+        return type(tree)(*out) if hasattr(tree, "_fields") else type(tree)(out)
+    return function(tree, *rest)
+
+
+def _rebuilt(tree: Mapping, entries: dict) -> Mapping:
+    try:
+        return type(tree)(entries)
+    except TypeError:
+        return entries
+
+
+def snapshot(tree: Any) -> Any:
+    """A copy that shares no memory with ``tree`` and carries no autograd graph."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone() if tree.requires_grad else tree.clone()
+    if isinstance(tree, np.ndarray):
+        return tree.copy()
+    return None if tree is None else map_leaves(_copy_leaf, tree)
+
+
+def _copy_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone()
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
+    return copy.deepcopy(leaf)
+
+
+def detached(tree: Any) -> Any:
+    """``tree`` without autograd graphs; the memory is shared."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach() if tree.requires_grad else tree
+    if isinstance(tree, np.ndarray) or tree is None:
+        return tree
+    return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, tree)
+
+
+def to_numpy(tree: Any) -> Any:
+    """A copy with numpy arrays in place of tensors, in plain dictionaries."""
+    if isinstance(tree, torch.Tensor):
+        return tensor_to_numpy(tree).copy()
+    if isinstance(tree, np.ndarray):
+        return tree.copy()
+    if isinstance(tree, TensorDictBase):
+        return {key: to_numpy(value) for key, value in tree.items()}
+    if isinstance(tree, Mapping):
+        return {key: to_numpy(value) for key, value in tree.items()}
+    return map_leaves(
+        lambda x: to_numpy(x)
+        if isinstance(x, (torch.Tensor, np.ndarray))
+        else copy.deepcopy(x),
+        tree,
+    )
+
+
+def tensor_to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array, which may share its memory. numpy has no bfloat16: float32."""
+    try:
+        return tensor.numpy()  # a third of the time of force=True, where it can be had
+    except (TypeError, RuntimeError):
+        if tensor.dtype is torch.bfloat16:
+            tensor = tensor.float()
+        return tensor.numpy(force=True)
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    return map_leaves(
+        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree
+    )
+
+
+def expand_rows(tree: Any, rows: int) -> Any:
+    """``rows`` copies of a state, one for each env: every leaf gets a first dim."""
+
+    def expand(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.expand(rows, *leaf.shape).clone()
+        return np.repeat(np.asarray(leaf)[None], rows, 0)
+
+    if isinstance(tree, TensorDictBase):
+        return tree.expand(rows, *tree.batch_size).clone()
+    return map_leaves(expand, tree)
+
+
+def merge_rows(mask: np.ndarray, new: Any, old: Any) -> Any:
+    """The rows of ``new`` where ``mask``, else those of ``old``.
+
+    Args:
+        mask: ``[N]`` bool.
+        new: a state whose leaves are ``[N, ...]``.
+        old: a state of the same structure.
+    """
+    torch_mask = torch.from_numpy(mask)
+
+    def merge(fresh: Any, kept: Any) -> Any:
+        extra = (1,) * (fresh.ndim - 1)
+        if isinstance(fresh, torch.Tensor):
+            where = torch_mask.to(fresh.device).reshape(-1, *extra)
+            return torch.where(where, fresh, torch.as_tensor(kept))
+        return np.where(mask.reshape(-1, *extra), fresh, kept)
+
+    return map_leaves(merge, new, old)

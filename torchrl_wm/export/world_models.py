@@ -1,0 +1,380 @@
+"""A :class:`~torchrl_wm.WorldModelEnv` as a source of imagined steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch.nn.functional import one_hot
+from torchrl.data import MultiOneHot, OneHot, TensorSpec
+from torchrl.envs import EnvBase
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.export.forms import read_flag, read_reward
+from torchrl_wm.export.isolation import Isolation
+from torchrl_wm.export.sources import first_moment, Moment, Start
+from torchrl_wm.export.spaces import checked_space, Checker, Reader, space_of_spec
+from torchrl_wm.export.trees import tensor_to_numpy
+from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules.program import Values
+
+
+class WorldModelSource:
+    """Steps a :class:`~torchrl_wm.WorldModelEnv` on flat tensors, as imagination does.
+
+    Args:
+        env: the imagined env: of batch size ``[]``, or of ``rows`` (one for a single
+            env).
+        rows: the number of envs ``N`` at once; None for one without a first dim.
+        observation_space: which entries are observed, and within which bounds; by
+            default all decoded ones, or, without any, all latents.
+        action_space: in place of the action spec's own space.
+        initial: where episodes begin, ``{"state": ...}`` or ``{"observation": ...}``; by
+            default ``start_states`` is asked.
+        clip: whether observations are clipped to their bounds.
+    """
+
+    def __init__(
+        self,
+        env: WorldModelEnv,
+        rows: int | None,
+        *,
+        observation_space: spaces.Space | None,
+        action_space: spaces.Space | None,
+        initial: dict[str, Any],
+        clip: bool,
+    ) -> None:
+        self.env, self.rows = env, rows
+        self.count = 1 if rows is None else rows
+        self.size = torch.Size([self.count])
+        if env.batch_size not in (torch.Size([]), self.size):
+            fix = (
+                f"Make the env with batch_size=[], or ask for {env.batch_size.numel()} envs: "
+                f"GymWorldModelVectorEnv(env)."
+            )
+            raise ValueError(
+                f"The WorldModelEnv imagines envs of batch size {tuple(env.batch_size)}, and "
+                f"{self.count} are asked for. {fix}"
+            )
+        self.device = env.device or torch.device("cpu")
+        layout = env._layout
+        self.initial = {
+            key: value for key, value in initial.items() if value is not None
+        }
+
+        self._reward_key = _only(layout.reward_keys, layout.reward, "reward")
+        self._done = _done_group(layout)
+        entries = layout.decoded or layout.latent
+        every = {**layout.state, **layout.decoded}
+        if observation_space is None:
+            self._observed = entries
+            observation_space = _space_of(entries)
+        else:
+            self._observed = _entries_for(observation_space, entries, every)
+        self._actions = {key: layout.action[key] for key in layout.action_keys}
+        own = _space_of(self._actions)
+        if action_space is None:
+            action_space = own
+        else:
+            _check_same_form(action_space, own, "action_space")
+        self.observation_space = checked_space(observation_space, "observation_space")
+        self.action_space = checked_space(action_space, "action_space")
+        self.is_dict = isinstance(self.observation_space, spaces.Dict)
+        self.read = Reader(self.observation_space, rows, "observation", clip)
+        self.check_action = Checker(self.action_space, rows)
+        self.isolation = Isolation(env.world_model, self.device)
+        self._never = layout.endings.never(self.size, self.device)
+        self._program: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_program": None}  # a copy makes its own
+
+    # Resetting -----------------------------------------------------------
+
+    def reset(self, start: Start) -> Moment:
+        """Begin episodes; see :class:`~torchrl_wm.export.sources.Source`."""
+        self.isolation.refresh()
+        options, mask = start.options, start.mask
+        unknown = sorted(set(options) - {"state", "observation"})
+        if unknown:
+            raise ValueError(
+                f"reset got the options {unknown}, which nothing reads. Known are 'state' "
+                f"(latents) and 'observation' (encoded), where to start."
+            )
+        whole = mask is None or self.env.batch_locked or bool(options or self.initial)
+        count = self.count if whole else int(mask.sum())
+        source = self.env.start_states
+        with self.isolation:
+            given = self._given(options or self.initial, count, expand=not options)
+            if given is None and isinstance(source, EnvBase):
+                # Its own random numbers too: the source may be shared with other envs.
+                source.set_seed(start.seed)
+            fresh = self._first(given, count)
+        if mask is not None:
+            fresh = self._merged(mask, fresh, start.state, whole)
+        return first_moment(self.rows, fresh, self._observation(fresh), {})
+
+    def _first(self, start: TensorDictBase | None, count: int) -> Values:
+        env, layout = self.env, self.env._layout
+        if start is not None:
+            values = env._state_from(start, layout)
+            if values is None:
+                raise ValueError(
+                    f"reset cannot start from {sorted(start.keys(True, True), key=str)}: it takes "
+                    f"the latents {list(layout.latent)}, or the observations "
+                    f"{unique(env.world_model.encoder.in_keys)}."
+                )
+        elif env.start_states is None:
+            raise RuntimeError(
+                "Nothing says where episodes begin. Make the env with a source, "
+                "WorldModelEnv(..., start_states=real_env), or start from a given state: "
+                "env.reset(options={'observation': observation}) or {'state': latents}."
+            )
+        else:
+            empty = TensorDict({}, batch_size=[count], device=env.device)
+            values = env._sample_state(empty, layout)
+        counter = env.step_kernel.counter_key
+        if counter is not None:
+            values[counter] = torch.zeros(
+                (count, 1), dtype=torch.int64, device=self.device
+            )
+        return {key: value.detach().clone() for key, value in values.items()}
+
+    def _given(
+        self, given: dict[str, Any], count: int, expand: bool
+    ) -> TensorDictBase | None:
+        """A start from ``options`` or the constructor, as a tensordict ``[N]``."""
+        if not given:
+            return None
+        env, layout = self.env, self.env._layout
+        out = TensorDict({}, batch_size=[count], device=env.device)
+        specs = {**layout.observed, **layout.state, **layout.decoded}
+        defaults = {
+            "state": list(layout.latent),
+            "observation": unique(env.world_model.encoder.in_keys),
+        }
+        names = {_name(key): key for key in {**specs}}
+        for what, value in given.items():
+            if not isinstance(value, (Mapping, TensorDictBase)):
+                keys = defaults[what]
+                if len(keys) != 1:
+                    raise ValueError(
+                        f"The {what} to start from must be a dictionary with the keys "
+                        f"{[_name(key) for key in keys]}, got {type(value).__name__}."
+                    )
+                value = {keys[0]: value}
+            entries = (
+                {k: value.get(k) for k in value.keys(True, True)}
+                if isinstance(value, TensorDictBase)
+                else value
+            )
+            for key, entry in entries.items():
+                key = names.get(key, key)
+                if key not in specs:
+                    raise ValueError(
+                        f"The {what} to start from has {key!r}; known are {sorted(names)}."
+                    )
+                out.set(key, self._as_tensor(entry, specs[key], key, count, expand))
+        return out
+
+    def _as_tensor(
+        self, entry: Any, spec: TensorSpec, key: NestedKey, count: int, expand: bool
+    ) -> torch.Tensor:
+        if isinstance(entry, torch.Tensor):
+            tensor = entry.detach().clone().to(self.device)
+        else:
+            tensor = torch.from_numpy(np.array(entry)).to(self.device)
+        both_float = tensor.is_floating_point() and spec.dtype.is_floating_point
+        if both_float or not (tensor.is_floating_point() or spec.dtype is torch.bool):
+            tensor = tensor.to(spec.dtype)
+        single = self.rows is None or expand
+        if single and tensor.shape == spec.shape:
+            tensor = tensor.expand(count, *spec.shape)
+        if tensor.shape != (count, *spec.shape) or tensor.dtype != spec.dtype:
+            lead = () if self.rows is None else (self.rows,)
+            raise ValueError(
+                f"The start's {key!r} has the shape {tuple(tensor.shape)} and {tensor.dtype}; "
+                f"expected are {(*lead, *spec.shape)} and {spec.dtype}."
+            )
+        return tensor
+
+    def _merged(
+        self, mask: np.ndarray, fresh: Values, state: Values, whole: bool
+    ) -> Values:
+        """The fresh rows where ``mask``, else those of ``state``."""
+        where = torch.from_numpy(mask).to(self.device)
+        out = {}
+        for key, old in state.items():
+            new = fresh[key]
+            if whole:
+                picked = where.reshape(-1, *(1,) * (new.ndim - 1))
+                out[key] = torch.where(picked, new, old)
+            else:
+                out[key] = old.clone()
+                out[key][where] = new
+        return out
+
+    # Stepping ------------------------------------------------------------
+
+    def step(self, state: Values, action: Any) -> Moment:
+        """Predict one step; see :class:`~torchrl_wm.export.sources.Source`."""
+        kernel = self.env.step_kernel
+        again = kernel.program is self._program
+        if not again:  # a component was replaced
+            self.isolation.refresh()
+            self._program = kernel.program
+        values = dict(state)
+        self._write_actions(values, action)
+        with self.isolation:
+            predicted = kernel.predict(
+                values, self.size, self.env.device, self._never, again
+            )
+        group, rows = self._done, self.rows
+        truncated = False if rows is None else np.zeros(rows, bool)
+        if group.truncates:
+            truncated = read_flag(predicted[group.key("truncated")], rows, "truncated")
+        observation = self._observation(predicted)
+        following = {
+            key: predicted[key] if key in predicted else state[key] for key in state
+        }
+        return Moment(
+            following,
+            observation,
+            read_reward(predicted[self._reward_key], rows, "reward"),
+            read_flag(predicted[group.key("terminated")], rows, "terminated"),
+            truncated,
+            {},
+        )
+
+    def _observation(self, values: Values) -> Any:
+        if self.rows is None:
+            values = {key: values[key][0] for key in self._observed}
+        if not self.is_dict:
+            (key,) = self._observed
+            return self.read(values[key])
+        return self.read({_name(key): values[key] for key in self._observed})
+
+    def _write_actions(self, values: Values, action: Any) -> None:
+        several = isinstance(self.action_space, spaces.Dict)
+        for key, spec in self._actions.items():
+            array = action[_name(key)] if several else action
+            tensor = torch.as_tensor(np.asarray(array), device=self.device)
+            if isinstance(spec, MultiOneHot):
+                columns = tensor.reshape(self.count, -1).long().unbind(-1)
+                parts = [
+                    one_hot(c, int(n)) for c, n in zip(columns, spec.nvec, strict=True)
+                ]
+                tensor = torch.cat(parts, -1)
+            elif isinstance(spec, OneHot):
+                tensor = one_hot(tensor.long(), int(spec.space.n))
+            values[key] = tensor.to(spec.dtype).reshape(self.count, *spec.shape)
+
+    def shown(self, state: Values, index: int | None = None) -> dict[str, torch.Tensor]:
+        """A copy of latents and context by name: of one env, or of all."""
+        picked = slice(None) if index is None else index
+        return {_name(k): state[k][picked].clone() for k in self.env._layout.state}
+
+    def state_of(self, state: Values) -> dict[str, np.ndarray]:
+        """The latents as numpy arrays of their own, by name."""
+        out = {}
+        for key in self.env._layout.latent:
+            array = tensor_to_numpy(state[key])
+            out[_name(key)] = (array[0] if self.rows is None else array).copy()
+        return out
+
+
+def _name(key: NestedKey) -> str:
+    """A key as one string: Gymnasium's Dict spaces have no nested keys that SB3 could read."""
+    return "/".join(as_tuple(key))
+
+
+def _space_of(entries: dict[NestedKey, TensorSpec]) -> spaces.Space:
+    """The space of one entry, or a Dict of several."""
+    parts = {_name(key): space_of_spec(spec) for key, spec in entries.items()}
+    return next(iter(parts.values())) if len(parts) == 1 else spaces.Dict(parts)
+
+
+def _only(keys: list[NestedKey], specs: Any, what: str) -> NestedKey:
+    if len(keys) != 1 or specs[keys[0]].shape.numel() != 1:
+        shapes = {key: tuple(specs[key].shape) for key in keys}
+        raise ValueError(
+            f"A Gymnasium env has one {what} a step, and this env has {shapes}. Multi-agent envs "
+            f"stay in TorchRL."
+        )
+    return keys[0]
+
+
+def _done_group(layout: Any) -> Any:
+    groups = layout.endings.groups
+    if groups[0].shape.numel() != 1:
+        raise ValueError(
+            f"A Gymnasium env ends as a whole, and this env's done entries have the shape "
+            f"{tuple(groups[0].shape)}. Multi-agent envs stay in TorchRL."
+        )
+    return groups[0]  # the outermost one: it follows those below
+
+
+def _entries_for(
+    space: spaces.Space,
+    defaults: dict[NestedKey, TensorSpec],
+    every: dict[NestedKey, TensorSpec],
+) -> dict[NestedKey, TensorSpec]:
+    """The entries that a given observation space asks for."""
+    checked_space(space, "observation_space")
+    named = {_name(key): (key, spec) for key, spec in every.items()}
+    if isinstance(space, spaces.Dict):
+        lacking = sorted(set(space.spaces) - set(named))
+        if lacking:
+            raise ValueError(
+                f"observation_space has {lacking}, which the env does not have. It has "
+                f"{sorted(named)}; decoded observations take WorldModelEnv(..., decode=True)."
+            )
+        chosen = {named[name][0]: named[name][1] for name in space.spaces}
+        children = space.spaces
+    else:
+        fitting = [key for key, spec in defaults.items() if spec.shape == space.shape]
+        if len(fitting) != 1:
+            shapes = {_name(key): tuple(spec.shape) for key, spec in defaults.items()}
+            raise ValueError(
+                f"observation_space has the shape {space.shape}, and the env has {shapes}: "
+                f"{'none' if not fitting else 'more than one'} fits. Name the entry by a Dict: "
+                f"gymnasium.spaces.Dict({{name: space}})."
+            )
+        chosen = {fitting[0]: defaults[fitting[0]]}
+        children = {_name(fitting[0]): space}
+    for key, spec in chosen.items():
+        _check_same_form(
+            children[_name(key)],
+            space_of_spec(spec),
+            f"observation_space[{_name(key)!r}]",
+        )
+    return chosen
+
+
+def _check_same_form(space: spaces.Space, own: spaces.Space, name: str) -> None:
+    checked_space(space, name)
+    if isinstance(space, spaces.Dict) != isinstance(own, spaces.Dict):
+        raise ValueError(f"{name} is {space}; the env's own is {own}.")
+    if isinstance(own, spaces.Dict):
+        if set(space.spaces) != set(own.spaces):
+            raise ValueError(
+                f"{name} has the keys {sorted(space.spaces)}; the env's own are "
+                f"{sorted(own.spaces)}."
+            )
+        for key, child in own.spaces.items():
+            _check_same_form(space[key], child, f"{name}[{key!r}]")
+        return
+    kinds = {np.dtype(space.dtype).kind, np.dtype(own.dtype).kind}
+    same_kind = len(kinds) == 1 or kinds <= {"i", "u"}
+    fewer = isinstance(own, spaces.Discrete) and getattr(space, "n", own.n) != own.n
+    if (
+        type(space) is not type(own)
+        or space.shape != own.shape
+        or not same_kind
+        or fewer
+    ):
+        raise ValueError(f"{name} is {space}, which does not fit the env's own {own}.")
