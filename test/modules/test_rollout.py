@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from tensordict.nn import (
     TensorDictModule as Mod,
     TensorDictModuleBase,
 )
+from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 from torch.distributions import Normal
 from torchrl.modules import MLP
@@ -417,39 +417,20 @@ class TestCompiledRollout:
         assert sizes[0] == sizes[1]
 
     @pytest.mark.parametrize(
-        "multi_step", [pytest.param(False, marks=pytest.mark.slow), True]
+        "scope", ["step", pytest.param("scan", marks=pytest.mark.slow)]
     )
-    def test_scan_within_a_compiled_loss(self, multi_step) -> None:
-        """One graph, forward and backward, whose size does not depend on T."""
-        model = gru_model()
-        loss = WorldModelLoss(model, losses=["reward"], multi_step=multi_step)
-        lengths = (4, 9) if multi_step else (4,)  # tracing takes its time
-        batches = [sequences(model, 2, length) for length in lengths]
-        expected = [with_gradients(partial(loss, batch), model) for batch in batches]
-        model.compile_rollout("scan")
-        sizes = []
-        for batch, eager in zip(batches, expected):
-            torch._dynamo.reset()
-            graphs = Graphs()
-            compiled = torch.compile(
-                loss, fullgraph=True, dynamic=False, backend=graphs
-            )
-            out = with_gradients(partial(compiled, batch), model)
-            assert_equal(out, eager, exact=False)
-            assert len(graphs.sizes) == 1
-            sizes += graphs.sizes
-        assert len(set(sizes)) == 1
-
-    def test_step_within_a_compiled_loss(self) -> None:
+    def test_within_a_compiled_loss(self, scope) -> None:
         model = rssm_model()
         batch = sequences(model, 2, 3)
         loss = WorldModelLoss(model, losses=["reward"])
         expected = with_gradients(lambda: loss(batch), model)
-        model.compile_rollout(**CAPTURE)
+        model.compile_rollout(scope, **(CAPTURE if scope == "step" else {}))
+        before = interaction_type()
         compiled = torch.compile(loss, fullgraph=True, backend="eager")
         assert_equal(
             with_gradients(lambda: compiled(batch), model), expected, exact=False
         )
+        assert interaction_type() is before
 
     @pytest.mark.parametrize("what", ["component", "network", "weights"])
     def test_replaced_parts_are_noticed(self, what) -> None:

@@ -240,26 +240,23 @@ class RolloutCompiler:
             inputs: of all steps, ``[*B, T, ...]``.
             at: where it happens.
         """
-        tracing = torch.compiler.is_compiling()
-        if self._graphs.failed or (tracing and self.scope == "step"):
-            return None  # what encloses this compiles it
+        if self._graphs.failed or torch.compiler.is_compiling():
+            # What encloses this compiles it. A scan within another graph would leave
+            # TorchRL's type of exploration changed behind it (torch 2.13).
+            return None
         dim = len(at.batch_size)
         # The strides of a slice depend on T, and graphs on strides.
         steps = [contiguous(x.movedim(dim, 0)[1:]) for x in inputs.tensors()]
         start = [contiguous(value) for value in state.values()]
         keys = tuple(state), inputs.keys(), tuple(first)
-        if tracing:
-            step = FlatStep(transition, *keys, at)
-            outs = step.scan(start, steps)
+        step, compiled = self._get(transition, keys, at)
+        if self.scope == "scan":
+            _maybe_warm_scan_backward(start[0].device)
+            outs = self._graphs.attempt(lambda: compiled(start, steps))
         else:
-            step, compiled = self._get(transition, keys, at)
-            if self.scope == "scan":
-                _maybe_warm_scan_backward(start[0].device)
-                outs = self._graphs.attempt(lambda: compiled(start, steps))
-            else:
-                outs = self._graphs.attempt(lambda: step.loop(compiled, start, steps))
-            if outs is None:
-                return None
+            outs = self._graphs.attempt(lambda: step.loop(compiled, start, steps))
+        if outs is None:
+            return None
         return {key: value.movedim(0, dim) for key, value in zip(first, outs)}
 
     def _get(

@@ -343,8 +343,8 @@ class WorldModel(TensorDictModuleBase):
         With ``"scan"``, the steps are one higher-order scan
         (:func:`torch._higher_order_ops.scan`, through TorchRL). It is slower to
         compile than a step and its graph is that of one ``T``, yet its size does
-        not grow with ``T``. Choose it for a loss that is compiled as a whole, where
-        a loop over steps would be unrolled into the graph.
+        not grow with ``T``. Within a loss that is compiled as a whole, the steps are
+        unrolled into its graph, whatever the scope.
 
         Random numbers are those of the compiler: samples have the distribution
         of eager ones, not their values.
