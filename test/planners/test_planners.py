@@ -42,6 +42,7 @@ from torchrl.modules.utils import get_primers_from_module
 from torchrl.objectives.value import TDLambdaEstimator
 
 from torchrl_wm import WorldModel, WorldModelEnv
+from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.planners import CEMPlanner, ICEMPlanner, MPCPlanner, MPPIPlanner
 
 SMALL = {"planning_horizon": 3, "optim_steps": 2, "num_candidates": 12, "top_k": 3}
@@ -248,6 +249,23 @@ class TestReturns:
         one = self.returns(env, actions, start)
         many = self.returns(env, actions, start, num_particles=400)
         assert one.std() > 0.5 and many.std() < 0.1
+
+    def test_each_trajectory_follows_a_member_of_its_own(self) -> None:
+        real = GymEnv("Pendulum-v1")
+        model, _ = make_ensemble_world_model(
+            real, members=5, hidden=(8,), propagation="tsinf"
+        )
+        seen = []
+        env = WorldModelEnv(model, real)
+        planner = CEMPlanner(env, num_particles=4, **SMALL)
+        predict = env.step_kernel.predict
+        env.step_kernel.predict = lambda values, *args, **kwargs: (
+            seen.append(values["member"]) or predict(values, *args, **kwargs)
+        )
+        assert real.rollout(2, planner)["action"].shape == (2, 1)
+        assert seen[0].shape == (12 * 4,) and len(seen[0].unique()) == 5
+        for step in range(3):  # and follows it to the horizon
+            assert torch.equal(seen[step], seen[0])
 
     def test_of_several_agents_add_up(self) -> None:
         spec = SpecEnv(action_key=("agents", "action"), reward_key=("agents", "reward"))

@@ -162,12 +162,21 @@ class ModelObjective(Objective):
     def repeat(self, state: Values, times: int) -> Values:
         if times == 1:
             return dict(state)
-        return {
+        rows = {
             key: value.unsqueeze(1)
             .expand(-1, times, *value.shape[1:])
             .reshape(-1, *value.shape[1:])
             for key, value in state.items()
         }
+        # In an ensemble of which each trajectory follows a member (TSinf), each follows
+        # its own: a plan must please all of them.
+        dynamics = self.env.world_model.dynamics
+        member = getattr(dynamics, "member_key", None)
+        if member in rows:
+            elites = dynamics.elites
+            drawn = torch.randint(len(elites), rows[member].shape, device=elites.device)
+            rows[member] = elites[drawn]
+        return rows
 
     def returns(self, state: Values, actions: torch.Tensor) -> torch.Tensor:
         kernel, device = self.kernel, self.env.device
