@@ -89,6 +89,7 @@ def test_nested_keys() -> None:
         world_model, losses=[*loss.terms, ValueTerm(q, policy)], multi_step=True
     )
     loss.set_keys(reward=("robot", "gain"))
+    SoftUpdate(loss, tau=0.1)
     assert all(value.isfinite() for value in loss(data).values())
     starts = data[:, 0].select(("robot", "seen"))
     check_env_specs(WorldModelEnv(world_model, env, start_states=starts))
@@ -237,11 +238,11 @@ def learned(real, steps: int, episodes: int = 30, length: int = 60):
     return history, relative_error(env, held_out, 6)["latent"], env, held_out
 
 
-def check_latents(env, episodes) -> None:
+def check_latents(env, episodes, spread: float) -> None:
     """They have not collapsed, which would make them easy to predict."""
     with torch.no_grad():
         latents = env.world_model.encode(episodes.clone())["latent"]
-    assert latents.std(0).mean() > 1e-2
+    assert latents.std(0).mean() > spread
 
 
 @pytest.mark.parametrize("name", ["Pendulum-v1", "CartPole-v1", "pixels"])
@@ -251,7 +252,7 @@ def test_learns(name) -> None:
     history, error, env, held_out = learned(real, steps=100)
     assert history[-1] < 0.4 * history[0]
     assert error[-1] < 0.9, error
-    check_latents(env, torch.cat(held_out))
+    check_latents(env, torch.cat(held_out), 3e-3)
 
 
 @pytest.mark.slow
@@ -260,7 +261,7 @@ def test_learns_well(name) -> None:
     real = DotEnv() if name == "pixels" else GymEnv(name)
     _, error, env, held_out = learned(real, steps=1500)
     episodes = torch.cat(held_out)
-    check_latents(env, episodes)
+    check_latents(env, episodes, 1e-2)
     with torch.no_grad():
         reward = env.world_model(episodes.clone())["next", "reward"]
     real_reward = episodes["next", "reward"]

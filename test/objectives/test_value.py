@@ -12,7 +12,7 @@ import torch
 from _models import ACTION, gru_model, LATENT, linear, make_model, transitions
 from tensordict.nn import TensorDictModule as Mod
 from torch import nn
-from torchrl.data import Bounded
+from torchrl.data import Bounded, Categorical
 from torchrl.objectives import SoftUpdate
 
 from torchrl_wm import WorldModelLoss
@@ -46,6 +46,28 @@ def test_the_loss_holds_online_and_target_parameters() -> None:
     # And in its state, so that it goes on where it was left.
     keys = loss.state_dict().keys()
     assert any(key.startswith("target_q_ensemble_params") for key in keys)
+
+
+def test_class_numbers_survive_soft_updates() -> None:
+    """The target networks hold whole numbers, too, which are not to drift."""
+    entry = Entry.from_spec("action", Categorical(9))
+    q = QEnsemble({"latent": LATENT}, [entry], num_cells=[8], dropout=0.0)
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    policy = Mod(lambda z: torch.zeros_like(z[..., 0]).long(), ["latent"], ["action"])
+    loss = WorldModelLoss(
+        make_model(action_dim=1),
+        losses=[ValueTerm(q, policy)],
+    )
+    update = SoftUpdate(loss, tau=0.003)
+    latent, action = torch.randn(1, LATENT).expand(9, -1), torch.arange(9)
+    before = q.logits([latent], [action])
+    assert len(before.unique(dim=0)) == 9
+    for _ in range(20):
+        update.step()
+    with loss.target_parameters("q_ensemble"):
+        assert torch.equal(q.logits([latent], [action]), before)
 
 
 def test_gradients() -> None:

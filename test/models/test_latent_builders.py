@@ -1,0 +1,83 @@
+"""What holds of recurrent and TD-MPC2 models alike: batched envs, teams, buffers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from _env_kinds import drawn_transitions, env_of
+from envs.test_multi_agent import TeamEnv
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs.utils import check_env_specs
+
+from torchrl_wm import WorldModelEnv
+from torchrl_wm.models import make_rssm_world_model, make_tdmpc2_world_model, RSSMConfig
+
+RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
+MAKE = {
+    "planet": lambda env: make_rssm_world_model(env, RSSMConfig.planet(**RSSM)),
+    "dreamer-v3": lambda env: make_rssm_world_model(env, **RSSM),
+    "tdmpc2": lambda env: make_tdmpc2_world_model(
+        env, latent_size=16, num_cells=8, encoder_cells=8
+    ),
+}
+
+
+@pytest.fixture(params=MAKE)
+def make(request):
+    return MAKE[request.param]
+
+
+@pytest.mark.parametrize("size", [(3,), (2, 2)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_batched_and_nested_envs(make, size, nested) -> None:
+    """The reference env's batch size is not the model's."""
+    env = env_of("vector", "categorical", size, nested=nested)
+    world_model, loss = make(env)
+    batch = drawn_transitions(env, 4, 3)
+    assert all(value.isfinite() for value in loss(batch).values())
+    starts = batch.select(*world_model.encoder.in_keys).reshape(-1)
+    imagined = WorldModelEnv(world_model, env, start_states=starts, max_steps=4)
+    assert imagined.batch_size == size
+    check_env_specs(imagined)
+    imagined.rollout(2)
+    assert nested or imagined.slow_because is None
+    out = imagined.imagine(3)
+    assert out.shape == (*size, 3)
+    # As a buffer gives it back.
+    buffer = ReplayBuffer(storage=LazyTensorStorage(10), batch_size=4)
+    buffer.extend(out.reshape(-1).exclude("collector"))
+    assert buffer.sample().shape == (4,)
+
+
+@pytest.mark.parametrize("done", [("root",), ("agents",), ("agents", "root")])
+def test_teams_of_agents(make, done) -> None:
+    env = TeamEnv(done=done)
+    world_model, loss = make(env)
+    batch = drawn_transitions(env, 4, 2)
+    losses = loss(batch)
+    assert all(value.isfinite() for value in losses.values())
+    starts = batch[:, 0].select(("agents", "observation"))
+    imagined = WorldModelEnv(world_model, env, start_states=starts)
+    check_env_specs(imagined)
+    out = imagined.imagine(3)
+    assert out["next", "agents", "reward"].shape == (3, 3, 1)
+
+
+def test_copies(make) -> None:
+    """By pickle and deepcopy: the same model, and one of its own."""
+    env = env_of("vector", "bounded")
+    world_model, loss = make(env)
+    batch = drawn_transitions(env, 4, 3)
+    for other in (pickle.loads(pickle.dumps(world_model)), copy.deepcopy(world_model)):
+        outs = []
+        for model in (world_model, other):
+            torch.manual_seed(0)
+            outs.append(model(batch.clone())["next", "reward"])
+        assert torch.equal(*outs)
+        for parameter in other.parameters():
+            parameter.data.add_(1.0)
+    torch.manual_seed(0)
+    assert torch.equal(world_model(batch.clone())["next", "reward"], outs[0])
