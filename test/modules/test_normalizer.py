@@ -31,7 +31,7 @@ def entry(key, size: int) -> Entry:
 
 
 @given(
-    st.sampled_from([(2,), (50,), (3, 7)]),
+    st.sampled_from([(20,), (50,), (3, 7)]),
     st.floats(-100, 100),
     st.floats(1e-3, 1e3),
     st.integers(0, 99),
