@@ -28,7 +28,7 @@ MEMBERS, INPUTS, OUTPUTS, HIDDEN = 7, 23, 36, (200, 200, 200, 200)
 def bare(network: EnsembleMLP, value: torch.Tensor) -> torch.Tensor:
     """The arithmetic alone."""
     value = value.expand(MEMBERS, *value.shape)
-    *inner, last = [(layer.weight, layer.bias) for layer in network.layers]
+    *inner, last = ((layer.weight, layer.bias) for layer in network.layers)
     for weight, bias in inner:
         value = F.silu(torch.baddbmm(bias, value, weight))
     return torch.baddbmm(last[1], value, last[0])
@@ -36,7 +36,7 @@ def bare(network: EnsembleMLP, value: torch.Tensor) -> torch.Tensor:
 
 def matmul_then_add(network: EnsembleMLP, value: torch.Tensor) -> torch.Tensor:
     """As :func:`bare`, with the bias added by an operation of its own."""
-    *inner, last = [(layer.weight, layer.bias) for layer in network.layers]
+    *inner, last = ((layer.weight, layer.bias) for layer in network.layers)
     for weight, bias in inner:
         value = F.silu(value.matmul(weight) + bias)
     return value.matmul(last[0]) + last[1]

@@ -251,11 +251,13 @@ class Endings:
         flags: Mapping[NestedKey, torch.Tensor],
         batch_size: torch.Size,
         name: str = "done",
+        *,
+        any_group: bool = False,
     ) -> torch.Tensor:
         """Whether whole trajectories have ended, ``[*B]`` bool; or terminated, by ``name``.
 
         A group that has an ancestor is heard only through it, as in TorchRL;
-        of groups side by side all must have ended.
+        of groups side by side all must have ended, or with ``any_group`` one.
         """
         top = [
             group
@@ -264,7 +266,13 @@ class Endings:
         ]
         dims = len(batch_size)
         done = [flags[group.key(name)].flatten(dims).all(-1) for group in top]
-        return done[0] if len(done) == 1 else torch.stack(done, -1).all(-1)
+        if len(done) == 1:
+            return done[0]
+        return (
+            torch.stack(done, -1).any(-1)
+            if any_group
+            else torch.stack(done, -1).all(-1)
+        )
 
     def _inherit(
         self, group: EndingGroup, decided: dict, batch_size: torch.Size

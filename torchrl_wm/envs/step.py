@@ -105,6 +105,7 @@ class StepKernel:
         endings: Values | None = None,
         again: bool = False,
         decode: bool = True,
+        check_finite: bool = True,
     ) -> Values:
         """Predict one step, on tensors alone.
 
@@ -116,6 +117,7 @@ class StepKernel:
             endings: the done entries, where they are known beforehand.
             again: whether outputs of this shape were checked before.
             decode: whether to decode the observations that the env carries.
+            check_finite: False passes over the kernel's own check.
 
         Returns:
             The ``"next"`` entries by flat key, without the "next".
@@ -146,7 +148,7 @@ class StepKernel:
         if endings is None:
             endings = layout.endings.read(work, batch_size, device, time_is_up)
         out.update(endings)
-        if self.check_finite:
+        if self.check_finite and check_finite:
             self._check_finite(values, out, len(batch_size))
         return out
 

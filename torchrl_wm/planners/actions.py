@@ -151,7 +151,9 @@ class BoundedSpace(ActionSpace):
 
     def from_action(self, action: torch.Tensor) -> torch.Tensor:
         half = self.half.clamp_min(torch.finfo(action.dtype).tiny)
-        return ((action - self.center) / half).clamp(-1.0, 1.0)
+        # What is not finite must not spread to the plan.
+        samples = ((action - self.center) / half).nan_to_num(0.0)
+        return samples.clamp(-1.0, 1.0)
 
 
 class ChoiceSpace(ActionSpace):
@@ -234,6 +236,11 @@ def action_space(
                 f"action_range bounds continuous actions, and {key!r} is a choice of "
                 f"{int(spec.space.n)}: leave it out."
             )
+        if getattr(spec, "mask", None) is not None:
+            raise TypeError(
+                f"Planners do not heed masks, and the spec of {key!r} has one: some options would "
+                f"be taken that it forbids."
+            )
         return ChoiceSpace(spec, device)
     if several or not spec.dtype.is_floating_point:
         raise TypeError(
@@ -249,13 +256,15 @@ def _bounds(
     spec: TensorSpec, key: NestedKey, action_range: tuple | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     source = "action_range"
+    space = spec.space
+    own = getattr(space, "low", None), getattr(space, "high", None)
+    # Specs without bounds have the largest number there is.
+    most = torch.finfo(spec.dtype).max / 4
+    bounded = own[0] is not None and all(bound.abs().max() < most for bound in own)
     if action_range is None:
-        space = spec.space
-        low, high = getattr(space, "low", None), getattr(space, "high", None)
         source = "the action spec"
-        # Specs without bounds have the largest number there is.
-        most = torch.finfo(spec.dtype).max / 4
-        if low is None or not (low.abs().max() < most and high.abs().max() < most):
+        low, high = own
+        if not bounded:
             raise ValueError(
                 f"The action spec of {key!r} has no finite bounds, and a planner must know where "
                 f"to search. Pass action_range=(low, high), numbers or tensors of the shape "
@@ -282,6 +291,11 @@ def _bounds(
         raise ValueError(
             f"The bounds of {key!r} must be finite, the lower ones not above the upper ones; "
             f"{source} gives {low.tolist()} and {high.tolist()}."
+        )
+    if bounded and ((low < own[0].to(low)).any() or (high > own[1].to(high)).any()):
+        raise ValueError(
+            f"action_range {low.tolist()} to {high.tolist()} leads out of the bounds of {key!r}, "
+            f"{own[0].tolist()} to {own[1].tolist()}. Choose a part of them, or leave it out."
         )
     return low, high
 

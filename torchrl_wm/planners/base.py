@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import InteractionType, set_interaction_type, TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.modules import MPCPlannerBase
@@ -139,6 +140,7 @@ class MPCPlanner(MPCPlannerBase):
         act_on: Literal["mean", "best"] | None = None,
     ) -> None:
         _check_env(env, action_key, reward_key)
+        _check_plan_key(env, plan_key, action_key)
         counts = {
             "planning_horizon": planning_horizon,
             "optim_steps": optim_steps,
@@ -147,7 +149,10 @@ class MPCPlanner(MPCPlannerBase):
             "num_particles": num_particles,
         }
         for name, value in counts.items():
-            _check_positive(name, value)
+            counts[name] = _positive(name, value)
+        action_key, reward_key = unravel_key(action_key), unravel_key(reward_key)
+        _check_modules(policy, terminal_value, action_key)
+        num_candidates, top_k = counts["num_candidates"], counts["top_k"]
         if policy is None:
             if num_policy_candidates:
                 raise ValueError(
@@ -187,16 +192,17 @@ class MPCPlanner(MPCPlannerBase):
         self.action_spec = env.full_action_spec_unbatched[action_key]
         self.action_key = action_key
         self.reward_key = reward_key
-        self.planning_horizon = planning_horizon
-        self.optim_steps = optim_steps
-        self.num_candidates = num_candidates
-        self.top_k = top_k
+        self.planning_horizon = counts["planning_horizon"]
+        self.optim_steps = counts["optim_steps"]
+        self.num_candidates = counts["num_candidates"]
+        self.top_k = counts["top_k"]
+        self.discount = float(discount)
         self.warm_start = warm_start
         self.plan_key = plan_key
         self.terminal_value = terminal_value
         self.policy = policy
         self.num_policy_candidates = num_policy_candidates
-        self.num_particles = num_particles
+        self.num_particles = counts["num_particles"]
         self.init_std = float(init_std)
         self.momentum = float(momentum)
         self.space = action_space(
@@ -291,7 +297,10 @@ class MPCPlanner(MPCPlannerBase):
         plan = self.space.mode(search.proposal.plan).unsqueeze(1)
         parts = [plan, proposed, self.draw(search, noise), search.kept]
         samples = torch.cat([part for part in parts if part is not None], 1)
-        population = Population(samples, self.score(state, samples))
+        returns = self.score(state, samples)
+        if proposed is not None:
+            returns = _without_copies(returns, proposed)
+        population = Population(samples, returns)
         best = Population(*(torch.cat(p, 1) for p in zip(search.best, population)))
         proposal, kept = self.improve(search, population)
         return Search(proposal, best.best(1), kept), population
@@ -301,20 +310,25 @@ class MPCPlanner(MPCPlannerBase):
         tensordict: TensorDictBase,
         watch: Callable[[Population], None] | None = None,
     ) -> tuple[Search, Any]:
-        iterate, propose = self._functions()
+        self._update()
         state = self.objective.start(tensordict)
         search = self.begin(self.carried(tensordict))
-        proposed = None
+        proposed, rows = None, search.best.returns.shape[0]
         if self.policy is not None:
             starts = self.objective.repeat(state, self.num_policy_candidates)
-            actions = propose(starts, self.planning_horizon)
+            propose = self._function(self.objective.proposed, "proposed", rows)
+            # One plan, again and again, is what a policy would propose as its mode.
+            with set_interaction_type(InteractionType.RANDOM):
+                actions = propose(starts, self.planning_horizon)
             shape = (-1, self.num_policy_candidates, *actions.shape[1:])
             proposed = self.space.from_action(actions.reshape(shape))
         for i in range(self.optim_steps):
             # Drawn here, so that a compiled plan has the random numbers of an eager one.
             fresh = max(1, self.population_size(i) - self.num_policy_candidates - 1)
-            rows = search.best.returns.shape[0]
             noise = self.space.noise(rows, fresh, self.planning_horizon)
+            # A graph for each shape: dynamo gives up on functions of many.
+            shapes = (noise.shape, search.kept is None)
+            iterate = self._function(self._iterate, "iterate", shapes)
             search, population = iterate(state, search, proposed, noise)
             if watch is not None:
                 watch(population)
@@ -372,8 +386,8 @@ class MPCPlanner(MPCPlannerBase):
 
             - ``"actions"``: the plan, ``[*B, H, *A]``;
             - ``"predicted_return"``: what the model predicts for it, ``[*B, 1]``;
-            - ``"candidates"`` and ``"returns"``: those of the last iteration,
-              ``[*B, N, H, *A]`` and ``[*B, N]``;
+            - ``"candidates"`` and ``"returns"``: those of the last iteration, kept
+              ones included, ``[*B, N, H, *A]`` and ``[*B, N]``;
             - ``("iterations", name)`` for the names ``"max_return"``,
               ``"mean_return"`` and ``"elite_return"``: how the search went,
               ``[*B, optim_steps]``. Candidates that lost because their return
@@ -446,20 +460,30 @@ class MPCPlanner(MPCPlannerBase):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiler": None}
+        return {**self.__dict__, "_compiler": None, "_held": ()}
 
     # Details ---------------------------------------------------------------
 
-    def _functions(self) -> tuple[Callable, Callable]:
-        """An iteration and the policy's proposals, compiled if that was asked for."""
-        held = self.objective.prepare()
+    def _update(self) -> None:
+        """Tell the objective what the planner is now."""
+        self.objective.update(
+            policy=self.policy,
+            terminal_value=self.terminal_value,
+            discount=self.discount,
+            reward_key=self.reward_key,
+            ignored=self.carried_keys,
+        )
+        self.__dict__["_held"] = self.objective.prepare()
+
+    def _function(self, function: Callable, name: str, shapes: Any) -> Callable:
+        """A function, compiled if that was asked for."""
         compiler = self.__dict__.get("_compiler")
         if compiler is None:
-            return self._iterate, self.objective.proposed
-        propose = self.objective.proposed
-        if self.objective.program is not None:  # else it is any function
-            propose = compiler.wrap(propose, held, "proposed")
-        return compiler.wrap(self._iterate, held, "iterate"), propose
+            return function
+        if name == "proposed" and self.objective.program is None:
+            return function  # the policy may be anything
+        key = (name, shapes, self.discount, self.reward_key)
+        return compiler.wrap(function, self._held, key)
 
     def _first_action(self, search: Search, size: torch.Size) -> torch.Tensor:
         action = self.space.action(self.choose(search)[:, 0])
@@ -516,6 +540,23 @@ def moved(steps: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([later, torch.zeros_like(steps.narrow(dim, 0, 1))], dim)
 
 
+def _without_copies(returns: torch.Tensor, proposed: torch.Tensor) -> torch.Tensor:
+    """Returns in which proposals that equal the first one lose.
+
+    A policy that is not random proposes one plan: as the whole elite it would
+    leave nothing to search.
+
+    Args:
+        returns: ``[B, N]``, of the plan, the proposals and others.
+        proposed: ``[B, P, H, ...]``.
+    """
+    copies = (proposed[:, 1:] == proposed[:, :1]).flatten(2).all(-1)
+    others = returns[:, 2 : 1 + proposed.shape[1]]
+    others = torch.where(copies, -torch.inf, others)
+    rest = returns[:, 1 + proposed.shape[1] :]
+    return torch.cat([returns[:, :2], others, rest], 1)
+
+
 def _mean(returns: torch.Tensor) -> torch.Tensor:
     """The mean of the finite ones, ``[B]``."""
     finite = returns > -torch.inf
@@ -523,9 +564,50 @@ def _mean(returns: torch.Tensor) -> torch.Tensor:
     return total / finite.sum(1).clamp_min(1)
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = 0 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}.")
+    return number
+
+
+def _check_modules(
+    policy: Callable | None, terminal_value: Any, action_key: NestedKey
+) -> None:
+    written = unique(getattr(policy, "out_keys", None) or [action_key])
+    if action_key not in written:
+        raise ValueError(
+            f"The policy writes {written}, and is to propose {action_key!r}."
+        )
+    if terminal_value is None:
+        return
+    if not isinstance(terminal_value, TensorDictModuleBase):
+        raise TypeError(
+            f"terminal_value must be a TensorDict module, got {type(terminal_value).__name__}. "
+            f"Say what it reads: ValueOperator(network, in_keys=['latent'])."
+        )
+    if action_key in unique(terminal_value.in_keys):
+        raise ValueError(
+            f"terminal_value reads {action_key!r}, and at the horizon nothing has been done yet. "
+            f"Let a policy act before it: TensorDictSequential(policy, terminal_value)."
+        )
+
+
+def _check_plan_key(env: EnvBase, plan_key: NestedKey, action_key: NestedKey) -> None:
+    taken = [
+        *env.full_observation_spec.keys(True, True),
+        *env.full_done_spec.keys(True, True),
+        *env.full_reward_spec.keys(True, True),
+        action_key,
+    ]
+    if unravel_key(plan_key) in unique(taken):
+        raise ValueError(
+            f"plan_key {plan_key!r} is an entry of the env, and would be overwritten. Choose "
+            f"another."
+        )
 
 
 def _check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> None:

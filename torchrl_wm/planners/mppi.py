@@ -76,6 +76,12 @@ class MPPIPlanner(MPCPlanner):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
+        ignored = {"discount", "terminal_value"} & kwargs.keys()
+        if advantage_module is not None and ignored:
+            raise ValueError(
+                f"An advantage_module has its own discount and value network: leave out "
+                f"{sorted(ignored)}."
+            )
         super().__init__(
             env,
             planning_horizon,

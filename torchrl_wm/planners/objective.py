@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ class Objective(ABC):
         self.policy = policy
         self.value_key = None if terminal_value is None else value_key(terminal_value)
 
+    def update(self, **settings: Any) -> None:
+        """Take over the planner's settings, which may have been replaced."""
+        if settings["terminal_value"] is not self.terminal_value:
+            value = settings["terminal_value"]
+            self.value_key = None if value is None else value_key(value)
+        self.__dict__.update(settings)
+
     def prepare(self) -> tuple:
         """Look at what predicts as it is now; all that a compiled plan depends on."""
         return ()
@@ -100,7 +107,12 @@ class ModelObjective(Objective):
                 self.value = Program([self.terminal_value])
         if self.policy is not None:
             act = self.env.actor(self.policy, torch.Size([1]))
-            self.program = getattr(act, "program", None)
+            program = getattr(act, "program", None)
+            # The one at hand stays as long as it is true: graphs are made for it.
+            if program is None or self.program is None:
+                self.program = program
+            elif not self.program.is_for(self.policy):
+                self.program = program
         return (kernel, kernel.program, self.value, self.program)
 
     def start(self, tensordict: TensorDictBase) -> Values:
@@ -160,14 +172,10 @@ class ModelObjective(Objective):
         )
 
     def repeat(self, state: Values, times: int) -> Values:
+        # Always copies: a model may work in place.
+        rows = {key: value.repeat_interleave(times, 0) for key, value in state.items()}
         if times == 1:
-            return dict(state)
-        rows = {
-            key: value.unsqueeze(1)
-            .expand(-1, times, *value.shape[1:])
-            .reshape(-1, *value.shape[1:])
-            for key, value in state.items()
-        }
+            return rows
         # In an ensemble of which each trajectory follows a member (TSinf), each follows
         # its own: a plan must please all of them.
         dynamics = self.env.world_model.dynamics
@@ -195,7 +203,13 @@ class ModelObjective(Objective):
         for step, action in enumerate(actions.unbind(1)):
             values[self.action_key] = action
             predicted = kernel.predict(
-                values, size, device, never, step > 0, decode=bool(observed)
+                values,
+                size,
+                device,
+                never,
+                step > 0,
+                decode=bool(observed),
+                check_finite=False,
             )
             reward = _scaled(_per_row(predicted[place]), scale)
             scale *= self.discount
@@ -207,8 +221,11 @@ class ModelObjective(Objective):
                 values[key] = predicted[key]
             ended = terminated = None
             if endings.can_end:
-                ended = endings.ended(predicted, size)
-                terminated = endings.ended(predicted, size, "terminated")
+                # As in TorchRL's planners: one of several groups ends it.
+                ended = endings.ended(predicted, size, any_group=True)
+                terminated = endings.ended(
+                    predicted, size, "terminated", any_group=True
+                )
             if value is not None:
                 value.step(values, scale, going, terminated)
             if ended is not None:
@@ -234,7 +251,13 @@ class ModelObjective(Objective):
             act(values, step)
             actions.append(values[self.action_key])
             predicted = kernel.predict(
-                values, size, device, never, step > 0, decode=bool(observed)
+                values,
+                size,
+                device,
+                never,
+                step > 0,
+                decode=bool(observed),
+                check_finite=False,
             )
             for key in (*kernel.layout.latent, *observed):
                 values[key] = predicted[key]
@@ -289,8 +312,11 @@ class _Value:
 class EnvObjective(Objective):
     """Predicts by stepping an env that takes tensordicts of any batch size."""
 
+    #: What is in the tensordict for the planner alone.
+    ignored: Sequence[NestedKey] = ()
+
     def start(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state = tensordict.exclude("next").reshape(-1)
+        state = tensordict.exclude("next", self.action_key, *self.ignored).reshape(-1)
         if self.env.device is not None:
             state = state.to(self.env.device)
         return state
