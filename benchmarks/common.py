@@ -278,13 +278,16 @@ def filter_variants(
 def measure(
     loops: dict[str, Loop],
     seconds: float = 2.0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, float]:
     """Seconds of one call: the minimum over rounds in which all loops take turns.
 
-    What is measured on one CPU thread can be measured by ``time.process_time``, which
-    does not count what else the machine does.
+    On one thread it is the processor's time by default, which does not count what
+    else the machine does.
     """
+    if clock is None:
+        alone = torch.get_num_threads() == 1
+        clock = time.process_time if alone else time.perf_counter
     for loop in loops.values():
         loop(), loop()
     best = dict.fromkeys(loops, float("inf"))

@@ -9,9 +9,7 @@ TorchRL's WorldModelEnv, with its fixed batch size, cannot be planned in.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
+import common
 import torch
 from common import ACTION, LATENT, Loop, machine, make_parts, measure, Reference
 from tensordict import TensorDict
@@ -117,28 +115,21 @@ def rows(batches: list[int], seconds: float) -> list[str]:
 
 def main() -> None:
     """Measure, print and, if asked, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, seconds=20.0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    print(machine())
+    common.begin(args)
     text = [
         f"Machine: {machine()}.",
         "",
         f"A plan of the cross-entropy method: {CANDIDATES} candidates, horizon {HORIZON}, {STEPS} "
-        f"iterations, networks of two layers of 256 (SiLU), the minimum over interleaved rounds; ratios to "
-        f"the hand loop.",
+        f"iterations, networks of two layers of 256 (SiLU), the minimum over interleaved rounds; "
+        f"ratios to the hand loop.",
         "",
         *rows(args.batches, args.seconds),
         "",
     ]
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    common.finish(args, text)
 
 
 if __name__ == "__main__":
