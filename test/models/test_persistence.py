@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -297,6 +298,41 @@ def test_paths(tmp_path) -> None:
     ]
     with pytest.raises(ValueError, match="device is for models that are made anew"):
         load_world_model(tmp_path / "a.pt", make("mlp")[0], device="cpu")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "model", "m.zip"])
+def test_any_name_will_do(name, tmp_path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, tmp_path / name)
+    assert_equal(load_world_model(tmp_path / name), world_model)
+
+
+def test_changed_bytes_are_errors(path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        weights = [info for info in archive.infolist() if "/data/" in info.filename]
+    # In the middle of the largest weights, where any bytes are a number.
+    largest = max(weights, key=lambda info: info.file_size)
+    place = content.index(largest.filename.encode()) + 100 + largest.file_size // 2
+    content[place] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged one.*checksum"):
+        load_world_model(path)
+
+
+def test_files_have_the_permissions_of_any_other(path) -> None:
+    world_model, _ = make("mlp")
+    before = os.umask(0o027)
+    try:
+        save_world_model(world_model, path)
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.chmod(0o604)
+        save_world_model(world_model, path)
+        assert path.stat().st_mode & 0o777 == 0o604
+    finally:
+        os.umask(before)
 
 
 def test_every_builder_has_a_config_that_a_file_can_hold(path) -> None:

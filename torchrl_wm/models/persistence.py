@@ -6,10 +6,11 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -74,6 +75,7 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save(content, file)
+        os.chmod(partial, _mode(path))
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
@@ -134,6 +136,15 @@ def load_world_model(
     return world_model
 
 
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced, or of one newly made."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)  # there is no way to ask without setting it
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 # Reading -------------------------------------------------------------------
 
 
@@ -142,7 +153,10 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no world model file {os.fspath(path)!r}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file, as torch reads what it is given by name by that name's ending.
+        with open(path, "rb") as file:
+            _check_sums(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise ValueError(
             f"{os.fspath(path)!r} is no world model file, or a damaged one: it holds something "
@@ -171,6 +185,16 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
         )
     return content
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """Refuse bytes that are not those written: torch reads them without a look at the sums."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is another")
+    file.seek(0)
 
 
 def _made_anew(
