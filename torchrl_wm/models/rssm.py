@@ -240,7 +240,20 @@ def make_rssm_world_model(
     return build("rssm", env, config, overrides)
 
 
-@register("rssm", RSSMConfig)
+@register(
+    "rssm",
+    RSSMConfig,
+    reserved=(
+        _STATE,
+        _BELIEF,
+        _EMBEDDING,
+        *(
+            f"{d}_{n}"
+            for d in ("prior", "posterior")
+            for n in ("mean", "std", "logits")
+        ),
+    ),
+)
 def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLoss]:
     features = config.stochastic_size + config.belief_size
     next_latents = [join("next", key) for key in (_STATE, _BELIEF)]
