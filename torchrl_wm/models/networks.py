@@ -160,17 +160,20 @@ class WithActions(nn.Module):
 
 
 class Shaped(nn.Module):
-    """A network whose vector is given the shape of an entry.
+    """A network whose vector is given the shape and the dtype of an entry.
 
     Args:
         network: its inputs as ``[*B, n]``.
         shape: the feature shape, of ``n`` numbers.
+        dtype: the entry's.
     """
 
-    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
+    def __init__(
+        self, network: nn.Module, shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.network, self.shape = network, tuple(shape)
+        self.network, self.shape, self.dtype = network, tuple(shape), dtype
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The inputs as ``[*B, *shape]``."""
-        return self.network(*inputs).unflatten(-1, self.shape)
+        return self.network(*inputs).unflatten(-1, self.shape).to(self.dtype)

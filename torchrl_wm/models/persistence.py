@@ -216,7 +216,11 @@ def _made_anew(
     recipe = _recipe(content["recipe"], path)
     with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
         world_model, _ = rebuild(recipe)
-    # As it was saved, dtypes included.
+    # As it was saved, dtypes included: also of what the state does not hold.
+    tensors = [v for v in content["state_dict"].values() if torch.is_tensor(v)]
+    dtypes = {v.dtype for v in tensors if v.is_floating_point()}
+    if len(dtypes) == 1:
+        world_model.to(dtypes.pop())
     _load_state(world_model, content["state_dict"], path, assign=True)
     return world_model if device is None else world_model.to(device)
 

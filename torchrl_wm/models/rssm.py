@@ -369,13 +369,15 @@ def _reward_head(
     reward = specs.reward
     writes = join("next", reward.key)
     if config.reward_bins is None:
-        network = Shaped(_mlp(config, features, reward.size), reward.shape)
+        network = Shaped(
+            _mlp(config, features, reward.size), reward.shape, reward.dtype
+        )
         return TensorDictModule(network, reads, [writes])
     bins = config.reward_bins
     network = _mlp(config, features, reward.size * bins)
     logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
     return TensorDictModule(
-        TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape),
+        TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape, dtype=reward.dtype),
         reads,
         [join("next", logits), writes],
     )

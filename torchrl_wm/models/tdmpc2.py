@@ -194,7 +194,12 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
             [join("next", _LATENT)],
         ),
         TensorDictModule(
-            TwoHotHead(WithActions(network, specs), bins, shape=reward.shape),
+            TwoHotHead(
+                WithActions(network, specs),
+                bins,
+                shape=reward.shape,
+                dtype=reward.dtype,
+            ),
             observed,
             [join("next", logits), join("next", reward.key)],
         ),
