@@ -86,3 +86,22 @@ def test_models_of_float64(name, nested, tmp_path) -> None:
         out = imagined.imagine(2)
         assert all(v.isfinite().all() for v in out.values(True, True))
         assert all(p.dtype is torch.float64 for p in model.parameters())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_small_changes_of_large_numbers_are_kept(nested) -> None:
+    """At 4e6 neighbouring floats of 32 bits are 0.25 apart."""
+    env, key = double_env(nested), ("robot", "seen") if nested else "observation"
+    world_model, loss = make_ensemble_world_model(env, members=2, hidden=(8,))
+    batch = drawn_transitions(env, 50, 10)
+    now = 4e6 + torch.randn(50, 10, 6, dtype=torch.float64)
+    batch.set(key, now)
+    batch["next"].set(key, now + 0.01 + 0.001 * torch.randn_like(now))
+    fit_normalizers(world_model, batch)
+    out = world_model(batch.exclude("next"))["next"].get(key)
+    assert out.dtype is torch.float64
+    change = (out - now).mean()
+    assert change.item() == pytest.approx(0.01, abs=0.005)
+    # Of Gaussians of this spread; errors of 0.25 would be 250 times as large.
+    assert loss(batch)["loss_nll"] < 10
+    assert world_model.dynamics.member_errors(batch).max() < 10

@@ -19,6 +19,8 @@ from torchrl_wm.modules.world_model import WorldModel
 
 #: A spread this small, relative to the mean, is rounding: the dimension is constant.
 _CONSTANT = 1e-6
+#: So is one this small by itself, such as that of what computes to about zero.
+_ROUNDING = 1e-12
 
 
 class Normalizer(nn.Module):
@@ -85,7 +87,7 @@ class Normalizer(nn.Module):
                 f"values. Mask padding out, or look at what the env recorded."
             )
         mean, std = rows.mean(0), rows.std(0, unbiased=False)
-        constant = std <= _CONSTANT * mean.abs()
+        constant = std <= (_CONSTANT * mean.abs()).clamp_min(_ROUNDING)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(constant, torch.ones_like(std), std))
         self.fitted.fill_(True)
