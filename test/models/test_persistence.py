@@ -22,7 +22,7 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.models.building import BUILDERS
 from torchrl_wm.models.persistence import FORMAT, VERSION
-from torchrl_wm.modules import fit_normalizers
+from torchrl_wm.modules import fit_normalizers, with_propagation
 
 SMALL = {
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
@@ -298,6 +298,19 @@ def test_paths(tmp_path) -> None:
     ]
     with pytest.raises(ValueError, match="device is for models that are made anew"):
         load_world_model(tmp_path / "a.pt", make("mlp")[0], device="cpu")
+
+
+@pytest.mark.parametrize("begin", ["ts1", "tsinf"])
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "mean"])
+def test_views_of_another_propagation_come_back(begin, propagation, path) -> None:
+    world_model, _ = make("ensemble", propagation=begin)
+    view = with_propagation(world_model, propagation)
+    save_world_model(view, path)
+    again = load_world_model(path)
+    assert again.dynamics.propagation == propagation
+    assert again.recipe == view.recipe and again.in_keys == view.in_keys
+    assert world_model.recipe.config.propagation == begin
+    assert_equal(view, again)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "model", "m.zip"])

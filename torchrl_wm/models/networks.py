@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import log
 
 import torch
 from torch import nn
@@ -134,10 +135,20 @@ class ObservationDecoder(nn.Module):
         out = []
         if self.vectors is not None:
             vector = self.vectors(*latents)
-            parts = self.split(symexp(vector) if self.squash else vector)
+            parts = self.split(_unsquashed(vector) if self.squash else vector)
             out += parts if isinstance(parts, tuple) else (parts,)
         out += [decode(*latents) for decode in self.images]
         return out[0] if len(out) == 1 else tuple(out)
+
+
+def _unsquashed(value: torch.Tensor) -> torch.Tensor:
+    """``symexp``, which stays finite, and whose gradient always leads back.
+
+    Losses take the symlog of it: of infinity that has no gradient, and of a constant
+    none that would ever make the network's output smaller.
+    """
+    limit = 0.9 * log(torch.finfo(value.dtype).max)
+    return symexp(value + (value.clamp(-limit, limit) - value).detach())
 
 
 class WithActions(nn.Module):

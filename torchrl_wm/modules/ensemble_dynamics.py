@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -403,7 +404,7 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
         propagation: ``"ts1"``, ``"tsinf"``, ``"expectation"`` or ``"mean"``.
 
     Returns:
-        The new world model. With ``"tsinf"`` its encoder also writes ``member``, so
+        The new world model, in the same mode (training or not). With ``"tsinf"`` its encoder also writes ``member``, so
         that the env that imagines with it carries that as constant context.
 
     Raises:
@@ -433,7 +434,10 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
     ):
         encoder = encoder[0] if len(encoder.module) == 2 else encoder[:-1]
     if propagation == "tsinf":
-        encoder = TensorDictSequential(encoder, SampleMember(dynamics))
+        sampler = SampleMember(dynamics)
+        encoder = TensorDictSequential(encoder, sampler)
+        for module in (encoder, encoder.module, sampler):
+            module.training = world_model.training
     others = {
         name: module
         for name, module in world_model.components.items()
@@ -441,6 +445,11 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
     }
     view = WorldModel(encoder, dynamics, **others)
     view.initial_state = world_model.initial_state
+    view.training = world_model.training
+    recipe = getattr(world_model, "recipe", None)
+    if recipe is not None:  # of a builder: the view can be saved as the model can
+        config = replace(recipe.config, propagation=propagation)
+        view.__dict__["recipe"] = replace(recipe, config=config)
     return view
 
 
