@@ -230,6 +230,36 @@ def test_settings_of_another_version_are_errors(path) -> None:
         load_world_model(path)
 
 
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize(
+    "where", ["recipe", "config", "specs", "builder", "state_dict"]
+)
+@pytest.mark.parametrize("value", [7, [1], "x", {"a": 1}, {1: 2}])
+def test_malformed_contents_are_errors(where, value, into, path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    if where in ("recipe", "state_dict"):
+        rewritten(path, **{where: value})
+    else:
+        rewritten(path, recipe={**recipe, where: value})
+    if into and where == "config" and isinstance(value, dict):
+        load_world_model(path, world_model)  # settings of another version
+        return
+    with pytest.raises(ValueError, match="model.pt"):
+        load_world_model(path, world_model if into else None)
+
+
+@pytest.mark.parametrize("hidden", ["x", -1, (0.5,), ("a",), None])
+def test_settings_that_no_network_takes_are_errors(hidden, path) -> None:
+    save_world_model(make("mlp")[0], path)
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    config = {**recipe["config"], "hidden": hidden}
+    rewritten(path, recipe={**recipe, "config": config})
+    with pytest.raises(ValueError, match="settings in .*model.pt"):
+        load_world_model(path)
+
+
 def test_other_models_are_refused_before_anything_changes(path) -> None:
     save_world_model(make("mlp")[0], path)
     other, _ = make("mlp", hidden=(9,))

@@ -180,7 +180,12 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"reads versions up to {VERSION}. Update torchrl_wm."
         )
     missing = [key for key in ("state_dict", "recipe") if key not in content]
-    if missing or not isinstance(content["state_dict"], dict):
+    missing += [
+        key
+        for key, kinds in (("state_dict", dict), ("recipe", (dict, type(None))))
+        if key in content and not isinstance(content[key], kinds)
+    ]
+    if missing or not all(isinstance(key, str) for key in content["state_dict"]):
         raise ValueError(
             f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
         )
@@ -210,12 +215,15 @@ def _made_anew(
         raise ValueError(
             f"{os.fspath(path)!r} holds a model made with the functions {functions}, which no file "
             f"holds. Make it again with them and load into it: world_model, loss = "
-            f"make_{content['recipe']['builder']}_world_model(env, ...); load_world_model(path, "
+            f"make_{content['recipe'].get('builder')}_world_model(env, ...); load_world_model(path, "
             f"world_model)."
         )
     recipe = _recipe(content["recipe"], path)
-    with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
-        world_model, _ = rebuild(recipe)
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
+            world_model, _ = rebuild(recipe)
+    except Exception as err:  # whatever a network makes of settings of any kind
+        raise _foreign_settings(path, err) from err
     # As it was saved, dtypes included: also of what the state does not hold.
     tensors = [v for v in content["state_dict"].values() if torch.is_tensor(v)]
     dtypes = {v.dtype for v in tensors if v.is_floating_point()}
@@ -295,12 +303,16 @@ def _recipe(data: Mapping[str, Any], path: Any) -> Recipe:
             )
         config = resolve_config(BUILDERS[name].config, None, dict(settings))
         return Recipe(name, config, EnvSpecs.from_plain(specs))
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ValueError(
-            f"The settings in {os.fspath(path)!r} are not those of this torchrl_wm ({err}). "
-            f"Update torchrl_wm, or make the model and load into it: load_world_model(path, "
-            f"world_model)."
-        ) from err
+    except Exception as err:  # plain data of any kind may stand there
+        raise _foreign_settings(path, err) from err
+
+
+def _foreign_settings(path: Any, err: Exception) -> ValueError:
+    return ValueError(
+        f"The settings in {os.fspath(path)!r} are not those of this torchrl_wm "
+        f"({type(err).__name__}: {err}). Update torchrl_wm, or make the model and load into it: "
+        f"load_world_model(path, world_model)."
+    )
 
 
 def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
@@ -316,7 +328,7 @@ def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
             )
     changed = {
         key: (value, here["config"][key])
-        for key, value in data.get("config", {}).items()
+        for key, value in _settings(data, path).items()
         if key in here["config"] and here["config"][key] != value
     }
     if changed:
@@ -326,6 +338,13 @@ def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
             f"one's.",
             stacklevel=3,
         )
+
+
+def _settings(data: Mapping[str, Any], path: Any) -> dict[str, Any]:
+    settings = data.get("config")
+    if not isinstance(settings, dict):
+        raise _foreign_settings(path, TypeError("the config is no dictionary"))
+    return settings
 
 
 def _check_plain(value: Any, where: str) -> None:

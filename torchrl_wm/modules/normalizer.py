@@ -227,6 +227,9 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     and the modules that fit themselves (:class:`EnsembleDynamics`). Latents
     that the batch lacks are encoded from its observations.
 
+    Fit before making a loss with ``delay_encoder=True``: its target encoder is a copy,
+    and what is fitted later does not reach it.
+
     Args:
         model: the world model, or a component of one.
         batch: real transitions, ``[*B]``, with "next". What its
