@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.models.building import BUILDERS
 from torchrl_wm.models.persistence import FORMAT, VERSION
-from torchrl_wm.modules import fit_normalizers
+from torchrl_wm.modules import fit_normalizers, with_propagation
 
 SMALL = {
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
@@ -229,6 +230,36 @@ def test_settings_of_another_version_are_errors(path) -> None:
         load_world_model(path)
 
 
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize(
+    "where", ["recipe", "config", "specs", "builder", "state_dict"]
+)
+@pytest.mark.parametrize("value", [7, [1], "x", {"a": 1}, {1: 2}])
+def test_malformed_contents_are_errors(where, value, into, path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    if where in ("recipe", "state_dict"):
+        rewritten(path, **{where: value})
+    else:
+        rewritten(path, recipe={**recipe, where: value})
+    if into and where == "config" and isinstance(value, dict):
+        load_world_model(path, world_model)  # settings of another version
+        return
+    with pytest.raises(ValueError, match="model.pt"):
+        load_world_model(path, world_model if into else None)
+
+
+@pytest.mark.parametrize("hidden", ["x", -1, (0.5,), ("a",), None])
+def test_settings_that_no_network_takes_are_errors(hidden, path) -> None:
+    save_world_model(make("mlp")[0], path)
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    config = {**recipe["config"], "hidden": hidden}
+    rewritten(path, recipe={**recipe, "config": config})
+    with pytest.raises(ValueError, match="settings in .*model.pt"):
+        load_world_model(path)
+
+
 def test_other_models_are_refused_before_anything_changes(path) -> None:
     save_world_model(make("mlp")[0], path)
     other, _ = make("mlp", hidden=(9,))
@@ -297,6 +328,54 @@ def test_paths(tmp_path) -> None:
     ]
     with pytest.raises(ValueError, match="device is for models that are made anew"):
         load_world_model(tmp_path / "a.pt", make("mlp")[0], device="cpu")
+
+
+@pytest.mark.parametrize("begin", ["ts1", "tsinf"])
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "mean"])
+def test_views_of_another_propagation_come_back(begin, propagation, path) -> None:
+    world_model, _ = make("ensemble", propagation=begin)
+    view = with_propagation(world_model, propagation)
+    save_world_model(view, path)
+    again = load_world_model(path)
+    assert again.dynamics.propagation == propagation
+    assert again.recipe == view.recipe and again.in_keys == view.in_keys
+    assert world_model.recipe.config.propagation == begin
+    assert_equal(view, again)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "model", "m.zip"])
+def test_any_name_will_do(name, tmp_path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, tmp_path / name)
+    assert_equal(load_world_model(tmp_path / name), world_model)
+
+
+def test_changed_bytes_are_errors(path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        weights = [info for info in archive.infolist() if "/data/" in info.filename]
+    # In the middle of the largest weights, where any bytes are a number.
+    largest = max(weights, key=lambda info: info.file_size)
+    place = content.index(largest.filename.encode()) + 100 + largest.file_size // 2
+    content[place] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged one.*checksum"):
+        load_world_model(path)
+
+
+def test_files_have_the_permissions_of_any_other(path) -> None:
+    world_model, _ = make("mlp")
+    before = os.umask(0o027)
+    try:
+        save_world_model(world_model, path)
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.chmod(0o604)
+        save_world_model(world_model, path)
+        assert path.stat().st_mode & 0o777 == 0o604
+    finally:
+        os.umask(before)
 
 
 def test_every_builder_has_a_config_that_a_file_can_hold(path) -> None:

@@ -12,6 +12,7 @@ from tensordict.nn import (
     TensorDictModule as Mod,
     TensorDictSequential,
 )
+from torch import nn
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import GymEnv, InitTracker, TransformedEnv
 from torchrl.envs.utils import check_env_specs
@@ -432,3 +433,18 @@ def test_learns_well(config, name) -> None:
     (error,) = error.values()
     assert history[-1] < 0.2 * history[0]
     assert error[-1] < 0.6 and (error[2:] < 0.9).all(), error
+
+
+@pytest.mark.parametrize("key", ["observation", ("robot", "seen")])
+@pytest.mark.parametrize("size", [90.0, -1e4])
+def test_outputs_too_large_for_symexp_are_pulled_back(key, size) -> None:
+    env = SpecEnv(observation_key=key)
+    world_model, loss = make_rssm_world_model(env, CONFIGS["dreamer-v3"])
+    linear = [m for m in world_model.decoder.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        linear.bias.fill_(size)
+    value = loss(sequences(env, 2, 3))["loss_reconstruction"]
+    assert value.isfinite()
+    value.backward()
+    gradient = linear.bias.grad
+    assert gradient.isfinite().all() and (gradient * size > 0).all()

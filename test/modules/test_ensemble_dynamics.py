@@ -356,3 +356,10 @@ def test_wrong_wirings_are_named() -> None:
     plain.reward_head = Mod(nn.Linear(OBS, 1), ["observation"], [("next", "reward")])
     with pytest.raises(TypeError, match="EnsembleDynamics, got TensorDictModule"):
         with_propagation(plain, "mean")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_a_view_is_in_the_mode_of_its_model(training, propagation) -> None:
+    view = with_propagation(model_of("mean").train(training), propagation)
+    assert all(module.training is training for module in view.modules())

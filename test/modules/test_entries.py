@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torchrl.data import (
     Binary,
     Bounded,
@@ -94,3 +95,11 @@ def test_join_has_no_state_and_compiles_to_one_graph() -> None:
     action = torch.tensor([[0, 2], [1, 0]])
     compiled = torch.compile(join, backend="eager", fullgraph=True)
     assert torch.equal(compiled(action), join(action))
+
+
+def test_the_vector_follows_the_dtype_of_the_model() -> None:
+    entries = [Entry.from_spec(("deep", "x"), Unbounded((2,)))]
+    network = nn.Sequential(JoinEntries(entries), nn.Linear(2, 1))
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        assert network.to(dtype)(torch.ones(3, 2)).dtype is dtype
+    assert network.to("cpu")[0].dtype is torch.float32

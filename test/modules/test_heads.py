@@ -264,3 +264,19 @@ def test_heads_leave_a_plain_module_plain() -> None:
     assert is_plain(GaussianHead(nn.Linear(4, 2), ["x"], "y"))
     assert is_plain(FunctionHead(lambda o, a, n: o, OBS, ACT, REWARD))
     assert isinstance(TerminationHead(Fixed(), ["x"]), Mod)
+
+
+@pytest.mark.parametrize("kind", ["deterministic", "mode", "mean", "median", "random"])
+@pytest.mark.parametrize("key", ["y", ("deep", "y")])
+def test_heads_draw_only_where_drawing_is_asked_for(kind, key) -> None:
+    head = GaussianHead(nn.Linear(3, 2), ["x"], key, sample=True)
+    ending = TerminationHead(nn.Linear(3, 1), [("next", "x")], sample=True)
+    nn.init.zeros_(ending.module.network.weight)
+    nn.init.constant_(ending.module.network.bias, 0.1)
+    x = torch.ones(100, 3)
+    with set_interaction_type(kind):
+        td = head(TensorDict({"x": x, "next": {"x": x}}, [100]))
+        ended = ending(td)["next", "terminated"]
+    loc = join(key[:-1], "y_loc") if isinstance(key, tuple) else "y_loc"
+    assert torch.equal(td.get(key), td.get(loc)) is (kind != "random")
+    assert ended.all().item() is (kind != "random")

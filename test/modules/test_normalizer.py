@@ -59,6 +59,13 @@ def test_constant_features_are_shifted_not_scaled(constant) -> None:
     assert (moved[:, 1] - 1).abs().max() <= abs(constant) * 1e-6 + 1e-6
 
 
+def test_rounding_noise_about_zero_is_constant() -> None:
+    normalizer = Normalizer(1).fit(1e-17 * torch.randn(100, 1))
+    assert normalizer(torch.tensor([[1e-3]])).item() == pytest.approx(1e-3)
+    small = 1e-9 * torch.randn(1000, 1)  # units may be small, though
+    assert Normalizer(1).fit(small)(small).std() == pytest.approx(1, rel=0.01)
+
+
 def test_unfitted_is_the_identity_and_warns_once() -> None:
     normalizer, value = Normalizer(3), torch.randn(5, 3)
     with pytest.warns(UserWarning, match="fit_normalizers"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import as_tuple, sibling, unique
 from torchrl_wm.objectives import WorldModelLoss
 
 #: Wires a model and its loss from specs and a config.
@@ -28,11 +29,13 @@ class Builder:
         name: what it is called in files.
         config: the dataclass of its settings.
         wire: wires model and loss.
+        reserved: the names of the model's own entries, beside those of its heads.
     """
 
     name: str
     config: type
     wire: Wire
+    reserved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ class Recipe:
     specs: EnvSpecs
 
 
+#: Entries of a batch that are no observations to a loss: weights, and labels of other names.
+_READ_BY_LOSSES = frozenset(
+    {
+        "weight",
+        "priority_weight",
+        "member_weight",
+        "target_latent",
+        "predicted_latent",
+        "reconstructed_observation",
+        "true_reward",
+        "true_done",
+        "true_terminated",
+    }
+)
 #: The activations that a config can name.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -63,11 +80,16 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 BUILDERS: dict[str, Builder] = {}
 
 
-def register(name: str, config: type) -> Callable[[Wire], Wire]:
-    """Make a wiring function known under ``name``, for :func:`build` and for files."""
+def register(
+    name: str, config: type, *, reserved: Sequence[str] = ()
+) -> Callable[[Wire], Wire]:
+    """Make a wiring function known under ``name``, for :func:`build` and for files.
+
+    ``reserved`` are the names of the model's own entries, which no entry of an env may have.
+    """
 
     def add(wire: Wire) -> Wire:
-        BUILDERS[name] = Builder(name, config, wire)
+        BUILDERS[name] = Builder(name, config, wire, tuple(reserved))
         return wire
 
     return add
@@ -87,6 +109,7 @@ def build(
     """
     config = resolve_config(BUILDERS[name].config, config, overrides)
     specs = read_specs(env, observation_keys=getattr(config, "observation_keys", None))
+    _check_names(BUILDERS[name], env, specs)
     with nullcontext() if env.device is None else torch.device(env.device):
         return rebuild(Recipe(name, config, specs))
 
@@ -96,6 +119,41 @@ def rebuild(recipe: Recipe) -> tuple[WorldModel, WorldModelLoss]:
     world_model, loss = BUILDERS[recipe.builder].wire(recipe.specs, recipe.config)
     world_model.__dict__["recipe"] = recipe
     return world_model, loss
+
+
+def _check_names(builder: Builder, env: EnvBase, specs: EnvSpecs) -> None:
+    """Refuse entries of the env that the model or its loss would take for others.
+
+    Raises:
+        ValueError: if there are; the message names them.
+    """
+    heads = ("terminated_logits", "continue_pred", "continue_prob")
+    own = {
+        *builder.reserved,
+        *(sibling(specs.done.key, name) for name in heads),
+        sibling(specs.reward.key, f"{as_tuple(specs.reward.key)[-1]}_logits"),
+    }
+    used = [*specs.observation_keys, *specs.action_keys, specs.reward.key]
+    taken = {key: "the model's own entries" for key in used if key in own}
+    # A loss reads these from the batch whether or not the model reads them.
+    present = [*unique(env.full_observation_spec_unbatched.keys(True, True)), *used]
+    for key in present:
+        if key in _READ_BY_LOSSES:
+            taken[key] = "what the loss reads from the batch, such as weights"
+    if taken:
+        key, what = next(iter(taken.items()))
+        other = sibling(key, f"env_{as_tuple(key)[-1]}")
+        kind = "inv" if key in specs.action_keys else ""
+        change = (
+            f"in_keys=[], out_keys=[], in_keys_inv=[{key!r}], out_keys_inv=[{other!r}]"
+            if kind
+            else f"in_keys=[{key!r}], out_keys=[{other!r}]"
+        )
+        raise ValueError(
+            f"make_{builder.name}_world_model cannot serve an env with the entry {key!r}: this is "
+            f"a name of {what}, and the two would be mixed up (in all: {list(taken)}). Rename it: "
+            f"torchrl.envs.TransformedEnv(env, torchrl.envs.RenameTransform({change}))."
+        )
 
 
 def resolve_config(kind: type, config: Any, overrides: dict[str, Any]) -> Any:

@@ -132,7 +132,11 @@ def make_ensemble_world_model(
     return build("ensemble", env, config, overrides)
 
 
-@register("ensemble", EnsembleConfig)
+@register(
+    "ensemble",
+    EnsembleConfig,
+    reserved=("loc", "log_var", "disagreement", "member", "ensemble_reward"),
+)
 def _wire(specs: EnvSpecs, config: EnsembleConfig) -> tuple[WorldModel, WorldModelLoss]:
     name = "make_ensemble_world_model"
     specs.without_pixels(name).only_floats(name)

@@ -130,7 +130,7 @@ def make_mlp_world_model(
     return build("mlp", env, config, overrides)
 
 
-@register("mlp", MLPConfig)
+@register("mlp", MLPConfig, reserved=(_LATENT,))
 def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLoss]:
     size = config.latent_size
     with_action = size + specs.action_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import log
 
 import torch
 from torch import nn
@@ -134,10 +135,20 @@ class ObservationDecoder(nn.Module):
         out = []
         if self.vectors is not None:
             vector = self.vectors(*latents)
-            parts = self.split(symexp(vector) if self.squash else vector)
+            parts = self.split(_unsquashed(vector) if self.squash else vector)
             out += parts if isinstance(parts, tuple) else (parts,)
         out += [decode(*latents) for decode in self.images]
         return out[0] if len(out) == 1 else tuple(out)
+
+
+def _unsquashed(value: torch.Tensor) -> torch.Tensor:
+    """``symexp``, which stays finite, and whose gradient always leads back.
+
+    Losses take the symlog of it: of infinity that has no gradient, and of a constant
+    none that would ever make the network's output smaller.
+    """
+    limit = 0.9 * log(torch.finfo(value.dtype).max)
+    return symexp(value + (value.clamp(-limit, limit) - value).detach())
 
 
 class WithActions(nn.Module):
@@ -160,17 +171,20 @@ class WithActions(nn.Module):
 
 
 class Shaped(nn.Module):
-    """A network whose vector is given the shape of an entry.
+    """A network whose vector is given the shape and the dtype of an entry.
 
     Args:
         network: its inputs as ``[*B, n]``.
         shape: the feature shape, of ``n`` numbers.
+        dtype: the entry's.
     """
 
-    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
+    def __init__(
+        self, network: nn.Module, shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.network, self.shape = network, tuple(shape)
+        self.network, self.shape, self.dtype = network, tuple(shape), dtype
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The inputs as ``[*B, *shape]``."""
-        return self.network(*inputs).unflatten(-1, self.shape)
+        return self.network(*inputs).unflatten(-1, self.shape).to(self.dtype)

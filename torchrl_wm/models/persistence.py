@@ -6,10 +6,11 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -74,6 +75,7 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save(content, file)
+        os.chmod(partial, _mode(path))
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
@@ -134,6 +136,15 @@ def load_world_model(
     return world_model
 
 
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced, or of one newly made."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)  # there is no way to ask without setting it
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 # Reading -------------------------------------------------------------------
 
 
@@ -142,7 +153,10 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no world model file {os.fspath(path)!r}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file, as torch reads what it is given by name by that name's ending.
+        with open(path, "rb") as file:
+            _check_sums(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise ValueError(
             f"{os.fspath(path)!r} is no world model file, or a damaged one: it holds something "
@@ -166,11 +180,26 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"reads versions up to {VERSION}. Update torchrl_wm."
         )
     missing = [key for key in ("state_dict", "recipe") if key not in content]
-    if missing or not isinstance(content["state_dict"], dict):
+    missing += [
+        key
+        for key, kinds in (("state_dict", dict), ("recipe", (dict, type(None))))
+        if key in content and not isinstance(content[key], kinds)
+    ]
+    if missing or not all(isinstance(key, str) for key in content["state_dict"]):
         raise ValueError(
             f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
         )
     return content
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """Refuse bytes that are not those written: torch reads them without a look at the sums."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is another")
+    file.seek(0)
 
 
 def _made_anew(
@@ -186,13 +215,20 @@ def _made_anew(
         raise ValueError(
             f"{os.fspath(path)!r} holds a model made with the functions {functions}, which no file "
             f"holds. Make it again with them and load into it: world_model, loss = "
-            f"make_{content['recipe']['builder']}_world_model(env, ...); load_world_model(path, "
+            f"make_{content['recipe'].get('builder')}_world_model(env, ...); load_world_model(path, "
             f"world_model)."
         )
     recipe = _recipe(content["recipe"], path)
-    with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
-        world_model, _ = rebuild(recipe)
-    # As it was saved, dtypes included.
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
+            world_model, _ = rebuild(recipe)
+    except Exception as err:  # whatever a network makes of settings of any kind
+        raise _foreign_settings(path, err) from err
+    # As it was saved, dtypes included: also of what the state does not hold.
+    tensors = [v for v in content["state_dict"].values() if torch.is_tensor(v)]
+    dtypes = {v.dtype for v in tensors if v.is_floating_point()}
+    if len(dtypes) == 1:
+        world_model.to(dtypes.pop())
     _load_state(world_model, content["state_dict"], path, assign=True)
     return world_model if device is None else world_model.to(device)
 
@@ -267,12 +303,16 @@ def _recipe(data: Mapping[str, Any], path: Any) -> Recipe:
             )
         config = resolve_config(BUILDERS[name].config, None, dict(settings))
         return Recipe(name, config, EnvSpecs.from_plain(specs))
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ValueError(
-            f"The settings in {os.fspath(path)!r} are not those of this torchrl_wm ({err}). "
-            f"Update torchrl_wm, or make the model and load into it: load_world_model(path, "
-            f"world_model)."
-        ) from err
+    except Exception as err:  # plain data of any kind may stand there
+        raise _foreign_settings(path, err) from err
+
+
+def _foreign_settings(path: Any, err: Exception) -> ValueError:
+    return ValueError(
+        f"The settings in {os.fspath(path)!r} are not those of this torchrl_wm "
+        f"({type(err).__name__}: {err}). Update torchrl_wm, or make the model and load into it: "
+        f"load_world_model(path, world_model)."
+    )
 
 
 def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
@@ -288,7 +328,7 @@ def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
             )
     changed = {
         key: (value, here["config"][key])
-        for key, value in data.get("config", {}).items()
+        for key, value in _settings(data, path).items()
         if key in here["config"] and here["config"][key] != value
     }
     if changed:
@@ -298,6 +338,13 @@ def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
             f"one's.",
             stacklevel=3,
         )
+
+
+def _settings(data: Mapping[str, Any], path: Any) -> dict[str, Any]:
+    settings = data.get("config")
+    if not isinstance(settings, dict):
+        raise _foreign_settings(path, TypeError("the config is no dictionary"))
+    return settings
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -240,7 +240,20 @@ def make_rssm_world_model(
     return build("rssm", env, config, overrides)
 
 
-@register("rssm", RSSMConfig)
+@register(
+    "rssm",
+    RSSMConfig,
+    reserved=(
+        _STATE,
+        _BELIEF,
+        _EMBEDDING,
+        *(
+            f"{d}_{n}"
+            for d in ("prior", "posterior")
+            for n in ("mean", "std", "logits")
+        ),
+    ),
+)
 def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLoss]:
     features = config.stochastic_size + config.belief_size
     next_latents = [join("next", key) for key in (_STATE, _BELIEF)]
@@ -356,13 +369,15 @@ def _reward_head(
     reward = specs.reward
     writes = join("next", reward.key)
     if config.reward_bins is None:
-        network = Shaped(_mlp(config, features, reward.size), reward.shape)
+        network = Shaped(
+            _mlp(config, features, reward.size), reward.shape, reward.dtype
+        )
         return TensorDictModule(network, reads, [writes])
     bins = config.reward_bins
     network = _mlp(config, features, reward.size * bins)
     logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
     return TensorDictModule(
-        TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape),
+        TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape, dtype=reward.dtype),
         reads,
         [join("next", logits), writes],
     )

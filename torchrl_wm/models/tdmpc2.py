@@ -167,7 +167,7 @@ def make_tdmpc2_q_ensemble(
     return ensemble if env.device is None else ensemble.to(env.device)
 
 
-@register("tdmpc2", TDMPC2Config)
+@register("tdmpc2", TDMPC2Config, reserved=(_LATENT,))
 def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModelLoss]:
     simplices = partial(SimNorm, config.group)
     size = config.latent_size
@@ -194,7 +194,12 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
             [join("next", _LATENT)],
         ),
         TensorDictModule(
-            TwoHotHead(WithActions(network, specs), bins, shape=reward.shape),
+            TwoHotHead(
+                WithActions(network, specs),
+                bins,
+                shape=reward.shape,
+                dtype=reward.dtype,
+            ),
             observed,
             [join("next", logits), join("next", reward.key)],
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -173,9 +174,9 @@ class EnsembleDynamics(TensorDictModule):
         if step.inputs is None:
             return
         values = [_get(batch, key) for key in self._read_keys()]
-        state, given = step.join(values)
+        _, given = step.join(values)
         step.inputs.fit(given)
-        step.outputs.fit(self._targets(batch) - step.base(state))
+        step.outputs.fit(self._changes(batch))
 
     @torch.no_grad()
     def member_errors(self, batch: TensorDictBase) -> torch.Tensor:
@@ -189,9 +190,9 @@ class EnsembleDynamics(TensorDictModule):
         """
         step, batch = self._step, valid_rows(batch)
         values = [_get(batch, key) for key in self._read_keys()]
-        state, given = step.join(values)
+        _, given = step.join(values)
         loc, _ = step.predict(given)
-        target = step.normalized(self._targets(batch) - step.base(state))
+        target = step.normalized(self._changes(batch))
         return (loc - target).pow(2).flatten(1).mean(1)
 
     def choose_elites(self, batch: TensorDictBase) -> torch.Tensor:
@@ -211,8 +212,13 @@ class EnsembleDynamics(TensorDictModule):
     def _read_keys(self) -> list[NestedKey]:
         return [entry.key for entry in (*self._step.latents, *self._step.actions)]
 
-    def _targets(self, batch: TensorDictBase) -> torch.Tensor:
-        values = (_get(batch, join("next", key)) for key in self.targets)
+    def _changes(self, batch: TensorDictBase) -> torch.Tensor:
+        """What the members are to predict, ``[*B, D]``."""
+        values = [_get(batch, join("next", key)) for key in self.targets]
+        if self._step.delta:
+            # In the entries' own dtype: what is joined may keep less of large numbers.
+            for number, entry in enumerate(self._step.latents):
+                values[number] = values[number] - _get(batch, entry.key)
         return self._step.join_targets(*values)
 
 
@@ -232,6 +238,11 @@ class _EnsembleStep(nn.Module):
         outputs = [*self.latents, *([] if reward is None else [reward])]
         self.join_inputs = JoinEntries([*self.latents, *self.actions])
         self.join_targets = JoinEntries(outputs)
+        # Small changes of large float64 numbers would be lost in a narrower dtype.
+        dtype = self.join_inputs.dtype
+        for entry in self.latents:
+            dtype = torch.promote_types(dtype, entry.dtype)
+        self.join_state = JoinEntries(self.latents, dtype=dtype)
         self.split = SplitEntries(outputs)
         self.state_size = sum(entry.size for entry in self.latents)
         self.ensemble = ensemble
@@ -261,7 +272,9 @@ class _EnsembleStep(nn.Module):
     def join(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents alone, ``[*B, S]``, and with the actions, ``[*B, S + A]``."""
         joined = self.join_inputs(*values)
-        return joined[..., : self.state_size], joined
+        if self.join_state.dtype == joined.dtype:
+            return joined[..., : self.state_size], joined
+        return self.join_state(*values[: len(self.latents)]), joined
 
     def predict(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The members' normalised targets: ``(loc, log_var)``, ``[E, *B, D]``."""
@@ -391,7 +404,7 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
         propagation: ``"ts1"``, ``"tsinf"``, ``"expectation"`` or ``"mean"``.
 
     Returns:
-        The new world model. With ``"tsinf"`` its encoder also writes ``member``, so
+        The new world model, in the same mode (training or not). With ``"tsinf"`` its encoder also writes ``member``, so
         that the env that imagines with it carries that as constant context.
 
     Raises:
@@ -421,7 +434,10 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
     ):
         encoder = encoder[0] if len(encoder.module) == 2 else encoder[:-1]
     if propagation == "tsinf":
-        encoder = TensorDictSequential(encoder, SampleMember(dynamics))
+        sampler = SampleMember(dynamics)
+        encoder = TensorDictSequential(encoder, sampler)
+        for module in (encoder, encoder.module, sampler):
+            module.training = world_model.training
     others = {
         name: module
         for name, module in world_model.components.items()
@@ -429,6 +445,11 @@ def with_propagation(world_model: WorldModel, propagation: Propagation) -> World
     }
     view = WorldModel(encoder, dynamics, **others)
     view.initial_state = world_model.initial_state
+    view.training = world_model.training
+    recipe = getattr(world_model, "recipe", None)
+    if recipe is not None:  # of a builder: the view can be saved as the model can
+        config = replace(recipe.config, propagation=propagation)
+        view.__dict__["recipe"] = replace(recipe, config=config)
     return view
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -71,7 +71,8 @@ class JoinEntries(nn.Module):
 
     Args:
         entries: the entries, in the order in which they are given and joined.
-        dtype: of the vector; torch's default dtype by default.
+        dtype: of the vector; torch's default dtype by default. It follows ``.to()``,
+            as that of the networks behind it does.
 
     Examples:
         >>> import torch
@@ -128,6 +129,11 @@ class JoinEntries(nn.Module):
                 flat = flat[..., element] == getattr(self, f"_label_{number}")
             parts.append(flat.to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> JoinEntries:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{entry.name}: {entry.size}" for entry in self.entries)

@@ -52,5 +52,9 @@ class BoundedLogVar(nn.Module):
         return low + F.softplus(value - low)
 
     def width(self) -> torch.Tensor:
-        """The sum of the distances of the bounds, a scalar; a part of the loss."""
-        return (self.high - self.low).sum()
+        """The sum of the distances of the bounds, a scalar; a part of the loss.
+
+        Bounds that have crossed are no distance apart: pulling them on would pay
+        without end, and no variance would follow the data again.
+        """
+        return (self.high - self.low).relu().sum()

@@ -40,8 +40,8 @@ class TerminationHead(TensorDictModule):
         shape: its feature shape; the network may write it flattened.
         threshold: the probability of terminating from which on the episode ends.
         sample: draw whether it ends with that probability, instead of comparing
-            it with the threshold. Under
-            ``set_interaction_type("deterministic")`` the threshold decides.
+            it with the threshold. Where ``set_interaction_type`` asks for anything but
+            ``"random"``, the threshold decides.
 
     Raises:
         ValueError: if the threshold is not a probability.
@@ -135,7 +135,7 @@ class _Ending(_OnNetwork):
         logits = _shaped(self.network(*inputs), self.shape)
         ending = -logits if self.goes_on else logits
         going_on = torch.sigmoid(-ending)
-        if self.sample and interaction_type() is not InteractionType.DETERMINISTIC:
+        if self.sample and _draws():
             terminated = torch.rand_like(going_on) >= going_on
         else:
             terminated = ending > self.limit
@@ -163,7 +163,8 @@ class GaussianHead(TensorDictModule):
 
     Keyword Args:
         shape: the feature shape of the entry.
-        sample: write samples, by reparametrisation, in place of means.
+        sample: write samples, by reparametrisation, in place of means, where
+            ``set_interaction_type`` asks for no other (mode, mean, deterministic).
         log_var: keeps the log-variance within bounds; :class:`BoundedLogVar` of
             its defaults if None.
 
@@ -223,7 +224,7 @@ class _Gaussian(_OnNetwork):
         loc, raw = out.chunk(2, -1)
         log_var = self.log_var(raw)
         value = loc.clone()
-        if self.sample and interaction_type() is not InteractionType.DETERMINISTIC:
+        if self.sample and _draws():
             value = loc + (log_var / 2).exp() * torch.randn_like(loc)
         return tuple(_shaped(part, self.shape) for part in (value, loc, log_var))
 
@@ -336,6 +337,11 @@ class _Function(nn.Module):
                 f"{name} must give {out.key!r} as {out.dtype}, and gave {value.dtype}."
             )
         return value.to(out.dtype)
+
+
+def _draws() -> bool:
+    """Whether to sample: not where a mode, a mean or a median is asked for."""
+    return interaction_type() in (None, InteractionType.RANDOM)
 
 
 def _shaped(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -19,6 +19,8 @@ from torchrl_wm.modules.world_model import WorldModel
 
 #: A spread this small, relative to the mean, is rounding: the dimension is constant.
 _CONSTANT = 1e-6
+#: So is one this small by itself, such as that of what computes to about zero.
+_ROUNDING = 1e-12
 
 
 class Normalizer(nn.Module):
@@ -85,7 +87,7 @@ class Normalizer(nn.Module):
                 f"values. Mask padding out, or look at what the env recorded."
             )
         mean, std = rows.mean(0), rows.std(0, unbiased=False)
-        constant = std <= _CONSTANT * mean.abs()
+        constant = std <= (_CONSTANT * mean.abs()).clamp_min(_ROUNDING)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(constant, torch.ones_like(std), std))
         self.fitted.fill_(True)
@@ -224,6 +226,9 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     ``fit_output_normalizer`` (:class:`DenormalizedNetwork`), to those that it writes,
     and the modules that fit themselves (:class:`EnsembleDynamics`). Latents
     that the batch lacks are encoded from its observations.
+
+    Fit before making a loss with ``delay_encoder=True``: its target encoder is a copy,
+    and what is fitted later does not reach it.
 
     Args:
         model: the world model, or a component of one.

@@ -88,6 +88,7 @@ class TwoHotHead(nn.Module):
         shape: the feature shape of the scalar, ``(1,)`` by default.
         zero: start with the last linear layer at zero, so that the first
             predictions are 0. Without it, random logits mean astronomical rewards.
+        dtype: of the scalar; the logits' by default.
 
     Raises:
         ValueError: if ``zero`` is asked for and the network has no linear layer.
@@ -115,9 +116,10 @@ class TwoHotHead(nn.Module):
         *,
         shape: Sequence[int] = (1,),
         zero: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.dtype = network, dtype
         self.two_hot = SymExpTwoHot() if two_hot is None else two_hot
         #: The feature shape of the scalar.
         self.shape = tuple(shape)
@@ -148,7 +150,8 @@ class TwoHotHead(nn.Module):
             )
         size = logits.shape[:-1]
         logits = logits.reshape(*size, *self._lead)
-        return logits, self.two_hot.decode(logits).reshape(*size, *self.shape)
+        scalar = self.two_hot.decode(logits).reshape(*size, *self.shape)
+        return logits, scalar if self.dtype is None else scalar.to(self.dtype)
 
 
 def _zero_last_linear(network: nn.Module) -> None:

@@ -1,0 +1,107 @@
+"""Envs of float64, and models of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _env_kinds import drawn_transitions
+from _models import SpecEnv
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs.utils import check_env_specs
+
+from torchrl_wm import WorldModelEnv
+from torchrl_wm.models import (
+    load_world_model,
+    make_ensemble_world_model,
+    make_mlp_world_model,
+    make_rssm_world_model,
+    make_tdmpc2_world_model,
+    RSSMConfig,
+    save_world_model,
+)
+from torchrl_wm.modules import fit_normalizers
+
+RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
+MAKE = {
+    "ensemble": lambda env: make_ensemble_world_model(
+        env, members=2, hidden=(8,), termination_hidden=(8,)
+    ),
+    "mlp": lambda env: make_mlp_world_model(env, hidden=(8,), latent_size=4),
+    "planet": lambda env: make_rssm_world_model(env, RSSMConfig.planet(**RSSM)),
+    "dreamer-v3": lambda env: make_rssm_world_model(env, **RSSM),
+    "tdmpc2": lambda env: make_tdmpc2_world_model(
+        env, latent_size=16, num_cells=8, encoder_cells=8
+    ),
+}
+NESTED = {
+    "observation_key": ("robot", "seen"),
+    "action_key": ("robot", "push"),
+    "reward_key": ("robot", "gain"),
+}
+
+
+def double_env(nested: bool) -> SpecEnv:
+    """All numbers are float64, as MuJoCo's are."""
+    keys = NESTED if nested else {}
+    env = SpecEnv(action_spec=Bounded(-1, 1, (2,), dtype=torch.float64), **keys)
+    for name, key, size in (("observation", "observation", 6), ("reward", "reward", 1)):
+        spec = Composite(shape=())
+        spec[keys.get(f"{name}_key", key)] = Unbounded((size,), dtype=torch.float64)
+        setattr(env, f"{name}_spec", spec)
+    return env
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", MAKE)
+def test_envs_of_float64(name, nested) -> None:
+    env = double_env(nested)
+    world_model, loss = MAKE[name](env)
+    batch = drawn_transitions(env, 4, 3)
+    fit_normalizers(world_model, batch)
+    losses = loss(batch)
+    assert all(value.isfinite() for value in losses.values())
+    losses.sum(reduce=True).backward()
+    starts = batch[:, 0].select(*world_model.encoder.in_keys)
+    imagined = WorldModelEnv(world_model, env, start_states=starts)
+    check_env_specs(imagined)
+    reward = imagined.imagine(2)["next"].get(
+        NESTED["reward_key"] if nested else "reward"
+    )
+    assert reward.dtype is torch.float64
+
+
+# TorchRL's RSSMPrior, which is PlaNet's, casts to float32 within.
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "planet"])
+def test_models_of_float64(name, nested, tmp_path) -> None:
+    env = SpecEnv(**(NESTED if nested else {}))
+    world_model, _ = MAKE[name](env)
+    batch = drawn_transitions(env, 4, 3)
+    fit_normalizers(world_model, batch)
+    world_model.double()
+    save_world_model(world_model, tmp_path / "model.pt")
+    starts = batch[:, 0].select(*world_model.encoder.in_keys)
+    for model in (world_model, load_world_model(tmp_path / "model.pt")):
+        imagined = WorldModelEnv(model, env, start_states=starts)
+        out = imagined.imagine(2)
+        assert all(v.isfinite().all() for v in out.values(True, True))
+        assert all(p.dtype is torch.float64 for p in model.parameters())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_small_changes_of_large_numbers_are_kept(nested) -> None:
+    """At 4e6 neighbouring floats of 32 bits are 0.25 apart."""
+    env, key = double_env(nested), ("robot", "seen") if nested else "observation"
+    world_model, loss = make_ensemble_world_model(env, members=2, hidden=(8,))
+    batch = drawn_transitions(env, 50, 10)
+    now = 4e6 + torch.randn(50, 10, 6, dtype=torch.float64)
+    batch.set(key, now)
+    batch["next"].set(key, now + 0.01 + 0.001 * torch.randn_like(now))
+    fit_normalizers(world_model, batch)
+    out = world_model(batch.exclude("next"))["next"].get(key)
+    assert out.dtype is torch.float64
+    change = (out - now).mean()
+    assert change.item() == pytest.approx(0.01, abs=0.005)
+    # Of Gaussians of this spread; errors of 0.25 would be 250 times as large.
+    assert loss(batch)["loss_nll"] < 10
+    assert world_model.dynamics.member_errors(batch).max() < 10

@@ -1,0 +1,87 @@
+"""Entries of an env that are called as a model's own are refused, not mixed up."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from _models import SpecEnv
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import RenameTransform, TransformedEnv
+
+from torchrl_wm import WorldModelEnv
+from torchrl_wm.models.building import build, BUILDERS
+
+OWN = {
+    "ensemble": ["loc", "log_var", "disagreement", "member", "ensemble_reward"],
+    "mlp": ["latent"],
+    "rssm": ["state", "belief", "embedding", "prior_logits", "posterior_mean"],
+    "tdmpc2": ["latent"],
+}
+HEADS = ["terminated_logits", "continue_pred", "continue_prob", "reward_logits"]
+LOSS = ["weight", "priority_weight", "member_weight", "target_latent", "true_reward"]
+SMALL = {
+    "ensemble": {"members": 2, "hidden": (4,), "termination_hidden": (4,)},
+    "mlp": {"hidden": (4,), "latent_size": 4},
+    "rssm": {"belief_size": 16, "hidden_size": 4, "num_cells": 4, "depth": 1},
+    "tdmpc2": {"latent_size": 8, "num_cells": 4, "encoder_cells": 4},
+}
+NAMES = [(b, key) for b in OWN for key in (*OWN[b], *HEADS, *LOSS)]
+
+
+def make(builder: str, env, **settings):
+    return build(builder, env, None, {**SMALL[builder], **settings})
+
+
+def renamed_as_told(env, error) -> TransformedEnv:
+    """The env with the transform that the message names."""
+    arguments = re.search(r"RenameTransform\((.*)\)\)", str(error.value)).group(1)
+    parts = re.findall(r"(\w+)=\[('?)(\w*)\2\]", arguments)
+    return TransformedEnv(
+        env, RenameTransform(**{name: [key] if key else [] for name, _, key in parts})
+    )
+
+
+def test_all_builders_are_here() -> None:
+    assert OWN.keys() == BUILDERS.keys()
+
+
+@pytest.mark.parametrize("builder, key", NAMES)
+def test_names_of_the_models_own_are_refused(builder, key) -> None:
+    env = SpecEnv(extra_observations={key: (1,)})
+    with pytest.raises(ValueError, match=f"{key!r}.*RenameTransform") as error:
+        make(builder, env)
+    world_model, _ = make(builder, renamed_as_told(env, error))
+    assert f"env_{key}" in world_model.encoder.in_keys
+
+
+@pytest.mark.parametrize("builder", OWN)
+def test_actions_are_refused_too(builder) -> None:
+    key = OWN[builder][0]
+    env = SpecEnv(action_key=key)
+    with pytest.raises(ValueError, match=f"{key!r}.*in_keys_inv") as error:
+        make(builder, env)
+    world_model, _ = make(builder, renamed_as_told(env, error))
+    assert f"env_{key}" in world_model.dynamics.in_keys
+
+
+@pytest.mark.parametrize("builder", OWN)
+def test_a_loss_reads_weights_that_the_model_does_not(builder) -> None:
+    env = SpecEnv(extra_observations={"weight": (1,)})
+    with pytest.raises(ValueError, match="'weight'"):
+        make(builder, env, observation_keys=["observation"])
+
+
+@pytest.mark.parametrize("builder, key", [(b, key) for b in OWN for key in OWN[b]])
+def test_the_same_names_further_down_are_free(builder, key) -> None:
+    env = SpecEnv(observation_key=("robot", key))
+    world_model, _ = make(builder, env)
+    assert world_model.encoder.in_keys == [("robot", key)]
+
+
+def test_a_latent_that_is_the_observation_may_be_called_so() -> None:
+    env = SpecEnv(observation_key="latent")
+    world_model, _ = make("ensemble", env)
+    assert world_model.latent_keys == ["latent"]
+    spec = Composite(latent=Unbounded((6,)))
+    assert WorldModelEnv(world_model, env).observation_spec["latent"] == spec["latent"]
