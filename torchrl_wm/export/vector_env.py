@@ -263,7 +263,11 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             # Begun before the model is called, so that it never sees an ended state.
             begun = self._begin(ended)
             self._state = begun.state
-        moment = self._source.step(self._state, actions)
+        if begun is not None and begun.state is None and ended.all():
+            # A step would move the model on, and with it the episodes that have just begun.
+            moment = begun
+        else:
+            moment = self._source.step(self._state, actions)
         self._elapsed += 1
         limit = self.max_episode_steps
         if limit is not None:
