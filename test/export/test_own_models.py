@@ -214,3 +214,185 @@ def test_rewards_are_not_flags(reward):
     env.reset()
     with pytest.raises(ValueError, match="reward must be a number"):
         env.step(ZERO)
+
+
+# Infos ----------------------------------------------------------------------
+
+
+class Talking:
+    """Says when it is reset and when it steps; env ``i`` begins at ``i`` and ends at 3."""
+
+    def reset(self, seed, options):
+        count = options["num_envs"]
+        state = np.arange(count, dtype=float)[:, None]
+        return state, state, {"born": state[:, 0], "said": "begun", "nested": {"k": 1}}
+
+    def step(self, state, action):
+        state = state + 1
+        info = {"said": ["on"] * len(state), "nested": {"k": state[:, 0]}, "scalar": 3}
+        return state, state, state[:, 0], state[:, 0] >= 3, None, info
+
+
+def talking(mode: str) -> GymWorldModelVectorEnv:
+    return GymWorldModelVectorEnv(
+        Talking(), B1, ACT, num_envs=2, autoreset_mode=mode, torch_actions=False
+    )
+
+
+ACTIONS = np.zeros((2, 1), np.float32)
+
+
+def test_infos_are_rows():
+    envs = talking("NextStep")
+    _, infos = envs.reset(seed=0)
+    assert infos["said"].tolist() == ["begun"] * 2 and infos["_said"].all()
+    infos = envs.step(ACTIONS)[4]
+    assert infos["scalar"].tolist() == [3, 3] and infos["said"].dtype == object
+    assert infos["nested"]["k"].tolist() == [1, 2] and infos["nested"]["_k"].all()
+
+
+@pytest.mark.parametrize("wrong", [[1, 2, 3], (1,), np.zeros(3)])
+def test_infos_of_another_length(wrong):
+    envs = GymWorldModelVectorEnv(
+        Talking(),
+        B1,
+        ACT,
+        num_envs=2,
+        torch_actions=False,
+        transition_fn=lambda state, action: {
+            "state": state,
+            "obs": state,
+            "info": {"a": {"b": wrong}},
+        },
+    )
+    envs.reset()
+    with pytest.raises(ValueError, match=r"info\['a'\]\['b'\] has the length"):
+        envs.step(ACTIONS)
+
+
+def test_infos_of_episodes_that_begin_in_the_next_step():
+    envs = talking("NextStep")
+    envs.reset(seed=0)
+    envs.step(ACTIONS)
+    assert envs.step(ACTIONS)[2].tolist() == [False, True]
+    infos = envs.step(ACTIONS)[4]
+    assert infos["said"].tolist() == ["on", "begun"] and infos["_said"].all()
+    assert infos["nested"]["k"].tolist() == [3, 1]
+    assert infos["_born"].tolist() == [False, True] and infos["born"][1] == 1
+    assert infos["_scalar"].tolist() == [True, False]
+
+
+def test_infos_of_episodes_that_begin_in_the_same_step():
+    envs = talking("SameStep")
+    envs.reset(seed=0)
+    envs.step(ACTIONS)
+    infos = envs.step(ACTIONS)[4]
+    final = infos["final_info"]
+    assert infos["said"].tolist() == ["on", "begun"]
+    assert infos["_born"].tolist() == [False, True]
+    assert final["said"][1] == "on" and final["_said"].tolist() == [False, True]
+    assert final["nested"]["k"][1] == 3 and infos["nested"]["k"].tolist() == [2, 1]
+    final["nested"]["k"][:] = -1
+    assert infos["nested"]["k"].tolist() == [2, 1]
+
+
+def test_infos_reach_stable_baselines():
+    pytest.importorskip("stable_baselines3")
+    from torchrl_wm.export import SB3VecEnv
+
+    envs = SB3VecEnv(talking("SameStep"))
+    envs.reset()
+    assert [info["born"] for info in envs.reset_infos] == [0, 1]
+    infos = envs.step(ACTIONS)[3]
+    assert [info["nested"]["k"] for info in infos] == [1, 2]
+    envs.reset_infos[1] = {}
+    infos = envs.step(ACTIONS)[3]
+    assert [info["said"] for info in infos] == ["on", "on"]
+    assert infos[1]["scalar"] == 3 and infos[1]["terminal_observation"].tolist() == [3]
+    assert envs.reset_infos[1]["said"] == "begun" and "final_obs" not in infos[0]
+
+
+# Ends -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ends, terminated, truncated",
+    [
+        ({"terminated": False, "done": True}, False, True),
+        ({"terminated": True, "done": True}, True, False),
+        ({"terminated": False, "done": False}, False, False),
+        ({"done": True}, True, False),
+    ],
+)
+def test_done_beside_terminated(ends, terminated, truncated):
+    env = doubled(
+        transition_fn=lambda state, action: {"state": state, "obs": state, **ends}
+    )
+    env.reset()
+    flags = env.step(ZERO)[2:4]
+    assert flags == (terminated, truncated) and {type(flag) for flag in flags} == {bool}
+
+
+def test_ends_that_contradict_each_other():
+    ends = {"terminated": True, "done": False}
+    env = doubled(
+        transition_fn=lambda state, action: {"state": state, "obs": state, **ends}
+    )
+    env.reset()
+    with pytest.raises(ValueError, match="Leave it out"):
+        env.step(ZERO)
+
+
+@pytest.mark.parametrize("limit", [True, False])
+def test_time_limits_as_gym_had_them(limit):
+    env = doubled(
+        initial_observation=np.zeros(2),
+        transition_fn=lambda state, action: (
+            state,
+            0.0,
+            True,
+            {"TimeLimit.truncated": limit},
+        ),
+    )
+    env.reset()
+    assert env.step(ZERO)[2:4] == (not limit, limit)
+
+
+def test_pictures_do_not_change_what_comes_next():
+    def noisy(state, action):
+        state = torch.randn(2)
+        return state, state, 0.0
+
+    def draw(rng):
+        return (torch.rand(4, 4, 3) * 255 * rng.random()).to(torch.uint8)
+
+    def run(render: bool) -> list:
+        env = doubled(transition_fn=noisy, render_mode="rgb_array", render_fn=draw)
+        env.reset(seed=0)
+        out = []
+        for _ in range(3):
+            out.append(env.step(ZERO)[0].tolist())
+            if render:
+                env.render()
+        return out
+
+    assert run(True) == run(False)
+
+
+def test_modules_in_containers_are_in_evaluation_mode():
+    class Held(Doubled):
+        def __init__(self):
+            self.nets = [torch.nn.Dropout(0.5), {"deep": (torch.nn.Dropout(0.5),)}]
+            self.nets.append(self.nets)
+            self.seen: list = []
+
+        def step(self, state, action):
+            self.seen.append((self.nets[0].training, self.nets[1]["deep"][0].training))
+            return super().step(state, action)
+
+    model = Held()
+    env = doubled(model)
+    env.reset()
+    env.step(ZERO)
+    assert model.seen == [(False, False)]
+    assert model.nets[0].training and model.nets[1]["deep"][0].training

@@ -20,6 +20,7 @@ from torchrl_wm.export.forms import (
     STEP_FORMS,
     StepForm,
 )
+from torchrl_wm.export.infos import in_rows
 from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.signatures import bind, Bound
 from torchrl_wm.export.sources import first_moment, Moment, numpy_info, Start, USERS
@@ -192,7 +193,7 @@ class AdapterSource:
             fresh = merge_rows(mask, fresh, start.state)
         info = None if outcome.info is MISSING else outcome.info
         observation = self.read(outcome.observation)
-        return first_moment(self.rows, fresh, observation, numpy_info(info))
+        return first_moment(self.rows, fresh, observation, self._info(info))
 
     def _start(self, start: Start) -> Outcome:
         """What a reset gives: by ``options``, a callable, or the initial values."""
@@ -336,9 +337,12 @@ class AdapterSource:
             reward, terminated = outcome.reward, outcome.terminated
             if reward is MISSING or reward is None:
                 reward = self._ask(self._reward, following, outcome, action)
-            if terminated is MISSING or terminated is None:
+            is_old_form = outcome.done is not MISSING and terminated is MISSING
+            if (terminated is MISSING or terminated is None) and not is_old_form:
                 terminated = self._ask(self._terminal, following, outcome, action)
         observation = self.read(outcome.observation)
+        if outcome.done is not MISSING and outcome.done is not None:
+            terminated, outcome.truncated = self._ends(outcome)
         truncated, info = outcome.truncated, outcome.info
         return Moment(
             following,
@@ -352,8 +356,32 @@ class AdapterSource:
             self._nothing(False)
             if truncated is MISSING or truncated is None
             else read_flag(truncated, rows, "truncated"),
-            {} if info is MISSING else numpy_info(info),
+            {} if info is MISSING else self._info(info),
         )
+
+    def _info(self, info: Any) -> dict[str, Any]:
+        info = numpy_info(info)
+        return info if self.rows is None or not info else in_rows(info, self.rows)
+
+    def _ends(self, outcome: Outcome) -> tuple[Any, Any]:
+        """Termination and truncation, of which ``done`` tells one that is not given."""
+        rows, given = self.rows, {"done": outcome.done}
+        for name in ("terminated", "truncated"):
+            value = getattr(outcome, name)
+            if value is not MISSING and value is not None:
+                given[name] = value
+        flags = {k: np.asarray(read_flag(v, rows, k)) for k, v in given.items()}
+        done = flags["done"]
+        terminated = flags.get("terminated")
+        if terminated is None:
+            terminated = done & ~flags["truncated"]
+        truncated = flags.get("truncated", done & ~terminated)
+        if (done != (terminated | truncated)).any():
+            raise ValueError(
+                f"{_name(self._step)} returned done={outcome.done}, terminated={terminated} and "
+                f"truncated={truncated}: done is one of the other two. Leave it out."
+            )
+        return terminated, truncated
 
     def _nothing(self, value: Any) -> Any:
         return value if self.rows is None else np.full(self.rows, value)

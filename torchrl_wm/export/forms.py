@@ -60,6 +60,8 @@ class Outcome:
     terminated: Any = MISSING
     truncated: Any = MISSING
     info: Any = MISSING
+    #: Terminated or truncated, where one of these does not follow from the other.
+    done: Any = MISSING
 
 
 class _Form:
@@ -180,6 +182,13 @@ class StepForm(_Form):
             return Outcome(observation, MISSING, reward, terminated, truncated, info)
         if len(value) == 4:
             observation, reward, done, info = value
+            limit = info.get("TimeLimit.truncated") if is_mapping(info) else None
+            if (
+                limit is not None
+            ):  # how Gym told the two apart before it had five outputs
+                return Outcome(
+                    observation, MISSING, reward, truncated=limit, info=info, done=done
+                )
             return Outcome(observation, MISSING, reward, done, info=info)
         if len(value) == 3:
             state, observation, reward = value
@@ -249,7 +258,7 @@ def _from_mapping(value: Any, others: set[str], name: str, forms: str) -> Outcom
     truncated = get("truncated")
     done = get("done")
     if terminated is MISSING or terminated is None:
-        terminated = done
+        terminated, done = done, MISSING
     return Outcome(
         value[key],
         state=get("state") if state is MISSING else state,
@@ -257,6 +266,7 @@ def _from_mapping(value: Any, others: set[str], name: str, forms: str) -> Outcom
         terminated=terminated,
         truncated=truncated,
         info=get("info"),
+        done=done,
     )
 
 
