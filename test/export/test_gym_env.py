@@ -875,6 +875,36 @@ def test_action_specs(spec, space, dim):
     check_env_quietly(gym)
 
 
+@pytest.mark.parametrize(
+    "spec, space",
+    [
+        (OneHot(3), spaces.Discrete(3, start=1)),
+        (OneHot(3), spaces.Discrete(2)),
+        (MultiOneHot([2, 3]), spaces.MultiDiscrete([3, 2])),
+        (MultiOneHot([2, 3]), spaces.MultiDiscrete([2, 3], start=[1, 0])),
+        (Bounded(-1, 1, (2,)), spaces.Box(-2, 2, (2,))),
+        (Bounded(-1, 1, (2,)), spaces.Box(-1, np.array([1, 1.5], np.float32), (2,))),
+    ],
+)
+def test_action_spaces_with_actions_that_the_env_does_not_have(spec, space):
+    model = make_model()
+    model.dynamics = Mod(
+        lambda latent, action: latent, ["latent", "action"], [("next", "latent")]
+    )
+    env = WorldModelEnv(model, SpecEnv(action_spec=spec), start_states=observations(4))
+    with pytest.raises(ValueError, match="action_space.* is "):
+        GymWorldModelEnv(env, action_space=space)
+
+
+def test_action_spaces_within_the_envs_own():
+    spec = Bounded(-1, 1, (2,))
+    env = WorldModelEnv(
+        make_model(), SpecEnv(action_spec=spec), start_states=observations(4)
+    )
+    space = spaces.Box(-0.5, 1, (2,))
+    assert GymWorldModelEnv(env, action_space=space).action_space == space
+
+
 def test_dtypes_that_the_conversion_of_torchrl_loses():
     from torchrl_wm.export.spaces import space_of_spec
 

@@ -181,8 +181,8 @@ def test_info_options_state_is_heard():
         reset_fn=lambda model, seed: (np.zeros(1), VECTOR),
         transition_fn=lambda model, state, action: (state + 1, VECTOR * state, 0.0),
     )
-    with pytest.warns(UserWarning, match="sample"):
-        env.reset(options={"state": np.full(1, 7.0)})
+    start = {"state": np.full(1, 7.0), "observation": VECTOR}
+    env.reset(options=start)
     assert env.step(ZERO)[0].tolist() == [0, 7, 14]
     assert env.state.tolist() == [8]
 

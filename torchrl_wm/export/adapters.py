@@ -12,7 +12,6 @@ from gymnasium import spaces
 from torch import nn
 
 from torchrl_wm.export.forms import (
-    is_mapping,
     MISSING,
     Outcome,
     read_flag,
@@ -21,10 +20,11 @@ from torchrl_wm.export.forms import (
     STEP_FORMS,
     StepForm,
 )
+from torchrl_wm.export.infos import in_rows
 from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.signatures import bind, Bound
 from torchrl_wm.export.sources import first_moment, Moment, numpy_info, Start, USERS
-from torchrl_wm.export.spaces import Checker, Reader, sample_start
+from torchrl_wm.export.spaces import batched, Checker, Reader, sample_start
 from torchrl_wm.export.trees import (
     detached,
     expand_rows,
@@ -109,7 +109,9 @@ class AdapterSource:
         self._step_form = StepForm(self.read, _name(self._step))
         #: A model that keeps its own state is in one env's episode at a time.
         self.is_stateful = not self._step.takes("state")
-        self._observes_state = False
+        #: Whether the observation is the state; None until a first start says so.
+        self._observes_state: bool | None = None
+        self._np_random: Any = None
 
     # What is called ------------------------------------------------------
 
@@ -144,11 +146,12 @@ class AdapterSource:
             return None
         return bind(method, ("seed", "options"), f"{type(self.model).__name__}.{name}")
 
-    def _find_decode(self) -> Bound | None:
+    def _find_decode(self, always: bool = False) -> Bound | None:
         method, name = _method(self.model, DECODE_METHODS)
-        if method is None or self.initial_state is None:
+        if method is None:
             return None
-        if self.initial_observation is not None or self._reset is not None:
+        needed = self.initial_observation is None and self._reset is None
+        if not (always or needed):
             return None
         return bind(method, ("state",), f"{type(self.model).__name__}.{name}")
 
@@ -174,6 +177,7 @@ class AdapterSource:
     def reset(self, start: Start) -> Moment:
         """Begin episodes; see :class:`~torchrl_wm.export.sources.Source`."""
         self.isolation.refresh()
+        self._np_random = start.np_random
         mask = start.mask
         if self.is_stateful:
             if mask is not None and not mask.all():
@@ -184,12 +188,12 @@ class AdapterSource:
                 )
             USERS.claim(self.model, self)
         outcome = self._start(start)
-        fresh = self._first_state(outcome)
+        fresh = self._first_state(outcome, known=self._is_given(start))
         if mask is not None:
             fresh = merge_rows(mask, fresh, start.state)
         info = None if outcome.info is MISSING else outcome.info
         observation = self.read(outcome.observation)
-        return first_moment(self.rows, fresh, observation, numpy_info(info))
+        return first_moment(self.rows, fresh, observation, self._info(info))
 
     def _start(self, start: Start) -> Outcome:
         """What a reset gives: by ``options``, a callable, or the initial values."""
@@ -202,7 +206,6 @@ class AdapterSource:
         }
         if self.rows is not None:
             given["options"] = {**options, "num_envs": self.rows}
-        wanted = {k: options[k] for k in ("state", "observation") if k in options}
         takes_options = self._reset is not None and self._reset.takes("options")
         unknown = sorted(set(options) - {"state", "observation"})
         if unknown and not takes_options:
@@ -210,6 +213,7 @@ class AdapterSource:
                 f"reset got the options {unknown}, which nothing reads. Known are 'state' and "
                 f"'observation', where to start; others are for a reset_fn(model, seed, options)."
             )
+        wanted = {k: options[k] for k in ("state", "observation") if k in options}
         if self._reset is not None and (takes_options or not wanted):
             with self.isolation:
                 return self._reset_form(self._reset(given))
@@ -218,20 +222,16 @@ class AdapterSource:
                 f"reset got the options {sorted(wanted)}, but {_name(self._step)} takes no state: "
                 f"the model keeps its own. Let reset_fn take the options."
             )
-        state = wanted.get("state", None if wanted else self.initial_state)
-        observation = wanted.get("observation")
-        rows = None if wanted else self.rows
-        if observation is None and not wanted:
-            observation = self.initial_observation
+        if wanted:
+            return self._start_given(wanted, given)
+        state, observation = self.initial_state, None
+        rows = self.rows
+        observation = self.initial_observation
         state = self._placed(snapshot(state), rows)
         if observation is not None:
             observation = self._placed(snapshot(observation), rows)
-        elif self._decode is not None or _method(self.model, DECODE_METHODS)[0]:
-            decode = self._decode or bind(
-                _method(self.model, DECODE_METHODS)[0], ("state",), "decode"
-            )
-            with self.isolation:
-                observation = detached(decode({"state": snapshot(state)}))
+        elif self._decode is not None:
+            observation = self._decoded(self._decode, state)
         else:
             warnings.warn(
                 "The first observation is a sample of the observation space and has nothing to "
@@ -239,10 +239,47 @@ class AdapterSource:
                 "decode(state). Pass initial_observation or reset_fn.",
                 stacklevel=5,
             )
-            observation = sample_start(self.observation_space, start.seed)
+            space = self.observation_space
             if self.rows is not None:
-                observation = expand_rows(observation, self.rows)
+                space = batched(space, self.rows)
+            observation = sample_start(space, start.seed)
         return Outcome(observation, state=MISSING if state is None else state)
+
+    def _start_given(self, wanted: dict[str, Any], given: dict[str, Any]) -> Outcome:
+        """A start from the options: from both parts, or from one that gives the other."""
+        if self._observes_state is None and self._reset is not None:
+            with self.isolation:  # what the model's own starts are like
+                self._first_state(self._reset_form(self._reset(given)))
+        elif self._reset is None:
+            self._observes_state = self.initial_state is None
+        state = self._placed(snapshot(wanted.get("state")), None)
+        observation = self._placed(snapshot(wanted.get("observation")), None)
+        if self._observes_state:
+            if state is None or observation is None:
+                return Outcome(state if observation is None else observation)
+            return Outcome(observation, state=state)
+        if state is None:
+            raise ValueError(
+                f"reset got options['observation'], but the state of {type(self.model).__name__} "
+                f"is not its observation, and nothing makes one of the other. Pass the state, too: "
+                f"reset(options={{'observation': observation, 'state': state}}); or let reset_fn "
+                f"take the options."
+            )
+        if observation is None:
+            decode = self._find_decode(always=True)
+            if decode is None:
+                raise ValueError(
+                    f"reset got options['state'], but {type(self.model).__name__} has no "
+                    f"decode(state) that makes the first observation of it. Pass that, too: "
+                    f"reset(options={{'state': state, 'observation': observation}})."
+                )
+            observation = self._decoded(decode, state)
+        return Outcome(observation, state=state)
+
+    def _decoded(self, decode: Bound, state: Any) -> Any:
+        with self.isolation:
+            given = {"state": snapshot(state), "np_random": self._np_random}
+            return detached(decode(given))
 
     def _placed(self, tree: Any, rows: int | None) -> Any:
         if tree is None:
@@ -251,15 +288,27 @@ class AdapterSource:
             tree = expand_rows(tree, rows)
         return to_device(tree, self.device) if self._moves else tree
 
-    def _first_state(self, outcome: Outcome) -> Any:
+    def _is_given(self, start: Start) -> bool:
+        """Whether the options, and no function of the model's, say where to start."""
+        takes_options = self._reset is not None and self._reset.takes("options")
+        return not takes_options and bool({"state", "observation"} & set(start.options))
+
+    def _first_state(self, outcome: Outcome, known: bool = False) -> Any:
+        """The state that an episode begins with.
+
+        Args:
+            outcome: what it begins with.
+            known: whether it is known already if the observation is the state.
+        """
         if self.is_stateful:
             return None
         state = outcome.state
-        self._observes_state = state is MISSING or state is None
-        if not self._observes_state:
+        is_missing = state is MISSING or state is None
+        if not known:
+            self._observes_state = is_missing and self.initial_state is None
+        if not is_missing:
             return snapshot(state)
         if self.initial_state is not None:
-            self._observes_state = False
             return self._placed(snapshot(self.initial_state), self.rows)
         # The observation is the state, as in models of the observations themselves.
         return snapshot(outcome.observation)
@@ -277,15 +326,23 @@ class AdapterSource:
         model, rows = self.model, self.rows
         with self.isolation:
             action = self._for_model(action)
-            given = {"model": model, "state": state, "action": action}
+            given = {
+                "model": model,
+                "state": state,
+                "action": action,
+                "np_random": self._np_random,
+            }
             outcome = self._step_form(self._step(given))
             following = self._next_state(state, outcome)
             reward, terminated = outcome.reward, outcome.terminated
             if reward is MISSING or reward is None:
                 reward = self._ask(self._reward, following, outcome, action)
-            if terminated is MISSING or terminated is None:
+            is_old_form = outcome.done is not MISSING and terminated is MISSING
+            if (terminated is MISSING or terminated is None) and not is_old_form:
                 terminated = self._ask(self._terminal, following, outcome, action)
         observation = self.read(outcome.observation)
+        if outcome.done is not MISSING and outcome.done is not None:
+            terminated, outcome.truncated = self._ends(outcome)
         truncated, info = outcome.truncated, outcome.info
         return Moment(
             following,
@@ -299,8 +356,32 @@ class AdapterSource:
             self._nothing(False)
             if truncated is MISSING or truncated is None
             else read_flag(truncated, rows, "truncated"),
-            {} if info is MISSING else numpy_info(info),
+            {} if info is MISSING else self._info(info),
         )
+
+    def _info(self, info: Any) -> dict[str, Any]:
+        info = numpy_info(info)
+        return info if self.rows is None or not info else in_rows(info, self.rows)
+
+    def _ends(self, outcome: Outcome) -> tuple[Any, Any]:
+        """Termination and truncation, of which ``done`` tells one that is not given."""
+        rows, given = self.rows, {"done": outcome.done}
+        for name in ("terminated", "truncated"):
+            value = getattr(outcome, name)
+            if value is not MISSING and value is not None:
+                given[name] = value
+        flags = {k: np.asarray(read_flag(v, rows, k)) for k, v in given.items()}
+        done = flags["done"]
+        terminated = flags.get("terminated")
+        if terminated is None:
+            terminated = done & ~flags["truncated"]
+        truncated = flags.get("truncated", done & ~terminated)
+        if (done != (terminated | truncated)).any():
+            raise ValueError(
+                f"{_name(self._step)} returned done={outcome.done}, terminated={terminated} and "
+                f"truncated={truncated}: done is one of the other two. Leave it out."
+            )
+        return terminated, truncated
 
     def _nothing(self, value: Any) -> Any:
         return value if self.rows is None else np.full(self.rows, value)
@@ -316,6 +397,7 @@ class AdapterSource:
                 "state": state,
                 "obs": outcome.observation,
                 "action": action,
+                "np_random": self._np_random,
             }
         )
 
@@ -323,7 +405,13 @@ class AdapterSource:
         if self.torch_actions:
             action = _as_tensors(action, self.device)
         if self._transform is not None:
-            action = self._transform({"model": self.model, "action": action})
+            action = self._transform(
+                {
+                    "model": self.model,
+                    "action": action,
+                    "np_random": self._np_random,
+                }
+            )
             if self.torch_actions:
                 action = _as_tensors(action, self.device)
         return action
@@ -334,10 +422,10 @@ class AdapterSource:
         following = outcome.state
         if following is MISSING or following is None:
             following = outcome.observation
-            if not self._observes_state and _form(following) != _form(state):
+            if not self._observes_state:
                 raise TypeError(
-                    f"{_name(self._step)} takes the state and returned none, so it would stand "
-                    f"still. Return (state, observation, reward) or another form that has it: "
+                    f"{_name(self._step)} takes the state and returned none, and the state that "
+                    f"episodes begin with is not their observation, so it would stand still. Return (state, observation, reward) or another form that has it: "
                     f"{STEP_FORMS}."
                 )
         # Of its own: models hand out buffers that they write to again.
@@ -361,18 +449,6 @@ class AdapterSource:
         self.__dict__.update(state)
         if held:  # a copy has a model of its own, in the same episode
             USERS.claim(self.model, self)
-
-
-def _form(tree: Any) -> Any:
-    """Structure and shapes of a state."""
-    shapes: list = []
-    map_leaves(lambda leaf: shapes.append(np.shape(leaf)), _plain(tree))
-    keys = sorted(tree.keys(), key=str) if is_mapping(tree) else None
-    return keys, shapes
-
-
-def _plain(tree: Any) -> Any:
-    return tree.to_dict() if hasattr(tree, "to_dict") else tree
 
 
 def _as_tensors(action: Any, device: torch.device) -> Any:

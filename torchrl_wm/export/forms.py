@@ -60,6 +60,8 @@ class Outcome:
     terminated: Any = MISSING
     truncated: Any = MISSING
     info: Any = MISSING
+    #: Terminated or truncated, where one of these does not follow from the other.
+    done: Any = MISSING
 
 
 class _Form:
@@ -180,6 +182,13 @@ class StepForm(_Form):
             return Outcome(observation, MISSING, reward, terminated, truncated, info)
         if len(value) == 4:
             observation, reward, done, info = value
+            limit = info.get("TimeLimit.truncated") if is_mapping(info) else None
+            if (
+                limit is not None
+            ):  # how Gym told the two apart before it had five outputs
+                return Outcome(
+                    observation, MISSING, reward, truncated=limit, info=info, done=done
+                )
             return Outcome(observation, MISSING, reward, done, info=info)
         if len(value) == 3:
             state, observation, reward = value
@@ -195,6 +204,10 @@ class StepForm(_Form):
             return "mapping"
         if not isinstance(value, tuple) or len(value) not in (3, 4, 5, 6):
             raise self._refused(value)
+        if len(value) == 3 and _is_bool(value[2]):
+            raise self._refused(
+                value, " (observation, reward, done) is not accepted: add an info, {}."
+            )
         place = {3: 1, 4: 0, 5: 0, 6: 1}[len(value)]
         has_info = len(value) > 3
         if has_info and not (value[-1] is None or is_mapping(value[-1])):
@@ -245,7 +258,7 @@ def _from_mapping(value: Any, others: set[str], name: str, forms: str) -> Outcom
     truncated = get("truncated")
     done = get("done")
     if terminated is MISSING or terminated is None:
-        terminated = done
+        terminated, done = done, MISSING
     return Outcome(
         value[key],
         state=get("state") if state is MISSING else state,
@@ -253,6 +266,7 @@ def _from_mapping(value: Any, others: set[str], name: str, forms: str) -> Outcom
         terminated=terminated,
         truncated=truncated,
         info=get("info"),
+        done=done,
     )
 
 
@@ -299,13 +313,15 @@ def read_reward(value: Any, rows: int | None, name: str) -> Any:
         FloatingPointError: if it is NaN or infinite.
     """
     kind = type(value)
-    is_one = kind is float or (kind is torch.Tensor and value.numel() == 1)
-    if rows is None and is_one and not (kind is torch.Tensor and value.is_complex()):
+    is_one = kind is float or (
+        kind is torch.Tensor and value.numel() == 1 and value.is_floating_point()
+    )
+    if rows is None and is_one:
         out = float(value)
         finite = math.isfinite(out)
     else:
         array = _flat(value, rows, name)
-        if array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiu":
             raise ValueError(
                 f"{name} must be a number, got {array.dtype}: {value!r:.80}."
             )
@@ -343,6 +359,13 @@ def read_flag(value: Any, rows: int | None, name: str) -> Any:
         )
     out = array.astype(bool)
     return bool(out) if rows is None else out
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) in (
+        torch.bool,
+        np.dtype(bool),
+    )
 
 
 def _flat(value: Any, rows: int | None, name: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,17 +11,20 @@ from torch import nn
 
 
 _CPU = torch.default_generator
+#: Longer containers hold data, through which no reset should have to look.
+_MOST = 1000
 
 
 class Isolation:
     """A context in which one env calls its model.
 
     Within it, no autograd graph is kept, torch draws from a random state that
-    belongs to this env, and the model is in evaluation mode. Afterwards all three
+    belongs to this env, and the model's modules are in evaluation mode. Afterwards all three
     are as they were, so that neither the caller's seeds nor its training notice.
 
     Args:
-        model: what is called; modules are looked for in it and in its attributes.
+        model: what is called; modules are looked for in it and in its attributes, also in
+            lists, tuples and dictionaries there.
         device: where it runs, whose random state is kept, too.
     """
 
@@ -51,9 +56,22 @@ class Isolation:
         if isinstance(model, nn.Module):
             self._roots = [model]
         else:
-            held = getattr(model, "__dict__", {}).values()
-            self._roots = [value for value in held if isinstance(value, nn.Module)]
+            self._roots = (
+                list(_modules_in(list(vars(model).values())))
+                if hasattr(model, "__dict__")
+                else []
+            )
         self._modules = [module for root in self._roots for module in root.modules()]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """As the context itself, but the env's random numbers stay where they are."""
+        state, cuda_state = self._state, self._cuda_state
+        try:
+            with self:
+                yield
+        finally:
+            self._state, self._cuda_state = state, cuda_state
 
     def seed(self, seed: int) -> None:
         """Begin the env's own random numbers anew."""
@@ -93,3 +111,18 @@ class Isolation:
 
     def _cuda_generator(self) -> torch.Generator:
         return torch.cuda.default_generators[self._cuda.index]
+
+
+def _modules_in(tree: Any) -> Iterator[nn.Module]:
+    """The modules in plain containers, which may hold each other in a circle."""
+    seen: set[int] = set()
+    left = [tree]
+    while left:
+        value = left.pop()
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            if len(value) > _MOST:
+                continue
+            left.extend(value.values() if isinstance(value, dict) else value)

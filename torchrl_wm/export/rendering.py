@@ -51,12 +51,14 @@ class Renderer:
         if self._function is not None:
             source = self.source
             model = source.model if hasattr(source, "model") else source.env
-            with source.isolation:
+            with source.isolation.apart():
                 drawn = self._function(
                     {
                         "model": model,
                         "state": state,
                         "obs": snapshot(observation),
+                        # Of its own: pictures do not change what comes next.
+                        "np_random": np.random.default_rng(0),
                     }
                 )
             return as_frame(to_numpy(drawn), None, "render_fn")

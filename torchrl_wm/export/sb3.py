@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from torchrl_wm.export.infos import row_of
 from torchrl_wm.export.vector_env import GymWorldModelVectorEnv
 
 try:
@@ -24,7 +25,8 @@ class SB3VecEnv(VecEnv):
     Episodes begin anew in the step that ends them; the last observation stands in
     that env's info under ``terminal_observation``, and ``TimeLimit.truncated`` says
     whether it was the time that ended it, as SB3's algorithms expect. Episode
-    returns are recorded by SB3's own ``VecMonitor``.
+    returns are recorded by SB3's own ``VecMonitor``. What the model itself says in
+    its ``info`` stands there, too; ``model_state`` does not: it is in ``env.state``.
 
     Args:
         env: a :class:`~torchrl_wm.GymWorldModelVectorEnv` with
@@ -88,8 +90,8 @@ class SB3VecEnv(VecEnv):
                 "The envs are one batch: set_options takes one dictionary for all, whose 'state' "
                 "or 'observation' has a row for each env."
             )
-        observations, _ = self.env.reset(seed=seeds, options=options or None)
-        self.reset_infos = [{} for _ in range(self.num_envs)]
+        observations, infos = self.env.reset(seed=seeds, options=options or None)
+        self.reset_infos = self._rows(infos)
         self._reset_seeds()
         self._reset_options()
         return observations
@@ -101,18 +103,26 @@ class SB3VecEnv(VecEnv):
         observations, rewards, terminated, truncated, vector_infos = self.env.step(
             self._actions
         )
-        infos: list[dict[str, Any]] = [
-            {"TimeLimit.truncated": False} for _ in range(self.num_envs)
-        ]
         dones = terminated | truncated
+        final = vector_infos.pop("final_obs", None)
+        final_infos = vector_infos.pop("final_info", None)
+        infos = self._rows(vector_infos)
+        for info in infos:
+            info["TimeLimit.truncated"] = False
         if dones.any():
-            final = vector_infos["final_obs"]
+            final_infos = _models_own(final_infos)
             for i in np.flatnonzero(dones):
+                self.reset_infos[i] = row_of(_models_own(vector_infos), i)
+                infos[i] = row_of(final_infos, i)
                 infos[i]["TimeLimit.truncated"] = bool(
                     truncated[i] and not terminated[i]
                 )
                 infos[i]["terminal_observation"] = final[i]
         return observations, rewards.astype(np.float32), dones, infos
+
+    def _rows(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
+        infos = _models_own(infos)
+        return [row_of(infos, i) for i in range(self.num_envs)]
 
     def close(self) -> None:
         self.env.close()
@@ -152,3 +162,9 @@ class SB3VecEnv(VecEnv):
         if self.render_mode is None:
             return [None] * self.num_envs
         return list(self.env.render())
+
+
+def _models_own(infos: dict[str, Any]) -> dict[str, Any]:
+    """What the model says: the env's own entries, for each env one by one, would cost time."""
+    own = {"model_state", "elapsed_steps"}
+    return {key: value for key, value in infos.items() if key.lstrip("_") not in own}

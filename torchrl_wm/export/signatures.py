@@ -108,8 +108,11 @@ def bind(
     ):
         return Bound(function, tuple(roles), {})
     if not by_name:
+        named = sum(known[p.name] is not None for p in required)
+        # `lambda a, b, c`: letters in a row; one that is also a name is so by chance.
+        letters = len(required) == len(roles) and named == 1
         in_place = len(required) <= len(roles) and all(
-            known[p.name] in (None, role) or len(p.name) == 1
+            known[p.name] in (None, role) or (letters and len(p.name) == 1)
             for p, role in zip(required, roles)
         )
         anchored = required and (
@@ -132,7 +135,7 @@ def bind(
         raise TypeError(
             f"{name}{_shown(function)}: {problem}. It is called as {name}({', '.join(roles)}), "
             f"and may take fewer of these. Give its parameters these names, or take all "
-            f"{len(roles)} in this order."
+            f"{len(roles)} in this order. Known are {_known_names(roles)}."
         )
     args: list[str] = []
     keywords: dict[str, str] = {}
@@ -171,6 +174,10 @@ def _role(
             role = (aliases or {}).get(role, role)
             return role if role in roles or role in EXTRA else None
     return None
+
+
+def _known_names(roles: Sequence[str]) -> str:
+    return "; ".join(f"{role}: {', '.join(sorted(NAMES[role]))}" for role in roles)
 
 
 def _is_unused(name: str) -> bool:

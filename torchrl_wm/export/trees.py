@@ -117,6 +117,8 @@ def merge_rows(mask: np.ndarray, new: Any, old: Any) -> Any:
         new: a state whose leaves are ``[N, ...]``.
         old: a state of the same structure.
     """
+    if new is None:  # of a model that keeps its own state
+        return None
     torch_mask = torch.from_numpy(mask)
 
     def merge(fresh: Any, kept: Any) -> Any:

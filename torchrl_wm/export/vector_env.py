@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.export.infos import holding, in_rows, Infos, merge, with_masks
 from torchrl_wm.export.rendering import Renderer
 from torchrl_wm.export.resolve import (
     checked_limit,
@@ -194,7 +195,9 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         self._state, self._observation = moment.state, moment.observation
         self._elapsed[begun], self._over[begun] = 0, False
         self._refuses = None
-        return snapshot(self._observation), self._infos(moment, begun)
+        return snapshot(self._observation), self._infos(
+            holding(moment.info, begun), begun
+        )
 
     def _checked_mask(self, mask: Any) -> np.ndarray | None:
         if mask is None:
@@ -263,20 +266,26 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             # Begun before the model is called, so that it never sees an ended state.
             begun = self._begin(ended)
             self._state = begun.state
-        moment = self._source.step(self._state, actions)
+        if begun is not None and begun.state is None and ended.all():
+            # A step would move the model on, and with it the episodes that have just begun.
+            moment = begun
+        else:
+            moment = self._source.step(self._state, actions)
         self._elapsed += 1
         limit = self.max_episode_steps
         if limit is not None:
             moment.truncated |= self._elapsed >= limit
+        infos = holding(moment.info, np.ones(self.num_envs, bool))
         if begun is not None:
+            infos = merge(ended, holding(begun.info, ended), infos)
             self._put_begun(moment, begun, ended)
         self._state, self._observation = moment.state, moment.observation
         over = moment.terminated | moment.truncated
         if self.autoreset_mode is AutoresetMode.SAME_STEP and over.any():
-            infos = self._end_and_begin(moment, over)
+            infos = self._end_and_begin(moment, infos, over)
         else:
             self._over = over
-            infos = self._infos(moment)
+            infos = self._infos(infos)
         return (
             snapshot(self._observation),  # its own is needed by partial resets
             moment.reward,
@@ -295,36 +304,37 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         moment.truncated[ended] = False
         self._elapsed[ended] = 0
 
-    def _end_and_begin(self, moment: Moment, over: np.ndarray) -> dict[str, Any]:
+    def _end_and_begin(
+        self, moment: Moment, infos: Infos, over: np.ndarray
+    ) -> dict[str, Any]:
         """Begin the next episodes in the step that ends the last ones."""
         last = snapshot(moment.observation)
         final = np.full(self.num_envs, None, dtype=object)
         for i, observation in enumerate(iterate(self.observation_space, last)):
             if over[i]:
                 final[i] = observation
-        final_info = self._infos(moment, over)
+        final_info = self._infos(holding(moment.info, over), over)
         begun = self._begin(over)
         self._state = begun.state
         self._observation = merge_rows(over, begun.observation, moment.observation)
         self._elapsed[over] = 0
-        infos = self._infos(moment)
-        infos.update(
+        out = self._infos(merge(over, holding(begun.info, over), infos))
+        out.update(
             final_obs=final,
             _final_obs=over.copy(),
             final_info=final_info,
             _final_info=over.copy(),
         )
-        return infos
+        return out
 
-    def _infos(self, moment: Moment, where: np.ndarray | None = None) -> dict[str, Any]:
+    def _infos(self, model: Infos, where: np.ndarray | None = None) -> dict[str, Any]:
         """What Gymnasium makes of the envs' infos: arrays, and where they hold."""
         mask = np.ones(self.num_envs, bool) if where is None else where
-        infos = {
-            **moment.info,
+        own = {
             "model_state": self._source.state_of(self._state),
-            "elapsed_steps": self._elapsed.copy(),
+            "elapsed_steps": self._elapsed,
         }
-        return _with_masks(infos, mask)
+        return with_masks({**model, **holding(in_rows(own, self.num_envs), mask)})
 
     # The rest ------------------------------------------------------------
 
@@ -365,14 +375,6 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         if isinstance(value, np.ndarray) and value.shape[:1] == (self.num_envs,):
             return tuple(value)
         return (value,) * self.num_envs
-
-
-def _with_masks(infos: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in infos.items():
-        out[key] = _with_masks(value, mask) if isinstance(value, dict) else value
-        out[f"_{key}"] = mask.copy()
-    return out
 
 
 def _count(num_envs: Any, world_model: Any) -> int:

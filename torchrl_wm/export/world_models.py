@@ -81,6 +81,7 @@ class WorldModelSource:
             action_space = own
         else:
             _check_same_form(action_space, own, "action_space")
+            _check_not_wider(action_space, own, "action_space")
         self.observation_space = checked_space(observation_space, "observation_space")
         self.action_space = checked_space(action_space, "action_space")
         self.is_dict = isinstance(self.observation_space, spaces.Dict)
@@ -353,6 +354,26 @@ def _entries_for(
             f"observation_space[{_name(key)!r}]",
         )
     return chosen
+
+
+def _check_not_wider(space: spaces.Space, own: spaces.Space, name: str) -> None:
+    """Whether all actions of a given space are among the env's own, under the same numbers."""
+    if isinstance(own, spaces.Dict):
+        for key, child in own.spaces.items():
+            _check_not_wider(space[key], child, f"{name}[{key!r}]")
+        return
+    if isinstance(own, spaces.Box):
+        fits = (space.low >= own.low).all() and (space.high <= own.high).all()
+    else:
+        fits = all(
+            np.array_equal(getattr(space, part, None), getattr(own, part, None))
+            for part in ("n", "nvec", "start")
+        )
+    if not fits:
+        raise ValueError(
+            f"{name} is {space}, which has actions that the env's own {own} does not have: pass "
+            f"{own}, or a Box within it."
+        )
 
 
 def _check_same_form(space: spaces.Space, own: spaces.Space, name: str) -> None:
