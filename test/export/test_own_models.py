@@ -396,3 +396,37 @@ def test_modules_in_containers_are_in_evaluation_mode():
     env.step(ZERO)
     assert model.seen == [(False, False)]
     assert model.nets[0].training and model.nets[1]["deep"][0].training
+
+
+def test_actions_that_nothing_reads_are_not_checked():
+    envs = talking("NextStep")
+    envs.reset(seed=0)
+    envs.step(ACTIONS)
+    assert envs.step(ACTIONS)[2].tolist() == [False, True]
+    outside = np.array([[0.0], [np.nan]], np.float32)
+    assert envs.step(outside)[0][1] == 1
+    envs = talking("NextStep")
+    envs.reset(seed=0)
+    envs.step(ACTIONS)
+    envs.step(ACTIONS)
+    for wrong in (outside[::-1], np.zeros((3, 1), np.float32), None):
+        with pytest.raises((ValueError, TypeError), match="action"):
+            envs.step(wrong)
+
+
+def test_copies_of_envs_that_have_drawn():
+    import copy
+
+    pytest.importorskip("pygame")
+    env = GymWorldModelEnv(
+        object(),
+        Box(-np.inf, np.inf, (3,)),
+        ACT,
+        initial_observation=np.array([1.0, 0.0, 0.0]),
+        transition_fn=lambda state, action: (state, 0.0, False, {}),
+        render_mode="rgb_array",
+        render_env="Pendulum-v1",
+    )
+    env.reset()
+    frame = env.render()
+    assert np.array_equal(copy.deepcopy(env).render(), frame)

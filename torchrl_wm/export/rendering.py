@@ -127,6 +127,17 @@ class RealEnvRenderer:
         frame = self.env.unwrapped.render()
         return np.array(frame, dtype=np.uint8)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The canvas, which cannot be copied, is made again with the env.
+        env = self.env if self.env.spec is None else self.env.spec
+        return {**self.__dict__, "env": env}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not isinstance(self.env, gymnasium.Env):
+            self.env = gymnasium.make(self.env)
+            self.env.reset(seed=0)
+
     def close(self) -> None:
         self.env.close()
 

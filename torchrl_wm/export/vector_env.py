@@ -23,7 +23,7 @@ from torchrl_wm.export.resolve import (
     make_source,
 )
 from torchrl_wm.export.sources import ModelUser, Moment, Start
-from torchrl_wm.export.spaces import batched
+from torchrl_wm.export.spaces import batched, sample_start
 from torchrl_wm.export.trees import merge_rows, snapshot
 
 
@@ -253,8 +253,8 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         """
         if self._refuses is not None:
             raise RuntimeError(self._refuses)
-        actions = self._source.check_action(actions)
         ended = self._over if self._over.any() else None
+        actions = self._checked(actions, ended)
         begun = None
         if ended is not None:
             if self.autoreset_mode is AutoresetMode.DISABLED:
@@ -293,6 +293,21 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             moment.truncated,
             infos,
         )
+
+    def _checked(self, actions: Any, ended: np.ndarray | None) -> Any:
+        """Actions that may be anything where episodes begin, for there nothing reads them."""
+        check = self._source.check_action
+        if ended is None or self.autoreset_mode is not AutoresetMode.NEXT_STEP:
+            return check(actions)
+        try:
+            return check(actions)
+        except ValueError as err:
+            valid = sample_start(self.action_space, 0)
+            try:
+                actions = merge_rows(ended, valid, actions)
+            except Exception:  # not of the space's structure at all
+                raise err from None
+            return check(actions)
 
     def _put_begun(self, moment: Moment, begun: Moment, ended: np.ndarray) -> None:
         """Where episodes begin, put their first state in place of a predicted one."""
