@@ -24,6 +24,10 @@ from torchrl_wm.modules.program import Program, to_tensordict, Values
 #: The names under which TorchRL's modules write values.
 _VALUE_NAMES = ("state_value", "state_action_value", "chosen_action_value")
 
+#: The rows of a state, an action and the number of the step, to the next state, the
+#: reward, and where trajectories ended and terminated, ``[R]``; None if they cannot.
+Step = Callable[[Any, torch.Tensor, int], tuple]
+
 
 class Objective(ABC):
     """Predicts returns: the sum of rewards up to the first end, and what is worth what remains.
@@ -74,12 +78,50 @@ class Objective(ABC):
         """Each row ``times`` times in a row, ``[B * times]``."""
 
     @abstractmethod
-    def returns(self, state: Any, actions: torch.Tensor) -> torch.Tensor:
-        """The returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
+    def stepper(self, state: Any) -> Step:
+        """What makes one step after the other, from the rows of ``state`` on."""
 
     @abstractmethod
+    def actor(self, state: Any) -> Callable[[Any, int], Any]:
+        """What lets the policy act on the rows of a state, given the number of the step."""
+
+    @abstractmethod
+    def select(self, rows: torch.Tensor, new: Any, old: Any) -> Any:
+        """``new`` in the ``rows``, ``[R]`` bool, else ``old``."""
+
+    @abstractmethod
+    def evaluate(self, state: Any) -> torch.Tensor:
+        """The terminal value of states, ``[R, 1]``."""
+
+    def returns(self, state: Any, actions: torch.Tensor) -> torch.Tensor:
+        """The returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
+        advance = self.stepper(state)
+        value = None if self.terminal_value is None else _Value(self)
+        total = going = None
+        scale = 1.0
+        for step, action in enumerate(actions.unbind(1)):
+            state, reward, ended, terminated = advance(state, action, step)
+            reward = _scaled(_per_row(reward), scale)
+            scale *= self.discount
+            if going is not None:
+                # Not a product: what follows an end may be NaN.
+                reward = torch.where(going, reward, torch.zeros_like(reward))
+            total = reward if total is None else total + reward
+            if value is not None:
+                value.step(state, scale, going, terminated)
+            if ended is not None:
+                going = ~ended if going is None else going & ~ended
+        return total if value is None else total + value()
+
     def proposed(self, state: Any, horizon: int) -> torch.Tensor:
         """What the policy does from the rows of ``state``: ``[R, H, *A]``."""
+        advance, act, actions = self.stepper(state), self.actor(state), []
+        for step in range(horizon):
+            state = act(state, step)
+            action = state.get(self.action_key)
+            actions.append(action)
+            state = advance(state, action, step)[0]
+        return torch.stack(actions, 1)
 
     @abstractmethod
     def imagine(self, state: Any, actions: torch.Tensor) -> TensorDictBase:
@@ -186,22 +228,19 @@ class ModelObjective(Objective):
             rows[member] = elites[drawn]
         return rows
 
-    def returns(self, state: Values, actions: torch.Tensor) -> torch.Tensor:
+    def stepper(self, state: Values) -> Step:
         kernel, device = self.kernel, self.env.device
-        layout = kernel.layout
-        size, endings = actions.shape[:1], layout.endings
+        layout, size = kernel.layout, _rows(state)
+        endings = layout.endings
         never = endings.never(size, device)
         place = strip_next(self.reward_key)
-        values = dict(state)
         observed = list(self._read_observations(layout))
         moving = [*layout.latent, *observed]
         if kernel.counter_key is not None:
             moving.append(kernel.counter_key)
-        value = _Value(self, values, size) if self.terminal_value is not None else None
-        total = going = None
-        scale = 1.0
-        for step, action in enumerate(actions.unbind(1)):
-            values[self.action_key] = action
+
+        def advance(state: Values, action: torch.Tensor, step: int) -> tuple:
+            values = {**state, self.action_key: action}
             predicted = kernel.predict(
                 values,
                 size,
@@ -211,57 +250,43 @@ class ModelObjective(Objective):
                 decode=bool(observed),
                 check_finite=False,
             )
-            reward = _scaled(_per_row(predicted[place]), scale)
-            scale *= self.discount
-            if going is not None:
-                # Not a product: what follows an end may be NaN.
-                reward = torch.where(going, reward, torch.zeros_like(reward))
-            total = reward if total is None else total + reward
             for key in moving:
                 values[key] = predicted[key]
             ended = terminated = None
             if endings.can_end:
                 # As in TorchRL's planners: one of several groups ends it.
-                ended = endings.ended(predicted, size, any_group=True)
-                terminated = endings.ended(
-                    predicted, size, "terminated", any_group=True
+                ended, terminated = (
+                    endings.ended(predicted, size, name, any_group=True)
+                    for name in ("done", "terminated")
                 )
-            if value is not None:
-                value.step(values, scale, going, terminated)
-            if ended is not None:
-                going = ~ended if going is None else going & ~ended
-        return total if value is None else total + value()
+            return values, predicted[place], ended, terminated
 
-    def evaluate(self, state: Values, size: torch.Size) -> torch.Tensor:
-        """The terminal value of states, ``[R]``."""
-        self.value(state, size, self.env.device)
-        return _per_row(state[self.value_key])
+        return advance
 
-    def proposed(self, state: Values, horizon: int) -> torch.Tensor:
-        kernel, device = self.kernel, self.env.device
-        size = next(iter(state.values())).shape[:1]
-        never = kernel.layout.endings.never(size, device)
+    def actor(self, state: Values) -> Callable[[Values, int], Values]:
+        size = _rows(state)
         if self.program is not None:
-            act = ProgramActor(self.program, size, device)
+            write = ProgramActor(self.program, size, self.env.device)
         else:
-            act = self.env.actor(self.policy, size)
-        observed = list(self._read_observations(kernel.layout))
-        values, actions = dict(state), []
-        for step in range(horizon):
-            act(values, step)
-            actions.append(values[self.action_key])
-            predicted = kernel.predict(
-                values,
-                size,
-                device,
-                never,
-                step > 0,
-                decode=bool(observed),
-                check_finite=False,
-            )
-            for key in (*kernel.layout.latent, *observed):
-                values[key] = predicted[key]
-        return torch.stack(actions, 1)
+            write = self.env.actor(self.policy, size)
+
+        def act(state: Values, step: int) -> Values:
+            values = dict(state)
+            write(values, step)
+            return values
+
+        return act
+
+    def select(self, rows: torch.Tensor, new: Values, old: Values) -> Values:
+        return {
+            key: torch.where(_beside(rows, value), value, old[key])
+            for key, value in new.items()
+        }
+
+    def evaluate(self, state: Values) -> torch.Tensor:
+        values = dict(state)
+        self.value(values, _rows(values), self.env.device)
+        return values[self.value_key]
 
     def imagine(self, state: Values, actions: torch.Tensor) -> TensorDictBase:
         start = to_tensordict(state, actions.shape[:1], self.env.device)
@@ -274,28 +299,24 @@ class _Value:
     A termination is worth nothing; a truncation is worth its state.
     """
 
-    def __init__(
-        self, objective: ModelObjective, values: Values, size: torch.Size
-    ) -> None:
-        self.objective, self.size = objective, size
-        self.state: Values = dict(values)
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.state: Any = None
         self.scale: torch.Tensor | float = 1.0
         self.worth: torch.Tensor | None = None
 
     def step(
         self,
-        values: Values,
+        state: Any,
         scale: float,
         going: torch.Tensor | None,
         terminated: torch.Tensor | None,
     ) -> None:
         """Follow the trajectories that were still ``going`` before this step."""
         if going is None:
-            self.state, self.scale = dict(values), scale
+            self.state, self.scale = state, scale
         else:
-            for key, value in values.items():
-                rows = going.reshape(going.shape + (1,) * (value.ndim - 1))
-                self.state[key] = torch.where(rows, value, self.state[key])
+            self.state = self.objective.select(going, state, self.state)
             before = torch.as_tensor(self.scale, device=going.device)
             self.scale = torch.where(going, scale, before)
         if terminated is not None:
@@ -303,7 +324,7 @@ class _Value:
             self.worth = ~ended if self.worth is None else self.worth & ~ended
 
     def __call__(self) -> torch.Tensor:
-        value = self.scale * self.objective.evaluate(dict(self.state), self.size)
+        value = self.scale * _per_row(self.objective.evaluate(self.state))
         if self.worth is None:
             return value
         return torch.where(self.worth, value, torch.zeros_like(value))
@@ -325,34 +346,30 @@ class EnvObjective(Objective):
         rows = state.unsqueeze(1).expand(state.shape[0], times)
         return rows.reshape(-1)
 
-    def returns(self, state: TensorDictBase, actions: torch.Tensor) -> torch.Tensor:
-        total = going = worth = last = None
-        scale = 1.0
-        scales: torch.Tensor | float = 1.0
-        for action in actions.unbind(1):
-            step = self.env.step(state.copy().set(self.action_key, action))
-            reward = _scaled(_per_row(step.get(self.reward_key)), scale)
-            scale *= self.discount
-            if going is not None:
-                reward = torch.where(going, reward, torch.zeros_like(reward))
-            total = reward if total is None else total + reward
-            state = self.env.step_mdp(step)
-            ended = self._ended(step, "done")
-            if self.terminal_value is not None:
-                if going is None:
-                    last, scales = state, torch.full_like(total, scale)
-                    worth = torch.ones_like(ended)
-                else:
-                    last = torch.where(going, state, last)
-                    scales = torch.where(going, scale, scales)
-                terminated = self._ended(step, "terminated")
-                alive = ~terminated if going is None else ~(terminated & going)
-                worth = worth & alive
-            going = ~ended if going is None else going & ~ended
-        if self.terminal_value is None:
-            return total
-        value = _per_row(self.terminal_value(last.copy()).get(self.value_key))
-        return total + torch.where(worth, scales * value, torch.zeros_like(value))
+    def stepper(self, state: TensorDictBase) -> Step:
+        def advance(state: TensorDictBase, action: torch.Tensor, step: int) -> tuple:
+            made = self.env.step(state.copy().set(self.action_key, action))
+            return (
+                self.env.step_mdp(made),
+                made.get(self.reward_key),
+                self._ended(made, "done"),
+                self._ended(made, "terminated"),
+            )
+
+        return advance
+
+    def actor(
+        self, state: TensorDictBase
+    ) -> Callable[[TensorDictBase, int], TensorDictBase]:
+        return lambda state, step: self.policy(state.copy())
+
+    def select(
+        self, rows: torch.Tensor, new: TensorDictBase, old: TensorDictBase
+    ) -> TensorDictBase:
+        return torch.where(rows, new, old)
+
+    def evaluate(self, state: TensorDictBase) -> torch.Tensor:
+        return self.terminal_value(state.copy()).get(self.value_key)
 
     def _ended(self, step: TensorDictBase, name: str) -> torch.Tensor:
         ended = torch.zeros(step.batch_size, dtype=torch.bool, device=step.device)
@@ -361,14 +378,6 @@ class EnvObjective(Objective):
             if flag is not None:
                 ended = ended | flag.flatten(1).all(-1)
         return ended
-
-    def proposed(self, state: TensorDictBase, horizon: int) -> torch.Tensor:
-        actions = []
-        for _ in range(horizon):
-            acted = self.policy(state.copy())
-            actions.append(acted.get(self.action_key))
-            state = self.env.step_mdp(self.env.step(acted))
-        return torch.stack(actions, 1)
 
     def imagine(self, state: TensorDictBase, actions: torch.Tensor) -> TensorDictBase:
         steps = []
@@ -396,6 +405,15 @@ def value_key(module: TensorDictModuleBase) -> NestedKey:
         f"terminal_value writes {keys}, and it is not clear which is the value: let it write one "
         f"of {list(_VALUE_NAMES)}, or nothing else."
     )
+
+
+def _rows(state: Values) -> torch.Size:
+    return next(iter(state.values())).shape[:1]
+
+
+def _beside(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``[R]``, to be used beside ``[R, ...]``."""
+    return rows.reshape(rows.shape + (1,) * (value.ndim - 1))
 
 
 def _scaled(reward: torch.Tensor, scale: float) -> torch.Tensor:
