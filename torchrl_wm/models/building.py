@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.keys import as_tuple, sibling, unique
+from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
 from torchrl_wm.objectives import WorldModelLoss
 
 #: Wires a model and its loss from specs and a config.
@@ -131,7 +131,7 @@ def _check_names(builder: Builder, env: EnvBase, specs: EnvSpecs) -> None:
     own = {
         *builder.reserved,
         *(sibling(specs.done.key, name) for name in heads),
-        sibling(specs.reward.key, f"{as_tuple(specs.reward.key)[-1]}_logits"),
+        suffixed(specs.reward.key, "_logits"),
     }
     used = [*specs.observation_keys, *specs.action_keys, specs.reward.key]
     taken = {key: "the model's own entries" for key in used if key in own}

@@ -32,7 +32,7 @@ from torchrl_wm.modules import (
     TwoHotHead,
     WorldModel,
 )
-from torchrl_wm.modules.keys import as_tuple, join, sibling
+from torchrl_wm.modules.keys import join, suffixed
 from torchrl_wm.objectives import (
     KLTerm,
     LossTerm,
@@ -375,7 +375,7 @@ def _reward_head(
         return TensorDictModule(network, reads, [writes])
     bins = config.reward_bins
     network = _mlp(config, features, reward.size * bins)
-    logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
+    logits = suffixed(reward.key, "_logits")
     return TensorDictModule(
         TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape, dtype=reward.dtype),
         reads,

@@ -24,7 +24,7 @@ from torchrl_wm.modules import (
     TwoHotHead,
     WorldModel,
 )
-from torchrl_wm.modules.keys import as_tuple, join, sibling
+from torchrl_wm.modules.keys import join, suffixed
 from torchrl_wm.modules.latent import NormedLinear
 from torchrl_wm.objectives import ConsistencyTerm, DoneTerm, TwoHotTerm, WorldModelLoss
 
@@ -175,7 +175,7 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
     observed = [_LATENT, *specs.action_keys]
     reward, bins = specs.reward, SymlogTwoHot(config.bins, config.limit)
     network = NormedMLP(with_action, reward.size * config.bins, config.cells)
-    logits = sibling(reward.key, f"{as_tuple(reward.key)[-1]}_logits")
+    logits = suffixed(reward.key, "_logits")
     done_head = None
     if config.done_head:
         done_head = TerminationHead(

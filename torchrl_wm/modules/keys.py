@@ -34,6 +34,11 @@ def sibling(key: NestedKey, name: str) -> NestedKey:
     return unravel_key((*as_tuple(key)[:-1], name))
 
 
+def suffixed(key: NestedKey, suffix: str) -> NestedKey:
+    """The key beside ``key`` whose name is its name with ``suffix``."""
+    return sibling(key, as_tuple(key)[-1] + suffix)
+
+
 def unique(keys: Iterable[NestedKey]) -> list[NestedKey]:
     """The keys flattened, each once, in order of first appearance."""
     return list(dict.fromkeys(unravel_key(key) for key in keys))

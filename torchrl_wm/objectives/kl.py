@@ -8,7 +8,7 @@ from torch.distributions import kl_divergence, Normal
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
+from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, suffixed
 from torchrl_wm.modules.wiring import written_keys
 from torchrl_wm.objectives.terms import LossTerm
 
@@ -153,7 +153,7 @@ class KLTerm(LossTerm):
 
 def _ending(key: NestedKey, name: str) -> NestedKey:
     """``("next", <key>_<name>)``."""
-    return join("next", sibling(key, f"{as_tuple(key)[-1]}_{name}"))
+    return join("next", suffixed(key, f"_{name}"))
 
 
 def _below(key: NestedKey) -> NestedKey:

@@ -7,7 +7,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from torchrl_wm.modules import TwoHotHead, WorldModel
-from torchrl_wm.modules.keys import as_tuple, join, sibling
+from torchrl_wm.modules.keys import join, suffixed
 from torchrl_wm.modules.wiring import written_keys
 from torchrl_wm.objectives.terms import LossTerm, per_sample, prediction, read_label
 
@@ -54,7 +54,7 @@ class TwoHotTerm(LossTerm):
     def __call__(self, predicted, batch, loss) -> torch.Tensor:
         keys = loss.tensor_keys
         name = self.key or keys.reward
-        logits_key = self.logits_key or sibling(name, f"{as_tuple(name)[-1]}_logits")
+        logits_key = self.logits_key or suffixed(name, "_logits")
         logits_key = join("next", logits_key)
         logits = prediction(predicted, logits_key, "reward_head", loss)
         label = None

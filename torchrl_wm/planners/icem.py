@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey
 from torchrl.envs import EnvBase
 
-from torchrl_wm.modules.keys import as_tuple, sibling
+from torchrl_wm.modules.keys import suffixed
 from torchrl_wm.planners.actions import Proposal
 from torchrl_wm.planners.base import Carried, moved, MPCPlanner, Population, Search
 from torchrl_wm.planners.noise import coloring
@@ -108,7 +108,7 @@ class ICEMPlanner(MPCPlanner):
     @property
     def elites_key(self) -> NestedKey:
         """Where the elites that stay travel."""
-        return sibling(self.plan_key, f"{as_tuple(self.plan_key)[-1]}_elites")
+        return suffixed(self.plan_key, "_elites")
 
     def population_size(self, iteration: int) -> int:
         size = int(self.num_candidates * self.population_decay**-iteration)
