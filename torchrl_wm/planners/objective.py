@@ -20,6 +20,7 @@ from torchrl_wm.envs.unroll import ProgramActor
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys, missing_from, sibling, strip_next, unique
 from torchrl_wm.modules.program import Program, to_tensordict, Values
+from torchrl_wm.modules.recurrence import where
 
 #: The names under which TorchRL's modules write values.
 _VALUE_NAMES = ("state_value", "state_action_value", "chosen_action_value")
@@ -278,10 +279,7 @@ class ModelObjective(Objective):
         return act
 
     def select(self, rows: torch.Tensor, new: Values, old: Values) -> Values:
-        return {
-            key: torch.where(_beside(rows, value), value, old[key])
-            for key, value in new.items()
-        }
+        return where(rows, new, old)
 
     def evaluate(self, state: Values) -> torch.Tensor:
         values = dict(state)
@@ -409,11 +407,6 @@ def value_key(module: TensorDictModuleBase) -> NestedKey:
 
 def _rows(state: Values) -> torch.Size:
     return next(iter(state.values())).shape[:1]
-
-
-def _beside(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``[R]``, to be used beside ``[R, ...]``."""
-    return rows.reshape(rows.shape + (1,) * (value.ndim - 1))
 
 
 def _scaled(reward: torch.Tensor, scale: float) -> torch.Tensor:
