@@ -15,6 +15,7 @@ from torchrl.modules import MPCPlannerBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.compiler import Compiler
+from torchrl_wm.modules.filtering import IS_INIT
 from torchrl_wm.modules.keys import join, unique
 from torchrl_wm.planners.actions import action_space, ChoiceSpace, Proposal
 from torchrl_wm.planners.checks import (
@@ -24,8 +25,6 @@ from torchrl_wm.planners.checks import (
     positive,
 )
 from torchrl_wm.planners.objective import EnvObjective, ModelObjective
-
-IS_INIT = "is_init"
 
 Carried = dict[NestedKey, torch.Tensor]
 
