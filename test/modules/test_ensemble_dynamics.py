@@ -16,6 +16,7 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_wm import WorldModel, WorldModelEnv
 from torchrl_wm.modules import (
+    BoundedLogVar,
     EnsembleDynamics,
     Entry,
     fit_normalizers,
@@ -363,3 +364,38 @@ def test_wrong_wirings_are_named() -> None:
 def test_a_view_is_in_the_mode_of_its_model(training, propagation) -> None:
     view = with_propagation(model_of("mean").train(training), propagation)
     assert all(module.training is training for module in view.modules())
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("elites", [3, MEMBERS])
+@pytest.mark.parametrize("rows", [1, 4, 1003])
+def test_rows_that_ask_their_own_member_alone(rows, elites, key):
+    model = model_of("ts1", key=key, elites=elites, normalize=False)
+    view = with_propagation(model, "ts1", all_members=False)
+    assert ("next", "loc") not in view.dynamics.out_keys
+    ensemble, elites = model.dynamics.ensemble, model.dynamics.elites
+    with torch.no_grad():  # member m adds m, with nearly no noise
+        elites.copy_(torch.arange(MEMBERS)[-len(elites) :])
+        for layer in ensemble.network.layers:
+            layer.weight.zero_()
+        ensemble.bounds = BoundedLogVar(OBS + 1, low=-20.0, high=-19.0)
+        means, _ = ensemble.network.layers[-1].bias.chunk(2, -1)
+        means.copy_(torch.arange(float(MEMBERS)).reshape(-1, 1, 1).expand_as(means))
+    counts = torch.zeros(MEMBERS)
+    for _ in range(3 if rows > 100 else 500):
+        td = inputs(rows, key=key)
+        change = view.dynamics(td.copy()).get(("next", key)) - td.get(key)
+        member = change[..., 0].round()
+        assert (change - member.unsqueeze(-1)).abs().max() < 1e-3
+        counts += member.long().bincount(minlength=MEMBERS)
+    share = counts[elites] / counts.sum()
+    assert (share - 1 / len(elites)).abs().max() < 0.08
+
+
+def test_own_members_have_gradients_and_no_batch():
+    model = model_of("ts1", normalize=False)
+    view = with_propagation(model, "ts1", all_members=False)
+    td = inputs()
+    td["action"].requires_grad_()
+    view.dynamics(td)["next", "observation"].sum().backward()
+    assert td["action"].grad.abs().sum() > 0

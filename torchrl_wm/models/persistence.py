@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
 from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
+from torchrl_wm.models.files import check_plain, read_plain, write_plain
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
 
@@ -23,8 +20,6 @@ from torchrl_wm.modules import WorldModel
 FORMAT = "torchrl_wm.world_model"
 #: Raised with each change that an older version cannot read.
 VERSION = 1
-
-_PLAIN = (str, int, float, bool, type(None))
 
 
 def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
@@ -66,20 +61,11 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
         key: value.detach().clone() if isinstance(value, torch.Tensor) else value
         for key, value in world_model.state_dict().items()
     }
-    _check_plain(state, "state_dict")
+    check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
     recipe = getattr(world_model, "recipe", None)
     content["recipe"] = None if recipe is None else _plain_recipe(recipe)
-    path = Path(path)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        os.chmod(partial, _mode(path))
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    write_plain(content, path)
 
 
 def load_world_model(
@@ -136,38 +122,14 @@ def load_world_model(
     return world_model
 
 
-def _mode(path: Path) -> int:
-    """The permissions of the file that is replaced, or of one newly made."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)  # there is no way to ask without setting it
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 # Reading -------------------------------------------------------------------
 
 
 def _read(path: str | os.PathLike) -> dict[str, Any]:
     """The file's content, checked."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no world model file {os.fspath(path)!r}.")
-    try:
-        # An open file, as torch reads what it is given by name by that name's ending.
-        with open(path, "rb") as file:
-            _check_sums(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise ValueError(
-            f"{os.fspath(path)!r} is no world model file, or a damaged one: it holds something "
-            f"else than tensors and plain data. Nothing of it was executed. Write such files with "
-            f"save_world_model(world_model, path)."
-        ) from err
-    except Exception as err:
-        raise ValueError(
-            f"{os.fspath(path)!r} is no world model file, or a damaged one, as of a write that "
-            f"was cut off ({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''})."
-        ) from err
+    content = read_plain(
+        path, "world model file", "save_world_model(world_model, path)"
+    )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{os.fspath(path)!r} is a file of torch, but no world model file. A state_dict by "
@@ -190,16 +152,6 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
         )
     return content
-
-
-def _check_sums(file: BinaryIO) -> None:
-    """Refuse bytes that are not those written: torch reads them without a look at the sums."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is another")
-    file.seek(0)
 
 
 def _made_anew(
@@ -283,7 +235,7 @@ def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
         if callable(value) and not isinstance(value, type):
             functions[field.name] = getattr(value, "__name__", type(value).__name__)
         else:
-            _check_plain(value, field.name)
+            check_plain(value, field.name)
             config[field.name] = value
     return {
         "builder": recipe.builder,
@@ -345,21 +297,3 @@ def _settings(data: Mapping[str, Any], path: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise _foreign_settings(path, TypeError("the config is no dictionary"))
     return settings
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse what a file without code cannot hold."""
-    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
-        return
-    if type(value) in (list, tuple):
-        for item in value:
-            _check_plain(item, where)
-        return
-    if type(value) is dict:
-        for key, item in value.items():
-            _check_plain(item, f"{where}[{key!r}]")
-        return
-    raise TypeError(
-        f"A world model file holds tensors, numbers and strings; {where} is a "
-        f"{type(value).__module__}.{type(value).__name__}."
-    )

@@ -41,9 +41,14 @@ class EnsembleLinear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.bias)
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """``[E, N, in]`` to ``[E, N, out]``."""
-        return torch.baddbmm(self.bias, value, self.weight)
+    def forward(
+        self, value: torch.Tensor, members: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[E, N, in]`` to ``[E, N, out]``; of some ``members``, ``[n]`` int64, alone if given."""
+        weight, bias = self.weight, self.bias
+        if members is not None:
+            weight, bias = weight[members], bias[members]
+        return torch.baddbmm(bias, value, weight)
 
     def extra_repr(self) -> str:
         return f"{self.members}, {self.in_features}, {self.out_features}"
@@ -100,12 +105,14 @@ class EnsembleMLP(nn.Module):
         out = self.members_apart(shared.expand(self.members, -1, -1))
         return out.reshape(self.members, *value.shape[:-1], out.shape[-1])
 
-    def members_apart(self, value: torch.Tensor) -> torch.Tensor:
-        """``[E, N, in]``, an input for each member, to ``[E, N, out]``."""
+    def members_apart(
+        self, value: torch.Tensor, members: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[E, N, in]``, inputs for each member, or each of ``members``, to ``[E, N, out]``."""
         *inner, last = self.layers
         for layer in inner:
-            value = self.activation(layer(value))
-        return last(value)
+            value = self.activation(layer(value, members))
+        return last(value, members)
 
 
 class GaussianEnsemble(nn.Module):
@@ -152,5 +159,14 @@ class GaussianEnsemble(nn.Module):
         Returns:
             Means and log-variances, ``[E, *B, D]`` each.
         """
-        loc, raw = self.network(value).chunk(2, -1)
+        return self._gaussians(self.network(value))
+
+    def members_apart(
+        self, value: torch.Tensor, members: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The Gaussians ``[E, N, D]`` of inputs ``[E, N, in]``, as of :class:`EnsembleMLP`."""
+        return self._gaussians(self.network.members_apart(value, members))
+
+    def _gaussians(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, raw = value.chunk(2, -1)
         return loc, self.bounds(raw)

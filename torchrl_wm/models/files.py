@@ -1,0 +1,99 @@
+"""Files of tensors and plain data: written as a whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def write_plain(content: Any, path: str | os.PathLike) -> None:
+    """Write tensors and plain data; an older file of that name stays whole if this fails."""
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # a name must not come before its content
+        os.chmod(partial, _mode(path))
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def read_plain(path: str | os.PathLike, what: str, writer: str) -> Any:
+    """Read what :func:`write_plain` wrote. Nothing in the file is executed.
+
+    Args:
+        path: the file.
+        what: what it should be, for errors.
+        writer: the call that writes such files, for errors.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no {what} {os.fspath(path)!r}.")
+    try:
+        # An open file, as torch reads what it is given by name by that name's ending.
+        with open(path, "rb") as file:
+            _check_sums(file)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no {what}, or a damaged one: it holds something "
+            f"else than tensors and plain data. Nothing of it was executed. Write such files with "
+            f"{writer}."
+        ) from err
+    except Exception as err:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no {what}, or a damaged one, as of a write that "
+            f"was cut off ({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''})."
+        ) from err
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Refuse what a file without code cannot hold."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return
+    if type(value) in (list, tuple):
+        for item in value:
+            check_plain(item, where)
+        return
+    if type(value) is dict:
+        for key, item in value.items():
+            check_plain(item, f"{where}[{key!r}]")
+        return
+    raise TypeError(
+        f"A world model file holds tensors, numbers and strings; {where} is a "
+        f"{type(value).__module__}.{type(value).__name__}."
+    )
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced, or of one newly made."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)  # there is no way to ask without setting it
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """Refuse bytes that are not those written: torch reads them without a look at the sums."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is another")
+    file.seek(0)
