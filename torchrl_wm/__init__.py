@@ -7,6 +7,8 @@ its subject belongs to (:mod:`torchrl_wm.modules`, :mod:`torchrl_wm.envs`,
 
 from __future__ import annotations
 
+import gymnasium
+
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.export import (
     GymWorldModelEnv,
@@ -28,3 +30,10 @@ __all__ = [
     "make_env",
     "make_world_model_env",
 ]
+
+# By name, so that it is imported where somebody makes one.
+gymnasium.register(
+    "torchrl_wm/ContinuousCartPole-v0",
+    "torchrl_wm.trainers.cartpole:ContinuousCartPoleEnv",
+    max_episode_steps=200,
+)

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from tensordict.nn import InteractionType, set_interaction_type
 from torch import nn
 
 from torchrl_wm.modules import (
     BoundedLogVar,
+    DrawnMember,
     EnsembleLinear,
     EnsembleMLP,
     GaussianEnsemble,
@@ -124,3 +126,27 @@ def test_the_log_variance_cannot_run_off_under_adversarial_targets(scale) -> Non
         assert log_var.isfinite().all()
         assert log_var.min() >= -20.01 and log_var.max() <= 10.01
     assert all(p.isfinite().all() for p in ensemble.parameters())
+
+
+@pytest.mark.parametrize("size", [(), (1,), (7,), (4, 5)])
+def test_rows_that_ask_one_member_each(size):
+    network = EnsembleMLP(3, 2, 1, hidden=(8,))
+    value = torch.randn(*size, 2)
+    out, everyone = network.drawn(value), network(value)
+    assert out.shape == (*size, 1)
+    assert torch.isclose(everyone, out, atol=1e-6).any(0).all()
+
+
+def test_members_that_are_drawn_have_equally_many_rows():
+    network = EnsembleMLP(3, 2, 1, hidden=())
+    value = torch.randn(300, 2)
+    chosen = torch.isclose(network(value), network.drawn(value), atol=1e-7)
+    assert chosen.flatten(1).sum(1).tolist() == [100, 100, 100]
+
+
+def test_a_mode_is_the_members_average():
+    network = DrawnMember(EnsembleMLP(3, 2, 1, hidden=(8,)))
+    value = torch.randn(5, 2)
+    with set_interaction_type(InteractionType.MODE):
+        torch.testing.assert_close(network(value), network.ensemble(value).mean(0))
+    assert not torch.equal(network(value), network(value))

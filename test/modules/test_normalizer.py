@@ -14,8 +14,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
 from torch import nn
 from torchrl.data import Unbounded
+from torchrl.envs import GymEnv
 
-from torchrl_wm import WorldModel, WorldModelLoss
+from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
+from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import (
     DenormalizedNetwork,
     Entry,
@@ -209,3 +211,12 @@ def test_it_compiles_to_one_graph() -> None:
     assert torch.equal(compiled(value), value)
     normalizer.fit(value)
     assert torch.allclose(compiled(value), normalizer(value))
+
+
+def test_making_an_env_is_no_use_and_does_not_warn(recwarn):
+    env = GymEnv("Pendulum-v1")
+    world_model, _ = make_ensemble_world_model(env, members=2, hidden=(8,))
+    imagined = WorldModelEnv(world_model, env)
+    assert not [w for w in recwarn if "normaliser" in str(w.message)]
+    with pytest.warns(UserWarning, match="before it is fitted"):
+        imagined.rollout(2, tensordict=env.reset())

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.modules.normalizer import without_warnings
 
 
 @contextmanager
@@ -23,5 +24,6 @@ def undisturbed(model: nn.Module, device: torch.device | None) -> Iterator[None]
     lazy = any(is_lazy(parameter) for parameter in model.parameters())
     cuda = [device] if device is not None and device.type == "cuda" else []
     forked = torch.random.fork_rng(devices=cuda, enabled=not lazy)
-    with torch.no_grad(), forked, evaluation_mode(model):
+    quiet = without_warnings(model)
+    with torch.no_grad(), forked, evaluation_mode(model), quiet:
         yield

@@ -11,13 +11,14 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP
 
 from torchrl_wm.models.building import activation, build, register, Same
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import (
     BoundedLogVar,
+    DrawnMember,
     EnsembleDynamics,
+    EnsembleMLP,
     Entry,
     FunctionHead,
     GaussianEnsemble,
@@ -52,6 +53,8 @@ class EnsembleConfig:
         termination: ``"learned"``, by a head on the next observation; or
             ``"none"``: episodes end by time alone.
         termination_hidden: the sizes of that head's hidden layers.
+        termination_members: how many networks the head has, of which each row asks one,
+            drawn anew: what they do not agree on ends some of the imagined episodes.
         termination_threshold: the probability from which on an episode ends.
         sample_termination: draw terminations instead.
         reward_function: ``f(observation, action, next_observation)``, the reward
@@ -72,6 +75,7 @@ class EnsembleConfig:
     log_var_high: float = 0.5
     termination: Literal["learned", "none"] = "learned"
     termination_hidden: tuple[int, ...] = (200, 200)
+    termination_members: int = 1
     termination_threshold: float = 0.5
     sample_termination: bool = False
     reward_function: Callable[..., torch.Tensor] | None = None
@@ -201,11 +205,14 @@ def _done_head(specs: EnvSpecs, config: EnsembleConfig) -> TensorDictModule | No
         )
     if config.termination == "none":
         return None
-    network = MLP(
-        specs.vector_size,
-        specs.done.size,
-        num_cells=list(config.termination_hidden),
-        activation_class=activation(config.activation),
+    network = DrawnMember(
+        EnsembleMLP(
+            config.termination_members,
+            specs.vector_size,
+            specs.done.size,
+            hidden=config.termination_hidden,
+            activation=activation(config.activation),
+        )
     )
     return TerminationHead(
         NormalizedNetwork(specs.vectors, network, normalize=config.normalize),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torchrl_wm.modules.ensemble import EnsembleLinear, EnsembleMLP, GaussianEnsemble
+from torchrl_wm.modules.ensemble import (
+    DrawnMember,
+    EnsembleLinear,
+    EnsembleMLP,
+    GaussianEnsemble,
+)
 from torchrl_wm.modules.ensemble_dynamics import (
     EnsembleDynamics,
     SampleMember,
@@ -37,6 +42,7 @@ __all__ = [
     "ContinuationModel",
     "ContinueHead",
     "DenormalizedNetwork",
+    "DrawnMember",
     "EnsembleDynamics",
     "EnsembleLinear",
     "EnsembleMLP",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchrl_wm.modules.gaussian import BoundedLogVar
+from torchrl_wm.modules.modes import draws
 
 
 class EnsembleLinear(nn.Module):
@@ -114,6 +115,58 @@ class EnsembleMLP(nn.Module):
             value = self.activation(layer(value, members))
         return last(value, members)
 
+    def drawn(
+        self, value: torch.Tensor, members: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Each row through one member alone, drawn anew: ``[*B, in]`` to ``[*B, out]``.
+
+        The members share the rows equally, so this is ``E`` times less work than
+        :meth:`forward`.
+
+        Args:
+            value: the rows.
+            members: which members to draw from, ``[n]`` int64; all by default.
+        """
+        rows = value.reshape(-1, self.in_features)
+        tables = self.members if members is None else len(members)
+        share = -(-len(rows) // tables)
+        # Rows sit down at random at one table for each member, all equally large.
+        seats = torch.rand(tables * share, device=rows.device).argsort()[: len(rows)]
+        seated = rows.new_zeros(tables * share, self.in_features)
+        seated = seated.index_copy(0, seats, rows).reshape(tables, share, -1)
+        out = self.members_apart(seated, members).flatten(0, 1)[seats]
+        return out.reshape(*value.shape[:-1], out.shape[-1])
+
+
+class DrawnMember(nn.Module):
+    """An ensemble of which each row asks one member, drawn anew each time.
+
+    Takes the place of a single network, in a head say. Trained so, the members see
+    different rows and come to differ where there is no data; asked so, what they do not
+    agree on is uncertain. Where ``set_interaction_type`` asks for anything but ``"random"``,
+    it gives the members' average.
+
+    Args:
+        ensemble: the members.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules import DrawnMember, EnsembleMLP
+        >>> network = DrawnMember(EnsembleMLP(5, 3, 1, hidden=(16,)))
+        >>> network(torch.randn(4, 7, 3)).shape
+        torch.Size([4, 7, 1])
+    """
+
+    def __init__(self, ensemble: EnsembleMLP) -> None:
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """``[*B, in]`` to ``[*B, out]``."""
+        if draws():
+            return self.ensemble.drawn(value)
+        return self.ensemble(value).mean(0)
+
 
 class GaussianEnsemble(nn.Module):
     """``E`` networks that each predict a Gaussian: PETS's probabilistic ensemble (arXiv 1805.12114).
@@ -161,11 +214,11 @@ class GaussianEnsemble(nn.Module):
         """
         return self._gaussians(self.network(value))
 
-    def members_apart(
+    def drawn(
         self, value: torch.Tensor, members: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The Gaussians ``[E, N, D]`` of inputs ``[E, N, in]``, as of :class:`EnsembleMLP`."""
-        return self._gaussians(self.network.members_apart(value, members))
+        """The Gaussians ``[*B, D]`` of one member for each row, as of :meth:`EnsembleMLP.drawn`."""
+        return self._gaussians(self.network.drawn(value, members))
 
     def _gaussians(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loc, raw = value.chunk(2, -1)

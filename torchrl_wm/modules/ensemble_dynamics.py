@@ -356,21 +356,10 @@ class _Propagate(nn.Module):
     def _by_own_member(self, joined: torch.Tensor) -> torch.Tensor:
         """A target ``[*B, D]``, each row from a member drawn anew, which alone is asked."""
         step = self.step
-        rows = joined.reshape(-1, joined.shape[-1])
-        rows = rows if step.inputs is None else step.inputs(rows)
-        members = len(step.elites)
-        share = -(-len(rows) // members)
-        # Rows sit down at random at one table for each member, all equally large.
-        seats = torch.rand(members * share, device=rows.device).argsort()[: len(rows)]
-        seated = rows.new_zeros(members * share, rows.shape[-1])
-        seated = seated.index_copy(0, seats, rows).reshape(members, share, -1)
-        everyone = members == step.ensemble.members
-        loc, log_var = step.ensemble.members_apart(
-            seated, None if everyone else step.elites
-        )
-        drawn = loc + (log_var / 2).exp() * torch.randn_like(loc)
-        drawn = drawn.flatten(0, 1)[seats]
-        return drawn.reshape(*joined.shape[:-1], drawn.shape[-1])
+        given = joined if step.inputs is None else step.inputs(joined)
+        everyone = len(step.elites) == step.ensemble.members
+        loc, log_var = step.ensemble.drawn(given, None if everyone else step.elites)
+        return loc + (log_var / 2).exp() * torch.randn_like(loc)
 
     def _choose(
         self,

@@ -7,13 +7,13 @@ from math import log, prod
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import InteractionType, TensorDictModule
-from tensordict.nn.probabilistic import interaction_type
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from torchrl_wm.modules.entries import Entry
 from torchrl_wm.modules.gaussian import BoundedLogVar
 from torchrl_wm.modules.keys import as_tuple, join, sibling
+from torchrl_wm.modules.modes import draws
 
 
 class TerminationHead(TensorDictModule):
@@ -135,7 +135,7 @@ class _Ending(_OnNetwork):
         logits = _shaped(self.network(*inputs), self.shape)
         ending = -logits if self.goes_on else logits
         going_on = torch.sigmoid(-ending)
-        if self.sample and _draws():
+        if self.sample and draws():
             terminated = torch.rand_like(going_on) >= going_on
         else:
             terminated = ending > self.limit
@@ -224,7 +224,7 @@ class _Gaussian(_OnNetwork):
         loc, raw = out.chunk(2, -1)
         log_var = self.log_var(raw)
         value = loc.clone()
-        if self.sample and _draws():
+        if self.sample and draws():
             value = loc + (log_var / 2).exp() * torch.randn_like(loc)
         return tuple(_shaped(part, self.shape) for part in (value, loc, log_var))
 
@@ -337,11 +337,6 @@ class _Function(nn.Module):
                 f"{name} must give {out.key!r} as {out.dtype}, and gave {value.dtype}."
             )
         return value.to(out.dtype)
-
-
-def _draws() -> bool:
-    """Whether to sample: not where a mode, a mean or a median is asked for."""
-    return interaction_type() in (None, InteractionType.RANDOM)
 
 
 def _shaped(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

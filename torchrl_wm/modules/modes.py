@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tensordict.nn import InteractionType
+from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
 
@@ -18,3 +20,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def draws() -> bool:
+    """Whether to sample: not where a mode, a mean or a median is asked for."""
+    return interaction_type() in (None, InteractionType.RANDOM)

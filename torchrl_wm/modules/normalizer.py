@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,6 +122,20 @@ class Normalizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.features}, fitted={self._is_fitted}"
+
+
+@contextmanager
+def without_warnings(model: nn.Module) -> Iterator[None]:
+    """No warnings of unfitted normalisers: the model is looked at, not used."""
+    normalizers = [m for m in model.modules() if isinstance(m, Normalizer)]
+    before = [normalizer._has_warned for normalizer in normalizers]
+    try:
+        for normalizer in normalizers:
+            normalizer._has_warned = True
+        yield
+    finally:
+        for normalizer, has_warned in zip(normalizers, before):
+            normalizer._has_warned = has_warned
 
 
 class NormalizedNetwork(nn.Module):

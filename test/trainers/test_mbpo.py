@@ -1,0 +1,122 @@
+"""MBPOTrainer: what a run does and refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _real_envs import make_reacher, Unbounded
+
+from torchrl_wm.trainers import MBPOConfig, MBPOTrainer
+
+SMALL = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 15,
+    "random_steps": 20,
+    "steps": 60,
+    "members": 3,
+    "elites": 2,
+    "hidden": (16,),
+    "model_interval": 10,
+    "model_steps": 4,
+    "model_batch_size": 16,
+    "rollouts": 20,
+    "updates_per_step": 2,
+    "batch_size": 16,
+    "policy_hidden": (16,),
+    "evaluation_interval": 30,
+    "evaluation_episodes": 2,
+}
+
+
+def trained(**settings) -> MBPOTrainer:
+    trainer = MBPOTrainer(**{**SMALL, **settings})
+    trainer.train()
+    return trainer
+
+
+def test_a_run() -> None:
+    trainer = trained(termination="none")
+    episodes = [row for row in trainer.metrics if "return" in row]
+    assert [row["step"] for row in episodes] == [15, 30, 45, 60]
+    evaluations = [row for row in trainer.metrics if "evaluation_return" in row]
+    assert [row["step"] for row in evaluations] == [30, 60]
+    assert len(trainer.real) == 60
+    assert trainer.imagine.imagined_frames == 5 * 20  # at 20, 30, 40, 50 and 60
+    assert len(trainer.imagined) == 2 * 20  # the last two rounds
+    assert {"loss_nll", "loss_actor", "loss_qvalue"} <= set(episodes[-1])
+
+
+def test_the_return_is_the_envs_own() -> None:
+    trainer = trained()
+    rewards = trainer.real[:]["next", "reward"].reshape(4, 15)
+    returns = [row["return"] for row in trainer.metrics if "return" in row]
+    torch.testing.assert_close(rewards.sum(1), torch.tensor(returns))
+
+
+def test_horizons_follow_their_schedule() -> None:
+    config = MBPOConfig(horizon_schedule=(20, 60, 1, 5))
+    assert [config.horizon(step) for step in (0, 20, 40, 60, 99)] == [1, 1, 3, 5, 5]
+    trainer = trained(horizon_schedule=(20, 60, 1, 3), termination="none")
+    lengths = [trainer.config.horizon(step) for step in (20, 30, 40, 50, 60)]
+    assert trainer.imagine.imagined_frames == 20 * sum(lengths) == 20 * 10
+
+
+def test_batches_mix_real_and_imagined_transitions() -> None:
+    trainer = trained(real_share=0.25)
+    trainer.draw_batches(None)
+    batch = trainer.next_batch(None)
+    assert batch.batch_size == (16,)
+    real = trainer.real[:]["observation"]
+    is_next_real = torch.tensor(
+        [
+            bool((real == row).all(-1).any())
+            and any(
+                torch.equal(after, following)
+                for after, following in zip(
+                    trainer.real[:]["next", "observation"][(real == row).all(-1)],
+                    row_next.expand(99, 3),
+                )
+            )
+            for row, row_next in zip(batch["observation"], batch["next", "observation"])
+        ]
+    )
+    assert is_next_real.sum() == 4
+
+
+def test_without_imagination_it_is_sac() -> None:
+    trainer = trained(real_share=1.0)
+    assert not len(trainer.imagined) and not trainer.learner.steps
+    assert all("loss_nll" not in row for row in trainer.metrics)
+
+
+def test_policies_stay_within_the_bounds() -> None:
+    trainer = trained()
+    actions = trainer.real[:]["action"]
+    assert actions.abs().max() <= 2 and actions.abs().max() > 1
+
+
+def test_dictionaries_of_observations_and_terminations() -> None:
+    trainer = trained(env=make_reacher, max_episode_steps=30)
+    assert {"place", "speed"} <= set(trainer.real[:].keys())
+    assert np.isfinite(trainer.metrics[-1]["return"])
+
+
+def test_the_seed_decides_everything() -> None:
+    first, second, other = trained(), trained(), trained(seed=1)
+    assert (first.real[:] == second.real[:]).all()
+    assert not (first.real[:] == other.real[:]).all()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"env": "CartPole-v1"}, "(?s)continuous, bounded actions.*PETSTrainer"),
+        ({"env": Unbounded}, "no finite bounds|continuous, bounded"),
+        ({"real_share": 0.0}, "real_share"),
+        ({"horizon_schedule": (0, 1, 0, 1)}, "horizon_schedule"),
+    ],
+)
+def test_bad_settings(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        MBPOTrainer(**{**SMALL, **settings})

@@ -1,0 +1,142 @@
+"""PETSTrainer: what a run does, leaves behind and refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _real_envs import make_reacher, Unbounded
+from torchrl.envs import GymEnv, SerialEnv
+
+from torchrl_wm.trainers import PETSConfig, PETSTrainer
+
+SMALL = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 12,
+    "random_steps": 20,
+    "trials": 4,
+    "model_steps": 6,
+    "model_batch_size": 16,
+    "members": 3,
+    "hidden": (16,),
+    "planning_horizon": 4,
+    "optim_steps": 2,
+    "num_candidates": 12,
+    "top_k": 4,
+    "num_particles": 2,
+}
+
+
+def trained(**settings) -> PETSTrainer:
+    trainer = PETSTrainer(**{**SMALL, **settings})
+    trainer.train()
+    return trainer
+
+
+def test_a_run_goes_from_random_steps_to_planned_trials() -> None:
+    trainer = trained()
+    assert [row["step"] for row in trainer.metrics] == [12, 24, 36, 48]
+    assert ["loss_nll" in row for row in trainer.metrics] == [False, True, True, True]
+    assert len(trainer.data) == 48
+    assert all(np.isfinite(row["return"]) for row in trainer.metrics)
+
+
+def test_the_return_is_the_envs_own() -> None:
+    trainer = trained()
+    rewards = trainer.data[:]["next", "reward"].reshape(4, 12)
+    returns = torch.tensor([row["return"] for row in trainer.metrics])
+    torch.testing.assert_close(rewards.sum(1), returns)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        make_reacher,
+        lambda: GymEnv("Pendulum-v1"),
+        "_real_envs:make_reacher",
+        "CartPole-v1",
+        "torchrl_wm/ContinuousCartPole-v0",
+    ],
+    ids=["gymnasium", "torchrl", "module", "discrete", "ours"],
+)
+def test_envs(env) -> None:
+    trainer = trained(env=env, trials=3, random_steps=10)
+    assert len(trainer.metrics) == 3
+
+
+@pytest.mark.parametrize("planner", ["icem", "cem"])
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "expectation", "mean"])
+def test_planners_and_propagations(planner, propagation) -> None:
+    trainer = trained(planner=planner, propagation=propagation, trials=3)
+    assert len(trainer.metrics) == 3
+
+
+def test_known_functions_are_used_in_place_of_heads() -> None:
+    trainer = trained(env="CartPole-v1", reward="cartpole", termination="cartpole")
+    model = trainer.world_model
+    assert not list(model.reward_head.parameters())
+    assert not list(model.done_head.parameters())
+    assert trained(termination="none").world_model.done_head is None
+
+
+def test_functions_of_ones_own() -> None:
+    def reward(observation, action, next_observation):
+        return -next_observation[..., 2].abs()
+
+    trainer = trained(reward_function=reward, trials=2)
+    imagined = trainer.imagined_env.imagine(
+        3, tensordict=trainer.data[:5].exclude("next")
+    )
+    torch.testing.assert_close(
+        imagined["next", "reward"][..., 0],
+        -imagined["next", "observation"][..., 2].abs(),
+    )
+
+
+def test_the_seed_decides_everything() -> None:
+    first, second, other = trained(), trained(), trained(seed=1)
+    assert (first.data[:] == second.data[:]).all()
+    assert not (first.data[:] == other.data[:]).all()
+
+
+def test_evaluation_begins_the_same_each_time_and_changes_nothing() -> None:
+    trainer = trained(trials=2)
+    state = torch.get_rng_state()
+    first, second = trainer.evaluate(2), trainer.evaluate(2)
+    assert torch.equal(state, torch.get_rng_state())
+    for one, two in zip(first, second):
+        assert torch.equal(one["observation"], two["observation"])
+    assert not torch.equal(first[0]["observation"][0], first[1]["observation"][0])
+    assert (first[0]["observation"][0] != trainer.data[:]["observation"][0]).any()
+
+
+def test_batched_envs_are_refused() -> None:
+    with pytest.raises(ValueError, match="one env at a time"):
+        PETSTrainer(**{**SMALL, "env": SerialEnv(2, lambda: GymEnv("Pendulum-v1"))})
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"env": "Foo-v1"}, "There is no env 'Foo-v1'"),
+        ({"env": "no_such_module:make"}, "There is no 'no_such_module:make'"),
+        ({"env": 3}, "got int"),
+        ({"env": Unbounded}, "action_range|bounds"),
+        ({"planner": "mppi"}, "Unknown planner 'mppi'"),
+        ({"reward": "pendelum"}, "Unknown reward 'pendelum'"),
+        ({"termination": "sometimes"}, "Unknown termination 'sometimes'"),
+        ({"max_episode_steps": 0}, "max_episode_steps"),
+        ({"trails": 3}, "Did you mean 'trials'"),
+    ],
+)
+def test_bad_settings(settings, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        PETSTrainer(**{**SMALL, **settings})
+
+
+def test_the_config_of_another_recipe() -> None:
+    from torchrl_wm.trainers import MBPOConfig
+
+    with pytest.raises(TypeError, match="PETSConfig"):
+        PETSTrainer(MBPOConfig())
+    assert PETSTrainer(PETSConfig(**SMALL), trials=2).config.trials == 2

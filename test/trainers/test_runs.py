@@ -1,0 +1,282 @@
+"""Runs in folders: what they leave behind, and how they go on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+
+import gymnasium
+import pytest
+import torch
+from _real_envs import make_reacher, Reacher1D
+from torchrl.data import ReplayBuffer
+
+from torchrl_wm.models import files
+from torchrl_wm.trainers import MBPOTrainer, NonFiniteLossError, PETSTrainer, RunFolder
+
+PETS = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 12,
+    "random_steps": 20,
+    "trials": 5,
+    "model_steps": 6,
+    "model_batch_size": 16,
+    "members": 3,
+    "hidden": (16,),
+    "planning_horizon": 4,
+    "optim_steps": 2,
+    "num_candidates": 12,
+    "top_k": 4,
+    "num_particles": 2,
+}
+MBPO = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 15,
+    "random_steps": 20,
+    "steps": 75,
+    "members": 3,
+    "elites": 2,
+    "hidden": (16,),
+    "model_interval": 10,
+    "model_steps": 4,
+    "model_batch_size": 16,
+    "rollouts": 20,
+    "updates_per_step": 2,
+    "batch_size": 16,
+    "policy_hidden": (16,),
+    "evaluation_interval": 25,
+    "evaluation_episodes": 1,
+}
+RECIPES = pytest.mark.parametrize(
+    "kind, settings", [(PETSTrainer, PETS), (MBPOTrainer, MBPO)], ids=["pets", "mbpo"]
+)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Trap:
+    """Makes a folder where somebody unpickles it."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def interrupt(trainer, after: int) -> None:
+    """Have the run stop as by Ctrl-C, in the midst of the episode that follows."""
+    acting, steps = trainer.acting.forward, []
+
+    def forward(tensordict):
+        steps.append(1)
+        if len(steps) > after:
+            raise Interrupted
+        return acting(tensordict)
+
+    trainer.acting.forward = forward
+    with pytest.raises(Interrupted):
+        trainer.train()
+
+
+def transitions(trainer) -> ReplayBuffer:
+    return (trainer.data if isinstance(trainer, PETSTrainer) else trainer.real)[:]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@RECIPES
+@pytest.mark.parametrize("after", [31, 57])
+def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(
+    kind, settings, after, tmp_path
+) -> None:
+    whole = kind(**settings)
+    whole.train()
+    interrupt(kind.start(tmp_path / "run", **settings), after)
+    torch.manual_seed(99)  # another process has other random states
+    again = kind.resume(tmp_path / "run")
+    assert 0 < again.collected_frames < whole.collected_frames
+    again.train()
+    assert (transitions(again) == transitions(whole)).all()
+    for mine, theirs in zip(again.policy.parameters(), whole.policy.parameters()):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(
+        again.world_model.state_dict().values(), whole.world_model.state_dict().values()
+    ):
+        assert torch.equal(mine, theirs)
+    assert without_times(again.metrics) == without_times(whole.metrics)
+    kept = RunFolder.open(tmp_path / "run").metrics()
+    assert without_times(kept) == without_times(whole.metrics)
+
+
+@RECIPES
+def test_checkpoints_at_intervals(kind, settings, tmp_path) -> None:
+    interrupt(
+        kind.start(tmp_path / "run", **settings, checkpoint_interval=2), 12 * 3 + 5
+    )
+    again = kind.resume(tmp_path / "run")
+    assert again.episodes == 2
+
+
+def test_what_a_run_leaves_behind(tmp_path) -> None:
+    trainer = PETSTrainer.start(tmp_path / "run", **PETS)
+    trainer.train()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["algorithm"] == "pets"
+    assert config["config"]["trials"] == 5 and config["config"]["noise_beta"] == 2.0
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [12, 24, 36, 48, 60]
+    assert rows[0]["loss_nll"] == "" and float(rows[-1]["loss_nll"]) != 0
+    saved = RunFolder.open(tmp_path / "run").saved()
+    assert [path.name for path in saved] == [
+        "checkpoint_000000048.pt",
+        "checkpoint_000000060.pt",
+    ]
+    for path in saved:
+        torch.load(path, weights_only=True)
+
+
+def test_a_run_that_is_over_stays_over(tmp_path) -> None:
+    PETSTrainer.start(tmp_path / "run", **PETS).train()
+    again = PETSTrainer.resume(tmp_path / "run")
+    again.train()
+    assert len(again.metrics) == 5
+    assert len(again.evaluate(1)[0]) == 12
+
+
+def test_functions_and_envs_of_ones_own_are_given_again(tmp_path) -> None:
+    def reward(observation, action, next_observation):
+        return -next_observation["place"][..., 0].abs()
+
+    own = {"env": make_reacher, "reward_function": reward}
+    trainer = PETSTrainer.start(tmp_path / "run", **{**PETS, **own})
+    trainer.train()
+    again = PETSTrainer.resume(tmp_path / "run", **own)
+    assert (again.data[:] == trainer.data[:]).all()
+
+
+# What goes wrong -----------------------------------------------------------
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(FileExistsError, match="--resume"):
+        PETSTrainer.start(tmp_path, **PETS)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_an_env_that_does_not_exist_leaves_no_folder(tmp_path) -> None:
+    with pytest.raises(ValueError, match="There is no env"):
+        PETSTrainer.start(tmp_path / "run", **{**PETS, "env": "Foo-v1"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_no_runs(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+        PETSTrainer.resume(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        PETSTrainer.resume(tmp_path)
+
+
+def test_runs_of_another_recipe_and_without_checkpoints(tmp_path) -> None:
+    PETSTrainer.start(tmp_path / "run", **PETS)
+    with pytest.raises(ValueError, match="'pets', and this is 'mbpo'"):
+        MBPOTrainer.resume(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        PETSTrainer.resume(tmp_path / "run")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    PETSTrainer.start(tmp_path / "run", **PETS).train()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("keep", [0, 100, 3000])
+def test_a_checkpoint_that_was_cut_off(finished, keep) -> None:
+    before, last = RunFolder.open(finished).saved()
+    last.write_bytes(last.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"damaged.*{before.name}"):
+        PETSTrainer.resume(finished)
+    last.unlink()
+    assert PETSTrainer.resume(finished).episodes == 4
+
+
+def test_a_foreign_checkpoint_runs_no_code(finished, tmp_path) -> None:
+    last = RunFolder.open(finished).saved()[-1]
+    torch.save({"format": "torchrl_wm.run", "x": Trap(tmp_path / "hacked")}, last)
+    with pytest.raises(ValueError, match="Nothing of it was executed"):
+        PETSTrainer.resume(finished)
+    assert not (tmp_path / "hacked").exists()
+    torch.save({"weights": torch.zeros(3)}, last)
+    with pytest.raises(ValueError, match="no checkpoint of a run"):
+        PETSTrainer.resume(finished)
+    files.write_plain({"format": "torchrl_wm.run", "version": 99}, last)
+    with pytest.raises(ValueError, match="Update torchrl_wm"):
+        PETSTrainer.resume(finished)
+
+
+def test_a_checkpoint_that_does_not_fit(finished) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    config["config"]["hidden"] = [32]
+    (finished / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not fit the run's config"):
+        PETSTrainer.resume(finished)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
+    trainer = PETSTrainer.start(tmp_path / "run", **PETS)
+    write, written = torch.save, []
+
+    def full(content, file, **kwargs):
+        written.append(1)
+        if len(written) > 2:
+            file.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        return write(content, file, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left.*checkpoint_000000024.*--resume"):
+        trainer.train()
+    monkeypatch.undo()
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["checkpoint_000000012.pt", "checkpoint_000000024.pt"]
+    again = PETSTrainer.resume(tmp_path / "run")
+    again.train()
+    assert [row["step"] for row in again.metrics] == [12, 24, 36, 48, 60]
+
+
+class Poisoned(Reacher1D):
+    """Its rewards become infinite after a while."""
+
+    total = 0
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        type(self).total += 1
+        return observation, float("inf") if self.total > 40 else reward, *rest
+
+
+@RECIPES
+def test_losses_that_are_not_finite(kind, settings, tmp_path) -> None:
+    Poisoned.total = 0
+    settings = {**settings, "env": lambda: gymnasium.wrappers.TimeLimit(Poisoned(), 12)}
+    if kind is MBPOTrainer:
+        settings["real_share"] = 1.0  # its normalisers would refuse them before
+    else:
+        settings["reward_function"] = lambda o, a, n: n["place"][..., 0]
+        settings["model_learning_rate"] = 1e30
+    trainer = kind.start(tmp_path / "run", **settings)
+    with pytest.raises(NonFiniteLossError, match="(?s)gradient step.*bad_batch.pt"):
+        trainer.train()
+    batch = torch.load(tmp_path / "run" / "bad_batch.pt", weights_only=True)
+    assert "action" in batch
+    assert RunFolder.open(tmp_path / "run").saved()
+    assert os.path.getsize(tmp_path / "run" / "metrics.csv")

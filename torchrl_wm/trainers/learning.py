@@ -1,0 +1,186 @@
+"""Fit a world model to recorded transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer
+
+from torchrl_wm.modules import EnsembleDynamics, fit_normalizers, WorldModel
+from torchrl_wm.objectives import WorldModelLoss
+
+#: How many batches to draw from a buffer at once: to draw one by one takes longer than a step.
+_DRAWN_AT_ONCE = 64
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became NaN or infinite.
+
+    Attributes:
+        batch: what it was computed from.
+    """
+
+    def __init__(self, message: str, batch: TensorDictBase) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+class ModelLearner:
+    """Trains a world model by its loss, again and again as transitions come in.
+
+    The optimiser goes on from round to round; normalisers are fitted anew in each, and, of
+    an ensemble with fewer elites than members, the elites are chosen by the error on
+    transitions held out of the round (MBPO, arXiv 1906.08253).
+
+    Args:
+        world_model: the model.
+        loss: what trains it.
+
+    Keyword Args:
+        learning_rate, weight_decay: of AdamW.
+        batch_size: the transitions in a batch.
+        held_out: the share of transitions to choose elites by. Not used by models that
+            have no elites to choose.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.models import make_ensemble_world_model
+        >>> from torchrl_wm.trainers import ModelLearner
+        >>> env = GymEnv("Pendulum-v1")
+        >>> world_model, loss = make_ensemble_world_model(env, members=3, hidden=(32,))
+        >>> learner = ModelLearner(world_model, loss, batch_size=32)
+        >>> sorted(learner.fit(env.rollout(100), steps=20))
+        ['loss_done', 'loss_nll']
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        loss: WorldModelLoss,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-5,
+        batch_size: int = 256,
+        held_out: float = 0.1,
+    ) -> None:
+        if batch_size < 1 or not 0 <= held_out < 1:
+            raise ValueError(
+                f"batch_size must be at least 1 and held_out a share below 1, got {batch_size} "
+                f"and {held_out}."
+            )
+        self.world_model, self.loss = world_model, loss
+        self.batch_size, self.held_out = batch_size, held_out
+        parameters = list(loss.parameters())
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            fused=all(parameter.is_floating_point() for parameter in parameters),
+        )
+        #: The gradient steps so far.
+        self.steps = 0
+
+    def fit(
+        self,
+        data: TensorDictBase | ReplayBuffer,
+        steps: int,
+        on_step: Callable[[int], Any] | None = None,
+    ) -> dict[str, float]:
+        """Make gradient steps on transitions.
+
+        Args:
+            data: transitions ``[N]``, or a replay buffer of them.
+            steps: how many.
+            on_step: called with the number of each step, for progress bars.
+
+        Returns:
+            The mean of each loss over the last tenth of the steps.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite. The parameters are those before
+                that step.
+        """
+        rows = data[:] if isinstance(data, ReplayBuffer) else data.reshape(-1)
+        if not len(rows):
+            raise ValueError("There are no transitions to train on.")
+        train, held_out = self._divided(rows)
+        fit_normalizers(self.world_model, train)
+        tail, sums = max(1, steps // 10), {}
+        for step, batch in enumerate(self._batches(train, steps)):
+            losses = self.loss(batch).select(*self.loss.out_keys)
+            total = losses.sum(reduce=True)
+            check_losses(losses, total, batch, "The world model", self.steps)
+            self.optimizer.zero_grad()
+            total.backward()
+            self.optimizer.step()
+            self.steps += 1
+            if step >= steps - tail:
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / tail
+            if on_step is not None:
+                on_step(step)
+        if held_out is not None:
+            self.world_model.dynamics.choose_elites(held_out)
+        return sums
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model, the optimiser and the count."""
+        return {
+            "world_model": self.world_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.world_model.load_state_dict(state_dict["world_model"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.steps = state_dict["steps"]
+
+    def _divided(
+        self, rows: TensorDictBase
+    ) -> tuple[TensorDictBase, TensorDictBase | None]:
+        """What to train on, and what to choose elites by."""
+        dynamics = self.world_model.dynamics
+        number = int(self.held_out * len(rows))
+        if (
+            not isinstance(dynamics, EnsembleDynamics)
+            or len(dynamics.elites) == dynamics.ensemble.members
+            or not number
+        ):
+            return rows, None
+        order = torch.randperm(len(rows))
+        return rows[order[number:]], rows[order[:number]]
+
+    def _batches(self, rows: TensorDictBase, number: int) -> Iterator[TensorDictBase]:
+        while number > 0:
+            drawn = min(number, _DRAWN_AT_ONCE)
+            index = torch.randint(len(rows), (drawn, self.batch_size))
+            yield from rows[index].unbind(0)
+            number -= drawn
+
+
+def check_losses(
+    losses: TensorDictBase,
+    total: torch.Tensor,
+    batch: TensorDictBase,
+    who: str,
+    step: int,
+) -> None:
+    """Refuse losses that are NaN or infinite.
+
+    Raises:
+        NonFiniteLossError: if one is.
+    """
+    if total.isfinite():
+        return
+    values = {name: value.item() for name, value in losses.items()}
+    raise NonFiniteLossError(
+        f"{who}'s loss is not finite at gradient step {step}: {values}. Look at the batch for "
+        f"NaN or very large values (rewards, observations without bounds); then lower the "
+        f"learning rate, or clip or rescale what is extreme.",
+        batch,
+    )

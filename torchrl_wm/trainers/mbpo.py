@@ -1,0 +1,374 @@
+"""MBPO: model-based policy optimisation (arXiv 1906.08253)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.envs import EnvBase
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.trainers import OptimizationStepper, TargetNetUpdaterHook, Trainer
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules import with_propagation
+from torchrl_wm.modules.keys import join
+from torchrl_wm.trainers.evaluation import episode_return
+from torchrl_wm.trainers.functions import Function
+from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
+from torchrl_wm.trainers.learning import check_losses, ModelLearner
+from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.recipe import (
+    BufferPart,
+    check_source,
+    make_buffer,
+    make_model,
+    RecipeConfig,
+    RecipeTrainer,
+    transition_keys,
+)
+from torchrl_wm.trainers.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class MBPOConfig(RecipeConfig):
+    """The settings of :class:`MBPOTrainer`.
+
+    Args:
+        steps: real steps in all; the episode in which they are reached is finished.
+        model_interval: real steps from one training of the model to the next.
+        model_steps: gradient steps of each training.
+        rollouts: imagined rollouts after each training, branched off real states.
+        horizon_schedule: ``(first_step, last_step, first, last)``: the length of imagined
+            rollouts goes from ``first`` to ``last`` between these real steps.
+        retained_rounds: for how many rounds imagined transitions are kept.
+        real_share: the share of real transitions in a batch of the policy. With 1 there is
+            no model: this is SAC.
+        updates_per_step: updates of the policy for each real step.
+        batch_size: transitions in a batch of the policy.
+        learning_rate: of policy, values and temperature.
+        policy_hidden: the sizes of the hidden layers of policy and values.
+        gamma: the discount per step.
+        tau: the share of the values that goes to their targets in an update.
+        evaluation_interval: real steps from one evaluation to the next; 0 for none.
+        evaluation_episodes: episodes of an evaluation.
+    """
+
+    env: str = "InvertedPendulum-v5"
+    random_steps: int = 500
+    steps: int = 3000
+    members: int = 7
+    elites: int | None = 5
+    model_interval: int = 250
+    model_steps: int = 1000
+    rollouts: int = 10_000
+    horizon_schedule: tuple[int, int, int, int] = (0, 0, 1, 1)
+    retained_rounds: int = 2
+    real_share: float = 0.1
+    updates_per_step: int = 10
+    batch_size: int = 256
+    learning_rate: float = 3e-4
+    policy_hidden: tuple[int, ...] = (128, 128)
+    gamma: float = 0.99
+    tau: float = 0.005
+    evaluation_interval: int = 250
+    evaluation_episodes: int = 5
+
+    def horizon(self, step: int) -> int:
+        """The length of imagined rollouts at a real step."""
+        begin, end, first, last = self.horizon_schedule
+        share = 1.0 if end <= begin else (step - begin) / (end - begin)
+        return round(first + min(max(share, 0.0), 1.0) * (last - first))
+
+
+class MBPOTrainer(RecipeTrainer):
+    """Learns a policy by SAC on short rollouts of a learned model (MBPO, Algorithm 2).
+
+    Args:
+        config: the settings; :class:`MBPOConfig`'s defaults if None.
+
+    Keyword Args:
+        env: the real env, where ``config.env`` is not enough: an object, or a function
+            that makes one (see :func:`~torchrl_wm.trainers.make_real_env`).
+        run: the folder of the run; :meth:`start` makes one.
+        reward_function, termination_function: known functions
+            ``f(observation, action, next_observation)``, in place of the config's.
+        progress: show a progress bar.
+        settings: of the config, by name.
+
+    Attributes:
+        world_model: the ensemble.
+        imagined_env: where the rollouts branch.
+        policy: the actor.
+        metrics: a row for each episode and each evaluation.
+
+    Raises:
+        ValueError: if the actions are not continuous and bounded, or the observations are
+            not vectors.
+
+    Examples:
+        >>> from torchrl_wm.trainers import MBPOTrainer
+        >>> trainer = MBPOTrainer(
+        ...     env="Pendulum-v1", max_episode_steps=20, random_steps=20, steps=40,
+        ...     model_interval=20, model_steps=5, rollouts=30, updates_per_step=1,
+        ...     evaluation_interval=0,
+        ... )
+        >>> trainer.train()
+        >>> [row["step"] for row in trainer.metrics]
+        [20, 40]
+    """
+
+    algorithm = "mbpo"
+    config_class = MBPOConfig
+
+    def __init__(
+        self,
+        config: MBPOConfig | None = None,
+        *,
+        env: EnvSource | None = None,
+        run: RunFolder | None = None,
+        reward_function: Function | None = None,
+        termination_function: Function | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> None:
+        config, given = self.configured(config, {**settings, "env": env})
+        _check(config)
+        self._source = check_source(config, given.get("env"))
+        torch.manual_seed(config.seed)
+        real_env = make_real_env(
+            self._source, seed=config.seed, max_episode_steps=config.max_episode_steps
+        )
+
+        # The predictive model, p_theta: an ensemble.
+        world_model, loss = make_model(
+            config, real_env, reward_function, termination_function
+        )
+        self.learner = ModelLearner(
+            world_model,
+            loss,
+            learning_rate=config.model_learning_rate,
+            weight_decay=config.model_weight_decay,
+            batch_size=config.model_batch_size,
+        )
+        self.imagined_env = WorldModelEnv(
+            with_propagation(world_model, "ts1", all_members=False), real_env
+        )
+        # The policy, and what SAC needs beside it.
+        self._keys = transition_keys(real_env, world_model)
+        actor, sac = make_sac(real_env, list(world_model.encoder.in_keys), config)
+        optimizer = torch.optim.Adam(
+            sac.parameters(), lr=config.learning_rate, fused=True
+        )
+        # The data sets: of the env, D_env, and of the model, D_model.
+        self.real = make_buffer(capacity=1_000_000)
+        longest = max(config.horizon_schedule[2:])
+        self.imagined = make_buffer(
+            max(1, config.retained_rounds * config.rollouts * longest)
+        )
+        self.imagine = ImaginedReplayHook(
+            self.imagined_env,
+            self.imagined,
+            self.real,
+            policy=actor,
+            num_starts=config.rollouts,
+        )
+        super().__init__(
+            config,
+            real_env,
+            actor,
+            world_model=world_model,
+            loss_module=sac,
+            whole_episodes=False,
+            parts={
+                "learner": self.learner,
+                "sac": sac,
+                "optimizer": optimizer,
+                "real": BufferPart(self.real),
+                "imagined": BufferPart(self.imagined),
+            },
+            run=run,
+            progress=progress,
+            optim_steps_per_batch=config.updates_per_step,
+            optimizer=optimizer,
+            optimization_stepper=_Update(),
+        )
+        # Each real step, in this order:
+        self.register_op("batch_process", self.add_step)
+        self.register_op("pre_optim_steps", self.renew_model)
+        self.register_op("pre_epoch", self.draw_batches)
+        self.register_op("process_optim_batch", self.next_batch)
+        targets = TargetNetUpdaterHook(SoftUpdate(sac, tau=config.tau))
+        targets.register(self, "targets")
+        self.register_op("post_steps", self.end_step)
+
+    def add_step(self, step: TensorDictBase) -> TensorDictBase:
+        """D_env <- D_env + the step that the policy just took."""
+        self._episode_return += episode_return(self.env, step)
+        self._length += len(step)
+        self._step = step
+        self.real.extend(step.select(*self._keys))
+        return step
+
+    def optim_steps(self, step: TensorDictBase) -> None:
+        """Once the random steps are over: model, rollouts, and updates of the policy."""
+        if self.collected_frames >= self.config.random_steps:
+            super().optim_steps(step)
+
+    def renew_model(self) -> None:
+        """Every so many steps: train the model on D_env, and imagine into D_model."""
+        config = self.config
+        since = self.collected_frames - config.random_steps
+        if config.real_share == 1 or since % config.model_interval:
+            return
+        self.losses.update(self.learner.fit(self.real, config.model_steps))
+        self.imagine.horizon = config.horizon(self.collected_frames)
+        self.imagine()
+
+    def draw_batches(self, step: TensorDictBase) -> TensorDictBase:
+        """The batches of this step's updates, ``[G, N]``: real and imagined transitions."""
+        config, parts = self.config, []
+        real = round(config.real_share * config.batch_size)
+        for buffer, size in (
+            (self.real, real),
+            (self.imagined, config.batch_size - real),
+        ):
+            if size:
+                rows = buffer.sample(config.updates_per_step * size)
+                rows = rows.select(*self._keys)
+                parts.append(rows.reshape(config.updates_per_step, size))
+        self._batches: Iterator[TensorDictBase] = iter(torch.cat(parts, 1).unbind(0))
+        return step
+
+    def next_batch(self, step: TensorDictBase) -> TensorDictBase:
+        """The batch of the next update."""
+        return next(self._batches)
+
+    def end_step(self) -> None:
+        """Evaluate where it is time to, and end the episode where it ended."""
+        config = self.config
+        interval = config.evaluation_interval
+        if interval and self.collected_frames % interval == 0:
+            returns = [
+                episode_return(self.env, episode)
+                for episode in self.evaluate(config.evaluation_episodes)
+            ]
+            mean = sum(returns) / len(returns)
+            self.record(evaluation_return=mean, evaluation_least=min(returns))
+        done = self._step.get(join("next", self.env.done_keys[0])).any()
+        if done:
+            row = {"return": self._episode_return, "length": self._length}
+            self._episode_return, self._length = 0.0, 0
+            self.end_episode(**row)
+
+    _episode_return, _length = 0.0, 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.collected_frames >= self.config.steps
+
+    @property
+    def expected_steps(self) -> int:
+        return self.config.steps
+
+
+class _Update(OptimizationStepper):
+    """One update of SAC."""
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        losses = trainer.loss_module(sub_batch)
+        terms = losses.select(*(key for key in losses.keys() if "loss" in key))
+        total = terms.sum(reduce=True)
+        check_losses(terms, total, sub_batch, "The policy", trainer._optim_count)
+        trainer.optimizer.zero_grad()
+        total.backward()
+        trainer.optimizer.step()
+        terms = terms.detach()
+        trainer.losses.update({k: v.item() for k, v in terms.items()})
+        return terms
+
+
+def make_sac(
+    env: EnvBase, observation_keys: list, config: MBPOConfig
+) -> tuple[ProbabilisticActor, SACLoss]:
+    """A squashed Gaussian policy with twin values, and TorchRL's loss for them."""
+    spec = env.full_action_spec_unbatched[env.action_key]
+    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
+        raise ValueError(
+            f"MBPO's policy (SAC) needs continuous, bounded actions, and {env.action_key!r} is "
+            f"{spec}. For discrete actions plan instead: PETSTrainer, torchrl-wm train pets."
+        )
+    bounds = torch.stack([spec.space.low, spec.space.high])
+    if not bounds.isfinite().all():
+        raise ValueError(
+            f"The actions have no finite bounds: {spec}. Bound them, with Gymnasium's "
+            f"ClipAction or RescaleAction, or torchrl.envs.ActionScaling."
+        )
+    hidden = list(config.policy_hidden)
+    observation_size = sum(
+        env.full_observation_spec_unbatched[key].shape.numel()
+        for key in observation_keys
+    )
+    size = spec.shape.numel()
+    actor_net = nn.Sequential(
+        MLP(observation_size, 2 * size, num_cells=hidden, activation_class=nn.ReLU),
+        NormalParamExtractor(),
+    )
+    actor = ProbabilisticActor(
+        TensorDictModule(_Joined(actor_net), observation_keys, ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[env.action_key],
+        spec=spec,
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": spec.space.low, "high": spec.space.high},
+        return_log_prob=False,
+    )
+    value_net = MLP(
+        observation_size + size, 1, num_cells=hidden, activation_class=nn.ReLU
+    )
+    value = ValueOperator(
+        _Joined(value_net), in_keys=[*observation_keys, env.action_key]
+    )
+    sac = SACLoss(actor, value, action_spec=spec, num_qvalue_nets=2)
+    done_key, terminated_key = env.done_keys[0], env.done_keys[0]
+    for key in env.done_keys:
+        if (key if isinstance(key, str) else key[-1]) == "terminated":
+            terminated_key = key
+    sac.set_keys(
+        action=env.action_key,
+        reward=env.reward_key,
+        done=done_key,
+        terminated=terminated_key,
+    )
+    sac.make_value_estimator(gamma=config.gamma)
+    return actor, sac
+
+
+class _Joined(nn.Module):
+    """A network over several inputs side by side."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        return self.network(torch.cat(values, -1))
+
+
+def _check(config: MBPOConfig) -> None:
+    if not 0 < config.real_share <= 1:
+        raise ValueError(
+            f"real_share is the share of real transitions in a batch, above 0 and at most 1, got "
+            f"{config.real_share}."
+        )
+    if len(config.horizon_schedule) != 4 or min(config.horizon_schedule[2:]) < 1:
+        raise ValueError(
+            f"horizon_schedule is (first_step, last_step, first, last) with horizons of at least "
+            f"1, got {config.horizon_schedule}."
+        )

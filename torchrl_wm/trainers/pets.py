@@ -1,0 +1,206 @@
+"""PETS: probabilistic ensembles with trajectory sampling (arXiv 1805.12114)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase, TransformedEnv
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules import with_propagation
+from torchrl_wm.modules.keys import join
+from torchrl_wm.planners import CEMPlanner, ICEMPlanner
+from torchrl_wm.planners.base import MPCPlanner
+from torchrl_wm.trainers.evaluation import episode_return
+from torchrl_wm.trainers.functions import Function
+from torchrl_wm.trainers.learning import ModelLearner
+from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.recipe import (
+    BufferPart,
+    check_source,
+    make_buffer,
+    make_model,
+    RecipeConfig,
+    RecipeTrainer,
+    transition_keys,
+)
+from torchrl_wm.trainers.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PETSConfig(RecipeConfig):
+    """The settings of :class:`PETSTrainer`.
+
+    Args:
+        trials: episodes in all, the random ones included.
+        model_steps: gradient steps after each trial.
+        planner: "icem" or "cem".
+        planning_horizon: the steps of a plan.
+        optim_steps: how often the candidates are improved.
+        num_candidates: plans tried at the first iteration.
+        top_k: how many of the best are learnt from.
+        num_particles: how often each candidate is imagined.
+        propagation: "ts1", "tsinf", "expectation" or "mean".
+        noise_beta: how slowly iCEM's candidates vary over time.
+    """
+
+    trials: int = 10
+    model_steps: int = 1500
+    planner: Literal["icem", "cem"] = "icem"
+    planning_horizon: int = 25
+    optim_steps: int = 3
+    num_candidates: int = 150
+    top_k: int = 15
+    num_particles: int = 5
+    propagation: Literal["ts1", "tsinf", "expectation", "mean"] = "ts1"
+    noise_beta: float = 2.0
+
+
+class PETSTrainer(RecipeTrainer):
+    """Learns a model trial by trial, and acts by planning through it (PETS, Algorithm 1).
+
+    Args:
+        config: the settings; :class:`PETSConfig`'s defaults if None.
+
+    Keyword Args:
+        env: the real env, where ``config.env`` is not enough: an object, or a function
+            that makes one (see :func:`~torchrl_wm.trainers.make_real_env`).
+        run: the folder of the run; :meth:`start` makes one.
+        reward_function, termination_function: known functions
+            ``f(observation, action, next_observation)``, in place of the config's.
+        progress: show a progress bar.
+        settings: of the config, by name.
+
+    Attributes:
+        world_model: the ensemble.
+        imagined_env: the env that the planner imagines in.
+        policy: the planner.
+        metrics: a row for each trial.
+
+    Raises:
+        ValueError: if the env's specs cannot be served, as unbounded actions.
+
+    Examples:
+        >>> from torchrl_wm.trainers import PETSTrainer
+        >>> trainer = PETSTrainer(
+        ...     env="Pendulum-v1", max_episode_steps=20, random_steps=20, trials=2,
+        ...     model_steps=5, planning_horizon=3, num_candidates=20, top_k=5,
+        ... )
+        >>> trainer.train()
+        >>> [row["step"] for row in trainer.metrics]
+        [20, 40]
+    """
+
+    algorithm = "pets"
+    config_class = PETSConfig
+
+    def __init__(
+        self,
+        config: PETSConfig | None = None,
+        *,
+        env: EnvSource | None = None,
+        run: RunFolder | None = None,
+        reward_function: Function | None = None,
+        termination_function: Function | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> None:
+        config, given = self.configured(config, {**settings, "env": env})
+        self._source = check_source(config, given.get("env"))
+        torch.manual_seed(config.seed)
+        real_env = make_real_env(
+            self._source, seed=config.seed, max_episode_steps=config.max_episode_steps
+        )
+
+        # The dynamics: a bootstrap ensemble of probabilistic networks.
+        world_model, loss = make_model(
+            config, real_env, reward_function, termination_function
+        )
+        self.learner = ModelLearner(
+            world_model,
+            loss,
+            learning_rate=config.model_learning_rate,
+            weight_decay=config.model_weight_decay,
+            batch_size=config.model_batch_size,
+        )
+        # Trajectory sampling: particles, each by members of the ensemble.
+        self.imagined_env = WorldModelEnv(
+            with_propagation(world_model, config.propagation, all_members=False),
+            real_env,
+        )
+        # Actions: the first of the best plan found, the plan kept for the next step.
+        planner = make_planner(self.imagined_env, config)
+        # The data: every transition of every trial.
+        self.data = make_buffer(capacity=1_000_000)
+        self._keys = transition_keys(real_env, world_model)
+
+        self._planner = planner
+        super().__init__(
+            config,
+            self.prepared(real_env),
+            planner,
+            world_model=world_model,
+            loss_module=loss,
+            whole_episodes=True,
+            parts={"learner": self.learner, "data": BufferPart(self.data)},
+            run=run,
+            progress=progress,
+        )
+        self.register_op("batch_process", self.add_trial)
+        self.register_op("post_steps", self.end_trial)
+
+    def add_trial(self, trial: TensorDictBase) -> TensorDictBase:
+        """D <- D + the transitions of the trial that the planner just acted in."""
+        self._trial = trial = trial.select(*self._keys)
+        self.data.extend(trial)
+        return trial
+
+    def optim_steps(self, trial: TensorDictBase) -> None:
+        """Train the dynamics on D, once the random steps are over."""
+        if self.collected_frames >= self.config.random_steps:
+            self.losses = self.learner.fit(self.data, self.config.model_steps)
+
+    def end_trial(self) -> None:
+        """Record the trial, and go on to the next one."""
+        trial = self._trial
+        self.end_episode(
+            **{"return": episode_return(self.env, trial), "length": len(trial)}
+        )
+
+    @property
+    def is_over(self) -> bool:
+        return self.episodes >= self.config.trials
+
+    @property
+    def expected_steps(self) -> int:
+        lengths = [row["length"] for row in self.metrics] or [self.config.random_steps]
+        left = self.config.trials - self.episodes
+        return self.collected_frames + left * max(lengths)
+
+    def prepared(self, env: TransformedEnv) -> EnvBase:
+        primer = self._planner.make_tensordict_primer()
+        return TransformedEnv(env, primer, auto_unwrap=False)
+
+
+def make_planner(env: WorldModelEnv, config: PETSConfig) -> MPCPlanner:
+    """The planner that a config asks for."""
+    settings = {
+        "planning_horizon": config.planning_horizon,
+        "optim_steps": config.optim_steps,
+        "num_candidates": config.num_candidates,
+        "top_k": config.top_k,
+        "num_particles": config.num_particles,
+        "reward_key": join("next", env.reward_key),
+        "action_key": env.action_key,
+        "warm_start": True,
+    }
+    if config.planner == "icem":
+        return ICEMPlanner(env, **settings, noise_beta=config.noise_beta)
+    if config.planner == "cem":
+        return CEMPlanner(env, **settings)
+    raise ValueError(
+        f"Unknown planner {config.planner!r}. Valid choices are ['icem', 'cem']."
+    )

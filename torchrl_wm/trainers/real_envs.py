@@ -1,0 +1,182 @@
+"""Real envs for the recipes: by name, by a factory's name, or as an object."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    GymEnv,
+    GymWrapper,
+    InitTracker,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
+
+from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
+
+#: What a recipe takes for an env.
+EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
+_DM_CONTROL = "dm_control/"
+
+
+def make_real_env(
+    env: EnvSource,
+    *,
+    seed: int = 0,
+    max_episode_steps: int | None = None,
+    **kwargs: Any,
+) -> TransformedEnv:
+    """A real env as the recipes want it: float32, counted, its episodes seeded one by one.
+
+    Args:
+        env: one of
+
+            - a Gymnasium id, ``"Pendulum-v1"``;
+            - a dm_control task, ``"dm_control/cartpole/swingup"``;
+            - ``"module:factory"``, a function of yours that returns an env;
+            - such a function itself, a Gymnasium env or a TorchRL env of batch size ``[]``.
+
+    Keyword Args:
+        seed: each episode is seeded from it and its number
+            (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
+        max_episode_steps: a time limit, after which an episode is truncated.
+        kwargs: for Gymnasium and dm_control, such as ``render_mode``.
+
+    Returns:
+        The env, with the entries ``is_init``, ``step_count`` and ``episode_reward``.
+
+    Raises:
+        ValueError: if there is no such env, or it is one of several at a time.
+        TypeError: if the factory returns something else.
+
+    Examples:
+        >>> from torchrl_wm.trainers import make_real_env
+        >>> env = make_real_env("Pendulum-v1", seed=0)
+        >>> env.rollout(300)["next", "episode_reward"].shape
+        torch.Size([200, 1])
+    """
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise ValueError(
+            f"max_episode_steps must be at least 1, got {max_episode_steps}."
+        )
+    base = _base_env(env, kwargs)
+    if base.batch_size:
+        raise ValueError(
+            f"The recipes act in one env at a time, and this one has the batch size "
+            f"{tuple(base.batch_size)}. Give a single env."
+        )
+    return TransformedEnv(
+        base,
+        Compose(
+            EpisodeSeeds(seed),
+            InitTracker(),
+            DoubleToFloat(),
+            StepCounter(max_episode_steps),
+            RewardSum(in_keys=[base.reward_key], out_keys=["episode_reward"]),
+        ),
+        auto_unwrap=False,
+    )
+
+
+def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
+    """What seeds the episodes of an env that :func:`make_real_env` made."""
+    while True:
+        for transform in _transforms(env):
+            if isinstance(transform, EpisodeSeeds):
+                return transform
+        if not isinstance(env, TransformedEnv):
+            raise TypeError(
+                "The env does not seed its episodes one by one. Make it with make_real_env(env)."
+            )
+        env = env.base_env
+
+
+def load_object(name: str) -> Any:
+    """What ``"module:name"`` stands for.
+
+    Raises:
+        ValueError: if there is no such module, or nothing of that name in it.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as err:
+        raise ValueError(
+            f"There is no {name!r} ({type(err).__name__}: {err}). Give 'module:name', with the "
+            f"module where Python finds it, in the working directory or in PYTHONPATH."
+        ) from err
+    return found
+
+
+def _transforms(env: EnvBase) -> list:
+    transform = getattr(env, "transform", None)
+    return list(transform) if isinstance(transform, Compose) else [transform]
+
+
+def _base_env(source: EnvSource, kwargs: dict[str, Any]) -> EnvBase:
+    if isinstance(source, str):
+        return _named(source, kwargs)
+    made = source
+    if not isinstance(source, (EnvBase, gymnasium.Env)) and callable(source):
+        made = source()
+    if isinstance(made, EnvBase):
+        return made
+    if isinstance(made, gymnasium.Env):
+        return GymWrapper(made)
+    raise TypeError(
+        f"A Gymnasium env, a TorchRL env, the name of one or a function that makes one is "
+        f"expected, got {type(made).__name__}."
+    )
+
+
+def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
+    if name.startswith(_DM_CONTROL):
+        return _dm_control(name, kwargs)
+    if ":" in name and name not in gymnasium.registry:
+        module, _, rest = name.partition(":")
+        if rest not in gymnasium.registry and not _is_id_of(module, rest):
+            return _base_env(load_object(name), {})
+    try:
+        return GymEnv(name, **kwargs)
+    except gymnasium.error.DependencyNotInstalled as err:
+        raise ValueError(f"{name!r} needs more to be installed: {err}") from err
+    except gymnasium.error.Error as err:
+        raise ValueError(
+            f"There is no env {name!r} ({err}). Give a Gymnasium id such as 'Pendulum-v1', "
+            f"'dm_control/cartpole/swingup', or 'module:factory' for an env of your own."
+        ) from err
+
+
+def _is_id_of(module: str, name: str) -> bool:
+    """Whether ``module:name`` is Gymnasium's way to say: import the module, then make the id."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return name in gymnasium.registry
+
+
+def _dm_control(name: str, kwargs: dict[str, Any]) -> EnvBase:
+    from torchrl.envs import DMControlEnv
+
+    domain, _, task = name[len(_DM_CONTROL) :].partition("/")
+    try:
+        return DMControlEnv(domain, task, **kwargs)
+    except ImportError as err:
+        raise ImportError(
+            "dm_control's tasks need dm_control: pip install 'torchrl-wm[dm-control]'."
+        ) from err
+    except ValueError as err:
+        raise ValueError(
+            f"There is no dm_control task {name!r} ({err}). Give 'dm_control/<domain>/<task>', "
+            f"such as 'dm_control/cartpole/swingup'."
+        ) from err

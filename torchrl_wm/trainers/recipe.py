@@ -1,0 +1,565 @@
+"""What the recipes share: a run from its config to its checkpoints, on TorchRL's Trainer."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.trainers import Trainer
+
+from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import as_tuple, join, unique
+from torchrl_wm.objectives import WorldModelLoss
+from torchrl_wm.trainers.evaluation import run_episodes
+from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
+from torchrl_wm.trainers.learning import NonFiniteLossError
+from torchrl_wm.trainers.real_envs import EnvSource, episode_seeds, make_real_env
+from torchrl_wm.trainers.run_folder import RunFolder
+
+#: Episodes of evaluations are numbered from here on, so that they are none of the run's.
+EVALUATION_EPISODES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """The settings that all recipes have.
+
+    Args:
+        env: the real env: a Gymnasium id, ``dm_control/<domain>/<task>`` or
+            ``module:factory``.
+        seed: of networks, exploration and episodes.
+        max_episode_steps: a time limit; that of the env alone if None.
+        random_steps: how many steps to act at random first; the episode in which they are
+            reached is finished so.
+        reward: "learned", a function's name ("pendulum", "cartpole", "inverted_pendulum") or
+            ``module:function``.
+        termination: "learned", "none" if episodes end by time alone, a function's name
+            ("cartpole", "inverted_pendulum", "hopper") or ``module:function``.
+        members: the networks of the ensemble.
+        elites: how many of them predict; all of them if None.
+        hidden: the sizes of their hidden layers.
+        model_learning_rate: of AdamW.
+        model_weight_decay: of AdamW.
+        model_batch_size: transitions in a batch of the model's training.
+        checkpoint_interval: episodes from one checkpoint to the next.
+    """
+
+    env: str = "Pendulum-v1"
+    seed: int = 0
+    max_episode_steps: int | None = None
+    random_steps: int = 200
+    reward: str = "learned"
+    termination: str = "learned"
+    members: int = 5
+    elites: int | None = None
+    hidden: tuple[int, ...] = (128, 128)
+    model_learning_rate: float = 1e-3
+    model_weight_decay: float = 1e-5
+    model_batch_size: int = 256
+    checkpoint_interval: int = 1
+
+
+class RandomFirst(TensorDictModuleBase):
+    """A policy that acts at random until it is told to stop.
+
+    Args:
+        policy: what acts then.
+        env: the env whose actions are drawn.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, env: EnvBase) -> None:
+        super().__init__()
+        self.in_keys = list(policy.in_keys)
+        self.out_keys = list(policy.out_keys)
+        self.policy = policy
+        self.is_random = True
+        #: Called at each step, for progress bars.
+        self.on_step: Callable[[], None] | None = None
+        self._action_key = env.action_key
+        self._action_spec = env.full_action_spec_unbatched[env.action_key]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write an action."""
+        if self.on_step is not None:
+            self.on_step()
+        if self.is_random:
+            action = self._action_spec.rand(tensordict.batch_size)
+            return tensordict.set(self._action_key, action)
+        return self.policy(tensordict)
+
+
+class RecipeTrainer(Trainer):
+    """A TorchRL Trainer that runs a recipe from its config to its checkpoints.
+
+    A recipe is a subclass: its ``__init__`` builds what its paper's algorithm names, and
+    the methods that it registers are the algorithm's steps.
+
+    A run stops at :attr:`is_over`. At the ends of episodes it saves checkpoints into its
+    folder. On a CPU, a run that goes on from one gives the same numbers, to the bit, as
+    one that was not interrupted: each episode is seeded from the seed and its number, and
+    the random states are saved.
+
+    Args:
+        config: the settings.
+        env: the real env, as the policy acts in it.
+        policy: what acts after the random steps.
+
+    Keyword Args:
+        world_model: what is learnt.
+        loss_module: what the Trainer optimises.
+        whole_episodes: whether a batch is an episode, or a step.
+        parts: what a checkpoint holds, by name; each with a ``state_dict``.
+        buffers: the replay buffers that it holds.
+        run: the folder of the run; nothing is kept without one.
+        progress: show a progress bar.
+        trainer_kwargs: for :class:`torchrl.trainers.Trainer`.
+    """
+
+    #: The recipe's name on the command line and in files.
+    algorithm: ClassVar[str]
+    config_class: ClassVar[type[RecipeConfig]]
+
+    def __init__(
+        self,
+        config: RecipeConfig,
+        env: EnvBase,
+        policy: TensorDictModuleBase,
+        *,
+        world_model: WorldModel,
+        loss_module: torch.nn.Module,
+        whole_episodes: bool,
+        parts: dict[str, Any],
+        run: RunFolder | None,
+        progress: bool,
+        optim_steps_per_batch: int = 1,
+        **trainer_kwargs: Any,
+    ) -> None:
+        self.config, self.env, self.run = config, env, run
+        self.world_model, self.policy = world_model, policy
+        self.acting = RandomFirst(policy, env)
+        self.parts = parts
+        #: A row for each episode or evaluation.
+        self.metrics: list[dict[str, Any]] = [] if run is None else run.metrics()
+        #: Finished episodes, and all the wall time spent, in seconds.
+        self.episodes, self.seconds = 0, 0.0
+        self.losses: dict[str, float] = {}
+        collector = Collector(
+            env,
+            self.acting,
+            frames_per_batch=1,
+            total_frames=-1,
+            trajs_per_batch=1 if whole_episodes else None,
+            traj_format="cat" if whole_episodes else None,
+            auto_register_policy_transforms=False,
+        )
+        super().__init__(
+            collector=collector,
+            total_frames=sys.maxsize,
+            frame_skip=1,
+            loss_module=loss_module,
+            optim_steps_per_batch=optim_steps_per_batch,
+            clip_grad_norm=False,
+            progress_bar=False,
+            auto_log_optim_steps=False,
+            **trainer_kwargs,
+        )
+        self._bar = _Bar(self) if progress else None
+        self._rng: dict[str, Any] | None = None
+        self._evaluation_env: EnvBase | None = None
+        self._began = 0.0
+
+    # What a recipe says -----------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to its end; looked at when an episode ends."""
+        raise NotImplementedError
+
+    @property
+    def expected_steps(self) -> int:
+        """About how many real steps the run will have made in the end."""
+        raise NotImplementedError
+
+    # Running ----------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run, or go on, to the end.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
+        """
+        if self.is_over:
+            return
+        self._began = time.monotonic() - self.seconds
+        episode_seeds(self.env).episode = self.episodes
+        self.collector.reset()
+        self.acting.is_random = self.collected_frames < self.config.random_steps
+        if self._rng is not None:
+            set_random_state(self._rng)
+        try:
+            super().train()
+        except NonFiniteLossError as err:
+            raise self._with_batch_saved(err) from err
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+
+    def end_episode(self, **row: Any) -> None:
+        """Record an episode, save a checkpoint where one is due, and stop at the end."""
+        self.episodes += 1
+        self.acting.is_random = self.collected_frames < self.config.random_steps
+        self.record(episode=self.episodes, **row, **self.losses)
+        due = self.episodes % self.config.checkpoint_interval == 0
+        if self.run is not None and (due or self.is_over):
+            self.save()
+        if self.is_over:
+            self.request_stop()
+
+    def record(self, **row: Any) -> None:
+        """Add a row to the metrics, here and in the run's folder."""
+        self.seconds = time.monotonic() - self._began
+        row = {"step": self.collected_frames, "seconds": round(self.seconds, 2), **row}
+        self.metrics.append(row)
+        if self.run is not None:
+            self.run.log(row)
+        if self._bar is not None:
+            self._bar.show(row)
+
+    def evaluate(
+        self, episodes: int, env: EnvBase | None = None
+    ) -> list[TensorDictBase]:
+        """Episodes of the policy without exploration, in an env of its own.
+
+        They begin as the seed and their number say, the same ones each time.
+
+        Args:
+            episodes: how many.
+            env: the real env; a new one by default, which needs one that was given by name.
+        """
+        if env is None:
+            if self._evaluation_env is None:
+                self._evaluation_env = self.make_env()
+            env = self._evaluation_env
+        first = EVALUATION_EPISODES
+        return run_episodes(env, self.policy, episodes, first_episode=first)
+
+    def make_env(self, **kwargs: Any) -> EnvBase:
+        """Another real env of the run's, as the policy needs it.
+
+        Args:
+            kwargs: for Gymnasium, such as ``render_mode``.
+        """
+        config = self.config
+        return self.prepared(
+            make_real_env(
+                self._source,
+                seed=config.seed,
+                max_episode_steps=config.max_episode_steps,
+                **kwargs,
+            )
+        )
+
+    def prepared(self, env: TransformedEnv) -> EnvBase:
+        """A real env with all entries that the policy needs."""
+        return env
+
+    # Checkpoints -------------------------------------------------------------
+
+    def save(self) -> None:
+        """Save a checkpoint into the run's folder."""
+        content = {
+            "algorithm": self.algorithm,
+            "counts": {
+                "collected_frames": self.collected_frames,
+                "episodes": self.episodes,
+                "rows": len(self.metrics),
+                "seconds": self.seconds,
+                "optim_count": self._optim_count,
+            },
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random": random_state(),
+        }
+        self.run.save(content, self.collected_frames)
+
+    def load(self) -> None:
+        """Go back to the newest checkpoint of the run's folder.
+
+        Raises:
+            ValueError: if it is damaged, or one of another recipe.
+        """
+        content = self.run.load()
+        if content.get("algorithm") != self.algorithm:
+            raise ValueError(
+                f"The checkpoint in {str(self.run.path)!r} is one of "
+                f"{content.get('algorithm')!r}, and this is {self.algorithm!r}."
+            )
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(content["parts"][name])
+            counts = content["counts"]
+            self.collected_frames = counts["collected_frames"]
+            self.episodes, self.seconds = counts["episodes"], counts["seconds"]
+            self._optim_count = counts["optim_count"]
+            rows, self._rng = counts["rows"], content["random"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as err:
+            raise ValueError(
+                f"The checkpoint in {str(self.run.path)!r} does not fit the run's config and env "
+                f"({type(err).__name__}: {err})."
+            ) from err
+        if len(self.metrics) > rows:  # of what came after the checkpoint
+            self.run.truncate(rows)
+        self.metrics = self.run.metrics()
+        # Each episode ends the random phase or not, and one without training has no policy.
+        self.acting.is_random = self.collected_frames < self.config.random_steps
+
+    @classmethod
+    def start(
+        cls, path: str, config: RecipeConfig | None = None, **kwargs: Any
+    ) -> RecipeTrainer:
+        """A new run in a new folder; :meth:`train` runs it.
+
+        Args:
+            path: the folder.
+            config: the settings.
+            kwargs: of the recipe, such as ``env``; settings by name, too.
+
+        Raises:
+            FileExistsError: if the folder exists.
+        """
+        config, kwargs = cls.configured(config, kwargs)
+        # Built first: what cannot be built leaves no folder behind.
+        trainer = cls(config, **kwargs)
+        content = {"algorithm": cls.algorithm, "config": asdict(config)}
+        trainer.run = RunFolder.create(path, content)
+        return trainer
+
+    @classmethod
+    def resume(cls, path: str, **kwargs: Any) -> RecipeTrainer:
+        """A run as its newest checkpoint says; :meth:`train` goes on with it.
+
+        Args:
+            path: the run's folder.
+            kwargs: what the run was started with beside its config: an env object, functions.
+
+        Raises:
+            FileNotFoundError: if the folder is not one of a run, or has no checkpoint.
+            ValueError: if what it holds is damaged, or of another recipe.
+        """
+        run = RunFolder.open(path)
+        if run.config.get("algorithm") != cls.algorithm:
+            raise ValueError(
+                f"{str(run.path)!r} is a run of {run.config.get('algorithm')!r}, and this is "
+                f"{cls.algorithm!r}."
+            )
+        config = cls.config_class(**_tuples(run.config["config"], cls.config_class))
+        trainer = cls(config, run=run, **kwargs)
+        trainer.load()
+        return trainer
+
+    @classmethod
+    def configured(
+        cls, config: RecipeConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[RecipeConfig, dict[str, Any]]:
+        """The config with the settings among ``kwargs``, and the other ones.
+
+        Raises:
+            TypeError: if ``config`` is that of another recipe.
+        """
+        config = cls.config_class() if config is None else config
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"config must be a {cls.config_class.__name__}, got {type(config).__name__}."
+            )
+        names = {field.name for field in fields(config)}
+        settings = {k: v for k, v in kwargs.items() if k in names and k != "env"}
+        others = {k: v for k, v in kwargs.items() if k not in settings}
+        if isinstance(others.get("env"), str):
+            settings["env"] = others.pop("env")
+        known = {"env", "run", "progress", "reward_function", "termination_function"}
+        for name in others.keys() - known:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(
+                f"{cls.__name__} has no setting {name!r}.{hint} There are {sorted(names)}."
+            )
+        return replace(config, **settings), others
+
+    def _with_batch_saved(self, err: NonFiniteLossError) -> NonFiniteLossError:
+        if self.run is None:
+            return err
+        path = self.run.path / "bad_batch.pt"
+        torch.save(err.batch.detach().cpu().to_dict(), path)
+        return NonFiniteLossError(
+            f"{err} At real step {self.collected_frames}. The batch is in {str(path)!r} "
+            f"(torch.load reads it); the last checkpoint is untouched.",
+            err.batch,
+        )
+
+
+# Pieces that the recipes put together -----------------------------------------
+
+
+def make_model(
+    config: RecipeConfig,
+    env: EnvBase,
+    reward_function: Function | None,
+    termination_function: Function | None,
+) -> tuple[WorldModel, WorldModelLoss]:
+    """The ensemble that a config asks for, and its loss."""
+    reward = reward_function or find_function(
+        config.reward, REWARDS, "reward", ("learned",)
+    )
+    termination = termination_function or find_function(
+        config.termination, TERMINATIONS, "termination", ("learned", "none")
+    )
+    return make_ensemble_world_model(
+        env,
+        members=config.members,
+        elites=config.members if config.elites is None else config.elites,
+        hidden=tuple(config.hidden),
+        termination_hidden=tuple(config.hidden),
+        termination_members=config.members,
+        reward_function=reward,
+        termination_function=termination,
+        termination="none" if config.termination == "none" else "learned",
+    )
+
+
+def make_buffer(capacity: int, batch_size: int | None = None) -> TensorDictReplayBuffer:
+    """A replay buffer of transitions."""
+    return TensorDictReplayBuffer(
+        storage=LazyTensorStorage(capacity), batch_size=batch_size
+    )
+
+
+class BufferPart:
+    """A replay buffer as a part of a checkpoint: its transitions alone, not its capacity."""
+
+    def __init__(self, buffer: TensorDictReplayBuffer) -> None:
+        self.buffer = buffer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The transitions and the place that is written next, as plain data."""
+        if not len(self.buffer):
+            return {"entries": [], "size": 0, "cursor": 0}
+        rows = self.buffer[:]
+        keys = sorted(rows.keys(True, True), key=str)
+        return {
+            "entries": [[list(as_tuple(key)), rows.get(key)] for key in keys],
+            "size": len(rows),
+            "cursor": self.buffer.writer.state_dict()["_cursor"],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.buffer.empty()
+        if not state_dict["size"]:
+            return
+        rows = TensorDict({}, batch_size=[state_dict["size"]])
+        for names, value in state_dict["entries"]:
+            rows.set(tuple(names), value)
+        self.buffer.extend(rows)
+        self.buffer.writer.load_state_dict({"_cursor": state_dict["cursor"]})
+
+
+def transition_keys(env: EnvBase, world_model: WorldModel) -> list:
+    """What of a real step is worth keeping: what the model, its loss and a policy's read."""
+    latents = unique(world_model.encoder.in_keys)
+    following = [*latents, env.reward_key, *env.done_keys]
+    return [
+        *latents,
+        *env.done_keys,
+        env.action_key,
+        *(join("next", key) for key in following),
+    ]
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all global random number generators, as plain data."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def check_source(config: RecipeConfig, env: EnvSource | None) -> EnvSource:
+    """The env to use: the object given, else what the config names."""
+    return config.env if env is None else env
+
+
+def _tuples(settings: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Settings as read from JSON, which has no tuples."""
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"The run's config has the settings {unknown}, which this torchrl_wm does not know."
+        )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+class _Bar:
+    """A progress bar over real steps, with the time left."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as err:
+            raise ImportError(
+                "Progress bars need tqdm: pip install 'torchrl-wm[cli]', or pass progress=False."
+            ) from err
+        self.trainer, self._tqdm, self._bar = trainer, tqdm, None
+        trainer.acting.on_step = self.step
+
+    def step(self) -> None:
+        if self._bar is None:
+            trainer = self.trainer
+            self._bar = self._tqdm(
+                total=trainer.expected_steps,
+                initial=trainer.collected_frames,
+                unit="step",
+                desc=f"{trainer.algorithm} on {trainer.config.env}",
+                dynamic_ncols=True,
+            )
+        self._bar.update()
+
+    def show(self, row: dict[str, Any]) -> None:
+        if self._bar is not None:
+            shown = ("return", "evaluation_return", "loss_nll", "loss_qvalue")
+            values = {name: f"{row[name]:.4g}" for name in shown if name in row}
+            self._bar.set_postfix(values)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
