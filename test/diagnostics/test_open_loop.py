@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _models import clock_env, clock_model, make_model, SpecEnv, transitions
-from tensordict import TensorDict
+from _diagnosed import line, observed_clock, padded, walk, walk_env
+from _models import clock_env, clock_model, gru_model, make_model, SpecEnv, transitions
 from tensordict.nn import TensorDictModule as Mod
-from torch import nn
 
-from torchrl_wm import WorldModel, WorldModelEnv
+from torchrl_wm import WorldModelEnv
 from torchrl_wm.diagnostics import (
     open_loop_error,
     plot_open_loop_error,
     plot_prediction,
 )
-
-
-def line(length: int, slope: float, ends: tuple[int, ...] = ()) -> TensorDict:
-    """An episode whose observation moves by ``slope`` a step."""
-    time = torch.arange(length + 1.0).unsqueeze(-1) * slope
-    done = torch.zeros(length, 1, dtype=torch.bool)
-    done[list(ends)] = True
-    return TensorDict(
-        {
-            "observation": time[:-1],
-            "action": torch.zeros(length, 1),
-            "next": {"observation": time[1:], "reward": time[1:] + 1, "done": done},
-        },
-        batch_size=[length],
-    )
-
-
-def observed_clock() -> WorldModelEnv:
-    """A model of the observation itself that believes it moves by one a step."""
-    model = WorldModel(
-        Mod(nn.Identity(), ["observation"], ["observation"]),
-        Mod(lambda x, a: x + 1, ["observation", "action"], [("next", "observation")]),
-        Mod(lambda x: x + 0, [("next", "observation")], [("next", "reward")]),
-    )
-    return WorldModelEnv(model, clock_env())
 
 
 @pytest.mark.parametrize("episodes", [line(20, 3.0), line(20, 3.0).expand(4, 20)])
@@ -135,3 +109,59 @@ def test_plot_of_what_was_not_measured() -> None:
 def test_episodes_without_actions() -> None:
     with pytest.raises(KeyError, match=r"lack the actions \['action'\]"):
         open_loop_error(observed_clock(), line(20, 3.0).exclude("action"), horizon=5)
+
+
+@pytest.mark.parametrize("size", [(24,), (3, 24), (2, 3, 24)])
+def test_any_batch_dims_and_padding(size) -> None:
+    env, episodes = walk_env(), walk(*size)
+    flat = episodes.reshape(-1, 24)
+    expected = open_loop_error(env, flat, horizon=4)
+    for given in (episodes, padded(episodes, 5)):
+        error = open_loop_error(env, given, horizon=4)
+        torch.testing.assert_close(error.to_dict(), expected.to_dict())
+
+
+def test_the_mean_of_particles_has_less_error_than_one() -> None:
+    env, episodes = walk_env(sample=True), walk(400, 6, noise=1e-3)
+    one = open_loop_error(env, episodes, 5)["model", "observation"]
+    many = open_loop_error(env, episodes, 5, particles=50)["model", "observation"]
+    k = torch.arange(1.0, 6).unsqueeze(-1)
+    torch.testing.assert_close(one, k.sqrt().expand(5, 2), rtol=0.15, atol=0.0)
+    torch.testing.assert_close(many, (k / 50).sqrt().expand(5, 2), rtol=0.15, atol=0.0)
+
+
+def test_recurrent_models_start_from_what_they_filter() -> None:
+    env = WorldModelEnv(gru_model(), SpecEnv())
+    episodes = transitions(2, 9)
+    for name in ("done", "terminated", "truncated"):
+        episodes["next", name].zero_()
+    episodes["observation"][:, 1:] = episodes["next", "observation"][:, :-1]
+    error = open_loop_error(env, episodes, horizon=3, stride=3)
+    assert ("model", "belief") in error.keys(True) and len(error) == 3
+    with torch.no_grad():
+        filtered = env.world_model.observe(episodes)
+        squared = []
+        for start in (0, 3, 6):
+            begin = filtered[:, start].select("latent", "belief")
+            actions = episodes["action"][:, start : start + 3]
+            imagined = env.imagine(3, tensordict=begin, actions=actions)
+            real = filtered["next", "belief"][:, start : start + 3]
+            squared.append((imagined["next", "belief"] - real).pow(2))
+    expected = torch.cat(squared).mean(0).sqrt()
+    torch.testing.assert_close(error["model", "belief"], expected)
+
+
+def test_recorded_entries_of_another_shape() -> None:
+    episodes = walk(10)
+    episodes["next", "observation"] = episodes["next", "observation"][..., :1]
+    with pytest.raises(ValueError, match=r"'observation' has the shape"):
+        open_loop_error(walk_env(), episodes, 2)
+
+
+def test_what_is_no_imagined_env() -> None:
+    with pytest.raises(TypeError, match="needs a WorldModelEnv, got WorldModel"):
+        open_loop_error(observed_clock().world_model, line(10, 1.0), 2)
+    with pytest.raises(ValueError, match=r"\[\*B, T\]"):
+        open_loop_error(observed_clock(), line(10, 1.0)[0], 2)
+    with pytest.raises(ValueError, match="particles must be a positive int"):
+        open_loop_error(observed_clock(), line(10, 1.0), 2, particles=0)

@@ -2,7 +2,57 @@
 
 from __future__ import annotations
 
+from torchrl_wm.diagnostics.calibration import calibration_curve
+from torchrl_wm.diagnostics.disagreements import disagreement
+from torchrl_wm.diagnostics.fan import prediction_fan
+from torchrl_wm.diagnostics.one_step import one_step_prediction
 from torchrl_wm.diagnostics.open_loop import open_loop_error
-from torchrl_wm.diagnostics.plots import plot_open_loop_error, plot_prediction
+from torchrl_wm.diagnostics.page import ReportSection
+from torchrl_wm.diagnostics.plots import (
+    plot_open_loop_error,
+    plot_prediction,
+    plot_prediction_fan,
+    plot_reward_error,
+)
+from torchrl_wm.diagnostics.report import Report, write_report
+from torchrl_wm.diagnostics.returns import exploitation_gap
+from torchrl_wm.diagnostics.rewards import reward_error
+from torchrl_wm.diagnostics.statistics_plots import (
+    plot_calibration,
+    plot_disagreement,
+    plot_exploitation_gap,
+    plot_one_step,
+    plot_terminations,
+)
+from torchrl_wm.diagnostics.terminations import termination_metrics
+from torchrl_wm.diagnostics.video import (
+    observation_renderer,
+    render_comparison,
+    save_video,
+)
 
-__all__ = ["open_loop_error", "plot_open_loop_error", "plot_prediction"]
+__all__ = [
+    "Report",
+    "ReportSection",
+    "calibration_curve",
+    "disagreement",
+    "exploitation_gap",
+    "observation_renderer",
+    "one_step_prediction",
+    "open_loop_error",
+    "plot_calibration",
+    "plot_disagreement",
+    "plot_exploitation_gap",
+    "plot_one_step",
+    "plot_open_loop_error",
+    "plot_prediction",
+    "plot_prediction_fan",
+    "plot_reward_error",
+    "plot_terminations",
+    "prediction_fan",
+    "render_comparison",
+    "reward_error",
+    "save_video",
+    "termination_metrics",
+    "write_report",
+]

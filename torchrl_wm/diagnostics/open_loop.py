@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
+from torchrl_wm.diagnostics.recording import imagine_windows, matching, Recording
 from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
-from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.modules.keys import join
 
 
 @torch.no_grad()
 def open_loop_error(
-    env: WorldModelEnv, episodes: TensorDictBase, horizon: int, *, stride: int = 1
+    env: WorldModelEnv,
+    episodes: TensorDictBase,
+    horizon: int,
+    *,
+    stride: int = 1,
+    particles: int = 1,
 ) -> TensorDict:
     """The error of ``k``-step predictions on recorded episodes, for ``k = 1..H``.
 
@@ -23,7 +27,8 @@ def open_loop_error(
 
     Compared are the observations that the env has (those that are latents or
     decoded); of a model that has none, the latents with the encodings of the
-    recorded observations.
+    recorded observations. A recurrent model starts from latents that it filters
+    from the observations before; padding (``("collector", "mask")``) is left out.
 
     Args:
         env: an imagined env of batch size ``[]``.
@@ -31,6 +36,8 @@ def open_loop_error(
             collectors return them.
         horizon: ``H``.
         stride: the distance of the windows' starts, in steps.
+        particles: how often each window is imagined; the mean is compared. Of a
+            model that samples, one particle has the error of a single sample.
 
     Returns:
         Root mean squared errors in the units of the data, batch size ``[H]``;
@@ -45,6 +52,7 @@ def open_loop_error(
     Raises:
         ValueError: if the env is batch-locked, if no window fits into the
             episodes, or if there is nothing to compare.
+        KeyError: if the episodes lack actions.
 
     Examples:
         >>> import torch
@@ -65,109 +73,23 @@ def open_loop_error(
         >>> error["model", "observation"].shape
         torch.Size([5, 3])
     """
-    if env.batch_locked:
-        raise ValueError(
-            f"open_loop_error needs an env of any batch size, got one of "
-            f"{tuple(env.batch_size)}. Make it with WorldModelEnv(..., batch_size=[])."
-        )
-    missing = missing_from(episodes, env.action_keys)
-    if missing:
-        raise MissingEntryError(
-            f"The episodes lack the actions {missing}; they have {leaf_keys(episodes)}."
-        )
-    windows = episode_windows(env, episodes, horizon, stride)
-    start = windows[:, 0]
-    actions = windows.select(*env.action_keys)
-    with evaluation_mode(env.world_model):
-        imagined = env.imagine(
-            horizon, tensordict=start.exclude("next"), actions=actions
-        )
-        pairs = _compared(env, start, windows, imagined)
+    recording = Recording.of(env, episodes, "open_loop_error")
+    windows = recording.windows(horizon, stride)
+    observed = recording.real(windows)
+    real = {**observed, **recording.rewards(windows)}
+    imagined = imagine_windows(env, windows, list(real), particles)
     out = TensorDict({}, batch_size=[horizon])
-    for key, (predicted, real, first) in pairs.items():
-        out.set(join("model", key), _rmse(predicted, real))
-        out.set(join("persistence", key), _rmse(first.unsqueeze(1), real))
-        out.set(join("mean", key), _rmse(real.mean((0, 1), keepdim=True), real))
-    for key in env.reward_keys:
-        real = windows.get(join("next", key), None)
-        if real is not None:
-            predicted = imagined.get(join("next", key))
-            out.set(join("model", key), _rmse(predicted, real))
-            out.set(join("mean", key), _rmse(real.mean((0, 1), keepdim=True), real))
+    for key, value in real.items():
+        predicted, true = matching(key, imagined.steps[key], value)
+        out.set(join("model", key), _rmse(predicted, true))
+        out.set(join("mean", key), _rmse(true.mean((0, 1), keepdim=True), true))
+        if key not in observed:
+            continue  # the reward of the step before is no part of the start
+        first = windows[:, 0].get(key, None)
+        if first is None or first.shape[1:] != true.shape[2:]:
+            first = imagined.start[key]
+        out.set(join("persistence", key), _rmse(first.unsqueeze(1), true))
     return out
-
-
-def episode_windows(
-    env: WorldModelEnv, episodes: TensorDictBase, horizon: int, stride: int = 1
-) -> TensorDictBase:
-    """All windows of ``horizon`` steps that lie within one episode, ``[N, H]``."""
-    length = episodes.batch_size[-1] if episodes.batch_dims else 0
-    if horizon < 1 or length < horizon:
-        raise ValueError(
-            f"No window of horizon={horizon} steps fits into episodes of batch size "
-            f"{tuple(episodes.batch_size)} (time is the last dim)."
-        )
-    rows = episodes.reshape(-1, length)
-    starts = torch.arange(0, length - horizon + 1, stride)
-    index = starts[:, None] + torch.arange(horizon)
-    windows = rows[:, index.to(rows.device)].reshape(-1, horizon)
-    crosses = torch.zeros(windows.batch_size, dtype=torch.bool, device=windows.device)
-    for key in env.done_keys:
-        done = windows.get(join("next", key), None)
-        if done is not None:
-            crosses |= done.flatten(2).any(-1)
-    keep = ~crosses[:, :-1].any(-1)  # the last step may end the episode
-    valid = windows.get(("collector", "mask"), None)
-    if valid is not None:
-        keep &= valid.reshape(windows.batch_size).all(-1)
-    if not keep.any():
-        raise ValueError(
-            f"No window of horizon={horizon} steps lies within one episode. Take a shorter "
-            f"horizon, or longer episodes."
-        )
-    return windows[keep]
-
-
-def _compared(
-    env: WorldModelEnv,
-    start: TensorDictBase,
-    windows: TensorDictBase,
-    imagined: TensorDictBase,
-) -> dict[NestedKey, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """``(predicted [N, H, ...], real [N, H, ...], at the start [N, ...])`` by key."""
-    keys = [
-        key
-        for key in unique(env.observation_spec.keys(True, True))
-        if windows.get(join("next", key), None) is not None
-    ]
-    if keys:
-        return {
-            key: (
-                imagined.get(join("next", key)),
-                # Images may be bytes, whose differences would wrap around.
-                windows.get(join("next", key)).to(imagined.get(key).dtype),
-                start.get(key).to(imagined.get(key).dtype),
-            )
-            for key in keys
-        }
-    inputs = unique(env.world_model.encoder.in_keys)
-    next_td = windows.get("next")
-    if missing_from(next_td, inputs):
-        raise ValueError(
-            f"There is nothing to compare: the imagined env has "
-            f"{list(env.observation_spec.keys(True, True))}, and the episodes have "
-            f"{leaf_keys(windows)}. Record {[join('next', k) for k in inputs]}."
-        )
-    real = env.world_model.encode(next_td.select(*inputs))
-    return {
-        key: (
-            imagined.get(join("next", key)),
-            real.get(key),
-            imagined.get(key)[:, 0],
-        )
-        for key in env.latent_keys
-        if real.get(key, None) is not None
-    }
 
 
 def _rmse(predicted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

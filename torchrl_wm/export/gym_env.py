@@ -85,7 +85,8 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         seed: the seed of the first reset, if that has none of its own.
         clip_observations: clip predictions to the observation space. By default they
             are handed out as they are, and a warning says once that one is outside.
-        render_env: ``"Pendulum-v1"`` or ``"CartPole-v1"``: the real env's own renderer
+        render_env: ``"Pendulum-v1"``, ``"CartPole-v1"`` or a MuJoCo env that observes
+            positions and velocities (``"Hopper-v5"``): the real env's own renderer
             draws the observation.
         base_env: with a ``WorldModel`` or path: the env whose specs it has (a TorchRL
             env, a Gymnasium env or its id); episodes start from its resets unless

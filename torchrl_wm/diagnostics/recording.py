@@ -1,0 +1,296 @@
+"""Recorded episodes as an imagined env sees them: checked, filtered, cut into windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+
+from torchrl.envs import EnvBase
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.modes import evaluation_mode
+
+Entries = dict[NestedKey, torch.Tensor]
+
+#: Where the next latents stand that a recurrent model filters from what was recorded.
+FILTERED = "_filtered"
+
+#: How many imagined numbers are held in memory at once.
+_NUMBERS_AT_ONCE = 30_000_000
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Episodes that predictions start from and are compared with.
+
+    Of a recurrent model, the latents of all steps are those that it filters
+    from the recorded observations, whatever latents were recorded.
+
+    Args:
+        env: the imagined env.
+        steps: the episodes, ``[N, T]``, on the env's device.
+        keys: the observations that are compared; none if the latents are.
+    """
+
+    env: WorldModelEnv
+    steps: TensorDictBase
+    keys: list[NestedKey]
+
+    @classmethod
+    def of(cls, env: WorldModelEnv, episodes: TensorDictBase, name: str) -> Recording:
+        """Check what the diagnostic called ``name`` was given.
+
+        Args:
+            env: of batch size ``[]``.
+            episodes: ``[*B, T]``.
+
+        Raises:
+            TypeError: if ``env`` is no WorldModelEnv.
+            ValueError: if it is batch-locked, or the episodes have no time dim.
+            KeyError: if the episodes lack actions.
+        """
+        check_env(env, name)
+        if not episodes.batch_dims or not episodes.batch_size.numel():
+            raise ValueError(
+                f"{name} needs episodes of batch size [*B, T] with at least one step, time last, "
+                f"as rollouts return them; got {tuple(episodes.batch_size)}."
+            )
+        missing = missing_from(episodes, env.action_keys)
+        if missing:
+            raise MissingEntryError(
+                f"The episodes lack the actions {missing}; they have {leaf_keys(episodes)}."
+            )
+        steps = episodes.reshape(-1, episodes.batch_size[-1]).detach()
+        if env.device is not None and steps.device != env.device:
+            steps = steps.to(env.device)
+        model = env.world_model
+        observed = unique(env.observation_spec.keys(True, True))
+        keys = [k for k in observed if steps.get(join("next", k), None) is not None]
+        inputs = unique(model.encoder.in_keys)
+        inputs += [join("next", key) for key in inputs]
+        if model.is_recurrent and not missing_from(steps, inputs):
+            with torch.no_grad(), evaluation_mode(model):
+                filtered = model.observe(steps)
+            steps = steps.copy().update(filtered.select(*model.latent_keys))
+            steps.set(FILTERED, filtered.get("next").select(*model.latent_keys))
+        return cls(env, steps, keys)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """The steps that are no padding, ``[N, T]`` bool."""
+        mask = self.steps.get(("collector", "mask"), None)
+        if mask is None:
+            device = self.steps.device
+            return torch.ones(self.steps.batch_size, dtype=torch.bool, device=device)
+        return mask.reshape(self.steps.batch_size)
+
+    @property
+    def done(self) -> torch.Tensor:
+        """The steps that end an episode, ``[N, T]`` bool."""
+        return ends(self.env, self.steps)
+
+    def transitions(self) -> TensorDictBase:
+        """All steps that are no padding, ``[M]``."""
+        rows = self.steps[self.valid]
+        if not len(rows):
+            raise ValueError(
+                "There is nothing to compare: the episodes' ('collector', 'mask') calls every "
+                "step invalid."
+            )
+        return rows
+
+    def windows(self, horizon: int, stride: int = 1) -> TensorDictBase:
+        """All windows of ``horizon`` steps that lie within one episode, ``[W, H]``."""
+        return self.steps[self.window_index(horizon, stride)]
+
+    def window_index(
+        self, horizon: int, stride: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows and times of the windows, ``[W, 1]`` and ``[W, H]`` int64."""
+        rows, length = self.steps.batch_size
+        for name, value in (("horizon", horizon), ("stride", stride)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}.")
+        if horizon < 1 or length < horizon:
+            raise ValueError(
+                f"No window of horizon={horizon} steps fits into episodes of {length} steps "
+                f"(time is the last dim)."
+            )
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1, got {stride}.")
+        starts = torch.arange(0, length - horizon + 1, stride)
+        index = starts[:, None] + torch.arange(horizon)  # [S, H]
+        index = index.to(self.valid.device)
+        # The last step of a window may end the episode.
+        crosses = self.done[:, index][..., :-1].any(-1)
+        keep = self.valid[:, index].all(-1) & ~crosses  # [N, S]
+        if not keep.any():
+            raise ValueError(
+                f"No window of horizon={horizon} steps lies within one episode. Take a shorter "
+                f"horizon, or longer episodes."
+            )
+        row, start = keep.nonzero(as_tuple=True)
+        return row[:, None], index[start]
+
+    def longest_window(self) -> int:
+        """The most steps that lie within one episode."""
+        longest = run = torch.zeros(len(self.steps), dtype=torch.long)
+        valid, done = self.valid.cpu(), self.done.cpu()
+        for time in range(valid.shape[1]):
+            run = torch.where(valid[:, time], run + 1, 0)
+            longest = torch.maximum(longest, run)
+            run = torch.where(done[:, time], 0, run)
+        return int(longest.max())
+
+    def real(self, steps: TensorDictBase) -> Entries:
+        """What predictions of these steps are compared with, ``[..., *feature]`` by key.
+
+        The observations below "next"; if the env has none of them, its latents
+        of the next observations.
+        """
+        if self.keys:
+            return {key: steps.get(join("next", key)) for key in self.keys}
+        env, model = self.env, self.env.world_model
+        inputs = unique(model.encoder.in_keys)
+        if missing_from(steps, [join("next", key) for key in inputs]):
+            raise ValueError(
+                f"There is nothing to compare: the imagined env has "
+                f"{list(env.observation_spec.keys(True, True))}, and the episodes have "
+                f"{leaf_keys(steps)}. Record {[join('next', k) for k in inputs]}."
+            )
+        if model.is_recurrent:
+            latents = steps.get(FILTERED)
+        else:
+            with torch.no_grad(), evaluation_mode(model):
+                latents = model.encode(steps.get("next").select(*inputs))
+        found = {key: latents.get(key, None) for key in env.latent_keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def rewards(self, steps: TensorDictBase) -> Entries:
+        """The recorded rewards, ``[..., *feature]`` by key; none if there are none."""
+        found = {k: steps.get(join("next", k), None) for k in self.env.reward_keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def check_env(env: WorldModelEnv, name: str) -> None:
+    """Refuse what is no imagined env, or one of a fixed batch size."""
+    if not isinstance(env, WorldModelEnv):
+        raise TypeError(
+            f"{name} needs a WorldModelEnv, got {type(env).__name__}. Wrap a world model, "
+            f"WorldModelEnv(world_model, real_env, batch_size=[]); of a TransformedEnv pass its "
+            f"base_env."
+        )
+    if env.batch_locked:
+        raise ValueError(
+            f"{name} needs an env of any batch size, got one of "
+            f"{tuple(env.batch_size)}. Make it with WorldModelEnv(..., batch_size=[])."
+        )
+
+
+def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
+    """The steps after which nothing of the episode is left, ``[*B]`` bool."""
+    out = torch.zeros(steps.batch_size, dtype=torch.bool, device=steps.device)
+    for key in env.done_keys:
+        done = steps.get(join("next", key), None)
+        if done is not None:
+            out |= done.reshape(*steps.batch_size, -1).any(-1)
+    return out
+
+
+class Imagined(NamedTuple):
+    """What was imagined from the starts of windows.
+
+    Args:
+        steps: the mean over particles, ``[W, H, *feature]`` by key.
+        start: what imagination started from, ``[W, *feature]`` by key.
+    """
+
+    steps: Entries
+    start: Entries
+
+
+@torch.no_grad()
+def imagine_windows(
+    env: WorldModelEnv,
+    windows: TensorDictBase,
+    keys: list[NestedKey],
+    particles: int = 1,
+) -> Imagined:
+    """The mean prediction over particles, with the windows' actions.
+
+    Args:
+        windows: recorded steps, ``[W, H]``; predictions start from the first.
+        keys: what is wanted of what is imagined, without the "next".
+        particles: how often each window is imagined, ``P``.
+    """
+    positive(particles, "particles")
+    horizon = windows.batch_size[-1]
+    specs = env.observation_spec.values(True, True)
+    numbers = sum(spec.shape.numel() for spec in specs)
+    at_once = max(1, _NUMBERS_AT_ONCE // (2 * numbers * particles * horizon))
+    steps: dict[NestedKey, list[torch.Tensor]] = {}
+    starts: dict[NestedKey, list[torch.Tensor]] = {}
+    for part in windows.split(at_once, 0):
+        imagined = imagine_particles(env, part, particles)
+        for key in keys:
+            value = imagined.get(join("next", key))
+            if particles > 1 and not value.is_floating_point():
+                value = value.float()
+            mean = value[0] if particles == 1 else value.mean(0)
+            steps.setdefault(key, []).append(mean)
+            start = imagined.get(key, None)
+            if start is not None:
+                starts.setdefault(key, []).append(start[0, :, 0])
+    return Imagined(_joined(steps), _joined(starts))
+
+
+@torch.no_grad()
+def imagine_particles(
+    env: WorldModelEnv, windows: TensorDictBase, particles: int
+) -> TensorDictBase:
+    """Imagine recorded windows ``[W, H]`` with their own actions, ``[P, W, H]``."""
+    # What else was recorded (an image in bytes that is decoded as floats) is no start.
+    start = windows[:, 0].select(*env.start_keys, strict=False)
+    actions = windows.select(*env.action_keys)
+    number, horizon = windows.batch_size
+    # Networks such as TorchRL's RSSM take one batch dim.
+    with evaluation_mode(env.world_model):
+        imagined = env.imagine(
+            horizon,
+            tensordict=start.expand(particles, number).reshape(-1),
+            actions=actions.expand(particles, number, horizon).reshape(-1, horizon),
+        )
+    return imagined.reshape(particles, number, horizon)
+
+
+def matching(
+    key: NestedKey, predicted: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as numbers that can be subtracted, or an error that says why not.
+
+    Images may be bytes, whose differences would wrap around.
+    """
+    if predicted.shape != real.shape:
+        raise ValueError(
+            f"The imagined {key!r} has the shape {tuple(predicted.shape)}, the recorded one "
+            f"{tuple(real.shape)}. Record what the model was made for: the transforms of the "
+            f"env that collects must be those of the env whose specs the model has."
+        )
+    if not predicted.is_floating_point():
+        predicted = predicted.float()
+    return predicted, real.to(predicted.dtype)
+
+
+def _joined(parts: dict[NestedKey, list[torch.Tensor]]) -> Entries:
+    return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def positive(value: int, name: str) -> None:
+    """Refuse counts below one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}.")

@@ -1,0 +1,206 @@
+"""A report on a world model: one HTML file that says whether it is any good."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from torchrl.envs import EnvBase
+
+from torchrl_wm.diagnostics.drawing import name_of, new_figure
+from torchrl_wm.diagnostics.page import page, ReportSection
+from torchrl_wm.diagnostics.recording import positive, Recording
+from torchrl_wm.diagnostics.sections import DoesNotApply, SECTIONS, Study
+from torchrl_wm.diagnostics.video import Render
+from torchrl_wm.envs import WorldModelEnv
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`write_report` measured.
+
+    Args:
+        path: the file.
+        numbers: the numbers of all sections' tables, by ``section/name``.
+        measured: what the diagnostics returned, by section.
+        verdicts: a sentence for each section.
+        left_out: the sections that do not apply, and why.
+    """
+
+    path: Path
+    numbers: dict[str, float]
+    measured: TensorDict
+    verdicts: dict[str, str]
+    left_out: dict[str, str]
+
+
+@torch.no_grad()
+def write_report(
+    path: str | os.PathLike,
+    env: WorldModelEnv,
+    episodes: TensorDictBase,
+    *,
+    policy: Callable | None = None,
+    real_env: EnvBase | None = None,
+    real_policy: Callable | None = None,
+    policy_steps: int = 200,
+    policy_episodes: int = 5,
+    horizon: int = 20,
+    particles: int = 10,
+    max_windows: int = 200,
+    title: str = "World model report",
+    labels: Mapping[NestedKey, Sequence[str]] | None = None,
+    render: Render | None = None,
+    sections: Sequence[ReportSection] = (),
+    seed: int | None = 0,
+) -> Report:
+    """Measure a world model on recorded episodes, and write all of it into one HTML file.
+
+    The file has its pictures in it and needs nothing else. Each section has a line on
+    how to read it and a sentence on what its numbers say. A section that does not
+    apply (no ensemble, no termination head, no policy) is left out, with a line that
+    says why.
+
+    Args:
+        path: the file to write; one that is there is replaced, missing folders are made.
+        env: an imagined env of batch size ``[]``. With ``decode=True`` decoded
+            observations are compared.
+        episodes: recorded transitions, ``[*B, T]``, that the model was not trained on.
+
+    Keyword Args:
+        policy: acts in the imagined env, for the exploitation gap. With it goes
+            ``real_env``.
+        real_env: the real env; its renderer draws the film, too, where it can.
+        real_policy: acts in the real env; ``policy`` by default.
+        policy_steps, policy_episodes: how long and how many the policy's episodes are.
+        horizon: ``H``; less if the episodes are shorter.
+        particles: how often each window is imagined for the errors of predictions.
+        max_windows: how many windows are imagined at most, spread over the episodes.
+        title: the heading.
+        labels: a name for each dim of an observation, by its key.
+        render: what draws observations, see
+            :func:`~torchrl_wm.diagnostics.render_comparison`.
+        sections: sections of yours, which come first: a learning curve, say.
+        seed: imagined with this seed, so that a report comes out the same again;
+            the random state is put back afterwards. None draws from that.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        TypeError: if ``env`` is no WorldModelEnv.
+        ValueError: if it is batch-locked, or a number is not positive.
+        KeyError: if the episodes lack actions.
+        IsADirectoryError: if ``path`` is a folder.
+
+    Examples:
+        >>> import os, tempfile
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm import WorldModelEnv
+        >>> from torchrl_wm.diagnostics import write_report
+        >>> from torchrl_wm.models import make_ensemble_world_model
+        >>> real_env = GymEnv("Pendulum-v1")
+        >>> world_model, _ = make_ensemble_world_model(
+        ...     real_env, members=3, hidden=(32,), normalize=False, termination="none"
+        ... )
+        >>> report = write_report(
+        ...     os.path.join(tempfile.mkdtemp(), "report.html"),
+        ...     WorldModelEnv(world_model, real_env),
+        ...     real_env.rollout(60),
+        ...     horizon=5,
+        ... )
+        >>> report.left_out["terminations"]
+        'the model has no termination head.'
+        >>> "open_loop/observation: beats persistence up to k" in report.numbers
+        True
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name a file in it.")
+    for name, value in (
+        ("policy_steps", policy_steps),
+        ("policy_episodes", policy_episodes),
+        ("horizon", horizon),
+        ("particles", particles),
+        ("max_windows", max_windows),
+    ):
+        positive(value, name)
+    new_figure(1, 1)  # before anything is measured: is matplotlib there?
+    recording = Recording.of(env, episodes, "write_report")
+    horizon = min(horizon, recording.longest_window())
+    if horizon < 1:
+        raise ValueError(
+            "There is nothing to compare: the episodes' ('collector', 'mask') calls every step "
+            "invalid."
+        )
+    windows = len(recording.window_index(horizon)[0])
+    study = Study(
+        env=env,
+        episodes=episodes,
+        recording=recording,
+        horizon=horizon,
+        particles=particles,
+        stride=-(-windows // max_windows),
+        labels={unravel_key(k): v for k, v in (labels or {}).items()},
+        policy=policy,
+        real_env=real_env,
+        real_policy=real_policy,
+        policy_steps=policy_steps,
+        policy_episodes=policy_episodes,
+        render=render,
+        worst={},
+    )
+    made, numbers, verdicts, left_out = list(sections), {}, {}, {}
+    measured = TensorDict({}, batch_size=[])
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for name, (_, measure) in SECTIONS.items():
+            try:
+                section, result = measure(study)
+            except DoesNotApply as reason:
+                left_out[name] = str(reason)
+                continue
+            except (ValueError, KeyError, ImportError, RuntimeError) as err:
+                left_out[name] = str(err)
+                continue
+            made.append(section)
+            measured.set(name, result)
+            verdicts[name] = section.verdict
+            numbers.update({f"{name}/{key}": v for key, v in section.numbers.items()})
+    text = page(
+        title,
+        _facts(study, windows),
+        made,
+        {SECTIONS[name][0]: reason for name, reason in left_out.items()},
+    )
+    _write(path, text)
+    return Report(path, numbers, measured, verdicts, left_out)
+
+
+def _facts(study: Study, windows: int) -> dict[str, str]:
+    model = study.env.world_model
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = int(study.recording.valid.sum())
+    used = -(-windows // study.stride)
+    return {
+        "model": f"{type(model.dynamics).__name__}, {parameters:,} parameters",
+        "latents": ", ".join(name_of(key) for key in study.env.latent_keys),
+        "recorded steps": f"{steps:,}",
+        "horizon": f"{study.horizon} steps, about {used} windows, {study.particles} particles",
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / "report.html"
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, path)

@@ -1,0 +1,524 @@
+"""The sections of a report: what is measured, drawn, and said about it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.envs import EnvBase
+
+from torchrl_wm.diagnostics.calibration import calibration_curve
+from torchrl_wm.diagnostics.disagreements import disagreement
+from torchrl_wm.diagnostics.drawing import MAX_DIMS, name_of
+from torchrl_wm.diagnostics.fan import prediction_fan
+from torchrl_wm.diagnostics.one_step import one_step_prediction
+from torchrl_wm.diagnostics.open_loop import open_loop_error
+from torchrl_wm.diagnostics.page import ReportSection
+from torchrl_wm.diagnostics.plots import (
+    plot_open_loop_error,
+    plot_prediction_fan,
+    plot_reward_error,
+)
+from torchrl_wm.diagnostics.recording import Recording
+from torchrl_wm.diagnostics.returns import exploitation_gap
+from torchrl_wm.diagnostics.rewards import reward_error
+from torchrl_wm.diagnostics.statistics_plots import (
+    plot_calibration,
+    plot_disagreement,
+    plot_exploitation_gap,
+    plot_one_step,
+    plot_terminations,
+    r_squared,
+)
+from torchrl_wm.diagnostics.terminations import (
+    predicts_terminations,
+    termination_metrics,
+)
+from torchrl_wm.diagnostics.video import render_comparison, save_video
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules.keys import join
+
+#: Entries of more dims than this are images, say: of them only means are drawn.
+MANY_DIMS = 128
+
+_FAN_STARTS, _FAN_PARTICLES, _VIDEO_STEPS, _VIDEO_HEIGHT = 30, 50, 100, 200
+
+
+class DoesNotApply(Exception):
+    """Why a section is left out."""
+
+
+@dataclass
+class Study:
+    """What a report is about, and how much of it is measured.
+
+    Args: those of :func:`~torchrl_wm.diagnostics.write_report`.
+    """
+
+    env: WorldModelEnv
+    episodes: TensorDictBase
+    recording: Recording
+    horizon: int
+    particles: int
+    stride: int
+    labels: Mapping[NestedKey, Sequence[str]]
+    policy: Callable | None
+    real_env: EnvBase | None
+    real_policy: Callable | None
+    policy_steps: int
+    policy_episodes: int
+    render: Any
+    worst: dict[NestedKey, list[int]]
+
+    def drawing(self, key: NestedKey) -> dict[str, Any]:
+        """The dims of an entry to draw, and their names."""
+        return {"dims": self.worst.get(key), "labels": self.labels.get(key)}
+
+
+Measured = tuple[ReportSection, TensorDictBase]
+
+
+def open_loop(study: Study) -> Measured:
+    """Errors over the horizon beside the baselines."""
+    error = open_loop_error(
+        study.env,
+        study.episodes,
+        study.horizon,
+        stride=study.stride,
+        particles=study.particles,
+    )
+    numbers, said, best = {}, [], []
+    for key in _keys(error, "persistence"):
+        share, persistence = _shares(error, key)
+        beats = _leading((share < persistence).tolist())
+        numbers[f"{name_of(key)}: 1 step, share of the data's spread"] = float(share[0])
+        numbers[f"{name_of(key)}: {len(share)} steps"] = float(share[-1])
+        numbers[f"{name_of(key)}: beats persistence up to k"] = beats
+        best.append(beats / len(share))
+        said.append(f"{name_of(key)} {_beats(beats, len(share))}")
+    for key in _drawn_first(error, study):
+        spread = error.get(join("mean", key)).flatten(1)[-1]
+        ratio = error.get(join("model", key)).flatten(1)[-1] / spread
+        order = ratio.nan_to_num(-1, posinf=-1).argsort(descending=True)
+        study.worst[key] = sorted(order[:MAX_DIMS].tolist())
+    pictures = []
+    for key in _keys(error, "persistence"):
+        many = error.get(join("model", key))[0].numel() > MANY_DIMS
+        kwargs = {} if many else {"per_dim": True, **study.drawing(key)}
+        pictures.append(plot_open_loop_error(error, key, **kwargs))
+    section = ReportSection(
+        "Open-loop prediction error",
+        how=(
+            f"The model imagines {study.horizon} steps with the recorded actions and never looks "
+            f"at the observations again. Persistence predicts that nothing changes, mean predicts "
+            f"the data's mean. Trust plans and imagined rollouts only as far as the model is below "
+            f"both. Of many dims those with the largest error are shown."
+        ),
+        verdict="; ".join(said) + ".",
+        good=True if min(best) == 1 else False if min(best) == 0 else None,
+        pictures=pictures,
+        numbers=numbers,
+    )
+    return section, error
+
+
+def fan(study: Study) -> Measured:
+    """The particles' spread against the truth."""
+    windows = study.recording.window_index(study.horizon)
+    count = len(windows[0])
+    chosen = torch.linspace(0, count - 1, min(count, _FAN_STARTS)).round().long()
+    length = study.episodes.batch_size[-1]
+    rows = study.episodes.reshape(-1, length)
+    starts = [index[chosen.to(index.device)].to(rows.device) for index in windows]
+    if study.env.world_model.is_recurrent:
+        rows = study.recording.steps  # with the latents filtered up to each start
+    keys = [
+        key
+        for key, value in study.recording.real(study.recording.steps[:1, :1]).items()
+        if value[0, 0].numel() <= MANY_DIMS
+    ]
+    keys += list(study.recording.rewards(study.recording.steps[:1, :1]))
+    if not keys:
+        raise DoesNotApply("all that is predicted has too many dims to draw.")
+    measured = prediction_fan(
+        study.env,
+        rows[starts[0].to(rows.device), starts[1].to(rows.device)],
+        study.horizon,
+        particles=_FAN_PARTICLES,
+        keys=keys,
+    )
+    inside, widths, pictures, numbers = [], [], [], {}
+    for key in keys:
+        quantiles = measured.get(join("quantiles", key)).flatten(3)  # [W, H, Q, D]
+        real = measured.get(join("real", key)).flatten(2)
+        low, high = quantiles[:, :, 0], quantiles[:, :, -1]
+        hit = ((real >= low) & (real <= high)).float().mean()
+        widths.append(float((high - low).mean() / real.std().clamp_min(1e-12)))
+        inside.append(float(hit))
+        numbers[f"{name_of(key)}: truth within the 90% fan"] = float(hit)
+        pictures.append(plot_prediction_fan(measured, key, **study.drawing(key)))
+    share = sum(inside) / len(inside)
+    if max(widths) < 1e-6:
+        verdict, good = (
+            "All particles agree: this model predicts without noise, so that the fan says "
+            "nothing about what it does not know.",
+            None,
+        )
+    else:
+        tail = (
+            "about as often as it should be"
+            if 0.8 <= share <= 0.97
+            else "the fan is too wide"
+            if share > 0.97
+            else "the fan is too narrow"
+        )
+        verdict = f"The truth lies within the 90% fan {share:.0%} of the time: {tail}."
+        good = True if 0.8 <= share <= 0.97 else False if share < 0.6 else None
+    section = ReportSection(
+        "Prediction fan",
+        how=(
+            f"{_FAN_PARTICLES} particles imagine the recorded actions from one start. A good fan "
+            f"is narrow, holds the truth, and widens where the model begins to guess."
+        ),
+        verdict=verdict,
+        good=good,
+        pictures=pictures,
+        numbers=numbers,
+    )
+    return section, measured
+
+
+def one_step(study: Study) -> Measured:
+    """Predicted against real changes."""
+    prediction = one_step_prediction(study.env, study.episodes)
+    keys = [
+        key
+        for key in prediction.get("real").keys(True, True)
+        if prediction.get(join("real", key))[0].numel() <= MANY_DIMS
+    ]
+    if not keys:
+        raise DoesNotApply("all that is predicted has too many dims to draw.")
+    numbers, scores, pictures = {}, [], []
+    for key in keys:
+        real = prediction.get(join("real", key)).flatten(1).float()
+        mean = prediction.get(join("loc", key)).flatten(2).float().mean(1)
+        before = prediction.get(join("start", key), None)
+        if before is not None:
+            real, mean = real - before.flatten(1), mean - before.flatten(1)
+        values = [r_squared(mean[:, d], real[:, d]) for d in range(real.shape[1])]
+        values = [value for value in values if not math.isnan(value)]
+        if values:
+            numbers[f"{name_of(key)}: lowest R²"] = min(values)
+            numbers[f"{name_of(key)}: mean R²"] = sum(values) / len(values)
+            scores.append((min(values), name_of(key)))
+        pictures.append(plot_one_step(prediction, key, **study.drawing(key)))
+    verdict, good = "Nothing changes in the episodes.", None
+    if scores:
+        low, where = min(scores)
+        verdict = (
+            f"Of every dim's change the model explains at least {low:.1%} ({where})."
+        )
+        if low < 0:
+            verdict = f"A dim of {where} is predicted worse than by its mean change."
+        good = True if low > 0.95 else False if low < 0.5 else None
+    section = ReportSection(
+        "One-step prediction",
+        how=(
+            "Predicted against real change over one step (reward: the value); on the diagonal it "
+            "is right. R² is the share of the variance that the members' mean explains."
+        ),
+        verdict=verdict,
+        good=good,
+        pictures=pictures,
+        numbers=numbers,
+    )
+    return section, prediction
+
+
+def calibration(study: Study) -> Measured:
+    """Nominal against empirical coverage."""
+    coverage = calibration_curve(study.env, study.episodes)
+    level = coverage.get("level")
+    numbers, pictures, off, signed = {}, [], [], []
+    for key in coverage.get("mixture").keys(True, True):
+        difference = coverage.get(join("mixture", key)).flatten(1) - level
+        off.append(float(difference.abs().mean()))
+        signed.append(float(difference.mean()))
+        numbers[f"{name_of(key)}: mean distance from nominal"] = off[-1]
+        if difference.shape[1] <= MANY_DIMS:
+            pictures.append(plot_calibration(coverage, key, **study.drawing(key)))
+    mean, sign = sum(off) / len(off), sum(signed) / len(signed)
+    kind = "overconfident" if sign < 0 else "underconfident"
+    verdict = f"Coverage is off by {mean:.1%} on average: the model is {kind}."
+    if mean < 0.05:
+        verdict = f"Coverage is off by {mean:.1%} on average: well calibrated."
+    section = ReportSection(
+        "Calibration",
+        how=(
+            "How often the truth lies within the predicted interval of a given probability. On "
+            "the diagonal the predicted variance is right; below it the model is surer than it "
+            "may be. Only episodes that the model was not trained on say anything here."
+        ),
+        verdict=verdict,
+        good=True if mean < 0.05 else False if mean > 0.15 else None,
+        pictures=pictures,
+        numbers=numbers,
+    )
+    return section, coverage
+
+
+def rewards(study: Study) -> Measured:
+    """Errors and correlations of rewards and returns."""
+    if not study.recording.rewards(study.recording.steps[:1, :1]):
+        raise DoesNotApply("no rewards were recorded.")
+    error = reward_error(
+        study.env,
+        study.episodes,
+        study.horizon,
+        stride=study.stride,
+        particles=study.particles,
+    )
+    numbers, pictures, worst, said = {}, [], [], []
+    for key in error.get("rmse").keys(True, True):
+        name = name_of(key)
+        rmse = error.get(join("rmse", key)).flatten(1).mean(-1)
+        mean = error.get(join("mean", key)).flatten(1).mean(-1)
+        related = error.get(join("return_correlation", key)).flatten(1).mean(-1)
+        numbers[f"{name}: RMSE, 1 step"] = float(rmse[0])
+        numbers[f"{name}: RMSE, {study.horizon} steps"] = float(rmse[-1])
+        numbers[f"{name}: RMSE of the mean"] = float(mean[-1])
+        numbers[f"{name}: correlation of {study.horizon}-step returns"] = float(
+            related[-1]
+        )
+        pictures.append(plot_reward_error(error, key))
+        if not math.isnan(float(related[-1])):
+            worst.append(float(related[-1]))
+            said.append(
+                f"predicted and real {study.horizon}-step sums of {name} correlate by "
+                f"{float(related[-1]):.2f}"
+            )
+        else:
+            said.append(f"the sums of {name} do not vary, so nothing tells plans apart")
+    low = min(worst, default=math.nan)
+    section = ReportSection(
+        "Rewards",
+        how=(
+            "A planner compares sums of predicted rewards: their correlation with the real sums "
+            "says whether it can tell good plans from bad ones."
+        ),
+        verdict=_sentence(said),
+        good=True if low > 0.9 else False if low < 0.5 else None,
+        pictures=pictures,
+        numbers=numbers,
+    )
+    return section, error
+
+
+def terminations(study: Study) -> Measured:
+    """Precision and recall of predicted ends."""
+    if not predicts_terminations(study.env):
+        raise DoesNotApply("the model has no termination head.")
+    metrics = termination_metrics(study.env, study.episodes)
+    groups = [key for key in metrics.keys(True, True) if name_of(key).endswith("f1")]
+    numbers, pictures, said, scores = {}, [], [], []
+    for key in groups:
+        prefix = () if isinstance(key, str) else key[:-1]
+        values = {
+            name: float(metrics.get(join(*prefix, name)))
+            for name in ("precision", "recall", "f1", "base_rate", "predicted_rate")
+        }
+        label = f"{name_of(prefix)}: " if prefix else ""
+        numbers.update({f"{label}{name}": value for name, value in values.items()})
+        pictures.append(plot_terminations(metrics, prefix))
+        if values["base_rate"] == 0:
+            said.append(
+                f"{label}no recorded step terminates, and {values['predicted_rate']:.1%} of them "
+                f"are predicted to; record some that do"
+            )
+            continue
+        scores.append(values["f1"])
+        right = (
+            f"{values['precision']:.0%} of the predicted ends are right"
+            if values["predicted_rate"]
+            else "no end is predicted"
+        )
+        said.append(f"{label}{values['recall']:.0%} of the ends are found, {right}")
+    low = min(scores, default=math.nan)
+    section = ReportSection(
+        "Terminations",
+        how=(
+            "One step ahead, at the head's own threshold. Ends that are missed let imagined "
+            "episodes earn rewards that no real one gets; ends that are made up cut them short."
+        ),
+        verdict=_sentence(said),
+        good=True if low > 0.9 else False if low < 0.5 else None,
+        pictures=pictures,
+        numbers=numbers,
+    )
+    return section, metrics
+
+
+def disagreements(study: Study) -> Measured:
+    """Disagreement of the members against their error."""
+    measured = disagreement(study.env, study.episodes)
+    rank = float(measured["rank_correlation"])
+    valid = measured["collector", "mask"]
+    if rank > 0.5:
+        verdict = "Where the members disagree, they are wrong: disagreement is a good warning."
+    elif rank > 0.2:
+        verdict = "Disagreement says something about the error, but not much."
+    else:
+        verdict = "Disagreement says nothing about the error in these episodes."
+    section = ReportSection(
+        "Disagreement of the ensemble",
+        how=(
+            "The spread of the members' one-step predictions beside the error of their mean, in "
+            "units of the data's spread, and the rank correlation of the two. Low correlation is "
+            "no fault where all errors are small."
+        ),
+        verdict=f"{verdict} The rank correlation is {rank:.2f}.",
+        good=True if rank > 0.5 else None,
+        pictures=[plot_disagreement(measured)],
+        numbers={
+            "rank correlation": rank,
+            "median disagreement": float(measured["disagreement"][valid].median()),
+            "median error": float(measured["error"][valid].median()),
+        },
+    )
+    return section, measured
+
+
+def gap(study: Study) -> Measured:
+    """What the model promises a policy, and what it gets."""
+    if study.policy is None or study.real_env is None:
+        raise DoesNotApply(
+            "it needs a policy and the real env: policy=..., real_env=..."
+        )
+    measured = exploitation_gap(
+        study.env,
+        study.policy,
+        study.real_env,
+        study.policy_steps,
+        episodes=study.policy_episodes,
+        real_policy=study.real_policy,
+    )
+    real, difference = measured["real_return"], measured["gap"]
+    mean, count = float(difference.mean()), len(measured)
+    error = float(difference.std() / count**0.5) if count > 1 else math.nan
+    scale = max(float(real.mean().abs()), 1e-12)
+    share = abs(mean) / scale
+    kind = "more than the real env pays" if mean > 0 else "less than the real env pays"
+    verdict = (
+        f"The model promises {abs(mean):.4g} {kind} ({share:.0%} of the real return, "
+        f"{float(real.mean()):.4g})."
+    )
+    within = share < 0.1 or abs(mean) < 2 * error
+    section = ReportSection(
+        "Exploitation gap",
+        how=(
+            f"Returns of the policy over {study.policy_steps} steps at most, imagined and real, "
+            f"from the same starts. Far above the diagonal the policy lives on the model's errors."
+        ),
+        verdict=verdict,
+        good=True if within else False if mean > 0 and share > 0.25 else None,
+        pictures=[plot_exploitation_gap(measured)],
+        numbers={
+            "real return": float(real.mean()),
+            "imagined return": float(measured["imagined_return"].mean()),
+            "gap": mean,
+            "standard error of the gap": error,
+            "episodes": count,
+        },
+    )
+    return section, measured
+
+
+def video(study: Study) -> Measured:
+    """One episode as a GIF, real beside imagined."""
+    render = study.render if study.render is not None else study.real_env
+    rows = study.episodes.reshape(-1, study.episodes.batch_size[-1])
+    lengths = study.recording.valid.sum(1)
+    episode = rows[int(lengths.argmax())]
+    settings = {"max_steps": _VIDEO_STEPS, "height": _VIDEO_HEIGHT}
+    try:
+        frames = render_comparison(study.env, episode, **settings)  # pixels
+    except ValueError:
+        if render is None:
+            raise DoesNotApply(
+                "neither pixels nor render=... (the real env's id, or a function) say how to draw."
+            ) from None
+        frames = render_comparison(study.env, episode, render=render, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        content = save_video(Path(folder) / "film.gif", frames).read_bytes()
+    section = ReportSection(
+        "Real beside imagined",
+        how=(
+            f"The first {len(frames) - 1} steps of a recorded episode, and what the model imagines "
+            f"with the same actions from its start, without another look. The difference is black "
+            f"where the pictures agree. The returns are those so far."
+        ),
+        pictures=[content],
+    )
+    return section, TensorDict({}, batch_size=[])
+
+
+#: Names, titles and makers, in the order of the report.
+SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
+    "open_loop": ("Open-loop prediction error", open_loop),
+    "fan": ("Prediction fan", fan),
+    "one_step": ("One-step prediction", one_step),
+    "calibration": ("Calibration", calibration),
+    "rewards": ("Rewards", rewards),
+    "terminations": ("Terminations", terminations),
+    "disagreement": ("Disagreement of the ensemble", disagreements),
+    "exploitation_gap": ("Exploitation gap", gap),
+    "video": ("Real beside imagined", video),
+}
+
+
+def _keys(error: TensorDictBase, name: str) -> list[NestedKey]:
+    return list(error.get(name).keys(True, True))
+
+
+def _drawn_first(error: TensorDictBase, study: Study) -> Iterator[NestedKey]:
+    """Entries of which not all dims can be drawn."""
+    for key in _keys(error, "persistence"):
+        if MAX_DIMS < error.get(join("model", key))[0].numel() <= MANY_DIMS:
+            yield key
+
+
+def _shares(error: TensorDictBase, key: NestedKey) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors as shares of the data's spread, means over the dims that vary, ``[H]`` each."""
+    spread = error.get(join("mean", key)).flatten(1)
+    varies = (spread > 1e-9).all(0)
+    if not varies.any():
+        raise DoesNotApply(f"{name_of(key)} does not change in the episodes.")
+    out = []
+    for name in ("model", "persistence"):
+        values = error.get(join(name, key)).flatten(1)
+        out.append((values[:, varies] / spread[:, varies]).mean(-1))
+    return out[0], out[1]
+
+
+def _leading(flags: list[bool]) -> int:
+    """How many are True before the first that is not."""
+    return flags.index(False) if False in flags else len(flags)
+
+
+def _beats(steps: int, horizon: int) -> str:
+    if steps == 0:
+        return "does not beat persistence, not even one step ahead"
+    if steps == horizon:
+        return f"beats persistence at every step up to k = {horizon}"
+    return f"beats persistence up to k = {steps} of {horizon}"
+
+
+def _sentence(parts: list[str]) -> str:
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."
