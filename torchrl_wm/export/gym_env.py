@@ -286,13 +286,14 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         limit = self.max_episode_steps
         if limit is not None and self._elapsed >= limit:
             moment.truncated = True
-        if moment.terminated or moment.truncated:
+        terminated, truncated = moment.terminated, moment.truncated
+        if terminated or truncated:
             self._refuses = "The episode is over. Call reset() before step()."
         return (
             self._handed_out(moment.observation),
             moment.reward,
-            moment.terminated,
-            moment.truncated,
+            terminated,
+            truncated,
             self._info(moment),
         )
 
@@ -302,7 +303,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
 
     def _info(self, moment: Any) -> dict[str, Any]:
         info = moment.info
-        info["model_state"] = self._source.state_of(self._state)
+        info["model_state"] = self._source.state_of(moment.state)
         info["elapsed_steps"] = self._elapsed
         return info
 
