@@ -64,7 +64,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
     Args:
         world_model: a :class:`~torchrl_wm.WorldModelEnv`; a
             :class:`~torchrl_wm.WorldModel` or the path of a saved one, with
-            ``base_env``; or any object.
+            ``base_env`` or ``start_states``; or any object.
         observation_space: of an object, needed. Of a ``WorldModelEnv``, which
             entries to observe: by default all decoded ones, or, without any, all
             latents; one gives a Box, several a Dict.
@@ -89,7 +89,9 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
             draws the observation.
         base_env: with a ``WorldModel`` or path: the env whose specs it has (a TorchRL
             env, a Gymnasium env or its id); episodes start from its resets unless
-            ``start_states`` are given.
+            ``start_states`` are given. A model that a builder made knows its specs,
+            saved ones included, and does without; then ``start_states``,
+            ``initial_observation`` or ``reset(options=...)`` say where episodes start.
         start_states: see :class:`~torchrl_wm.WorldModelEnv`.
         decode: see :class:`~torchrl_wm.WorldModelEnv`; by default if there is a
             decoder.
