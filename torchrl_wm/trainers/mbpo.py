@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class MBPOConfig(RecipeConfig):
         tau: the share of the values that goes to their targets in an update.
         evaluation_interval: real steps from one evaluation to the next; 0 for none.
         evaluation_episodes: episodes of an evaluation.
+        stop_return: stop at the first evaluation that reaches this mean return.
     """
 
     env: str = "InvertedPendulum-v5"
@@ -68,12 +70,12 @@ class MBPOConfig(RecipeConfig):
     members: int = 7
     elites: int | None = 5
     model_interval: int = 250
-    model_steps: int = 1000
+    model_steps: int = 500
     imagination_interval: int = 25
     rollouts: int = 400
-    horizon_schedule: tuple[int, int, int, int] = (0, 0, 1, 1)
+    horizon_schedule: tuple[int, int, int, int] = (0, 0, 5, 5)
     retained_rounds: int = 20
-    real_share: float = 0.1
+    real_share: float = 0.05
     updates_per_step: int = 10
     batch_size: int = 256
     learning_rate: float = 3e-4
@@ -83,6 +85,7 @@ class MBPOConfig(RecipeConfig):
     tau: float = 0.005
     evaluation_interval: int = 250
     evaluation_episodes: int = 5
+    stop_return: float | None = None
 
     def horizon(self, step: int) -> int:
         """The length of imagined rollouts at a real step."""
@@ -267,6 +270,8 @@ class MBPOTrainer(RecipeTrainer):
             ]
             mean = sum(returns) / len(returns)
             self.record(evaluation_return=mean, evaluation_least=min(returns))
+            if self.is_over:
+                self.request_stop()
         done = self._step.get(join("next", self.env.done_keys[0])).any()
         if done:
             row = {"return": self._episode_return, "length": self._length}
@@ -277,7 +282,11 @@ class MBPOTrainer(RecipeTrainer):
 
     @property
     def is_over(self) -> bool:
-        return self.collected_frames >= self.config.steps
+        level = self.config.stop_return
+        reached = level is not None and any(
+            row.get("evaluation_return", -math.inf) >= level for row in self.metrics
+        )
+        return reached or self.collected_frames >= self.config.steps
 
     @property
     def expected_steps(self) -> int:
