@@ -20,13 +20,15 @@ PAGES = [
     if "_build" not in path.parts
 ]
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MAGIC = re.compile(r"^%.*$", re.MULTILINE)  # what is for notebooks alone
 
 
 def cells_of(path: Path) -> list[str]:
     """The code of a notebook, or of a page in MyST's own notation; none of other pages."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        return CELL.findall(text) if "\nfile_format: mystnb\n" in text else []
+        cells = CELL.findall(text) if "\nfile_format: mystnb\n" in text else []
+        return [MAGIC.sub("", cell) for cell in cells]
     cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
     assert all(c["outputs"] == [] for c in cells), "made when the docs are built"
     return ["".join(cell["source"]) for cell in cells]
