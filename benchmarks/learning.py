@@ -73,7 +73,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
     "pets-cartpole-learned": Experiment(
-        "pets", {"env": CARTPOLE, "planning_horizon": 20, "trials": 11}
+        "pets", {"env": CARTPOLE, "planning_horizon": 20, "trials": 8}
     ),
     "pets-pendulum": Experiment(
         "pets", {"env": "Pendulum-v1", "termination": "none", "trials": 9}
@@ -81,12 +81,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "mbpo-inverted-pendulum": Experiment("mbpo", INVERTED),
     "sac-inverted-pendulum-same-updates": Experiment("mbpo", {**INVERTED, **SAC}),
     "sac-inverted-pendulum-one-update": Experiment(
-        "mbpo", {**INVERTED, **ONE_UPDATE, "steps": 10_000}
+        "mbpo", {**INVERTED, **ONE_UPDATE, "steps": 6000}
     ),
     "mbpo-pendulum": Experiment("mbpo", {**PENDULUM, "steps": 2000}),
     "sac-pendulum-same-updates": Experiment("mbpo", {**PENDULUM, **SAC, "steps": 2400}),
     "sac-pendulum-one-update": Experiment(
-        "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 8000}
+        "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 5000}
     ),
 }
 
