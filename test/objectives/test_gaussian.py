@@ -11,8 +11,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
 from torch import nn
 from torchrl.data import Unbounded
+from torchrl.envs import GymEnv
 
 from torchrl_wm import WorldModel, WorldModelLoss
+from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble, GaussianHead
 from torchrl_wm.objectives import (
     bootstrap_counts,
@@ -263,3 +265,25 @@ def test_wrong_wirings_are_named() -> None:
         ("next", "observation"),
         ("next", "reward"),
     ]
+
+
+def test_beta_weights_the_likelihood_by_the_variance():
+    env = GymEnv("Pendulum-v1")
+    world_model, _ = make_ensemble_world_model(
+        env, members=2, hidden=(8,), normalize=False, termination="none"
+    )
+    batch = env.rollout(20)
+    out = world_model.step(batch.copy())["next"]
+    loc, log_var = out["loc"], out["log_var"]
+    target = torch.cat([batch["next", "observation"], batch["next", "reward"]], -1)
+    nll = gaussian_nll(target.unsqueeze(-2), loc, log_var)
+    weight = log_var.exp().sqrt()
+    weight = weight / weight.mean((0, 1))
+    term = GaussianNLLTerm(beta=0.5, bound_weight=0.0)
+    loss = WorldModelLoss(world_model, losses=[term])(batch)["loss_nll"]
+    torch.testing.assert_close(loss, (nll * weight).mean())
+    plain = GaussianNLLTerm(bound_weight=0.0)
+    loss = WorldModelLoss(world_model, losses=[plain])(batch)["loss_nll"]
+    torch.testing.assert_close(loss, nll.mean())
+    with pytest.raises(ValueError, match="beta"):
+        GaussianNLLTerm(beta=2.0)

@@ -48,6 +48,8 @@ class EnsembleConfig:
             :func:`~torchrl_wm.modules.with_propagation` gives the same model with another.
         normalize: whether inputs and targets are normalised.
         bootstrap: whether each member is trained on a sample of its own.
+        beta: how much of the variance the likelihood is weighted with
+            (:class:`~torchrl_wm.objectives.GaussianNLLTerm`).
         log_var_low, log_var_high: where the learned bounds of the log-variance
             begin, in units of the normalised targets.
         termination: ``"learned"``, by a head on the next observation; or
@@ -71,6 +73,7 @@ class EnsembleConfig:
     propagation: Propagation = "ts1"
     normalize: bool = True
     bootstrap: bool = True
+    beta: float = 0.0
     log_var_low: float = -10.0
     log_var_high: float = 0.5
     termination: Literal["learned", "none"] = "learned"
@@ -174,7 +177,7 @@ def _wire(specs: EnvSpecs, config: EnsembleConfig) -> tuple[WorldModel, WorldMod
     )
     if config.propagation != dynamics.propagation:
         world_model = with_propagation(world_model, config.propagation)
-    terms = [GaussianNLLTerm(bootstrap=config.bootstrap)]
+    terms = [GaussianNLLTerm(bootstrap=config.bootstrap, beta=config.beta)]
     if isinstance(world_model.done_head, TerminationHead):
         terms.append(DoneTerm(real_next=True))
     loss = WorldModelLoss(world_model, losses=terms)

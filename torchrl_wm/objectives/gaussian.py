@@ -40,6 +40,11 @@ class GaussianNLLTerm(LossTerm):
             by a hash, so that they are the same in every epoch, whatever the replay
             buffer does.
         seed: other seeds, other counts.
+        beta: how much of the variance the likelihood is weighted with, 0 to 1 (beta-NLL,
+            arXiv 2203.09168). With 0, the plain likelihood, rows that are hard to
+            predict get a large variance and with it hardly a gradient, and stay badly
+            predicted; 0.5 is the paper's advice. The weights of a batch have mean 1 in
+            each dimension.
         bound_weight: the weight of the distance of learned log-variance bounds
             (:meth:`~torchrl_wm.modules.BoundedLogVar.width`).
         weight: what the term is multiplied with.
@@ -73,6 +78,7 @@ class GaussianNLLTerm(LossTerm):
         component: str = "dynamics",
         bootstrap: bool = False,
         seed: int = 0,
+        beta: float = 0.0,
         bound_weight: float = 0.01,
         weight: float = 1.0,
         name: str = "nll",
@@ -83,7 +89,9 @@ class GaussianNLLTerm(LossTerm):
         self.targets = None if targets is None else unique(targets)
         self.loc, self.log_var = unique([loc])[0], unique([log_var])[0]
         self.bootstrap, self.seed = bootstrap, seed
-        self.bound_weight = bound_weight
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must lie between 0 and 1, got {beta}.")
+        self.beta, self.bound_weight = beta, bound_weight
 
     @classmethod
     def of_head(
@@ -150,6 +158,9 @@ class GaussianNLLTerm(LossTerm):
                 f"shape {tuple(log_var.shape)}. Their last dim must be {expected}."
             )
         nll = gaussian_nll(target.unsqueeze(-2) if members else target, loc, log_var)
+        if self.beta:
+            weights = (self.beta * log_var.detach()).exp()
+            nll = nll * weights / weights.flatten(0, -2).mean(0)
         value = nll.mean(-1)  # [*B, E] or [*B]
         if members:
             value = (value * self._member_weights(loc, batch, loss)).mean(-1)

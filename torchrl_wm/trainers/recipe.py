@@ -51,6 +51,8 @@ class RecipeConfig:
         members: the networks of the ensemble.
         elites: how many of them predict; all of them if None.
         hidden: the sizes of their hidden layers.
+        beta: how much of the variance the members' likelihood is weighted with
+            (:class:`~torchrl_wm.objectives.GaussianNLLTerm`).
         model_learning_rate: of AdamW.
         model_weight_decay: of AdamW.
         model_batch_size: transitions in a batch of the model's training.
@@ -66,6 +68,7 @@ class RecipeConfig:
     members: int = 5
     elites: int | None = None
     hidden: tuple[int, ...] = (128, 128)
+    beta: float = 0.0
     model_learning_rate: float = 1e-3
     model_weight_decay: float = 1e-5
     model_batch_size: int = 256
@@ -432,6 +435,7 @@ def make_model(
         members=config.members,
         elites=config.members if config.elites is None else config.elites,
         hidden=tuple(config.hidden),
+        beta=config.beta,
         termination_hidden=tuple(config.hidden),
         termination_members=config.members,
         reward_function=reward,
