@@ -227,7 +227,7 @@ class MBPOTrainer(RecipeTrainer):
         since = self.collected_frames - config.random_steps
         if config.real_share == 1 or since % config.model_interval:
             return
-        self.losses.update(self.learner.fit(self.real, config.model_steps))
+        self.fit_model(self.learner, self.real, config.model_steps)
         self.imagine.horizon = config.horizon(self.collected_frames)
         self.imagine()
 
