@@ -4,7 +4,8 @@
 
 - A vector env of N imagined envs against Gymnasium's SyncVectorEnv over N single envs of the
   same model, and Stable-Baselines3's DummyVecEnv over them against our SB3 VecEnv.
-- What one step of a single env, and of a vector env, adds to the bare call of the model.
+- What one step of a single env, and of a vector env, adds to the bare call of the model: what
+  a caller of the model cannot do without, who has the action as numpy and wants numpy back.
 - How often the model is called in a vector step.
 """
 
@@ -47,6 +48,21 @@ class Adapted(nn.Module):
     def step(self, state, action):
         state = self.dynamics(state, action)
         return state, state, self.reward(state)
+
+
+class Still(nn.Module):
+    """A model that costs nothing: what remains is the adapters' own time."""
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.latent = latent
+        self.state, self.reward = torch.zeros(latent), torch.zeros(1)
+
+    def reset(self):
+        return self.state, self.state
+
+    def step(self, state, action):
+        return self.state, self.state, self.reward
 
 
 class Counted(nn.Module):
@@ -137,10 +153,21 @@ def vector_rows(
     return rows
 
 
-def bare(model: Adapted, lead: tuple[int, ...] = ()) -> Callable[[], object]:
-    """The model's own step, and nothing around it."""
-    state, action = torch.zeros(*lead, model.latent), torch.zeros(*lead, ACTION)
-    return lambda: model.step(state, action)
+def bare(model: nn.Module, lead: tuple[int, ...] = ()) -> Callable[[], object]:
+    """What every caller of the model does, and nothing more.
+
+    An action as numpy in, the state moved on without a graph, observation and reward as numpy out.
+    No copies, no checks, no random numbers of its own.
+    """
+    state, action = torch.zeros(*lead, model.latent), np.zeros((*lead, ACTION), "f4")
+
+    def step() -> tuple[np.ndarray, object]:
+        nonlocal state
+        with torch.no_grad():
+            state, observation, reward = model.step(state, torch.from_numpy(action))
+        return observation.numpy(), reward.numpy() if lead else float(reward)
+
+    return step
 
 
 def repeated(loop: Callable[[], object], times: int = 10) -> Callable[[], None]:
@@ -160,21 +187,28 @@ def single_rows(models: list[tuple[int, int]], seconds: float) -> list[str]:
         "| as a ratio |",
         "|---|---|---|---|---|---|---|",
     ]
-    for latent, hidden in models:
-        env, adapted = make(latent, hidden)
+    for latent, hidden in [(4, None), *models]:
+        if hidden is None:
+            env, adapted = None, Still(latent)
+        else:
+            env, adapted = make(latent, hidden)
         loops = {
             "bare": bare(adapted),
             "adapters": stepping(GymWorldModelEnv(adapted, *spaces_of(latent))),
-            "world model": stepping(GymWorldModelEnv(env)),
         }
+        if env is not None:
+            loops["world model"] = stepping(GymWorldModelEnv(env))
         best = measure({k: repeated(loop) for k, loop in loops.items()}, seconds)
         best = {name: seconds / 10 for name, seconds in best.items()}
         floor = best["bare"]
         added = " | ".join(
             f"{(best[k] - floor) * 1e6:.1f} | {best[k] / floor - 1:.2f}"
+            if k in best
+            else "- | -"
             for k in ("adapters", "world model")
         )
-        rows.append(f"| {latent} | {hidden} | {floor * 1e6:.1f} | {added} |")
+        name = "no network" if hidden is None else hidden
+        rows.append(f"| {latent} | {name} | {floor * 1e6:.1f} | {added} |")
         print(rows[-1], flush=True)
     return rows
 
@@ -216,7 +250,10 @@ def main() -> None:
         f"Model calls for each vector step of 256 envs, ends and beginnings among them: "
         f"{calls:g}.",
         "",
-        "What a single env's step adds to the bare call of the model.",
+        "What a single env's step adds to the bare call of the model: the action from numpy, no "
+        "graph, observation and reward back to numpy, without copies, checks or random numbers of "
+        "its own. Larger networks push other code out of the processor's caches, so the same "
+        "code around them takes longer than around a model that does nothing.",
         "",
         *single_rows(models, args.seconds),
         "",

@@ -118,16 +118,30 @@ def slices(episodes: list[TensorDictBase], rows: int, length: int) -> TensorDict
     return torch.stack(out)
 
 
-def train(loss, episodes, *, steps: int, rows: int, length: int, lr: float = 2e-3):
+def train(
+    loss,
+    episodes,
+    *,
+    steps: int,
+    rows: int,
+    length: int,
+    lr: float = 2e-3,
+    one_cycle: bool = False,
+):
     """Train a model on slices; the first and the last losses."""
     optimizer = torch.optim.Adam(loss.parameters(), lr=lr)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    if one_cycle:
+        rate = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, lr, total_steps=steps, pct_start=0.05
+        )
     history = []
     for _ in range(steps):
         total = loss(slices(episodes, rows, length)).sum(reduce=True)
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(loss.parameters(), 100.0)
-        optimizer.step()
+        optimizer.step(), rate.step()
         history.append(total.item())
     return history
 

@@ -14,7 +14,7 @@ from torchrl_wm.trainers import PETSTrainer, RunFolder
 
 pytest.importorskip("tyro")
 
-PETS = """--max-episode-steps 12 --random-steps 20 --trials 4 --model-steps 6 --model-batch-size 16
+PETS = """--max-episode-steps 12 --random-steps 20 --trials 2 --model-steps 6 --model-batch-size 16
     --members 3 --hidden 16 --planning-horizon 4 --optim-steps 2 --num-candidates 12 --top-k 4
     --num-particles 2""".split()
 MBPO = """--env Pendulum-v1 --max-episode-steps 15 --random-steps 20 --steps 40 --members 3 --elites 2
@@ -250,7 +250,7 @@ def test_help_lists_every_setting(capsys) -> None:
 
 def test_demo(here, capsys) -> None:
     """Shortened until it only shows that every part of it works."""
-    short = "--trials 3 --episode-steps 15 --model-steps 5 --num-candidates 30".split()
+    short = "--trials 2 --episode-steps 15 --model-steps 5 --num-candidates 30".split()
     assert main(["demo", *short]) == 0
     out = capsys.readouterr().out
     signs = {".png": b"\x89PNG", ".gif": b"GIF8"}

@@ -19,7 +19,7 @@ SETTINGS = {
     "env": "Pendulum-v1",
     "max_episode_steps": 12,
     "random_steps": 20,
-    "trials": 6,
+    "trials": 4,
     "model_steps": 6,
     "model_batch_size": 16,
     "members": 3,

@@ -135,7 +135,7 @@ def test_equals_the_inherited_loop(data) -> None:
         "break_when_any_done": data.draw(st.sampled_from([None, True, False])),
         "return_contiguous": data.draw(st.sampled_from([False, True, None])),
     }
-    if data.draw(st.integers(0, 9)) == 0:
+    if data.draw(st.integers(0, 9)) == 5:  # the ends are drawn more often
         kwargs["callback"] = lambda *_: None
     steps = data.draw(st.integers(1, 4), "steps")
     seed = data.draw(st.integers(0, 2**16), "seed")
@@ -295,3 +295,71 @@ def test_other_containers_keep_the_options() -> None:
             for rollout in (env.rollout, lambda *a, **k: inherited(env, *a, **k))
         )
         assert type(ours) is type(theirs)
+
+
+@pytest.mark.parametrize("lacking", [(), ("done",), ("done", "terminated")])
+@pytest.mark.parametrize("head", [None, "terminated_logits"])
+def test_starts_that_are_not_reset(lacking, head) -> None:
+    """What a reset would have given may be True, or missing."""
+    model = make_model(done=head)
+    env = WorldModelEnv(model, SpecEnv())
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    start = env.reset(model.encode(observations(3)).detach())
+    start.set("done", ~start["done"]).set("terminated", ~start["terminated"])
+    start = start.exclude(*lacking)
+    outs = [
+        rollout(
+            3,
+            policy,
+            auto_reset=False,
+            break_when_any_done=False,
+            tensordict=start.clone(),
+        )
+        for rollout in (env.rollout, lambda *a, **k: inherited(env, *a, **k))
+    ]
+    assert env.slow_because is None if not lacking else "lacks" in env.slow_because
+    assert type(outs[0]) is type(outs[1])
+    if not lacking:
+        assert_same(*outs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_policies_that_read_done_entries(nested) -> None:
+    latent = ("deep", "latent") if nested else "latent"
+    model = make_model(latent=latent)
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(3)).detach()
+
+    def push(z, done):
+        return z[..., :ACTION] * ~done
+
+    policy = Mod(push, [latent, "done"], ["action"])
+    out = env.rollout(3, policy, tensordict=start.clone())
+    assert env.slow_because is None
+    assert_same(out, inherited(env, 3, policy, tensordict=start.clone()))
+    again = env.imagine(3, policy, start)
+    assert torch.equal(again["action"], out["action"])
+    assert_same(again.exclude("collector"), out)
+
+
+def test_actions_and_outputs_given_as_tensors() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv(), batch_size=[2])
+    start = model.encode(observations(2)).detach()
+    actions = torch.randn(3, 2, ACTION)
+    out = env.rollout(actions=actions, max_steps=3, tensordict=start)
+    assert "actions" in env.slow_because
+    assert torch.equal(out["action"], actions.transpose(0, 1))
+    kept = out.detach().clone().zero_()
+    with torch.no_grad():
+        env.rollout(actions=actions, max_steps=3, tensordict=start, out=kept)
+    assert torch.equal(kept["next", "latent"], out["next", "latent"])
+
+
+def test_methods_replaced_on_the_env_are_heeded(monkeypatch) -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    step, calls = env._step, []
+    monkeypatch.setattr(env, "_step", lambda td: calls.append(1) or step(td))
+    env.rollout(3, tensordict=model.encode(observations(2)))
+    assert "_step" in env.slow_because and len(calls) == 3

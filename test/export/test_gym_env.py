@@ -361,6 +361,33 @@ def test_non_finite_predictions(value):
             env.step(ZERO)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.integers(1, 60),
+    place=st.integers(0, 59),
+    value=st.sampled_from([0.0, 1e15, 1e25, -3e38, np.nan, np.inf, -np.inf]),
+    bounded=st.booleans(),
+)
+def test_values_are_refused_where_they_are_not_finite(size, place, value, bounded):
+    """However many there are, also where squares of them overflow."""
+    end = 3.2e38 if bounded else np.inf
+    predicted = np.zeros(size, np.float32)
+    predicted[place % size] = value
+    env = GymWorldModelEnv(
+        object(),
+        spaces.Box(-end, end, (size,), np.float32),
+        ACTION_SPACE,
+        initial_observation=np.zeros(size, np.float32),
+        transition_fn=lambda model, state, action: (predicted, 0.0, False, {}),
+    )
+    env.reset()
+    if np.isfinite(value):
+        assert np.array_equal(env.step(ZERO)[0], predicted)
+    else:
+        with pytest.raises(FloatingPointError, match="observation"):
+            env.step(ZERO)
+
+
 @pytest.mark.parametrize(
     "action",
     [

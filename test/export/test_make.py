@@ -160,6 +160,64 @@ def test_ready_made_models_saved_and_made_again(kind, tmp_path):
         assert np.array_equal(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:A normaliser")
+@pytest.mark.parametrize("real", ["Pendulum-v1", "CartPole-v1"])
+@pytest.mark.parametrize("kind", ["ensemble", "mlp", "rssm", "tdmpc2"])
+def test_ready_made_models_need_no_base_env(kind, real, tmp_path):
+    """The file says which entries there are; the start states say where episodes begin."""
+    from torchrl_wm import models
+
+    world_model, _ = getattr(models, f"make_{kind}_world_model")(GymEnv(real))
+    path = tmp_path / "model.pt"
+    models.save_world_model(world_model, path)
+    start = GymEnv(real).rollout(5)
+    kwargs = {"start_states": start, "max_episode_steps": 4}
+    one = gymnasium.make(NAME, world_model=path, **kwargs)
+    many = gymnasium.make_vec(NAME, num_envs=3, world_model=str(path), **kwargs)
+    same = make_env(world_model.eval(), num_envs=3, base_env=real, **kwargs)
+    assert one.action_space == gymnasium.make(real).action_space
+    for env in (many, make_world_model_env(world_model, num_envs=3, **kwargs)):
+        assert env.single_action_space == same.single_action_space
+        assert env.single_observation_space == same.single_observation_space
+        env.reset(seed=0), same.reset(seed=0)
+        action = env.action_space.sample()
+        (got, *_), (expected, *_) = env.step(action), same.step(action)
+        assert np.array_equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:A normaliser")
+def test_without_a_base_env_something_says_where_to_start(tmp_path):
+    from torchrl_wm import models
+
+    world_model, _ = models.make_mlp_world_model(GymEnv("Pendulum-v1"), hidden=(8,))
+    env = make_env(world_model)
+    with pytest.raises(RuntimeError, match="base_env=.*start_states="):
+        env.reset()
+    observation = np.array([1, 0, 0], np.float32)
+    env.reset(options={"observation": observation})
+    env.step(env.action_space.sample())
+    make_env(world_model, initial_observation=observation).reset()
+    with pytest.raises(TypeError, match="wired by hand.*base_env"):
+        make_env(pendulum_model())
+
+
+def test_an_older_file_asks_for_the_base_env(tmp_path):
+    import torch
+
+    from torchrl_wm import models
+
+    world_model, _ = models.make_mlp_world_model(GymEnv("Pendulum-v1"), hidden=(8,))
+    path = tmp_path / "model.pt"
+    models.save_world_model(world_model, path)
+    content = torch.load(path, weights_only=True)
+    del content["recipe"]["specs"]["actions"][0]["spec"]
+    torch.save(content, path)
+    with pytest.raises(TypeError, match="older version.*base_env"):
+        make_env(path)
+    make_env(path, base_env="Pendulum-v1").reset(seed=0)
+    models.load_world_model(path, world_model)  # its weights are the same
+
+
 def test_importing_the_package_registers_the_env_and_not_sb3():
     code = (
         "import sys, gymnasium, torchrl_wm; gymnasium.spec('torchrl_wm/WorldModel-v0'); "

@@ -339,3 +339,20 @@ def test_models_reach_other_processes(name) -> None:
         torch.manual_seed(0)
         other = twin(actions.clone())["next", "reward"]
     assert torch.equal(one, other) and twin.recipe == world_model.recipe
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_an_ensemble_of_one_works(propagation, nested) -> None:
+    env = env_of("nested" if nested else "vector", "bounded", nested=nested)
+    settings = {"members": 1, "elites": None, "propagation": propagation}
+    world_model, loss = make("ensemble", env, **settings)
+    batch = drawn_transitions(env, 20)
+    fit_normalizers(world_model, batch)
+    loss(batch).sum(reduce=True).backward()
+    world_model.dynamics.choose_elites(batch)
+    predicted = world_model.dynamics(batch.exclude("next"))["next"]
+    assert not predicted["disagreement"].any()  # with whom?
+    starts = batch.select(*world_model.encoder.in_keys)
+    out = WorldModelEnv(world_model, env, start_states=starts).rollout(3)
+    assert all(value.isfinite().all() for value in out.values(True, True))

@@ -9,10 +9,12 @@ import torch
 from _models import SpecEnv
 from hypothesis import given, settings, strategies as st
 from torchrl.data import (
+    Binary,
     Bounded,
     Categorical,
     Composite,
     MultiCategorical,
+    MultiOneHot,
     NonTensor,
     OneHot,
     Unbounded,
@@ -210,3 +212,51 @@ def test_specs_survive_as_plain_data(observations, action) -> None:
         return type(value) in (str, int, float)
 
     assert is_plain(plain)
+
+
+ACTIONS = {
+    "bounded": lambda: Bounded(torch.tensor([-1.5, 0.1]), torch.tensor([2.0, 0.3])),
+    "matrix": lambda: Bounded(-1.0, 1.0, (2, 3), dtype=torch.float64),
+    "steps": lambda: Bounded(0, 2**60 + 1, (2,), dtype=torch.int64),
+    "unbounded": lambda: Unbounded((2,)),
+    "one_hot": lambda: OneHot(4),
+    "multi_one_hot": lambda: MultiOneHot([2, 3]),
+    "binary": lambda: Binary(3),
+    "categorical": lambda: Categorical(5),
+    "row": lambda: Categorical(5, shape=(1,)),
+    "flag": lambda: Categorical(2, shape=(1,), dtype=torch.bool),
+    "multi_categorical": lambda: MultiCategorical([2, 3]),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", sorted(ACTIONS))
+def test_an_env_made_of_plain_specs(name, nested) -> None:
+    """Actions come back as they were, observations without their bounds."""
+    key = ("robot", "move") if nested else "move"
+    seen = {"robot": Bounded(0.0, 1.0, (3,)), "level": Categorical(3), "on": Binary(2)}
+    env = env_with({("deep", k): spec for k, spec in seen.items()})
+    env.action_spec = Composite()
+    action = Composite(shape=())
+    action[key] = ACTIONS[name]()
+    env.action_spec = action
+    made = EnvSpecs.from_plain(read_specs(env).to_plain()).reference_env()
+    assert made.full_action_spec[key] == ACTIONS[name]()
+    assert made.full_reward_spec == env.full_reward_spec
+    assert made.full_done_spec == env.full_done_spec
+    for k, spec in seen.items():
+        other = made.observation_spec["deep", k]
+        assert (other.shape, other.dtype) == (spec.shape, spec.dtype)
+    with pytest.raises(NotImplementedError, match="base_env=.*start_states="):
+        made.reset()
+
+
+def test_actions_of_which_a_file_says_too_little() -> None:
+    plain = read_specs(GymEnv("Pendulum-v1")).to_plain()
+    spec = plain["actions"][0].pop("spec")
+    older = EnvSpecs.from_plain(plain)
+    with pytest.raises(ValueError, match="action 'action'.*base_env"):
+        older.reference_env()
+    plain["actions"][0]["spec"] = {**spec, "low": [0.0, 1.0]}  # damaged
+    with pytest.raises((ValueError, RuntimeError)):
+        EnvSpecs.from_plain(plain)

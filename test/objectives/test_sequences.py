@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from _models import gru_model, LATENT, make_model, OBS, rssm_model, transitions
+from _models import ACTION, gru_model, LATENT, make_model, OBS, rssm_model, transitions
 from hypothesis import given, strategies as st
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
+from torch import nn
 from torch.distributions import kl_divergence, Normal
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from torchrl_wm import WorldModel, WorldModelLoss
+from torchrl_wm.modules import Entry, fit_normalizers, NormalizedNetwork
 from torchrl_wm.objectives import LossTerm
 
 ALL = ["reward", "done", "reconstruction", "latent"]
@@ -364,6 +366,49 @@ class TestTargetEncoder:
         SoftUpdate(one, tau=0.5), SoftUpdate(two, tau=0.5)
         two.load_state_dict(one.state_dict())
         assert (one(batch) == two(batch)).all()
+
+    @pytest.mark.parametrize("update", [SoftUpdate, HardUpdate, None])
+    @pytest.mark.parametrize("key", ["observation", ("robot", "state")])
+    def test_it_normalises_as_the_encoder_whenever_that_is_fitted(
+        self, key, update
+    ) -> None:
+        """Statistics are facts: the target follows them, and its weights stay behind."""
+        entry = Entry(key, (OBS,), torch.float32)
+        encoder = NormalizedNetwork([entry], nn.Linear(OBS, LATENT))
+        dynamics = nn.Linear(LATENT + ACTION, LATENT)
+        model = WorldModel(
+            Mod(encoder, [key], ["latent"]),
+            Mod(
+                lambda s, a: dynamics(torch.cat([s, a], -1)),
+                ["latent", "action"],
+                [("next", "latent")],
+            ),
+            Mod(nn.Linear(LATENT, 1), [("next", "latent")], [("next", "reward")]),
+        )
+        batch = transitions(50)
+        seen = [5 + 3 * batch.pop("observation"), 5 + 3 * batch["next", "observation"]]
+        batch.set(key, seen[0])
+        batch["next"].set(key, seen[1])
+        loss = WorldModelLoss(model, losses=["latent"], delay_encoder=True)
+        updater = update and update(
+            loss, **({"tau": 0.1} if update is SoftUpdate else {})
+        )
+        old = [p.clone() for p in encoder.network.parameters()]
+        for scale in (1.0, 2.0):  # fitted once, and again
+            fit_normalizers(model, batch.clone().set(key, scale * seen[0]))
+            with torch.no_grad():
+                encoder.network.weight.add_(1.0)
+                x = encoder.normalizer(seen[1])
+                predicted = model(batch.clone())["next", "latent"]
+            expected = (predicted - (x @ old[0].T + old[1])).pow(2).mean()
+            torch.testing.assert_close(loss(batch)["loss_latent"], expected)
+        if update is SoftUpdate:
+            updater.step()
+            moved = loss.target_encoder_params["module", "network", "weight"]
+            torch.testing.assert_close(moved, old[0] + 0.2)
+        two = WorldModelLoss(model, losses=["latent"], delay_encoder=True)
+        two.load_state_dict(loss.state_dict())
+        assert (two(batch) == loss(batch)).all()
 
     def test_failing_encoder_keeps_its_parameters(self) -> None:
         model, batch = make_model(), transitions(5)

@@ -20,7 +20,9 @@ SMALL = {
     "model_interval": 10,
     "model_steps": 4,
     "model_batch_size": 16,
+    "imagination_interval": 10,
     "rollouts": 20,
+    "retained_rounds": 2,
     "updates_per_step": 2,
     "batch_size": 16,
     "policy_hidden": (16,),
@@ -88,6 +90,23 @@ def test_without_imagination_it_is_sac() -> None:
     trainer = trained(real_share=1.0)
     assert not len(trainer.imagined) and not trainer.learner.steps
     assert all("loss_nll" not in row for row in trainer.metrics)
+
+
+def test_targets_follow_after_each_update() -> None:
+    trainer = MBPOTrainer(
+        **{**SMALL, "steps": 20, "tau": 0.5, "learning_rate": 0.0, "real_share": 1.0}
+    )
+    sac = trainer.loss_module
+    values, targets = sac.qvalue_network_params, sac.target_qvalue_network_params
+    targets.data.apply_(lambda target: target.add_(1.0))
+    trainer.train()  # of its 30 steps, 20 random ones, those from the 20th on update twice
+    updates = 2 * (30 - 20 + 1)
+    for value, target in zip(
+        values.data.values(True, True), targets.data.values(True, True)
+    ):
+        expected = value + 0.5**updates
+        torch.testing.assert_close(target, expected, rtol=0, atol=1e-6)
+    assert updates == trainer._optim_count
 
 
 def test_policies_stay_within_the_bounds() -> None:

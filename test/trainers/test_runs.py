@@ -19,7 +19,7 @@ PETS = {
     "env": "Pendulum-v1",
     "max_episode_steps": 12,
     "random_steps": 20,
-    "trials": 5,
+    "trials": 3,
     "model_steps": 6,
     "model_batch_size": 16,
     "members": 3,
@@ -41,7 +41,9 @@ MBPO = {
     "model_interval": 10,
     "model_steps": 4,
     "model_batch_size": 16,
+    "imagination_interval": 10,
     "rollouts": 20,
+    "retained_rounds": 2,
     "updates_per_step": 2,
     "batch_size": 16,
     "policy_hidden": (16,),
@@ -128,7 +130,7 @@ def test_what_a_run_leaves_behind(tmp_path) -> None:
     trainer.train()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["algorithm"] == "pets"
-    assert config["config"]["trials"] == 5 and config["config"]["noise_beta"] == 2.0
+    assert config["config"]["trials"] == 3 and config["config"]["noise_beta"] == 2.0
     with open(tmp_path / "run" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [12, 24, 36, 48, 60]

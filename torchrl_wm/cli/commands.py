@@ -137,10 +137,10 @@ def demo(
     *,
     run: str = "runs/demo",
     seed: int = 0,
-    trials: int = 6,
+    trials: int = 5,
     episode_steps: int = 200,
-    model_steps: int = 1500,
-    num_candidates: int = 150,
+    model_steps: Optional[int] = None,
+    num_candidates: Optional[int] = None,
     progress: bool = True,
 ) -> Callable[[], None]:
     """Learn the pendulum from nothing and balance it by planning; then show how good the model is.
@@ -148,10 +148,10 @@ def demo(
     Args:
         run: the folder of the run; a number is added to it if it exists.
         seed: of everything.
-        trials: real episodes, the first of them at random.
+        trials: real episodes, after a first one at random.
         episode_steps: the length of an episode.
-        model_steps: gradient steps after each trial.
-        num_candidates: plans tried at each real step.
+        model_steps: gradient steps after each trial, if not as in train pets.
+        num_candidates: plans tried at each real step, if not as in train pets.
         progress: show the progress.
     """
 

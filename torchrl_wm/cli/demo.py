@@ -27,12 +27,13 @@ def run_demo(
     seed: int,
     trials: int,
     episode_steps: int,
-    model_steps: int,
-    num_candidates: int,
+    model_steps: int | None,
+    num_candidates: int | None,
     progress: bool,
 ) -> None:
     """PETS on Pendulum-v1 and three pictures."""
     began = time.monotonic()
+    given = {"model_steps": model_steps, "num_candidates": num_candidates}
     config = PETSConfig(
         env="Pendulum-v1",
         seed=seed,
@@ -40,15 +41,14 @@ def run_demo(
         max_episode_steps=episode_steps,
         random_steps=episode_steps,
         termination="none",  # the pendulum never ends an episode
-        model_steps=model_steps,
-        num_candidates=num_candidates,
+        **{name: value for name, value in given.items() if value is not None},
     )
     path = free(Path(run))
     trainer = PETSTrainer.start(path, config, progress=progress)
     say(
-        f"Learning the pendulum from nothing: {trials} trials of {episode_steps} steps, the first "
-        f"at random. From then on an ensemble learns from all steps so far, and the actions are "
-        f"planned through it. Random actions return about -1200, the best ones about -150."
+        f"Learning the pendulum from nothing: {episode_steps} random steps, then {trials} trials. "
+        f"Before each an ensemble learns from all steps so far, and the actions are planned "
+        f"through it."
     )
     try:
         trainer.train()

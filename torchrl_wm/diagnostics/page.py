@@ -110,8 +110,7 @@ def _section(section: ReportSection, anchor: str) -> list[str]:
         parts.append(_image(picture, section.title))
     if section.numbers:
         rows = [
-            (escape(name.replace("_", " ")), f"{value:.4g}")
-            for name, value in section.numbers.items()
+            (escape(name), f"{value:.4g}") for name, value in section.numbers.items()
         ]
         parts.append(_table(rows))
     return parts

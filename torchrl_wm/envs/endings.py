@@ -130,6 +130,10 @@ class Endings:
                 )
         # Parents first: a group without a head follows its nearest ancestor.
         self.groups.sort(key=lambda group: len(group.prefix))
+        #: Whether an episode can end, by a head or by time.
+        self.can_end = time_limit or any(group.written for group in self.groups)
+        #: Whether there is one group of done entries, at the root.
+        self.at_root = [group.prefix for group in self.groups] == [()]
 
     @property
     def bool_keys(self) -> list[NestedKey]:
@@ -152,21 +156,11 @@ class Endings:
         ]
 
     @property
-    def can_end(self) -> bool:
-        """Whether an episode can end, by a head or by time."""
-        return self.time_limit or any(group.written for group in self.groups)
-
-    @property
     def never_keys(self) -> frozenset[NestedKey]:
         """The done entries of an env that cannot end; none if it can."""
         if self.can_end:
             return frozenset()
         return frozenset(key for group in self.groups for key in group.keys())
-
-    @property
-    def at_root(self) -> bool:
-        """Whether there is one group of done entries, at the root."""
-        return [group.prefix for group in self.groups] == [()]
 
     def spec(self, reference_spec: Composite) -> Composite:
         """The done spec without batch dims, with the entries that are missing added."""

@@ -22,6 +22,7 @@ from torchrl_wm.envs.unroll import (
     assemble,
     flat_values,
     imagined,
+    moving_keys,
     ProgramActor,
     stacked,
     unroll,
@@ -164,7 +165,7 @@ class Imagination(EnvBase):
         options: dict,
     ) -> str | None:
         """What a fast path would do differently, known before anything is run."""
-        asked = [name for name, value in options.items() if value not in (None, False)]
+        asked = [k for k, v in options.items() if v is not None and v is not False]
         if asked:
             return f"the options {asked} are given"
         if program is not None:
@@ -175,9 +176,9 @@ class Imagination(EnvBase):
             return f"the policy, {type(policy).__name__}, may do more than it says"
         if self._reads_nested(policy, program, tensordict):
             return "the policy reads whole nested tensordicts"
-        own = type(self)
-        if any(getattr(own, n).__module__ != m for n, m in _AS_WRITTEN.items()):
-            return f"{own.__name__} overrides what a step does"
+        for name, origin in _AS_WRITTEN.items():
+            if getattr(self, name).__module__ != origin:
+                return f"{type(self).__name__} overrides {name}"
         if self._post_step_mdp_hooks is not None or self.run_type_checks:
             return "hooks or type checks are set"
         if "_compiled_step_and_maybe_reset" in self.__dict__:
@@ -213,7 +214,7 @@ class Imagination(EnvBase):
             return None
         values = nodes = None
         if auto_reset and set_state is not False:
-            values = self._flat_start(tensordict)
+            values = self._flat_start(tensordict, self._heeds_done(policy, program))
         if values is not None:
             size, device = tensordict.batch_size, self.device
         elif auto_reset:
@@ -227,10 +228,11 @@ class Imagination(EnvBase):
             reserved = {"next", "_step", "_reset"} & set(state.keys())
             if device == self.device and not reserved:
                 values = flat_values(state)
+            reason = "the start is no plain tensordict of tensors"
+            if values is not None and not values.keys() >= set(moving_keys(kernel)):
+                values, reason = None, "the start lacks entries that a reset gives"
         if values is None:
-            self.__dict__[
-                "_slow_because"
-            ] = "the start is no plain tensordict of tensors"
+            self.__dict__["_slow_because"] = reason
             return super().rollout(
                 max_steps,
                 policy,
@@ -242,6 +244,8 @@ class Imagination(EnvBase):
         stop = _any_done if can_end and not goes_on else None
         if policy is None:
             act = partial(self._act_randomly, size, device)
+        elif program is not None:
+            act = ProgramActor(program, size, device)
         else:
             act = self._actor(policy, program, tensordict, size, device)
         try:
@@ -249,9 +253,7 @@ class Imagination(EnvBase):
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
-        dim = len(size)
-        root = stacked(trace.root, dim)
-        next_ = stacked(trace.next, dim, kernel.layout.endings.never_keys)
+        root, next_ = stacked(trace, kernel.layout.endings, size, device)
         return assemble(root, next_, nodes, kernel, size, device)
 
     def imagine(
@@ -324,7 +326,9 @@ class Imagination(EnvBase):
             tensordict = TensorDict(
                 {}, batch_size=self._batch_of_actions(actions), device=self.device
             )
-        state, values = None, self._flat_start(tensordict)
+        program = self._program(policy)
+        state = None
+        values = self._flat_start(tensordict, self._heeds_done(policy, program))
         if values is not None:
             size, device = tensordict.batch_size, self.device
         else:
@@ -340,7 +344,6 @@ class Imagination(EnvBase):
         if actions is not None:
             flat = self._flat_actions(actions, size, horizon)
         else:
-            program = self._program(policy)
             act = self._actor(policy, program, tensordict, size, device)
         kernel = self.step_kernel
         run = partial(imagined, kernel, act, horizon, size, device)
@@ -448,6 +451,15 @@ class Imagination(EnvBase):
         for key in self._layout.action_keys:
             values[key] = drawn.get(key)
 
+    def _heeds_done(self, policy: Callable | None, program: Program | None) -> bool:
+        """Whether a policy may look at done entries on the way.
+
+        The model never does: they are no latents and no context.
+        """
+        if program is None or not program.is_known:
+            return policy is not None
+        return not program.reads.isdisjoint(self.done_keys)
+
     def _reads_nested(
         self,
         policy: Callable | None,
@@ -461,10 +473,12 @@ class Imagination(EnvBase):
             read = set(self.observation_spec.keys())  # what TorchRL hands to a network
         else:
             return False
-        nested = set(self._nested_keys)
-        if isinstance(start, TensorDictBase):
-            nested.update(k for k, v in start.items() if isinstance(v, TensorDictBase))
-        return bool(read & nested)
+        if not read.isdisjoint(self._nested_keys):
+            return True
+        return isinstance(start, TensorDictBase) and any(
+            isinstance(value, TensorDictBase) and key in read
+            for key, value in start.items()
+        )
 
     def _batch_of_actions(self, actions: torch.Tensor | TensorDictBase) -> torch.Size:
         if self.batch_locked:

@@ -53,6 +53,7 @@ class StepKernel:
         # rollout without its actions is of no use to anybody.
         self.required = unique([*self.inputs, *layout.action_keys])
         self.program = Program([world_model.step_module])
+        self._action_specs = {key: layout.action[key] for key in layout.action_keys}
         self._predicted = [
             (key, join("next", key))
             for key in (*layout.latent, *layout.predicted, *layout.reward_keys)
@@ -218,8 +219,8 @@ class StepKernel:
     def check_actions(self, values: Values, batch_size: torch.Size) -> None:
         """Refuse actions of another shape or float type than their spec's."""
         dims = len(batch_size)
-        for key in self.layout.action_keys:
-            value, spec = values[key], self.layout.action[key]
+        for key, spec in self._action_specs.items():
+            value = values[key]
             if value.shape[dims:] != spec.shape:
                 raise ValueError(
                     f"The action {key!r} has the feature shape {tuple(value.shape[dims:])} in a "

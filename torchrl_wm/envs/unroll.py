@@ -13,6 +13,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.base import _is_leaf_nontensor
 
+from torchrl_wm.envs.endings import Endings
 from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.program import Program, Values
@@ -48,14 +49,21 @@ def unroll(
     Args:
         kernel: predicts a step.
         act: writes actions into the values it is given.
-        values: where to start: all root entries, by flat key. It is used up.
+        values: where to start: all root entries, by flat key. Done entries that
+            are never True may be missing, if nobody reads them. It is used up.
         steps: how many steps to make at most.
         batch_size: ``*B``.
         device: where the state is.
         stop: looks at the predicted entries after each step but the last.
     """
-    endings = kernel.layout.endings.never(batch_size, device)
-    moving = _moving(kernel)
+    moving = [key for key in moving_keys(kernel) if key in values]
+    never = kernel.layout.endings.never_keys
+    if not never:
+        endings = None  # the model or the time says how a step ends
+    elif never.isdisjoint(moving):
+        endings = {}
+    else:
+        endings = kernel.layout.endings.none(batch_size, device)
     roots: list[Values] = []
     nexts: list[Values] = []
     for step in range(steps):
@@ -72,7 +80,7 @@ def unroll(
     return Trace(roots, nexts)
 
 
-def _moving(kernel: StepKernel) -> list[NestedKey]:
+def moving_keys(kernel: StepKernel) -> list[NestedKey]:
     """What a step hands on to the next one."""
     layout = kernel.layout
     counter = [] if kernel.counter_key is None else [kernel.counter_key]
@@ -143,35 +151,27 @@ def imagined(
         mask = torch.stack(valid, dim)
     else:
         mask = torch.ones((*batch_size, horizon), dtype=torch.bool, device=device)
-    return stacked(trace.root, dim), stacked(trace.next, dim, endings.never_keys), mask
+    return *stacked(trace, endings, batch_size, device), mask
 
 
 def stacked(
-    steps: list[Values], dim: int, never: frozenset[NestedKey] = frozenset()
-) -> Values:
-    """The entries of all steps, with time as dim ``dim``.
+    trace: Trace,
+    endings: Endings,
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> tuple[Values, Values]:
+    """Root and "next" entries of all steps, ``[*B, T, ...]`` by flat key.
 
-    Args:
-        steps: the entries of each step.
-        dim: where time goes.
-        never: bools that are False at every step.
+    Done entries that are never True and were left out on the way are added.
     """
-    flat: Values = {}
-    last = steps[-1]
-    for key, value in steps[0].items():
-        if key in never:
-            shape = (*value.shape[:dim], len(steps), *value.shape[dim:])
-            flat[key] = value.new_zeros(shape)
-            continue
-        # The ends tell whether it is one tensor all along: what was written again
-        # at any step never comes back.
-        if last[key] is value and len(steps) > 1:
-            shape = (*value.shape[:dim], len(steps), *value.shape[dim:])
-            repeated = value.unsqueeze(dim).expand(shape)
-            flat[key] = repeated.clone(memory_format=torch.contiguous_format)
-        else:
-            flat[key] = torch.stack([step[key] for step in steps], dim)
-    return flat
+    dim, size = len(batch_size), (*batch_size, len(trace.next))
+    both = []
+    for steps in (trace.root, trace.next):
+        flat = {key: torch.stack([s[key] for s in steps], dim) for key in steps[0]}
+        if endings.never_keys - flat.keys():
+            flat = {**endings.none(size, device), **flat}
+        both.append(flat)
+    return both[0], both[1]
 
 
 def assemble(
@@ -201,10 +201,8 @@ def assemble(
     )
     size = torch.Size((*batch_size, next(iter(next_.values())).shape[dim]))
     names = [None] * dim + ["time"]
-    out = _build(root, size, device, names, nested, ())
-    below = _build(next_, size, device, names, nested, ())
-    out._set_str("next", below, inplace=False, validated=True, non_blocking=False)
-    return out
+    below = _build(next_, size, device, names, nested)
+    return _build(root, size, device, names, nested, next=below)
 
 
 def _build(
@@ -213,9 +211,20 @@ def _build(
     device: torch.device | None,
     names: list[str | None],
     nested: dict[NestedKey, torch.Size],
-    prefix: tuple[str, ...],
+    prefix: tuple[str, ...] = (),
+    **nodes: TensorDict,
 ) -> TensorDict:
-    """A tensordict of stacked entries, which are known to fit: nothing is checked again."""
+    """A tensordict of stacked entries, which are known to fit: nothing is checked again.
+
+    Args:
+        flat: the entries.
+        size: its batch size.
+        device: its device.
+        names: the names of its dims.
+        nested: dims that nested tensordicts have of their own, by their keys.
+        prefix: where it will stand.
+        nodes: nested tensordicts that are there already.
+    """
     source: dict[str, torch.Tensor | TensorDict] = {}
     below: dict[str, Values] = {}
     for key, value in flat.items():
@@ -236,6 +245,7 @@ def _build(
             nested,
             path,
         )
+    source.update(nodes)
     return TensorDict._new_unsafe(source, batch_size=size, device=device, names=names)
 
 

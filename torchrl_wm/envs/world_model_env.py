@@ -550,8 +550,13 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         if isinstance(self._start_states, EnvBase):
             self._start_states.set_seed(seed)
 
-    def _flat_start(self, given: TensorDictBase | None) -> Values | None:
-        """What :meth:`reset` makes of flat latents, as a dictionary; None for all else."""
+    def _flat_start(
+        self, given: TensorDictBase | None, heeds_done: bool
+    ) -> Values | None:
+        """What :meth:`reset` makes of flat latents, as a dictionary; None for all else.
+
+        Where ``heeds_done`` is False, done entries that are never True are left out.
+        """
         layout = self._layout
         if (
             type(given) is not TensorDict
@@ -559,26 +564,27 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             or (self.batch_locked and given.batch_size != self.batch_size)
         ):
             return None
-        dropped = self._dropped_keys(layout)
-        values: Values = {}
-        for key, value in given.items():
-            if key in dropped:
-                continue
-            if not isinstance(value, torch.Tensor) or value.device != self.device:
-                return None
-            values[key] = value
-        if any(key not in values for key in layout.state) or "_reset" in given.keys():
+        values: Values = dict(given.items())
+        others = values.keys() - layout.state.keys()
+        if len(values) - len(others) != len(layout.state) or "_reset" in others:
             return None
+        if others:
+            for key in others & self._dropped_keys(layout):
+                del values[key]
+        size, device = given.batch_size, self.device
+        for value in values.values():
+            if not isinstance(value, torch.Tensor) or value.device != device:
+                return None
         for key, spec in layout.state.items():
             self._checked(key, values[key], spec, given)
-        size, device = given.batch_size, self.device
         if self.max_steps is not None:
             values[_COUNTER_KEY] = torch.zeros(
                 (*size, 1), dtype=torch.int64, device=device
             )
         for key, spec in layout.predicted.items():
             values[key] = spec.zero(size)
-        values.update(layout.endings.none(size, device))
+        if heeds_done or layout.endings.can_end:
+            values.update(layout.endings.none(size, device))
         return values
 
 

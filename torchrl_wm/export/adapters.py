@@ -35,7 +35,6 @@ from torchrl_wm.export.trees import (
     to_numpy,
 )
 
-_CPU = torch.device("cpu")
 #: The methods that step a model, the first found counts.
 STEP_METHODS = (
     "env_step",
@@ -92,6 +91,12 @@ class AdapterSource:
         self.isolation = Isolation(model, self.device)
         self.read = Reader(observation_space, rows, "observation", clip)
         self.check_action = Checker(action_space, rows)
+        self._takes_as_is = (
+            torch_actions
+            and self.device.type == "cpu"
+            and isinstance(action_space, spaces.Box)
+            and action_space.dtype == np.float32
+        )
         self.initial_observation = snapshot(initial_observation)
         self.initial_state = snapshot(initial_state)
 
@@ -323,11 +328,11 @@ class AdapterSource:
                 f"has used the model since this env's reset. Give each env a model of its own: "
                 f"copy.deepcopy(model)."
             )
-        model, rows = self.model, self.rows
+        rows = self.rows
         with self.isolation:
             action = self._for_model(action)
             given = {
-                "model": model,
+                "model": self.model,
                 "state": state,
                 "action": action,
                 "np_random": self._np_random,
@@ -335,13 +340,13 @@ class AdapterSource:
             outcome = self._step_form(self._step(given))
             following = self._next_state(state, outcome)
             reward, terminated = outcome.reward, outcome.terminated
+            done = outcome.done
             if reward is MISSING or reward is None:
                 reward = self._ask(self._reward, following, outcome, action)
-            is_old_form = outcome.done is not MISSING and terminated is MISSING
-            if (terminated is MISSING or terminated is None) and not is_old_form:
+            if terminated is None or (terminated is MISSING and done is MISSING):
                 terminated = self._ask(self._terminal, following, outcome, action)
         observation = self.read(outcome.observation)
-        if outcome.done is not MISSING and outcome.done is not None:
+        if done is not MISSING and done is not None:
             terminated, outcome.truncated = self._ends(outcome)
         truncated, info = outcome.truncated, outcome.info
         return Moment(
@@ -402,7 +407,9 @@ class AdapterSource:
         )
 
     def _for_model(self, action: Any) -> Any:
-        if self.torch_actions:
+        if self._takes_as_is and action.ndim:
+            action = torch.from_numpy(action)  # the checked action is a copy already
+        elif self.torch_actions:
             action = _as_tensors(action, self.device)
         if self._transform is not None:
             action = self._transform(
@@ -462,8 +469,6 @@ def _as_tensors(action: Any, device: torch.device) -> Any:
         return tensor if device.type == "cpu" else tensor.to(device)
 
     if type(action) is np.ndarray:
-        if action.dtype == np.float32 and action.ndim and device == _CPU:
-            return torch.from_numpy(action)  # the checked action is a copy already
         return convert(action)
     is_plain = isinstance(action, torch.Tensor)
     return convert(action) if is_plain else map_leaves(convert, action)

@@ -161,6 +161,7 @@ class StepForm(_Form):
     """Reads what steps return."""
 
     accepted = STEP_FORMS
+    _length: int | None = None
 
     def __call__(self, value: Any) -> Outcome:
         """The parts.
@@ -168,10 +169,12 @@ class StepForm(_Form):
         Raises:
             TypeError: if the form is none of those accepted, or not the first one's.
         """
-        if type(value) is not tuple or f"tuple of {len(value)}" != self._form:
+        if type(value) is not tuple or len(value) != self._length:
             value = as_mapping(value)
             self._form = _once(self._form, self._form_of(value), self.name)
-        if self._form == "mapping":
+            # Of tuples the length says it all from now on.
+            self._length = len(value) if self._form != "mapping" else None
+        if self._length is None:
             extra = {"reward", "terminated", "done", "truncated", "info"}
             if "next" in value.keys():
                 value = self._from_next(value)

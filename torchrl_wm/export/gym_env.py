@@ -64,7 +64,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
     Args:
         world_model: a :class:`~torchrl_wm.WorldModelEnv`; a
             :class:`~torchrl_wm.WorldModel` or the path of a saved one, with
-            ``base_env``; or any object.
+            ``base_env`` or ``start_states``; or any object.
         observation_space: of an object, needed. Of a ``WorldModelEnv``, which
             entries to observe: by default all decoded ones, or, without any, all
             latents; one gives a Box, several a Dict.
@@ -90,7 +90,9 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
             draws the observation.
         base_env: with a ``WorldModel`` or path: the env whose specs it has (a TorchRL
             env, a Gymnasium env or its id); episodes start from its resets unless
-            ``start_states`` are given.
+            ``start_states`` are given. A model that a builder made knows its specs,
+            saved ones included, and does without; then ``start_states``,
+            ``initial_observation`` or ``reset(options=...)`` say where episodes start.
         start_states: see :class:`~torchrl_wm.WorldModelEnv`.
         decode: see :class:`~torchrl_wm.WorldModelEnv`; by default if there is a
             decoder.
@@ -287,13 +289,14 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         limit = self.max_episode_steps
         if limit is not None and self._elapsed >= limit:
             moment.truncated = True
-        if moment.terminated or moment.truncated:
+        terminated, truncated = moment.terminated, moment.truncated
+        if terminated or truncated:
             self._refuses = "The episode is over. Call reset() before step()."
         return (
             self._handed_out(moment.observation),
             moment.reward,
-            moment.terminated,
-            moment.truncated,
+            terminated,
+            truncated,
             self._info(moment),
         )
 
@@ -303,7 +306,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
 
     def _info(self, moment: Any) -> dict[str, Any]:
         info = moment.info
-        info["model_state"] = self._source.state_of(self._state)
+        info["model_state"] = self._source.state_of(moment.state)
         info["elapsed_steps"] = self._elapsed
         return info
 

@@ -11,6 +11,8 @@ from torch import nn
 
 
 _CPU = torch.default_generator
+_get_state, _set_state = _CPU.get_state, _CPU.set_state
+_set_grad = torch._C._set_grad_enabled
 #: Longer containers hold data, through which no reset should have to look.
 _MOST = 1000
 
@@ -83,9 +85,9 @@ class Isolation:
     def __enter__(self) -> None:
         # At every step of every env, so in as few calls as there can be.
         self._outer_grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        self._outer = _CPU.get_state()
-        _CPU.set_state(self._state)
+        _set_grad(False)
+        self._outer = _get_state()
+        _set_state(self._state)
         if self._cuda is not None:
             self._outer_cuda = self._cuda_generator().get_state()
             self._cuda_generator().set_state(self._cuda_state)
@@ -102,12 +104,12 @@ class Isolation:
             for module, mode in self._modes.items():
                 module.__dict__["training"] = mode
             self._modes = {}
-        self._state = _CPU.get_state()
-        _CPU.set_state(self._outer)
+        self._state = _get_state()
+        _set_state(self._outer)
         if self._cuda is not None:
             self._cuda_state = self._cuda_generator().get_state()
             self._cuda_generator().set_state(self._outer_cuda)
-        torch._C._set_grad_enabled(self._outer_grad)
+        _set_grad(self._outer_grad)
 
     def _cuda_generator(self) -> torch.Generator:
         return torch.cuda.default_generators[self._cuda.index]

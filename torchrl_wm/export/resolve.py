@@ -125,12 +125,10 @@ def _imagined_env(
         model = load(model)
     if isinstance(model, WorldModel):
         if base_env is None:
-            raise TypeError(
-                "A WorldModel does not know its spaces. Pass the env whose specs it has, "
-                "base_env='Pendulum-v1' (an id, a Gymnasium or a TorchRL env), or a "
-                "WorldModelEnv(world_model, base_env, start_states=...)."
-            )
-        base_env = as_torchrl_env(base_env, "base_env")
+            base_env = _reference_env(model)  # never reset: it has specs alone
+        else:
+            base_env = as_torchrl_env(base_env, "base_env")
+            start_states = base_env if start_states is None else start_states
         if isinstance(start_states, (str, gymnasium.Env)):
             start_states = as_torchrl_env(start_states, "start_states")
         return WorldModelEnv(
@@ -138,7 +136,7 @@ def _imagined_env(
             base_env,
             batch_size=[],
             device=device,
-            start_states=base_env if start_states is None else start_states,
+            start_states=start_states,
             decode=model.decoder is not None if decode is None else decode,
         )
     given = {"base_env": base_env, "start_states": start_states, "decode": decode}
@@ -175,6 +173,28 @@ def _imagined_env(
             f"transition_fn."
         )
     return model
+
+
+def _reference_env(model: WorldModel) -> EnvBase:
+    """The specs that a ready-made model was built for, as an env.
+
+    Raises:
+        TypeError: if the model knows none.
+    """
+    recipe = getattr(model, "recipe", None)
+    if recipe is None:
+        raise TypeError(
+            "A WorldModel that was wired by hand does not know its spaces. Pass the env whose "
+            "specs it has, base_env='Pendulum-v1' (an id, a Gymnasium or a TorchRL env), or a "
+            "WorldModelEnv(world_model, base_env, start_states=...)."
+        )
+    try:
+        return recipe.specs.reference_env()
+    except ValueError as err:
+        raise TypeError(
+            f"The spaces of the world model are not known. {err} It is the env whose specs the "
+            f"model has: an id, a Gymnasium or a TorchRL env."
+        ) from err
 
 
 def load(path: str | Path) -> WorldModel:

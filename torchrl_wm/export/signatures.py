@@ -54,7 +54,7 @@ class Bound:
         Args:
             given: all arguments there are, by role.
         """
-        positional = [given[role] for role in self.positional]
+        positional = map(given.__getitem__, self.positional)
         if not self.keywords:
             return self.function(*positional)
         keywords = {name: given[role] for name, role in self.keywords.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from math import isfinite
 from typing import Any
 
 import gymnasium
@@ -141,10 +142,10 @@ class Reader:
             ValueError: if shape, dtype or keys do not fit the space.
             FloatingPointError: if it is NaN or infinite.
         """
-        if isinstance(self.parts, dict):
-            self._check_keys(value)
-            return {key: part(value[key]) for key, part in self.parts.items()}
         if self.parts is not None:
+            if isinstance(self.parts, dict):
+                self._check_keys(value)
+                return {key: part(value[key]) for key, part in self.parts.items()}
             self._check_length(value)
             return tuple(part(one) for part, one in zip(self.parts, value))
         array = _as_array(value)
@@ -160,7 +161,7 @@ class Reader:
         # Before the cast, in which integers would wrap around.
         if not self._inside(array):
             out = self._out_of_bounds(out, array)
-        return out[()] if out.ndim == 0 and self.space.shape == () else out
+        return out if out.ndim else out[()]
 
     def fits(self, value: Any) -> bool:
         """Whether a value has the structure, shapes and kinds of dtype of the space."""
@@ -307,13 +308,13 @@ class Checker:
             ValueError: if it is outside of the space. What is outside of a Box by
                 rounding alone is clipped.
         """
-        if isinstance(self.parts, dict):
-            if not _is_mapping(action) or set(action.keys()) != set(self.parts):
-                raise self._error(
-                    action, f"a dictionary with the keys {sorted(self.parts)}"
-                )
-            return {key: part(action[key]) for key, part in self.parts.items()}
         if self.parts is not None:
+            if isinstance(self.parts, dict):
+                if not _is_mapping(action) or set(action.keys()) != set(self.parts):
+                    raise self._error(
+                        action, f"a dictionary with the keys {sorted(self.parts)}"
+                    )
+                return {key: part(action[key]) for key, part in self.parts.items()}
             if not isinstance(action, (tuple, list)) or len(action) != len(self.parts):
                 raise self._error(action, f"a tuple of {len(self.parts)}")
             return tuple(part(one) for part, one in zip(self.parts, action))
@@ -363,17 +364,26 @@ class _Inside:
     ) -> None:
         self.low, self.high = low, high
         self.pairs: list[tuple[float, float]] | None = None
+        kind = low.dtype
+        self.is_unbounded = kind.kind == "f" and bool(
+            ((low == -np.finfo(kind).max) & (high == np.finfo(kind).max)).all()
+        )
         if np.prod(shape) <= 16:  # where Python's own loop is the faster one
             bounds = (np.broadcast_to(bound, shape).ravel() for bound in (low, high))
             self.pairs = list(zip(*(bound.tolist() for bound in bounds)))
 
     def __call__(self, array: np.ndarray) -> bool:
-        if self.pairs is None:
-            return bool(((array >= self.low) & (array <= self.high)).all())
-        for value, (low, high) in zip(array.ravel().tolist(), self.pairs):
-            if not low <= value <= high:
-                return False
-        return True
+        if self.pairs is not None:
+            for value, (low, high) in zip(array.ravel().tolist(), self.pairs):
+                if not low <= value <= high:
+                    return False
+            return True
+        if self.is_unbounded and array.dtype == self.low.dtype:
+            # Finite if its square is; if that overflows, the bounds tell.
+            flat = array.ravel()
+            if isfinite(flat.dot(flat)):
+                return True
+        return bool(((array >= self.low) & (array <= self.high)).all())
 
 
 def _as_array(value: Any) -> np.ndarray:

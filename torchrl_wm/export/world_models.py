@@ -132,7 +132,8 @@ class WorldModelSource:
         elif env.start_states is None:
             raise RuntimeError(
                 "Nothing says where episodes begin. Make the env with a source, "
-                "WorldModelEnv(..., start_states=real_env), or start from a given state: "
+                "WorldModelEnv(..., start_states=real_env) or, of a model or its path, "
+                "base_env='Pendulum-v1' or start_states=replay_buffer; or start from a given state: "
                 "env.reset(options={'observation': observation}) or {'state': latents}."
             )
         else:

@@ -273,10 +273,13 @@ def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
         return
     here = _plain_recipe(own)
     for name, what in (("builder", "by the builder"), ("specs", "for the env specs")):
-        if data.get(name) != here[name]:
+        there, mine = data.get(name), here[name]
+        if name == "specs":
+            there, mine = _what_networks_see(there), _what_networks_see(mine)
+        if there != mine:
             raise ValueError(
-                f"{os.fspath(path)!r} holds a model made {what} {data.get(name)!r}, and the given "
-                f"one was made {what} {here[name]!r}."
+                f"{os.fspath(path)!r} holds a model made {what} {there!r}, and the given "
+                f"one was made {what} {mine!r}."
             )
     changed = {
         key: (value, here["config"][key])
@@ -290,6 +293,19 @@ def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
             f"one's.",
             stacklevel=3,
         )
+
+
+def _what_networks_see(specs: Any) -> Any:
+    """Plain specs without the actions' bounds, which no weight depends on."""
+    if not isinstance(specs, dict) or not isinstance(specs.get("actions"), list):
+        return specs
+    actions = [
+        {key: value for key, value in action.items() if key != "spec"}
+        if isinstance(action, dict)
+        else action
+        for action in specs["actions"]
+    ]
+    return {**specs, "actions": actions}
 
 
 def _settings(data: Mapping[str, Any], path: Any) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class RSSMConfig:
     belief_size=100)``.
 
     Args:
-        latent: the stochastic state: ``"categorical"`` or ``"gaussian"``.
+        latent: the stochastic state: ``"categorical"`` or ``"gaussian"``. On problems
+            of a few numbers the latter is the more exact one after a short training.
         recurrent: the cell of a categorical model: ``"block_gru"`` (DreamerV3) or
             ``"gru"``. Gaussian models have a GRU.
         belief_size: of the deterministic state.

@@ -11,6 +11,7 @@ from tensordict import NestedKey
 from torchrl.data import Bounded, Composite, NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
+from torchrl_wm.models.reference import ActionEntry, SpecsOnlyEnv
 from torchrl_wm.modules.entries import Entry
 from torchrl_wm.modules.keys import as_tuple, sibling, unique
 
@@ -67,7 +68,7 @@ class EnvSpecs:
 
     vectors: tuple[Entry, ...]
     pixels: tuple[PixelEntry, ...]
-    actions: tuple[Entry, ...]
+    actions: tuple[ActionEntry, ...]
     reward: Entry
     done: Entry
 
@@ -157,6 +158,20 @@ class EnvSpecs:
             )
         return self
 
+    def reference_env(self) -> EnvBase:
+        """An env with these specs and nothing behind them, for a ``WorldModelEnv``.
+
+        Its observations have no bounds, and it can neither be reset nor stepped.
+
+        Raises:
+            ValueError: if the spec of an action is not known, as in files of older
+                versions.
+        """
+        names = ("done", "terminated", "truncated")
+        done = [replace(self.done, key=sibling(self.done.key, name)) for name in names]
+        observations = (*self.vectors, *self.pixels)
+        return SpecsOnlyEnv(observations, self.actions, self.reward, done)
+
     # Plain data ----------------------------------------------------------
 
     def to_plain(self) -> dict[str, Any]:
@@ -176,10 +191,14 @@ class EnvSpecs:
     def from_plain(cls, data: dict[str, Any]) -> EnvSpecs:
         """What :meth:`to_plain` made, back."""
         read = {name: [_entry(item) for item in data[name]] for name in data}
+        actions = [
+            _action(entry, item.get("spec", {}))
+            for entry, item in zip(read["actions"], data["actions"])
+        ]
         return cls(
             tuple(read["vectors"]),
             tuple(read["pixels"]),
-            tuple(read["actions"]),
+            tuple(actions),
             *read["reward"],
             *read["done"],
         )
@@ -240,7 +259,7 @@ def read_specs(
     return EnvSpecs(
         tuple(vectors),
         tuple(pixels),
-        tuple(Entry.from_spec(key, spec) for key, spec in actions.items()),
+        tuple(ActionEntry.from_spec(key, spec) for key, spec in actions.items()),
         _reward(env),
         _done(env),
     )
@@ -367,6 +386,9 @@ def _plain(entry: Entry) -> dict[str, Any]:
     }
     if isinstance(entry, PixelEntry):
         plain.update(layout=entry.layout, scale=entry.scale)
+    if isinstance(entry, ActionEntry):
+        lists = {name: list(getattr(entry, name)) for name in ("sizes", "low", "high")}
+        plain["spec"] = {"kind": entry.kind, **lists}
     return plain
 
 
@@ -384,6 +406,18 @@ def _entry(data: dict[str, Any]) -> Entry:
         return entry
     base = {name: getattr(entry, name) for name in entry.__dataclass_fields__}
     return replace(PixelEntry(**base), layout=data["layout"], scale=data["scale"])
+
+
+def _action(entry: Entry, spec: dict[str, Any]) -> ActionEntry:
+    """The entry with what the file says of the spec; older files say nothing."""
+    lists = {name: tuple(spec.get(name, ())) for name in ("sizes", "low", "high")}
+    kind = str(spec.get("kind", ""))
+    action = ActionEntry(
+        entry.key, entry.shape, entry.dtype, entry.classes, kind, **lists
+    )
+    if kind:
+        action.to_spec()  # a damaged file shows here, and not in use
+    return action
 
 
 def _listed(entries: Sequence[Entry]) -> str:

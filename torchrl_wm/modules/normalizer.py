@@ -242,8 +242,8 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     and the modules that fit themselves (:class:`EnsembleDynamics`). Latents
     that the batch lacks are encoded from its observations.
 
-    Fit before making a loss with ``delay_encoder=True``: its target encoder is a copy,
-    and what is fitted later does not reach it.
+    A loss with ``delay_encoder=True`` follows: its target encoder normalises as the
+    encoder does, whenever that was fitted.
 
     Args:
         model: the world model, or a component of one.
@@ -277,6 +277,36 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
             keys = unique(module.out_keys)
             data = _data(model, batch, keys)
             network.fit_output_normalizer(*(data.get(key) for key in keys))
+
+
+def with_statistics(
+    target: TensorDictBase, parameters: TensorDictBase, module: nn.Module
+) -> TensorDictBase:
+    """Target parameters with the present statistics of the normalisers in ``module``.
+
+    Statistics are facts about the data, not learned: a target network that kept
+    those of the time when it was made would read inputs in other units.
+
+    Args:
+        target: the delayed parameters and buffers of ``module``.
+        parameters: its present ones.
+        module: a network.
+
+    Returns:
+        ``target`` itself if there are no normalisers.
+    """
+    paths = [
+        tuple(name.split(".")) if name else ()
+        for name, part in module.named_modules()
+        if isinstance(part, Normalizer)
+    ]
+    if not paths:
+        return target
+    out = target.clone(False).unlock_()
+    for path in paths:
+        for name in ("mean", "std", "fitted"):
+            out.set((*path, name), parameters.get((*path, name)))
+    return out
 
 
 def _data(

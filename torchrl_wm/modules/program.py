@@ -66,10 +66,12 @@ class Program:
     def is_current(self) -> bool:
         """Whether the modules are what they were: same networks, keys and hooks."""
         now = [leaf for module in self._given for leaf in _leaves(module)]
-        return len(now) == len(self.modules) and all(
-            leaf is module and _signature(leaf) == made_for
-            for leaf, module, made_for in zip(now, self.modules, self.made_for)
-        )
+        if len(now) != len(self.modules):
+            return False
+        for leaf, module, made_for in zip(now, self.modules, self.made_for):
+            if leaf is not module or _signature(leaf) != made_for:
+                return False
+        return True
 
     def __call__(
         self, values: Values, batch_size: torch.Size, device: torch.device | None

@@ -10,11 +10,15 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
+from torchrl.modules import RSSMPrior
 
 from torchrl_wm.modules.entries import JoinEntries
 from torchrl_wm.modules.keys import as_tuple, is_next, join, strip_next, unique
 from torchrl_wm.modules.wiring import written_keys
 from torchrl_wm.modules.world_model import WorldModel
+
+#: What TorchRL's Gaussian prior casts to on its way into the GRU.
+_FLOAT = torch.float32
 
 
 class RSSMDynamics(nn.Module):
@@ -63,7 +67,20 @@ class RSSMDynamics(nn.Module):
             categoricals, classes]``), a state drawn from it, the next belief.
         """
         action = actions[0] if self.actions is None else self.actions(*actions)
-        return _on_rows(self.prior, belief.shape[:-1], state, belief, action)
+        network = self.prior
+        if isinstance(network, RSSMPrior) and network.rnn.weight_hh.dtype is not _FLOAT:
+            network = self._gaussian_prior
+        return _on_rows(network, belief.shape[:-1], state, belief, action)
+
+    def _gaussian_prior(
+        self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """``RSSMPrior`` with weights of another dtype than float32, which its GRU cannot have."""
+        prior = self.prior
+        hidden = prior.action_state_projector(torch.cat([state, action], -1))
+        belief = prior.rnn(hidden, belief)
+        mean, std = prior.rnn_to_prior_projector(belief)
+        return mean, std, mean + std * torch.randn_like(std), belief
 
 
 class RSSMPosteriorHead(nn.Module):

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.gaussian import BoundedLogVar
-from torchrl_wm.modules.keys import as_tuple, join, sibling, unique
+from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, unique
 from torchrl_wm.modules.wiring import written_keys
 from torchrl_wm.objectives.terms import LossTerm, read_label
 
@@ -36,8 +36,9 @@ class GaussianNLLTerm(LossTerm):
         bootstrap: let each member see a sample of the data of its own. Each
             transition counts 0, 1, 2, ... times for a member, Poisson distributed
             with mean 1, as in a bootstrap of many samples. The counts follow from
-            the transition itself, by a hash, so that they are the same in every
-            epoch, whatever the replay buffer does.
+            the transition itself (what is encoded, the step's inputs and the labels),
+            by a hash, so that they are the same in every epoch, whatever the replay
+            buffer does.
         seed: other seeds, other counts.
         bound_weight: the weight of the distance of learned log-variance bounds
             (:meth:`~torchrl_wm.modules.BoundedLogVar.width`).
@@ -151,7 +152,7 @@ class GaussianNLLTerm(LossTerm):
         nll = gaussian_nll(target.unsqueeze(-2) if members else target, loc, log_var)
         value = nll.mean(-1)  # [*B, E] or [*B]
         if members:
-            value = (value * self._member_weights(target, loc, batch)).mean(-1)
+            value = (value * self._member_weights(loc, batch, loss)).mean(-1)
         value = value.to(loc.dtype)
         if self.bound_weight:
             component = getattr(loss.world_model, self.component)
@@ -173,8 +174,22 @@ class GaussianNLLTerm(LossTerm):
             parts.append(_flat(value, batch))
         return torch.cat(parts, -1)
 
+    def _transitions(self, batch: TensorDictBase, loss) -> torch.Tensor:
+        """What tells transitions apart, as they are in the batch: ``[*B, D]``.
+
+        Not the encoded target, which changes with the encoder, and is the same for
+        all states that lead to one.
+        """
+        world_model = loss.world_model
+        inputs = unique([*world_model.encoder.in_keys, *world_model.step_in_keys])
+        roots = [key for key in inputs if not is_next(key)]
+        keys = [*roots, *self.labels(world_model, loss.tensor_keys)]
+        values = [batch.get(key, None) for key in keys]
+        rows = [_flat(value, batch).float() for value in values if value is not None]
+        return torch.cat(rows, -1)
+
     def _member_weights(
-        self, target: torch.Tensor, loc: torch.Tensor, batch: TensorDictBase
+        self, loc: torch.Tensor, batch: TensorDictBase, loss
     ) -> torch.Tensor | float:
         members = loc.shape[-2]
         given = batch.get("member_weight", None)
@@ -188,7 +203,8 @@ class GaussianNLLTerm(LossTerm):
             return given
         if not self.bootstrap:
             return 1.0
-        return bootstrap_counts(target, members, self.seed).to(loc.dtype)
+        rows = self._transitions(batch, loss)
+        return bootstrap_counts(rows, members, self.seed).to(loc.dtype)
 
 
 def gaussian_nll(

@@ -26,6 +26,7 @@ from torchrl_wm.modules.keys import (
     missing_from,
     unique,
 )
+from torchrl_wm.modules.normalizer import with_statistics
 from torchrl_wm.modules.running import run_components
 from torchrl_wm.objectives.terms import (
     DoneTerm,
@@ -304,7 +305,9 @@ class WorldModelLoss(LossModule):
                 is among the ``delayed``.
         """
         module, parameters = getattr(self, name), getattr(self, name + "_params")
-        target = getattr(self, f"target_{name}_params")
+        target = with_statistics(
+            getattr(self, f"target_{name}_params"), parameters, module
+        )
         try:
             with target.to_module(module, preserve_module_state=False):
                 yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
-from torchrl.trainers import OptimizationStepper, TargetNetUpdaterHook, Trainer
+from torchrl.trainers import OptimizationStepper, Trainer
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
@@ -44,7 +45,8 @@ class MBPOConfig(RecipeConfig):
         steps: real steps in all; the episode in which they are reached is finished.
         model_interval: real steps from one training of the model to the next.
         model_steps: gradient steps of each training.
-        rollouts: imagined rollouts after each training, branched off real states.
+        imagination_interval: real steps from one round of imagined rollouts to the next.
+        rollouts: imagined rollouts in a round, branched off real states.
         horizon_schedule: ``(first_step, last_step, first, last)``: the length of imagined
             rollouts goes from ``first`` to ``last`` between these real steps.
         retained_rounds: for how many rounds imagined transitions are kept.
@@ -54,10 +56,12 @@ class MBPOConfig(RecipeConfig):
         batch_size: transitions in a batch of the policy.
         learning_rate: of policy, values and temperature.
         policy_hidden: the sizes of the hidden layers of policy and values.
+        alpha_init: the temperature of the policy's entropy to begin with; it is learnt.
         gamma: the discount per step.
         tau: the share of the values that goes to their targets in an update.
         evaluation_interval: real steps from one evaluation to the next; 0 for none.
         evaluation_episodes: episodes of an evaluation.
+        stop_return: stop at the first evaluation that reaches this mean return.
     """
 
     env: str = "InvertedPendulum-v5"
@@ -66,19 +70,22 @@ class MBPOConfig(RecipeConfig):
     members: int = 7
     elites: int | None = 5
     model_interval: int = 250
-    model_steps: int = 1000
-    rollouts: int = 10_000
-    horizon_schedule: tuple[int, int, int, int] = (0, 0, 1, 1)
-    retained_rounds: int = 2
-    real_share: float = 0.1
+    model_steps: int = 500
+    imagination_interval: int = 25
+    rollouts: int = 400
+    horizon_schedule: tuple[int, int, int, int] = (0, 0, 5, 5)
+    retained_rounds: int = 20
+    real_share: float = 0.05
     updates_per_step: int = 10
     batch_size: int = 256
     learning_rate: float = 3e-4
     policy_hidden: tuple[int, ...] = (128, 128)
+    alpha_init: float = 0.2
     gamma: float = 0.99
     tau: float = 0.005
     evaluation_interval: int = 250
     evaluation_episodes: int = 5
+    stop_return: float | None = None
 
     def horizon(self, step: int) -> int:
         """The length of imagined rollouts at a real step."""
@@ -204,8 +211,8 @@ class MBPOTrainer(RecipeTrainer):
         self.register_op("pre_optim_steps", self.renew_model)
         self.register_op("pre_epoch", self.draw_batches)
         self.register_op("process_optim_batch", self.next_batch)
-        targets = TargetNetUpdaterHook(SoftUpdate(sac, tau=config.tau))
-        targets.register(self, "targets")
+        # After each update: TorchRL's TargetNetUpdaterHook comes once for each real step.
+        self.register_op("post_optim", SoftUpdate(sac, tau=config.tau).step)
         self.register_op("post_steps", self.end_step)
 
     def add_step(self, step: TensorDictBase) -> TensorDictBase:
@@ -222,14 +229,16 @@ class MBPOTrainer(RecipeTrainer):
             super().optim_steps(step)
 
     def renew_model(self) -> None:
-        """Every so many steps: train the model on D_env, and imagine into D_model."""
+        """Every so many steps: train the model on D_env; and imagine into D_model."""
         config = self.config
-        since = self.collected_frames - config.random_steps
-        if config.real_share == 1 or since % config.model_interval:
+        if config.real_share == 1:
             return
-        self.fit_model(self.learner, self.real, config.model_steps)
-        self.imagine.horizon = config.horizon(self.collected_frames)
-        self.imagine()
+        since = self.collected_frames - config.random_steps
+        if since % config.model_interval == 0:
+            self.fit_model(self.learner, self.real, config.model_steps)
+        if since % config.imagination_interval == 0:
+            self.imagine.horizon = config.horizon(self.collected_frames)
+            self.imagine()
 
     def draw_batches(self, step: TensorDictBase) -> TensorDictBase:
         """The batches of this step's updates, ``[G, N]``: real and imagined transitions."""
@@ -261,6 +270,8 @@ class MBPOTrainer(RecipeTrainer):
             ]
             mean = sum(returns) / len(returns)
             self.record(evaluation_return=mean, evaluation_least=min(returns))
+            if self.is_over:
+                self.request_stop()
         done = self._step.get(join("next", self.env.done_keys[0])).any()
         if done:
             row = {"return": self._episode_return, "length": self._length}
@@ -271,7 +282,11 @@ class MBPOTrainer(RecipeTrainer):
 
     @property
     def is_over(self) -> bool:
-        return self.collected_frames >= self.config.steps
+        level = self.config.stop_return
+        reached = level is not None and any(
+            row.get("evaluation_return", -math.inf) >= level for row in self.metrics
+        )
+        return reached or self.collected_frames >= self.config.steps
 
     @property
     def expected_steps(self) -> int:
@@ -335,7 +350,13 @@ def make_sac(
     value = ValueOperator(
         _Joined(value_net), in_keys=[*observation_keys, env.action_key]
     )
-    sac = SACLoss(actor, value, action_spec=spec, num_qvalue_nets=2)
+    sac = SACLoss(
+        actor,
+        value,
+        action_spec=spec,
+        num_qvalue_nets=2,
+        alpha_init=config.alpha_init,
+    )
     done_key, terminated_key = env.done_keys[0], env.done_keys[0]
     for key in env.done_keys:
         if (key if isinstance(key, str) else key[-1]) == "terminated":

@@ -35,7 +35,7 @@ class PETSConfig(RecipeConfig):
     """The settings of :class:`PETSTrainer`.
 
     Args:
-        trials: episodes in all, the random ones included.
+        trials: episodes to plan, after the random ones.
         model_steps: gradient steps after each trial.
         planner: "icem" or "cem".
         planning_horizon: the steps of a plan.
@@ -48,7 +48,7 @@ class PETSConfig(RecipeConfig):
     """
 
     trials: int = 10
-    model_steps: int = 1500
+    model_steps: int = 500
     planner: Literal["icem", "cem"] = "icem"
     planning_horizon: int = 25
     optim_steps: int = 3
@@ -86,7 +86,7 @@ class PETSTrainer(RecipeTrainer):
     Examples:
         >>> from torchrl_wm.trainers import PETSTrainer
         >>> trainer = PETSTrainer(
-        ...     env="Pendulum-v1", max_episode_steps=20, random_steps=20, trials=2,
+        ...     env="Pendulum-v1", max_episode_steps=20, random_steps=20, trials=1,
         ...     model_steps=5, planning_horizon=3, num_candidates=20, top_k=5,
         ... )
         >>> trainer.train()
@@ -172,12 +172,17 @@ class PETSTrainer(RecipeTrainer):
 
     @property
     def is_over(self) -> bool:
-        return self.episodes >= self.config.trials
+        return self.planned_trials >= self.config.trials
+
+    @property
+    def planned_trials(self) -> int:
+        """Finished episodes in which the planner acted."""
+        return sum(1 - row["random"] for row in self.metrics)
 
     @property
     def expected_steps(self) -> int:
         lengths = [row["length"] for row in self.metrics] or [self.config.random_steps]
-        left = self.config.trials - self.episodes
+        left = self.config.trials - self.planned_trials
         return self.collected_frames + left * max(lengths)
 
     def prepared(self, env: TransformedEnv) -> EnvBase:

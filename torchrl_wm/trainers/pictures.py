@@ -120,7 +120,7 @@ def write_run_report(
         >>> import os, tempfile
         >>> from torchrl_wm.trainers import PETSTrainer, write_run_report
         >>> trainer = PETSTrainer(
-        ...     env="Pendulum-v1", max_episode_steps=20, random_steps=20, trials=2,
+        ...     env="Pendulum-v1", max_episode_steps=20, random_steps=20, trials=1,
         ...     model_steps=5, planning_horizon=3, num_candidates=20, top_k=5,
         ... )
         >>> trainer.train()

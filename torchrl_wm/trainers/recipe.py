@@ -224,8 +224,10 @@ class RecipeTrainer(Trainer):
     def end_episode(self, **row: Any) -> None:
         """Record an episode, save a checkpoint where one is due, and stop at the end."""
         self.episodes += 1
+        was_random = self.acting.is_random
         self.acting.is_random = self.collected_frames < self.config.random_steps
-        self.record(episode=self.episodes, **row, **self.losses)
+        row = {**row, "random": int(was_random), **self.losses}
+        self.record(episode=self.episodes, **row)
         due = self.episodes % self.config.checkpoint_interval == 0
         if self.run is not None and (due or self.is_over):
             self.save()

@@ -1,0 +1,465 @@
+"""Learning curves of the recipes, over seeds.
+
+    python benchmarks/learning.py run pets-cartpole pets-pendulum --workers 2
+    python benchmarks/learning.py report
+
+``run`` trains the recipes, a process and a thread for each seed, and writes a CSV for each
+experiment into ``docs/benchmarks/learning/``; ``report`` draws the figures and prints the
+tables from those files alone. What is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "learning"
+CARTPOLE = "torchrl_wm/ContinuousCartPole-v0"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One recipe on one task.
+
+    Args:
+        recipe: "pets" or "mbpo".
+        settings: of its config; the defaults where not named.
+        seeds: how many.
+    """
+
+    recipe: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 5
+
+
+# SAC is the MBPO recipe without a model: TorchRL's Trainer, Collector, SACLoss and SoftUpdate.
+SAC = {"real_share": 1.0}
+POLICY = {"policy_hidden": (64, 64), "learning_rate": 1e-3}
+INVERTED = {
+    **POLICY,
+    "env": "InvertedPendulum-v5",
+    "termination": "inverted_pendulum",
+    "reward": "inverted_pendulum",
+    "stop_return": 950.0,
+}
+PENDULUM = {
+    **POLICY,
+    "env": "Pendulum-v1",
+    "termination": "none",
+    "random_steps": 400,
+    "evaluation_interval": 200,
+    "evaluation_episodes": 10,
+    "stop_return": -200.0,
+}
+ONE_UPDATE = {**SAC, "updates_per_step": 1}
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "pets-cartpole": Experiment(
+        "pets",
+        {
+            "env": CARTPOLE,
+            "termination": "cartpole",
+            "planning_horizon": 20,
+            "trials": 9,
+        },
+    ),
+    "pets-cartpole-learned": Experiment(
+        "pets", {"env": CARTPOLE, "planning_horizon": 20, "trials": 8}
+    ),
+    "pets-pendulum": Experiment(
+        "pets", {"env": "Pendulum-v1", "termination": "none", "trials": 9}
+    ),
+    "mbpo-inverted-pendulum": Experiment("mbpo", INVERTED),
+    "sac-inverted-pendulum-same-updates": Experiment("mbpo", {**INVERTED, **SAC}),
+    "sac-inverted-pendulum-one-update": Experiment(
+        "mbpo", {**INVERTED, **ONE_UPDATE, "steps": 6000}
+    ),
+    "mbpo-pendulum": Experiment("mbpo", {**PENDULUM, "steps": 2000}),
+    "sac-pendulum-same-updates": Experiment("mbpo", {**PENDULUM, **SAC, "steps": 2400}),
+    "sac-pendulum-one-update": Experiment(
+        "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 5000}
+    ),
+}
+
+
+# Running -----------------------------------------------------------------------
+
+
+def train(name: str, seed: int) -> None:
+    """Train one seed, and write its rows beside those of the others."""
+    import torch
+
+    from torchrl_wm.trainers import MBPOTrainer, PETSTrainer
+
+    torch.set_num_threads(1)
+    experiment = EXPERIMENTS[name]
+    kind = {"pets": PETSTrainer, "mbpo": MBPOTrainer}[experiment.recipe]
+    began = time.monotonic()
+    trainer = kind(**experiment.settings, seed=seed)
+    trainer.train()
+    rows = [
+        {"seed": seed, **row, "wall": round(time.monotonic() - began)}
+        for row in trainer.metrics
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    path = part(name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, names)
+        out.writeheader()
+        out.writerows(rows)
+
+
+def part(name: str, seed: int) -> Path:
+    return OUT / "seeds" / f"{name}-{seed}.csv"
+
+
+def run(names: list[str], workers: int, seeds: int | None) -> None:
+    """Run what is not there yet, some seeds at a time."""
+    jobs = [
+        (name, seed)
+        for name in names
+        for seed in range(seeds or EXPERIMENTS[name].seeds)
+        if not part(name, seed).exists()
+    ]
+    running: list[tuple[tuple[str, int], subprocess.Popen]] = []
+    failed = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while jobs or running:
+        while jobs and len(running) < workers:
+            name, seed = job = jobs.pop(0)
+            command = [sys.executable, __file__, "train", name, str(seed)]
+            running.append((job, subprocess.Popen(command, env=environment)))
+        time.sleep(1)
+        for entry in list(running):
+            job, process = entry
+            if process.poll() is not None:
+                running.remove(entry)
+                say(
+                    f"{job[0]} seed {job[1]}: {'done' if not process.returncode else 'FAILED'}"
+                )
+                failed += [job] if process.returncode else []
+    if failed:
+        sys.exit(f"failed: {failed}")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+# Reporting -----------------------------------------------------------------------
+
+
+def curves(name: str, column: str) -> dict[int, list[tuple[float, float]]]:
+    """``(step, value)`` by seed."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for path in sorted((OUT / "seeds").glob(f"{name}-*.csv")):
+        seed = path.stem[len(name) + 1 :]
+        if not seed.isdigit():
+            continue  # of an experiment whose name begins alike
+        with open(path, newline="") as file:
+            found[int(seed)] = [
+                (float(row["step"]), float(row[column]))
+                for row in csv.DictReader(file)
+                if row.get(column)
+            ]
+    return found
+
+
+def walls(name: str) -> list[float]:
+    found = []
+    for seed in curves(name, "step"):
+        with open(part(name, seed), newline="") as file:
+            found.append(float(list(csv.DictReader(file))[-1]["seconds"]))
+    return found
+
+
+def planned(name: str) -> dict[int, list[float]]:
+    """The returns of the trials after the random ones, by seed.
+
+    The random phase counts as the first trial, whatever number of short episodes it had.
+    """
+    found = {}
+    for seed in curves(name, "step"):
+        with open(part(name, seed), newline="") as file:
+            rows = list(csv.DictReader(file))
+        found[seed] = [float(row["return"]) for row in rows if row["random"] == "0"]
+    return found
+
+
+def first_trial(returns: list[float], level: float) -> int | None:
+    """The first planned trial that reaches a return; the random phase is trial 1."""
+    return next((i + 2 for i, r in enumerate(returns) if r >= level), None)
+
+
+def first_step(curve: list[tuple[float, float]], level: float) -> float:
+    """The real steps to the first evaluation that reaches a return."""
+    return next((step for step, value in curve if value >= level), math.inf)
+
+
+def true_dynamics(seed: int, episodes: list[int]) -> list[float]:
+    """Returns of planning with Pendulum's true dynamics, from the starts of a run's trials."""
+    import torch
+    from tensordict.nn import TensorDictModule as Mod
+    from torch import nn
+
+    from torchrl_wm import WorldModel, WorldModelEnv
+    from torchrl_wm.planners import ICEMPlanner
+    from torchrl_wm.trainers import episode_return, make_real_env, run_episodes
+    from torchrl_wm.trainers.functions import pendulum_reward
+
+    class Pendulum(nn.Module):
+        def forward(self, observation, action):
+            cos, sin, velocity = observation.unbind(-1)
+            torque = action[..., 0].clamp(-2, 2)
+            velocity = (velocity + (15 * sin + 3 * torque) * 0.05).clamp(-8, 8)
+            angle = torch.atan2(sin, cos) + velocity * 0.05
+            return torch.stack([angle.cos(), angle.sin(), velocity], -1)
+
+    torch.manual_seed(seed)
+    env = make_real_env("Pendulum-v1", seed=seed)
+    inputs = ["observation", "action"]
+    model = WorldModel(
+        Mod(nn.Identity(), ["observation"], ["observation"]),
+        Mod(Pendulum(), inputs, [("next", "observation")]),
+        Mod(
+            lambda o, a: pendulum_reward(o, a, o).unsqueeze(-1),
+            inputs,
+            [("next", "reward")],
+        ),
+    )
+    planner = ICEMPlanner(
+        WorldModelEnv(model, env), 40, 4, 300, 30, noise_beta=2.0, warm_start=True
+    )
+    returns = []
+    for episode in episodes:
+        (played,) = run_episodes(env, planner, 1, first_episode=episode)
+        returns.append(episode_return(env, played))
+    return returns
+
+
+def optimum() -> None:
+    """Write what true-dynamics planning reaches from the starts of pets-pendulum's trials."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "pendulum_true_dynamics.csv", "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["seed", "trial", "return"])
+        for seed in range(EXPERIMENTS["pets-pendulum"].seeds):
+            trials = range(3, 11)
+            returns = true_dynamics(seed, [trial - 1 for trial in trials])
+            out.writerows([seed, trial, value] for trial, value in zip(trials, returns))
+
+
+def figure(title: str, column: str, names: dict[str, str], y: str, level: float | None):
+    """Curves by experiment: thin lines for seeds, a thick one for their median."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = drawn.add_subplot()
+    for number, (name, label) in enumerate(names.items()):
+        found, color = curves(name, column), f"C{number}"
+        for curve in found.values():
+            axes.plot(*zip(*curve), color=color, alpha=0.25, lw=0.8)
+        steps = sorted({step for curve in found.values() for step, _ in curve})
+        medians = []
+        for step in steps:
+            values = sorted(
+                value for curve in found.values() for s, value in curve if s == step
+            )
+            if len(values) > len(found) / 2:
+                medians.append((step, values[len(values) // 2]))
+        if medians:
+            axes.plot(
+                *zip(*medians), color=color, lw=2, label=f"{label} ({len(found)} seeds)"
+            )
+    if level is not None:
+        axes.axhline(level, color="0.6", ls=":", lw=1)
+    axes.set(title=title, xlabel="real steps", ylabel=y)
+    axes.legend(fontsize="small")
+    return drawn
+
+
+def trials_figure(title: str, names: dict[str, str], level: float):
+    """Returns by trial, the random phase left out."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = drawn.add_subplot()
+    for number, (name, label) in enumerate(names.items()):
+        for i, returns in enumerate(planned(name).values()):
+            axes.plot(
+                range(2, 2 + len(returns)),
+                returns,
+                color=f"C{number}",
+                alpha=0.5,
+                lw=1,
+                marker=".",
+                label=f"{label}" if not i else None,
+            )
+    axes.axhline(level, color="0.6", ls=":", lw=1)
+    axes.set(title=title, xlabel="trial (1 is the random phase)", ylabel="return")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    return drawn
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def cartpole_table() -> str:
+    rows = []
+    for name in ("pets-cartpole", "pets-cartpole-learned"):
+        for seed, returns in planned(name).items():
+            first = first_trial(returns, 200)
+            after = returns[(first or 1) - 2 :] if first else []
+            rows.append(
+                [
+                    name,
+                    seed,
+                    first or "-",
+                    f"{sum(r >= 200 for r in after)} of {len(after)}" if first else "-",
+                    " ".join(f"{r:.0f}" for r in returns),
+                ]
+            )
+    header = [
+        "experiment",
+        "seed",
+        "200 by trial",
+        "kept",
+        "returns of trials 2, 3, ...",
+    ]
+    return table(header, rows)
+
+
+def pendulum_table() -> str:
+    path = OUT / "pendulum_true_dynamics.csv"
+    best: dict[int, list[float]] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            best.setdefault(int(row["seed"]), []).append(float(row["return"]))
+    rows = []
+    for seed, curve in curves("pets-pendulum", "return").items():
+        mine = [value for _, value in curve[2:10]]
+        mean, top = sum(mine) / len(mine), sum(best[seed]) / len(best[seed])
+        rows.append([seed, f"{mean:.0f}", f"{top:.0f}", f"{top - mean:.0f}"])
+    header = ["seed", "mean return of trials 3 to 10", "true dynamics", "difference"]
+    return table(header, rows)
+
+
+def steps_table(names: dict[str, str], level: float) -> str:
+    rows = []
+    for name, label in names.items():
+        found = [
+            first_step(c, level) for c in curves(name, "evaluation_return").values()
+        ]
+        if not found:
+            continue
+        shown = " ".join("never" if math.isinf(s) else f"{s:.0f}" for s in found)
+        seconds = sorted(walls(name))
+        rows.append([label, shown, f"{seconds[len(seconds) // 2]:.0f}"])
+    return table(
+        ["recipe", f"real steps to {level:.0f}, by seed", "seconds a run (median)"],
+        rows,
+    )
+
+
+def label(kind: str, task: str) -> dict[str, str]:
+    return {
+        f"mbpo-{task}": "MBPO",
+        f"sac-{task}-same-updates": "SAC, as many updates",
+        f"sac-{task}-one-update": "SAC, one update a step",
+    }
+
+
+REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
+    "cartpole": (
+        cartpole_table,
+        lambda: trials_figure(
+            "PETS on continuous CartPole",
+            {
+                "pets-cartpole": "termination given",
+                "pets-cartpole-learned": "nothing given",
+            },
+            200,
+        ),
+    ),
+    "pendulum_pets": (
+        pendulum_table,
+        lambda: trials_figure(
+            "PETS on Pendulum-v1", {"pets-pendulum": "reward learned"}, 0
+        ),
+    ),
+    "inverted_pendulum": (
+        lambda: steps_table(label("mbpo", "inverted-pendulum"), 950),
+        lambda: figure(
+            "InvertedPendulum-v5",
+            "evaluation_return",
+            label("mbpo", "inverted-pendulum"),
+            "mean return of 5 episodes",
+            950,
+        ),
+    ),
+    "pendulum_mbpo": (
+        lambda: steps_table(label("mbpo", "pendulum"), -200),
+        lambda: figure(
+            "Pendulum-v1",
+            "evaluation_return",
+            label("mbpo", "pendulum"),
+            "mean return of 5 episodes",
+            -200,
+        ),
+    ),
+}
+
+
+def report(names: list[str]) -> None:
+    for name in names or REPORTS:
+        make_table, make_figure = REPORTS[name]
+        try:
+            text = make_table()
+        except FileNotFoundError as err:
+            say(f"{name}: {err}")
+            continue
+        (OUT / f"{name}.md").write_text(text)
+        make_figure().savefig(OUT / f"{name}.png", dpi=110)
+        say(f"\n{name}\n{text}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("names", nargs="+", choices=EXPERIMENTS)
+    running.add_argument("--workers", type=int, default=2)
+    running.add_argument("--seeds", type=int)
+    training = commands.add_parser("train")
+    training.add_argument("name", choices=EXPERIMENTS)
+    training.add_argument("seed", type=int)
+    commands.add_parser("optimum")
+    reporting = commands.add_parser("report")
+    reporting.add_argument("names", nargs="*")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.names, args.workers, args.seeds)
+    elif args.command == "train":
+        train(args.name, args.seed)
+    elif args.command == "optimum":
+        optimum()
+    else:
+        report(args.names)
+
+
+if __name__ == "__main__":
+    main()
