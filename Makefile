@@ -8,7 +8,7 @@ VERSION := $(shell sed -n 's/^__version__ *= *"\(.*\)"/\1/p' torchrl_wm/__init__
 
 # One stamp per set of extras and version: what is installed is not installed again.
 stamp = $(VENV)/.installed-$(VERSION)-$(1)
-DEV_EXTRAS := test docs demo lint
+DEV_EXTRAS := test docs cli lint
 pip_install = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 SOURCES := torchrl_wm test conftest.py docs/conf.py $(wildcard examples benchmarks)
@@ -22,8 +22,8 @@ help: ## Show this list
 
 venv: $(call stamp,dev) ## Make the development environment: all that the other targets need
 
-demo: $(call stamp,demo) ## Run the demo: learn a world model of the pendulum and plan through it
-	$(BIN)/python examples/pendulum.py
+demo: $(call stamp,cli) ## Run the demo: learn a world model of the pendulum and plan through it
+	$(BIN)/torchrl-wm demo
 
 test: $(call stamp,test) ## Run the tests, the doctests and the snippets of README and docs
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -60,7 +60,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(call stamp,dev): pyproject.toml constraints.txt | $(BIN)/python
-	$(pip_install) -e ".[test,docs,demo,lint]"
+	$(pip_install) -e ".[test,docs,cli,lint]"
 	@touch $(foreach extra,$(DEV_EXTRAS),$(call stamp,$(extra))) $@
 
 $(call stamp,%): pyproject.toml constraints.txt | $(BIN)/python

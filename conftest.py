@@ -15,6 +15,8 @@ import torch
 collect_ignore = ["docs/conf.py"]
 if not find_spec("stable_baselines3"):  # its example needs the extra
     collect_ignore.append("torchrl_wm/export/sb3.py")
+if not find_spec("tyro"):  # so does the command line
+    collect_ignore.append("torchrl_wm/cli")
 
 if find_spec("hypothesis"):
     from hypothesis import settings

@@ -65,9 +65,17 @@ def test_installed_version_is_this_one():
 
 def test_extras_exist():
     provided = set(distribution().metadata.get_all("Provides-Extra"))
-    expected = {"test", "docs", "lint", "demo", "plot"}
+    expected = {"test", "docs", "lint", "plot"}
     expected |= {"cli", "sb3", "mujoco", "dm-control"}
     assert expected <= provided
+
+
+def test_the_command_is_installed():
+    found = distribution().entry_points.select(
+        group="console_scripts", name="torchrl-wm"
+    )
+    assert [script.value for script in found] == ["torchrl_wm.cli:main"]
+    assert callable(next(iter(found)).load())
 
 
 def test_py_typed_is_shipped(pyproject):

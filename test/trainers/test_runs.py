@@ -187,12 +187,25 @@ def test_folders_that_are_no_runs(tmp_path) -> None:
         PETSTrainer.resume(tmp_path)
 
 
-def test_runs_of_another_recipe_and_without_checkpoints(tmp_path) -> None:
+def test_runs_of_another_recipe(tmp_path) -> None:
     PETSTrainer.start(tmp_path / "run", **PETS)
     with pytest.raises(ValueError, match="'pets', and this is 'mbpo'"):
         MBPOTrainer.resume(tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path) -> None:
+    whole = PETSTrainer(**PETS)
+    whole.train()
+    interrupt(PETSTrainer.start(tmp_path / "run", **PETS, checkpoint_interval=3), 30)
+    assert RunFolder.open(tmp_path / "run").metrics()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        PETSTrainer.resume(tmp_path / "run")
+        RunFolder.open(tmp_path / "run").load()
+    again = PETSTrainer.resume(tmp_path / "run")
+    assert again.metrics == []
+    again.train()
+    assert without_times(again.metrics) == without_times(whole.metrics)
+    kept = RunFolder.open(tmp_path / "run").metrics()
+    assert without_times(kept) == without_times(whole.metrics)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchrl_wm.export.gym_env import GymWorldModelEnv
-from torchrl_wm.export.make import make_env, make_world_model_env, register
+from torchrl_wm.export.make import make_env, make_world_model_env
 from torchrl_wm.export.vector_env import GymWorldModelVectorEnv
 
 __all__ = [
@@ -15,8 +15,6 @@ __all__ = [
     "make_env",
     "make_world_model_env",
 ]
-
-register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,12 @@
-"""Imagined Gymnasium envs by name: factories, and the registration with Gymnasium."""
+"""Factories of imagined Gymnasium envs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
-
 from torchrl_wm.export.gym_env import GymWorldModelEnv
 from torchrl_wm.export.vector_env import GymWorldModelVectorEnv
 
-ENV_ID = "torchrl_wm/WorldModel-v0"
 #: The names of the backend of :func:`make_env`, whatever their case.
 WORLD_MODEL_BACKENDS = ("world-model", "world_model", "model", "wm")
 
@@ -70,17 +67,3 @@ def make_env(
             f"gymnasium.make or torchrl.envs.GymEnv."
         )
     return make_world_model_env(model, **kwargs)
-
-
-def register() -> None:
-    """Make ``gymnasium.make`` and ``gymnasium.make_vec`` know :data:`ENV_ID`.
-
-    Importing :mod:`torchrl_wm` does it.
-    """
-    if ENV_ID in gymnasium.registry:
-        return
-    gymnasium.register(
-        id=ENV_ID,
-        entry_point="torchrl_wm.export.gym_env:GymWorldModelEnv",
-        vector_entry_point="torchrl_wm.export.vector_env:GymWorldModelVectorEnv",
-    )

@@ -235,7 +235,7 @@ class MBPOTrainer(RecipeTrainer):
             return
         since = self.collected_frames - config.random_steps
         if since % config.model_interval == 0:
-            self.losses.update(self.learner.fit(self.real, config.model_steps))
+            self.fit_model(self.learner, self.real, config.model_steps)
         if since % config.imagination_interval == 0:
             self.imagine.horizon = config.horizon(self.collected_frames)
             self.imagine()

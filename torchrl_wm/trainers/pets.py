@@ -161,7 +161,7 @@ class PETSTrainer(RecipeTrainer):
     def optim_steps(self, trial: TensorDictBase) -> None:
         """Train the dynamics on D, once the random steps are over."""
         if self.collected_frames >= self.config.random_steps:
-            self.losses = self.learner.fit(self.data, self.config.model_steps)
+            self.fit_model(self.learner, self.data, self.config.model_steps)
 
     def end_trial(self) -> None:
         """Record the trial, and go on to the next one."""

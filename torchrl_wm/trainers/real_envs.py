@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import numpy as np
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -24,6 +26,8 @@ from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 #: What a recipe takes for an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
 _DM_CONTROL = "dm_control/"
+#: The height and width of dm_control's frames, in pixels.
+_HEIGHT = 240
 
 
 def make_real_env(
@@ -47,7 +51,8 @@ def make_real_env(
         seed: each episode is seeded from it and its number
             (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
         max_episode_steps: a time limit, after which an episode is truncated.
-        kwargs: for Gymnasium and dm_control, such as ``render_mode``.
+        kwargs: for Gymnasium and dm_control, such as ``render_mode``; a function gets those
+            among them that it takes.
 
     Returns:
         The env, with the entries ``is_init``, ``step_count`` and ``episode_reward``.
@@ -98,6 +103,21 @@ def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
         env = env.base_env
 
 
+def rendered_frame(env: EnvBase) -> np.ndarray | None:
+    """What a real env shows now, ``[height, width, 3]`` uint8; None if it shows nothing."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    inner = env.__dict__.get("_env", None)
+    if isinstance(inner, gymnasium.Env):
+        frame = inner.render() if inner.render_mode is not None else None
+    elif hasattr(inner, "physics"):  # dm_control
+        frame = inner.physics.render(height=_HEIGHT, width=_HEIGHT, camera_id=0)
+    else:
+        frame = None
+    is_frame = isinstance(frame, np.ndarray) and frame.ndim == 3
+    return frame.astype(np.uint8) if is_frame and frame.shape[-1] == 3 else None
+
+
 def load_object(name: str) -> Any:
     """What ``"module:name"`` stands for.
 
@@ -127,7 +147,7 @@ def _base_env(source: EnvSource, kwargs: dict[str, Any]) -> EnvBase:
         return _named(source, kwargs)
     made = source
     if not isinstance(source, (EnvBase, gymnasium.Env)) and callable(source):
-        made = source()
+        made = source(**_taken(source, kwargs))
     if isinstance(made, EnvBase):
         return made
     if isinstance(made, gymnasium.Env):
@@ -144,7 +164,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     if ":" in name and name not in gymnasium.registry:
         module, _, rest = name.partition(":")
         if rest not in gymnasium.registry and not _is_id_of(module, rest):
-            return _base_env(load_object(name), {})
+            return _base_env(load_object(name), kwargs)
     try:
         return GymEnv(name, **kwargs)
     except gymnasium.error.DependencyNotInstalled as err:
@@ -154,6 +174,17 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
             f"There is no env {name!r} ({err}). Give a Gymnasium id such as 'Pendulum-v1', "
             f"'dm_control/cartpole/swingup', or 'module:factory' for an env of your own."
         ) from err
+
+
+def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function takes."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a class of C, say
+        return {}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name in parameters}
 
 
 def _is_id_of(module: str, name: str) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -23,9 +23,11 @@ from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
+from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import run_episodes
 from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
-from torchrl_wm.trainers.learning import NonFiniteLossError
+from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
+from torchrl_wm.trainers.progress import Progress
 from torchrl_wm.trainers.real_envs import EnvSource, episode_seeds, make_real_env
 from torchrl_wm.trainers.run_folder import RunFolder
 
@@ -179,7 +181,7 @@ class RecipeTrainer(Trainer):
             auto_log_optim_steps=False,
             **trainer_kwargs,
         )
-        self._bar = _Bar(self) if progress else None
+        self._progress = Progress(self) if progress else None
         self._rng: dict[str, Any] | None = None
         self._evaluation_env: EnvBase | None = None
         self._began = 0.0
@@ -207,6 +209,8 @@ class RecipeTrainer(Trainer):
         if self.is_over:
             return
         self._began = time.monotonic() - self.seconds
+        if self.run is not None:
+            self.run.truncate(len(self.metrics))  # what came after the checkpoint
         episode_seeds(self.env).episode = self.episodes
         self.collector.reset()
         self.acting.is_random = self.collected_frames < self.config.random_steps
@@ -217,8 +221,8 @@ class RecipeTrainer(Trainer):
         except NonFiniteLossError as err:
             raise self._with_batch_saved(err) from err
         finally:
-            if self._bar is not None:
-                self._bar.close()
+            if self._progress is not None:
+                self._progress.close()
 
     def end_episode(self, **row: Any) -> None:
         """Record an episode, save a checkpoint where one is due, and stop at the end."""
@@ -240,26 +244,51 @@ class RecipeTrainer(Trainer):
         self.metrics.append(row)
         if self.run is not None:
             self.run.log(row)
-        if self._bar is not None:
-            self._bar.show(row)
+        if self._progress is not None:
+            self._progress.show(row)
 
     def evaluate(
-        self, episodes: int, env: EnvBase | None = None
+        self, episodes: int, env: EnvBase | None = None, **kwargs: Any
     ) -> list[TensorDictBase]:
         """Episodes of the policy without exploration, in an env of its own.
+
+        Args:
+            episodes: how many.
+            env: the real env; a new one by default.
+            kwargs: see :meth:`iterate`.
+        """
+        return list(self.iterate(episodes, env, **kwargs))
+
+    def iterate(
+        self,
+        episodes: int,
+        env: EnvBase | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Iterator[TensorDictBase]:
+        """The episodes of :meth:`evaluate`, one by one.
 
         They begin as the seed and their number say, the same ones each time.
 
         Args:
             episodes: how many.
-            env: the real env; a new one by default, which needs one that was given by name.
+            env: the real env; a new one by default.
+
+        Keyword Args:
+            seed: how the episodes begin, and what a planner draws: with it the same
+                episodes come each time. By default they begin as the run's seed says.
         """
         if env is None:
             if self._evaluation_env is None:
                 self._evaluation_env = self.make_env()
             env = self._evaluation_env
-        first = EVALUATION_EPISODES
-        return run_episodes(env, self.policy, episodes, first_episode=first)
+        episode_seeds(env).seed = self.config.seed if seed is None else seed
+        for number in range(EVALUATION_EPISODES, EVALUATION_EPISODES + episodes):
+            with torch.random.fork_rng(devices=[]):
+                if seed is not None:
+                    torch.manual_seed(episode_seed(seed, number))
+                (episode,) = run_episodes(env, self.policy, 1, first_episode=number)
+            yield episode
 
     def make_env(self, **kwargs: Any) -> EnvBase:
         """Another real env of the run's, as the policy needs it.
@@ -280,6 +309,11 @@ class RecipeTrainer(Trainer):
     def prepared(self, env: TransformedEnv) -> EnvBase:
         """A real env with all entries that the policy needs."""
         return env
+
+    def fit_model(self, learner: ModelLearner, data: Any, steps: int) -> None:
+        """Train the world model, and keep its losses for the next row of the metrics."""
+        on_step = None if self._progress is None else self._progress.fitting(steps)
+        self.losses.update(learner.fit(data, steps, on_step))
 
     # Checkpoints -------------------------------------------------------------
 
@@ -302,7 +336,11 @@ class RecipeTrainer(Trainer):
     def load(self) -> None:
         """Go back to the newest checkpoint of the run's folder.
 
+        Nothing is written: what the folder holds of the time after the checkpoint is
+        forgotten when :meth:`train` goes on.
+
         Raises:
+            FileNotFoundError: if there is none.
             ValueError: if it is damaged, or one of another recipe.
         """
         content = self.run.load()
@@ -324,9 +362,7 @@ class RecipeTrainer(Trainer):
                 f"The checkpoint in {str(self.run.path)!r} does not fit the run's config and env "
                 f"({type(err).__name__}: {err})."
             ) from err
-        if len(self.metrics) > rows:  # of what came after the checkpoint
-            self.run.truncate(rows)
-        self.metrics = self.run.metrics()
+        self.metrics = self.run.metrics()[:rows]
         # Each episode ends the random phase or not, and one without training has no policy.
         self.acting.is_random = self.collected_frames < self.config.random_steps
 
@@ -355,12 +391,14 @@ class RecipeTrainer(Trainer):
     def resume(cls, path: str, **kwargs: Any) -> RecipeTrainer:
         """A run as its newest checkpoint says; :meth:`train` goes on with it.
 
+        A run that was stopped before its first checkpoint begins again.
+
         Args:
             path: the run's folder.
             kwargs: what the run was started with beside its config: an env object, functions.
 
         Raises:
-            FileNotFoundError: if the folder is not one of a run, or has no checkpoint.
+            FileNotFoundError: if the folder is not one of a run.
             ValueError: if what it holds is damaged, or of another recipe.
         """
         run = RunFolder.open(path)
@@ -371,7 +409,10 @@ class RecipeTrainer(Trainer):
             )
         config = cls.config_class(**_tuples(run.config["config"], cls.config_class))
         trainer = cls(config, run=run, **kwargs)
-        trainer.load()
+        if run.saved():
+            trainer.load()
+        else:
+            trainer.metrics = []
         return trainer
 
     @classmethod
@@ -532,40 +573,3 @@ def _tuples(settings: dict[str, Any], kind: type) -> dict[str, Any]:
             f"The run's config has the settings {unknown}, which this torchrl_wm does not know."
         )
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-
-
-class _Bar:
-    """A progress bar over real steps, with the time left."""
-
-    def __init__(self, trainer: RecipeTrainer) -> None:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as err:
-            raise ImportError(
-                "Progress bars need tqdm: pip install 'torchrl-wm[cli]', or pass progress=False."
-            ) from err
-        self.trainer, self._tqdm, self._bar = trainer, tqdm, None
-        trainer.acting.on_step = self.step
-
-    def step(self) -> None:
-        if self._bar is None:
-            trainer = self.trainer
-            self._bar = self._tqdm(
-                total=trainer.expected_steps,
-                initial=trainer.collected_frames,
-                unit="step",
-                desc=f"{trainer.algorithm} on {trainer.config.env}",
-                dynamic_ncols=True,
-            )
-        self._bar.update()
-
-    def show(self, row: dict[str, Any]) -> None:
-        if self._bar is not None:
-            shown = ("return", "evaluation_return", "loss_nll", "loss_qvalue")
-            values = {name: f"{row[name]:.4g}" for name in shown if name in row}
-            self._bar.set_postfix(values)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

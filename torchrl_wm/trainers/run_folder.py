@@ -56,6 +56,7 @@ class RunFolder:
         self.config: dict[str, Any] = {}
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
+        self._purged_from: int | None = None
 
     @classmethod
     def create(
@@ -128,8 +129,10 @@ class RunFolder:
 
     def truncate(self, rows: int) -> None:
         """Forget the rows after the first ``rows``: a run goes on before them."""
-        del self._rows[rows:]
-        self._write_rows()
+        if rows < len(self._rows):
+            self._purged_from = self._rows[rows].get("step")
+            del self._rows[rows:]
+            self._write_rows()
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys(name for row in self._rows for name in row))
@@ -157,7 +160,9 @@ class RunFolder:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return None
-            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+            self._writer = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=self._purged_from
+            )
         return self._writer
 
     # Checkpoints -----------------------------------------------------------

@@ -1,0 +1,263 @@
+"""The commands on a tiny run: what they print, leave behind and exit with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from torchrl_wm.cli import main
+from torchrl_wm.trainers import PETSTrainer, RunFolder
+
+pytest.importorskip("tyro")
+
+PETS = """--max-episode-steps 12 --random-steps 20 --trials 2 --model-steps 6 --model-batch-size 16
+    --members 3 --hidden 16 --planning-horizon 4 --optim-steps 2 --num-candidates 12 --top-k 4
+    --num-particles 2""".split()
+MBPO = """--env Pendulum-v1 --max-episode-steps 15 --random-steps 20 --steps 40 --members 3 --elites 2
+    --hidden 16 --model-interval 10 --model-steps 4 --model-batch-size 16 --rollouts 20
+    --updates-per-step 2 --batch-size 16 --policy-hidden 16 --evaluation-interval 20
+    --evaluation-episodes 1""".split()
+
+OWN_ENV = """
+import gymnasium
+import numpy as np
+
+
+class Point(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-9, 9, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.uniform(-2, 2, 1).astype(np.float32)
+        return self.place.copy(), {}
+
+    def step(self, action):
+        self.place = np.clip(self.place + 0.2 * action, -9, 9).astype(np.float32)
+        return self.place.copy(), -abs(float(self.place[0])), False, False, {}
+
+    def render(self):
+        frame = np.zeros((16, 32, 3), np.uint8)
+        frame[:, int(self.place[0] + 9)] = 255
+        return frame
+
+
+def make(render_mode=None):
+    return Point(render_mode)
+
+
+def broken():
+    return Broken()
+
+
+class Broken(Point):
+    def step(self, action):
+        raise ValueError("the motor is on fire")
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, out of which modules can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    """A finished run that no test may change."""
+    path = str(tmp_path_factory.mktemp("runs") / "run")
+    assert main(["train", "pets", "--run", path, "--no-report", *PETS]) == 0
+    return path
+
+
+@pytest.mark.parametrize("recipe, options", [("pets", PETS), ("mbpo", MBPO)])
+def test_train_leaves_a_whole_run(recipe, options, here, capsys) -> None:
+    assert main(["train", recipe, "--run", "run", *options]) == 0
+    out = capsys.readouterr().out
+    settings = json.loads((here / "run" / "config.json").read_text())
+    assert settings["algorithm"] == recipe
+    assert settings["config"]["hidden"] == [16]
+    with open(here / "run" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert f"step {row['step']}, " in out
+    assert list((here / "run" / "tensorboard").iterdir())
+    assert "<html" in (here / "run" / "report.html").read_text()
+    assert "Learning curve" in (here / "run" / "report.html").read_text()
+    printed = re.findall(r"^  \w+ +(run/\S+)$", out, re.MULTILINE)
+    assert len(printed) == 5
+    assert all((here / path).exists() for path in printed)
+
+
+def test_the_default_folder_and_one_that_exists(here, capsys) -> None:
+    command = ["train", "pets", "--no-report", "--seed", "3", *PETS]
+    assert main(command) == 0
+    assert (here / "runs" / "pets-Pendulum-v1-3" / "config.json").is_file()
+    before = (here / "runs" / "pets-Pendulum-v1-3" / "metrics.csv").read_bytes()
+    assert main(command) == 2
+    assert "--resume runs/pets-Pendulum-v1-3" in capsys.readouterr().err
+    after = (here / "runs" / "pets-Pendulum-v1-3" / "metrics.csv").read_bytes()
+    assert before == after
+
+
+def test_envs_of_ones_own(here, capsys) -> None:
+    (here / "my_env_module.py").write_text(OWN_ENV)
+    own = ["--env", "my_env_module:make", *PETS]
+    assert main(["train", "pets", "--run", "run", "--no-report", *own]) == 0
+    assert main(["evaluate", "run", "--episodes", "1"]) == 0
+    capsys.readouterr()
+    assert main(["play", "run"]) == 0
+    assert "The real env alone" in capsys.readouterr().out
+    assert (here / "run" / "film.gif").read_bytes().startswith(b"GIF8")
+    # What goes wrong in it is said with its place, and nothing of a traceback.
+    assert main(["train", "pets", "--env", "my_env_module:broken", *PETS]) == 2
+    err = capsys.readouterr().err
+    assert "the motor is on fire" in err and "my_env_module.py, line" in err
+    assert "Traceback" not in err
+    assert (
+        main(
+            ["train", "pets", "--run", "b", "--debug", "--env", "my_env_module:broken"]
+        )
+        == 2
+    )
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_itself_and_heeds_the_seed(run, capsys) -> None:
+    def returns(*options: str) -> str:
+        assert main(["evaluate", run, "--episodes", "2", *options]) == 0
+        return capsys.readouterr().out
+
+    capsys.readouterr()
+    first = returns()
+    assert returns() == first and returns("--seed", "1") != first
+    numbers = [float(value) for value in re.findall(r"return (\S+),", first)]
+    assert len(numbers) == 2
+    mean, std = re.search(r"mean (\S+), std (\S+),", first).groups()
+    assert float(mean) == pytest.approx(sum(numbers) / 2, rel=1e-3)
+    assert float(std) == pytest.approx(
+        abs(numbers[0] - numbers[1]) / 2**0.5, rel=1e-3
+    )
+
+
+def test_looking_at_a_run_changes_nothing_of_it(run, here, capsys) -> None:
+    def content() -> dict:
+        files = (path for path in Path(run).rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
+    assert main(["evaluate", run, "--episodes", "1"]) == 0
+    assert main(["report", run, "--out", "r.html", "--episodes", "1"]) == 0
+    assert (
+        main(["play", run, "--out", "f.gif", "--horizon", "5", "--height", "64"]) == 0
+    )
+    assert content() == before
+    assert "Real beside imagined" in (here / "r.html").read_text()
+    assert (here / "f.gif").read_bytes().startswith(b"GIF8")
+    out = capsys.readouterr().out
+    assert "r.html" in out and "f.gif" in out
+
+
+def test_films_of_both_have_one_frame_for_each_step(run, here) -> None:
+    image = pytest.importorskip("PIL.Image")
+    assert (
+        main(["play", run, "--horizon", "5", "--height", "64", "--out", "f.gif"]) == 0
+    )
+    assert main(["play", run, "--real-only", "--out", "r.gif"]) == 0
+    both, real = image.open(here / "f.gif"), image.open(here / "r.gif")
+    assert both.n_frames == real.n_frames == 13  # the start and 12 steps
+    assert both.size[0] > 2.9 * both.size[1] * 64 / 82
+
+
+def test_reading_a_run_that_goes_on_does_not_cut_its_metrics(here) -> None:
+    settings = "--checkpoint-interval 3 --no-report --run run".split()
+    assert main(["train", "pets", *PETS, *settings]) == 0
+    RunFolder.open("run").saved()[-1].unlink()  # as if killed after episode 4
+    assert main(["evaluate", "run", "--episodes", "1"]) == 0
+    assert len(RunFolder.open("run").metrics()) == 4
+    assert PETSTrainer.resume("run").episodes == 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train", "Say what to train"),
+        ("train pets --env Foo-v1", "There is no env 'Foo-v1'"),
+        ("train pets --env no_such_module:make", "no_such_module"),
+        ("train mbpo --env CartPole-v1", "torchrl-wm train pets"),
+        ("train pets --reward pendelum", "Unknown reward 'pendelum'"),
+        ("train --resume nowhere", "not the folder of a run"),
+        ("train pets --resume nowhere", "not the folder of a run"),
+        ("evaluate nowhere", "not the folder of a run"),
+        ("report nowhere", "not the folder of a run"),
+        ("play nowhere", "not the folder of a run"),
+    ],
+)
+def test_errors_are_one_message(words, message, here, capsys) -> None:
+    assert main(words.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "foo",
+        "train foo",
+        "train pets --trails 3",
+        "train pets --trials many",
+        "evaluate",
+        # The settings of a run are in its folder.
+        "train pets --resume nowhere --trials 3",
+    ],
+)
+def test_words_that_are_not_understood(words, capsys) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err
+
+
+def test_bad_numbers_and_endings(run, capsys) -> None:
+    for words, message in (
+        (["evaluate", run, "--episodes", "0"], "--episodes must be at least 1"),
+        (["play", run, "--out", "film.avi"], "ending"),
+        (["play", run, "--horizon", "0"], "horizon"),
+        (["train", "mbpo", "--resume", run], "is a run of pets, not of mbpo"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_lists_every_setting(capsys) -> None:
+    assert main(["train", "pets", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--planning-horizon" in out and "--random-steps" in out
+    assert "how many steps to act at random first" in out
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("train", "evaluate", "report", "play", "demo"):
+        assert name in out
+
+
+def test_demo(here, capsys) -> None:
+    """Shortened until it only shows that every part of it works."""
+    short = "--trials 2 --episode-steps 15 --model-steps 5 --num-candidates 30".split()
+    assert main(["demo", *short]) == 0
+    out = capsys.readouterr().out
+    signs = {".png": b"\x89PNG", ".gif": b"GIF8"}
+    pictures = re.findall(r"runs/demo/\S+\.(?:png|gif)", out)
+    assert len(pictures) == 3
+    for path in pictures:
+        assert (here / path).read_bytes().startswith(signs[Path(path).suffix])
+    assert "Return at random" in out
+    assert main(["demo", *short]) == 0  # again, beside the first
+    assert (here / "runs" / "demo-2" / "learning_curve.png").is_file()

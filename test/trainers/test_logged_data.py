@@ -1,0 +1,285 @@
+"""Logged data in all its forms, and world models trained on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _real_envs import make_reacher
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import GymEnv, GymWrapper
+
+from torchrl_wm import WorldModelEnv
+from torchrl_wm.models import load_world_model, save_world_model
+from torchrl_wm.trainers import load_transitions, RecordedEnv, train_world_model
+
+SMALL = {"steps": 20, "interval": 10, "members": 3, "hidden": (16,), "batch_size": 16}
+
+
+def line(steps: int, start: float = 0.0) -> dict[str, np.ndarray]:
+    """An episode in which each observation tells its time."""
+    return {
+        "observations": start + np.arange(steps + 1.0)[:, None],
+        "actions": np.full((steps, 2), 0.5),
+        "rewards": np.arange(steps, dtype=np.float64),
+        "terminations": np.array([False] * (steps - 1) + [True]),
+    }
+
+
+def check_line(data) -> None:
+    assert data["observation"].dtype is torch.float32
+    torch.testing.assert_close(data["next", "observation"], data["observation"] + 1)
+    assert data["next", "reward"].shape == (len(data), 1)
+    assert data["next", "done"].dtype is torch.bool
+
+
+# Arrays ----------------------------------------------------------------------------
+
+
+def test_an_episode_with_its_last_observation() -> None:
+    data = load_transitions(line(5))
+    assert data.shape == (5,)
+    check_line(data)
+    assert data["next", "terminated"].flatten().tolist() == [False] * 4 + [True]
+    assert not data["next", "truncated"].any()
+
+
+def test_episodes_that_are_cut_off_are_truncated_not_terminated() -> None:
+    cut = {**line(4), "terminations": np.zeros(4, bool)}
+    data = load_transitions([cut, line(3, 100.0)])
+    check_line(data)
+    assert data["next", "terminated"].flatten().tolist() == [False] * 6 + [True]
+    assert data["next", "truncated"].flatten().nonzero().flatten().tolist() == [3]
+    assert data["next", "done"].flatten().nonzero().flatten().tolist() == [3, 6]
+
+
+def test_steps_with_their_next_observations() -> None:
+    arrays = line(6)
+    arrays["next_observations"] = arrays["observations"][1:]
+    arrays["observations"] = arrays["observations"][:-1]
+    arrays["truncations"] = np.array([False, True] + [False] * 4)
+    data = load_transitions(arrays)
+    check_line(data)
+    assert data["next", "done"].flatten().nonzero().flatten().tolist() == [1, 5]
+
+
+def test_observations_that_are_dictionaries(tmp_path) -> None:
+    arrays = line(5)
+    place = arrays.pop("observations")
+    nested = {"place": place, "body": {"speed": place * 2}}
+    data = load_transitions({**arrays, "observations": nested})
+    assert data["next", "body", "speed"].flatten().tolist() == [2.0, 4, 6, 8, 10]
+    flat = {"observations/place": place, "observations/body/speed": place * 2}
+    np.savez(tmp_path / "data.npz", **arrays, **flat)
+    assert (load_transitions(tmp_path / "data.npz") == data).all()
+    world_model, _ = train_world_model(data, **SMALL)
+    assert set(world_model.latent_keys) == {"place", ("body", "speed")}
+
+
+def test_class_numbers_become_one_hot() -> None:
+    env = GymEnv("CartPole-v1")
+    real = env.rollout(8)
+    arrays = {
+        "observations": torch.cat(
+            [real["observation"], real["next", "observation"][-1:]]
+        ),
+        "actions": real["action"].argmax(-1).numpy(),
+        "rewards": np.ones(len(real)),
+        "terminations": real["next", "terminated"].numpy(),
+    }
+    data = load_transitions(arrays, env=env)
+    assert torch.equal(data["action"], real["action"])
+    with pytest.raises(ValueError, match="class numbers.*--env"):
+        train_world_model(arrays, **SMALL)
+    with pytest.raises(ValueError, match="from 0 to 7"):
+        load_transitions({**arrays, "actions": np.arange(len(real)) % 8}, env=env)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"rewards": None}, KeyError, r"\['rewards'\] are missing"),
+        ({"terminals": np.zeros(5)}, KeyError, r"\['terminals'\] are not known"),
+        ({"actions": np.zeros((4, 2))}, ValueError, "actions of the data has 4 rows"),
+        ({"observations": np.zeros((5, 1))}, ValueError, "5 rows.*6 were expected"),
+        ({"rewards": np.zeros((5, 3))}, ValueError, r"one number for each step"),
+        ({"terminations": np.array([0, 1, 0, 0, 1])}, ValueError, "ends at step 1"),
+        ({"next_observations": np.zeros((5, 2))}, ValueError, "observations"),
+        ({"rewards": np.array(["a"] * 5)}, ValueError, "array of numbers"),
+    ],
+)
+def test_arrays_that_do_not_fit(change, error, message) -> None:
+    arrays = {k: v for k, v in {**line(5), **change}.items() if v is not None}
+    with pytest.raises(error, match=message):
+        load_transitions(arrays)
+
+
+# TorchRL's forms ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rollout() -> TensorDict:
+    env = GymWrapper(make_reacher())
+    env.set_seed(0)
+    return env.rollout(60, break_when_any_done=False)
+
+
+def test_rollouts_buffers_and_their_folders(rollout, tmp_path) -> None:
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=8)
+    buffer.extend(rollout)
+    buffer.dumps(tmp_path / "buffer")
+    rollout.memmap(tmp_path / "tensordict", copy_existing=True)
+    expected = load_transitions(rollout)
+    for source in (buffer, tmp_path / "buffer", str(tmp_path / "tensordict")):
+        data = load_transitions(source)
+        assert len(data) == 60
+        for key in ("place", "speed", "action", ("next", "place"), ("next", "reward")):
+            assert torch.equal(data[key], expected[key])
+
+
+def test_padding_is_left_out(rollout) -> None:
+    padded = rollout[:20].reshape(2, 10).clone()
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 6:] = False
+    padded.set(("collector", "mask"), mask)
+    assert len(load_transitions(padded)) == 16
+
+
+def test_sources_that_are_none(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no .*nowhere"):
+        load_transitions(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="neither an .npz"):
+        load_transitions(tmp_path)
+    with pytest.raises(ValueError, match="got int"):
+        load_transitions(3)
+    np.savez(tmp_path / "evil.npz", observations=np.array([object()]))
+    with pytest.raises(ValueError, match="Arrays of objects are not"):
+        load_transitions(tmp_path / "evil.npz")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_transitions(tmp_path / "cut.npz")
+    with pytest.raises(KeyError, match="lacks"):
+        load_transitions(TensorDict({"observation": torch.zeros(3, 1)}, [3]))
+
+
+def test_a_minari_dataset_on_disk(tmp_path, monkeypatch) -> None:
+    minari = pytest.importorskip("minari")
+    pytest.importorskip("h5py")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    import gymnasium
+
+    env = minari.DataCollector(gymnasium.make("CartPole-v1"))
+    lengths = []
+    for seed in range(3):
+        env.reset(seed=seed)
+        env.action_space.seed(seed)
+        over, length = False, 0
+        while not over:
+            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            over, length = terminated or truncated, length + 1
+        lengths.append(length)
+    env.create_dataset("ours/cartpole-v0", description="three episodes")
+    data = load_transitions("minari:ours/cartpole-v0")
+    assert len(data) == sum(lengths)
+    assert data["action"].shape == (sum(lengths), 2)
+    assert int(data["next", "terminated"].sum()) == 3
+    folder = tmp_path / "ours" / "cartpole-v0"
+    assert (load_transitions(folder) == data).all()
+    with pytest.raises(FileNotFoundError, match="Nothing is downloaded"):
+        load_transitions("minari:ours/other-v0")
+    world_model, _ = train_world_model(data, **SMALL)
+    assert world_model.done_head is not None
+
+
+# Training ---------------------------------------------------------------------------------
+
+
+def linear(episodes: int = 12, steps: int = 20) -> list[dict[str, np.ndarray]]:
+    """Episodes of a world that a small network learns at once."""
+    rng, out = np.random.default_rng(0), []
+    for _ in range(episodes):
+        place, places, actions = rng.normal(size=2), [], rng.uniform(-1, 1, (steps, 1))
+        places.append(place)
+        for action in actions:
+            place = 0.9 * place + 0.5 * action
+            places.append(place)
+        observations = np.array(places)
+        out.append(
+            {
+                "observations": observations,
+                "actions": actions,
+                "rewards": observations[:-1].sum(1),
+                "terminations": np.zeros(steps, bool),
+            }
+        )
+    return out
+
+
+def test_it_learns_what_it_is_not_shown() -> None:
+    settings = {"members": 3, "hidden": (32, 32), "batch_size": 64, "seed": 0}
+    world_model, metrics = train_world_model(
+        linear(), steps=300, interval=100, **settings
+    )
+    assert [row["step"] for row in metrics] == [100, 200, 300]
+    assert metrics[-1]["held_out_error"] < 0.2
+    assert metrics[-1]["held_out_reward_error"] < 0.3
+    again, repeated = train_world_model(linear(), steps=300, interval=100, **settings)
+    assert repeated == metrics
+
+
+def test_the_model_imagines_and_is_saved(tmp_path) -> None:
+    data = load_transitions(linear(3))
+    world_model, _ = train_world_model(data, **SMALL)
+    assert world_model.done_head is None  # no episode terminates
+    env = WorldModelEnv(world_model, RecordedEnv(data), batch_size=[])
+    imagined = env.imagine(
+        4, tensordict=data[:5].exclude("next"), actions=torch.zeros(5, 4, 1)
+    )
+    assert imagined["next", "reward"].shape == (5, 4, 1)
+    save_world_model(world_model, tmp_path / "model.pt")
+    again = load_world_model(tmp_path / "model.pt")
+    for mine, theirs in zip(again.parameters(), world_model.parameters()):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_best_weights_are_kept() -> None:
+    from torchrl_wm.trainers.model_training import held_out_errors, split_transitions
+
+    data = load_transitions(linear(6))
+    world_model, metrics = train_world_model(
+        data, **{**SMALL, "steps": 60}, learning_rate=0.3, seed=1
+    )
+    _, test = split_transitions(data, 0.1, 1)
+    best = min(row["held_out_error"] for row in metrics)
+    assert held_out_errors(world_model, test)["held_out_error"] == pytest.approx(best)
+
+
+def test_whole_episodes_are_held_out() -> None:
+    from torchrl_wm.trainers.model_training import split_transitions
+
+    data = load_transitions([line(4, 100.0 * n) for n in range(10)])
+    train, test = split_transitions(data, 0.2, 0)
+    assert (len(train), len(test)) == (32, 8)
+    numbers = [
+        set((part["observation"] // 100).flatten().tolist()) for part in (train, test)
+    ]
+    assert not numbers[0] & numbers[1]
+
+
+def test_a_recorded_env_gives_starts_and_no_steps() -> None:
+    env = RecordedEnv(load_transitions(linear(3)))
+    start = env.reset()
+    assert start["observation"].shape == (2,)
+    with pytest.raises(RuntimeError, match="cannot be stepped"):
+        env.step(env.rand_action(start))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"held_out": 0.0}, {"held_out": 1.0}, {"interval": 0}]
+)
+def test_bad_settings(settings) -> None:
+    with pytest.raises(ValueError, match="steps and interval"):
+        train_world_model(linear(2), **{**SMALL, **settings})
+    with pytest.raises(ValueError, match="too few"):
+        train_world_model(line(1), **SMALL)

@@ -1,0 +1,7 @@
+"""The ``torchrl-wm`` command."""
+
+from __future__ import annotations
+
+from torchrl_wm.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,65 @@
+"""What the command line says, and how it says that something went wrong."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+#: What ends a command with a message in place of a traceback.
+ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Interrupted(Exception):
+    """Somebody pressed Ctrl-C; says what is saved and how to go on."""
+
+
+def say(text: str = "") -> None:
+    """Write a line."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """Write a line to where errors go."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def list_paths(paths: Mapping[str, object]) -> None:
+    """Write what is where."""
+    width = max(map(len, paths))
+    for name, path in paths.items():
+        say(f"  {name:{width}}  {path}")
+
+
+def describe(err: BaseException) -> str:
+    """What went wrong, in a sentence; with its place if that is not in this package."""
+    # KeyError shows its message in quotes.
+    one = isinstance(err, KeyError) and len(err.args) == 1
+    message = str(err.args[0] if one else err) or type(err).__name__
+    frames = traceback.extract_tb(err.__traceback__)
+    place = ""
+    if frames and _PACKAGE not in Path(frames[-1].filename).resolve().parents:
+        last = frames[-1]
+        message = f"{type(err).__name__}: {message}"
+        place = f" (raised in {last.filename}, line {last.lineno})"
+    return f"{message}{place}"
+
+
+def command(*words: object) -> str:
+    """A command line of this program, to be copied."""
+    return shlex.join(["torchrl-wm", *map(str, words)])

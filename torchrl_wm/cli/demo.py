@@ -1,0 +1,95 @@
+"""``torchrl-wm demo``: from nothing to a pendulum that stands, by a learned model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torchrl_wm.cli.console import Interrupted, list_paths, say
+from torchrl_wm.cli.training import paths, what_is_saved
+from torchrl_wm.trainers import (
+    episode_return,
+    film_policy,
+    PETSConfig,
+    PETSTrainer,
+    plot_learning_curve,
+    save_prediction_fan,
+)
+
+LABELS = ["cos(angle)", "sin(angle)", "velocity"]
+#: For how many steps the film imagines without another look at the real pendulum.
+FILM_HORIZON = 40
+
+
+def run_demo(
+    run: str,
+    *,
+    seed: int,
+    trials: int,
+    episode_steps: int,
+    model_steps: int | None,
+    num_candidates: int | None,
+    progress: bool,
+) -> None:
+    """PETS on Pendulum-v1 and three pictures."""
+    began = time.monotonic()
+    given = {"model_steps": model_steps, "num_candidates": num_candidates}
+    config = PETSConfig(
+        env="Pendulum-v1",
+        seed=seed,
+        trials=trials,
+        max_episode_steps=episode_steps,
+        random_steps=episode_steps,
+        termination="none",  # the pendulum never ends an episode
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    path = free(Path(run))
+    trainer = PETSTrainer.start(path, config, progress=progress)
+    say(
+        f"Learning the pendulum from nothing: {episode_steps} random steps, then {trials} trials. "
+        f"Before each an ensemble learns from all steps so far, and the actions are planned "
+        f"through it."
+    )
+    try:
+        trainer.train()
+        say(
+            "Acting once more, to compare what happens with what the model imagines ..."
+        )
+        (episode,) = trainer.evaluate(1, seed=seed)
+        pictures = {
+            "learning curve": path / "learning_curve.png",
+            "prediction fan": path / "prediction_fan.png",
+            "real beside imagined": path / "real_beside_imagined.gif",
+        }
+        figure = plot_learning_curve(
+            trainer.metrics, title=f"PETS on Pendulum-v1, seed {seed}"
+        )
+        figure.savefig(pictures["learning curve"], dpi=120)
+        save_prediction_fan(
+            trainer, pictures["prediction fan"], episode, seed=seed, labels=LABELS
+        )
+        film_policy(
+            trainer,
+            pictures["real beside imagined"],
+            horizon=FILM_HORIZON,
+            seed=seed,
+            episode=episode,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(what_is_saved(trainer)) from None
+    first, last = trainer.metrics[0]["return"], episode_return(trainer.env, episode)
+    say(
+        f"Return at random {first:.0f}, after {trials} trials {last:.0f}. Done in "
+        f"{time.monotonic() - began:.0f} s."
+    )
+    list_paths({**pictures, **paths(trainer)})
+    say(f"More about this model: torchrl-wm report {path}")
+
+
+def free(path: Path) -> Path:
+    """The path, or with the first number after it of which there is no folder yet."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found

@@ -1,0 +1,264 @@
+"""Train a world model from logged data alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import Binary, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+
+from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.modules import with_propagation, WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
+from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.learning import ModelLearner
+from torchrl_wm.trainers.logged_data import DataSource, load_transitions
+
+_DONES = ("done", "terminated", "truncated")
+
+
+class RecordedEnv(EnvBase):
+    """The env that logged data came from, as far as the data tell: its specs.
+
+    It cannot be stepped. It is what :class:`~torchrl_wm.WorldModelEnv` and the builders of
+    models need of a real env, where there is none. Its reset gives observations of the data.
+
+    Args:
+        data: transitions ``[N]``, as :func:`load_transitions` returns them.
+
+    Raises:
+        KeyError: if there are no observations, actions or rewards.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.trainers import load_transitions, RecordedEnv
+        >>> env = RecordedEnv(load_transitions(GymEnv("Pendulum-v1").rollout(10)))
+        >>> env.observation_spec["observation"].shape, env.action_spec.shape
+        (torch.Size([3]), torch.Size([1]))
+    """
+
+    def __init__(self, data: TensorDictBase) -> None:
+        super().__init__(device=data.device)
+        keys = unique(k for k in leaf_keys(data) if as_tuple(k)[0] != "next")
+        following = unique(data.get("next").keys(True, True))
+        dones = [key for key in following if as_tuple(key)[-1] in _DONES]
+        rewards = [key for key in following if as_tuple(key)[-1] == "reward"]
+        actions = [key for key in keys if as_tuple(key)[-1] == "action"]
+        others = {*dones, *rewards, *actions}
+        observations = [key for key in following if key in keys and key not in others]
+        found = {"observations": observations, "actions": actions, "rewards": rewards}
+        for name, there in found.items():
+            if not there:
+                raise MissingEntryError(f"The data has no {name}: {leaf_keys(data)}.")
+        choices = [k for k in actions if not data.get(k).is_floating_point()]
+        single = [k for k in choices if data.get(k)[0].numel() == 1]
+        if single:
+            raise ValueError(
+                f"The actions {single} are class numbers, and the data does not tell how many "
+                f"there are. Name the env: env=GymEnv(...), on the command line --env."
+            )
+        self._data = data
+        self.observation_spec = _specs(data, observations)
+        self.action_spec = _specs(data, actions)
+        self.reward_spec = _specs(data.get("next"), rewards)
+        self.full_done_spec = Composite(
+            {key: Binary(1, shape=(1,), dtype=torch.bool) for key in dones}
+        )
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> Any:
+        row = self._data[int(torch.randint(len(self._data), ()))]
+        out = row.select(*self.full_observation_spec.keys(True, True)).clone()
+        return out.update(self.full_done_spec.zero())
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        raise RuntimeError(
+            "Recorded data cannot be stepped. Imagine instead, WorldModelEnv(world_model, "
+            "recorded_env), or make the real env."
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        pass
+
+
+def train_world_model(
+    data: DataSource,
+    *,
+    env: EnvBase | None = None,
+    steps: int = 2000,
+    held_out: float = 0.1,
+    interval: int = 200,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-5,
+    batch_size: int = 256,
+    seed: int | None = None,
+    on_row: Callable[[dict[str, float]], Any] | None = None,
+    **settings: Any,
+) -> tuple[WorldModel, list[dict[str, float]]]:
+    """Train an ensemble on logged data, and measure it on what it is not trained on.
+
+    Args:
+        data: what :func:`load_transitions` takes.
+
+    Keyword Args:
+        env: the env that was recorded; without it its specs are read off the data.
+        steps: gradient steps.
+        held_out: the share of the episodes (of the steps, if there is one episode alone)
+            that is not trained on.
+        interval: gradient steps from one look at the held-out error to the next. The weights
+            with the least one are those that are returned.
+        learning_rate, weight_decay, batch_size: see
+            :class:`~torchrl_wm.trainers.ModelLearner`.
+        seed: of the split, the weights and the batches; the random state is put back
+            afterwards. None draws from that.
+        on_row: called with each row of the metrics, for progress bars.
+        settings: of :class:`~torchrl_wm.models.EnsembleConfig`, by name. A termination head
+            is learnt if an episode of the data terminates.
+
+    Returns:
+        The world model, for :func:`~torchrl_wm.models.save_world_model`, and the metrics, a row
+        for each interval: ``"step"``, the losses, and errors on held-out transitions:
+        ``"held_out_error"``, the root mean square error of one-step predictions as a share of
+        that of "nothing changes", mean over dims; ``"held_out_reward_error"``, that of rewards
+        as a share of their standard deviation; ``"held_out_termination_error"``, the share of
+        steps whose termination is wrong.
+
+    Raises:
+        ValueError: if there is too little data to hold any out, or nothing to train on.
+        NonFiniteLossError: if a loss is NaN or infinite.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_wm.trainers import train_world_model
+        >>> world_model, metrics = train_world_model(
+        ...     GymEnv("Pendulum-v1").rollout(100), steps=20, interval=10, hidden=(16,), seed=0
+        ... )
+        >>> [row["step"] for row in metrics]
+        [10, 20]
+    """
+    if steps < 1 or interval < 1 or not 0 < held_out < 1:
+        raise ValueError(
+            f"steps and interval must be at least 1 and held_out a share between 0 and 1, got "
+            f"{steps}, {interval} and {held_out}."
+        )
+    rows = load_transitions(data, env=env)
+    env = RecordedEnv(rows) if env is None else env
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        train, test = split_transitions(rows, held_out, seed)
+        ends = rows.get(("next", "terminated"), None)
+        if "termination" not in settings and ends is not None and not ends.any():
+            settings["termination"] = "none"
+        world_model, loss = make_ensemble_world_model(env, **settings)
+        learner = ModelLearner(
+            world_model,
+            loss,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+        )
+        metrics, best, least = [], None, float("inf")
+        while learner.steps < steps:
+            losses = learner.fit(train, min(interval, steps - learner.steps))
+            row = {
+                "step": learner.steps,
+                **losses,
+                **held_out_errors(world_model, test),
+            }
+            metrics.append(row)
+            if on_row is not None:
+                on_row(row)
+            if row["held_out_error"] < least or best is None:
+                least = row["held_out_error"]
+                best = copy.deepcopy(world_model.state_dict())
+        world_model.load_state_dict(best)
+    return world_model, metrics
+
+
+def split_transitions(
+    rows: TensorDictBase, share: float, seed: int | None = None
+) -> tuple[TensorDictBase, TensorDictBase]:
+    """What to train on, and what to hold out: whole episodes, drawn at random.
+
+    Of one episode alone the last steps are held out.
+
+    Args:
+        rows: transitions ``[N]``, one episode after the other.
+        share: how much to hold out.
+        seed: the same split comes with it each time.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    done = rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
+    number = done.long().cumsum(0) - done.long()  # of the episode of each step
+    episodes = int(number[-1]) + 1
+    if episodes > 1:
+        count = min(max(1, round(share * episodes)), episodes - 1)
+        chosen = torch.zeros(episodes, dtype=torch.bool)
+        chosen[torch.randperm(episodes, generator=generator)[:count]] = True
+        test = chosen[number]
+    else:
+        count = max(1, round(share * len(rows)))
+        test = torch.arange(len(rows)) >= len(rows) - count
+    if test.all():
+        raise ValueError(
+            f"There are {len(rows)} transitions: too few to hold any out of training."
+        )
+    return rows[~test], rows[test]
+
+
+@torch.no_grad()
+def held_out_errors(world_model: WorldModel, rows: TensorDictBase) -> dict[str, float]:
+    """Errors of one-step predictions, see :func:`train_world_model`."""
+    model = with_propagation(world_model, "mean")
+    start = rows.exclude("next")
+    with evaluation_mode(model):
+        predicted = model.step(start.clone())
+    shares = []
+    for key in model.latent_keys:
+        real = rows.get(join("next", key)).flatten(1)
+        error = predicted.get(join("next", key)).flatten(1) - real
+        still = rows.get(key).flatten(1) - real
+        rms, baseline = error.square().mean(0).sqrt(), still.square().mean(0).sqrt()
+        varies = baseline > 1e-9
+        shares.append(rms[varies] / baseline[varies])
+    share = torch.cat(shares)
+    out = {"held_out_error": share.mean().item() if len(share) else 0.0}
+    keys = unique(predicted.get("next").keys(True, True))
+    for key in keys:
+        real = rows.get(join("next", key), None)
+        if real is None:
+            continue
+        guess = predicted.get(join("next", key))
+        if as_tuple(key)[-1] == "reward":
+            rms = (guess - real).square().mean().sqrt()
+            spread = real.std(unbiased=False).clamp_min(1e-12)
+            out["held_out_reward_error"] = (rms / spread).item()
+        elif as_tuple(key)[-1] == "terminated" and guess.dtype is torch.bool:
+            out["held_out_termination_error"] = (guess != real).float().mean().item()
+    return out
+
+
+def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
+    """Transitions ``[N]``, one episode after the other, as a list of episodes."""
+    done = rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
+    ends = done.nonzero().flatten().tolist()
+    ends = [end + 1 for end in ends]
+    if not ends or ends[-1] != len(rows):
+        ends.append(len(rows))
+    return [rows[a:b] for a, b in zip([0, *ends], ends)]
+
+
+def _specs(data: TensorDictBase, keys: list) -> Composite:
+    specs: dict[Any, TensorSpec] = {}
+    for key in keys:
+        value = data.get(key)
+        specs[key] = Unbounded(shape=value.shape[1:], dtype=value.dtype)
+    made = Composite({}, shape=())
+    for key, spec in specs.items():
+        made[key] = spec
+    return made
