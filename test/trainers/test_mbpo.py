@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher, Unbounded
+from _real_envs import make_reacher, Reacher1D, Unbounded
 
 from torchrl_wm.trainers import MBPOConfig, MBPOTrainer
 
@@ -17,6 +18,7 @@ SMALL = {
     "members": 3,
     "elites": 2,
     "hidden": (16,),
+    "horizon_schedule": (0, 0, 1, 1),
     "model_interval": 10,
     "model_steps": 4,
     "model_batch_size": 16,
@@ -139,3 +141,49 @@ def test_the_seed_decides_everything() -> None:
 def test_bad_settings(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         MBPOTrainer(**{**SMALL, **settings})
+
+
+@pytest.mark.parametrize("make", [lambda: gymnasium.make("Pendulum-v1"), make_reacher])
+def test_evaluations_leave_the_env_that_was_given_alone(make) -> None:
+    trainer = trained(env=make(), evaluation_interval=7, real_share=1.0)
+    rows = trainer.real[:]
+    keys = trainer.world_model.encoder.in_keys
+    for key in keys:
+        steps = (rows["next", key][:-1] == rows[key][1:]).all(-1)
+        ended = rows["next", "done"][:-1, 0]
+        assert (steps | ended).all()  # each step begins where the one before it ended
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("random_steps", 0),
+        ("model_interval", 0),
+        ("imagination_interval", 0),
+        ("evaluation_interval", -1),
+        ("evaluation_episodes", 0),
+        ("checkpoint_interval", 0),
+        ("batch_size", 0),
+        ("gamma", 2.0),
+        ("updates_per_step", 0),
+    ],
+)
+def test_numbers_that_make_no_sense(name, value) -> None:
+    with pytest.raises(ValueError, match=name):
+        MBPOConfig(**{name: value}) if name != "gamma" else MBPOTrainer(gamma=value)
+
+
+class Matrix(Reacher1D):
+    """Its observation is a matrix."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (2, 1))
+
+    def _observation(self):
+        return self.state.reshape(2, 1).copy()
+
+
+def test_observations_that_are_no_vectors() -> None:
+    with pytest.raises(
+        ValueError, match=r"(?s)observation.*\(2, 1\).*FlattenObservation"
+    ):
+        MBPOTrainer(**{**SMALL, "env": Matrix})

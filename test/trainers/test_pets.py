@@ -140,3 +140,10 @@ def test_the_config_of_another_recipe() -> None:
     with pytest.raises(TypeError, match="PETSConfig"):
         PETSTrainer(MBPOConfig())
     assert PETSTrainer(PETSConfig(**SMALL), trials=1).config.trials == 1
+
+
+def test_episodes_that_never_end(monkeypatch) -> None:
+    monkeypatch.setattr("torchrl_wm.trainers.recipe.MAX_STEPS", 30)
+    trainer = PETSTrainer(**{**SMALL, "max_episode_steps": 31, "random_steps": 40})
+    with pytest.raises(RuntimeError, match="max_episode_steps"):
+        trainer.train()

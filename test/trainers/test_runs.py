@@ -295,3 +295,47 @@ def test_losses_that_are_not_finite(kind, settings, tmp_path) -> None:
     assert "action" in batch
     assert RunFolder.open(tmp_path / "run").saved()
     assert os.path.getsize(tmp_path / "run" / "metrics.csv")
+
+
+def test_rewards_that_are_not_finite_are_named_before_anything_learns(tmp_path) -> None:
+    Poisoned.total = 0
+    env = lambda: gymnasium.wrappers.TimeLimit(Poisoned(), 12)  # noqa: E731
+    trainer = MBPOTrainer.start(tmp_path / "run", **{**MBPO, "env": env})
+    with pytest.raises(NonFiniteLossError, match="(?s)reward.*real step 41.*bad_batch"):
+        trainer.train()
+    assert MBPOTrainer.resume(tmp_path / "run", env=env).collected_frames == 36
+
+
+def test_what_a_run_was_given_from_python_must_be_given_again(tmp_path) -> None:
+    def reward(observation, action, next_observation):
+        return -next_observation["place"][..., 0].abs()
+
+    PETSTrainer.start(
+        tmp_path / "run", **{**PETS, "env": make_reacher, "reward_function": reward}
+    )
+    with pytest.raises(
+        ValueError, match=r"\['env', 'reward_function'\].*reward_function=\.\.\."
+    ):
+        PETSTrainer.resume(tmp_path / "run")
+    PETSTrainer.resume(tmp_path / "run", env=make_reacher, reward_function=reward)
+
+
+def test_a_run_that_reached_its_goal_is_saved_and_over(tmp_path) -> None:
+    settings = {**MBPO, "stop_return": -1e6, "evaluation_interval": 25}
+    trainer = MBPOTrainer.start(tmp_path / "run", **settings)
+    trainer.train()
+    assert trainer.collected_frames == 25  # in the midst of the second episode
+    again = MBPOTrainer.resume(tmp_path / "run")
+    assert again.is_over and again.collected_frames == 25
+    for mine, theirs in zip(again.policy.parameters(), trainer.policy.parameters()):
+        assert torch.equal(mine, theirs)
+
+
+def test_going_on_in_the_same_process(tmp_path) -> None:
+    trainer = MBPOTrainer.start(tmp_path / "run", **MBPO)
+    forward = trainer.acting.forward
+    interrupt(trainer, 22)  # in the midst of the second episode
+    trainer.acting.forward = forward
+    trainer.train()
+    lengths = [row["length"] for row in trainer.metrics if "length" in row]
+    assert set(lengths) == {15}

@@ -141,9 +141,9 @@ class EnsembleMLP(nn.Module):
 class DrawnMember(nn.Module):
     """An ensemble of which each row asks one member, drawn anew each time.
 
-    Takes the place of a single network, in a head say. Trained so, the members see
-    different rows and come to differ where there is no data; asked so, what they do not
-    agree on is uncertain. Where ``set_interaction_type`` asks for anything but ``"random"``,
+    Takes the place of a single network, in a head say. Trained so, each gradient step
+    shows each member other rows; members that began differently differ where there is no
+    data, and asked so, what they do not agree on is uncertain. Where ``set_interaction_type`` asks for anything but ``"random"``,
     it gives the members' average.
 
     Args:

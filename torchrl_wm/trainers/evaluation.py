@@ -25,8 +25,9 @@ def run_episodes(
     first_episode: int | None = None,
     max_steps: int = MAX_STEPS,
     callback: Callable | None = None,
+    exploration: ExplorationType = ExplorationType.DETERMINISTIC,
 ) -> list[TensorDictBase]:
-    """Whole episodes of a policy that does not explore.
+    """Whole episodes of a policy, which does not explore unless asked to.
 
     Args:
         env: a real env of batch size ``[]``.
@@ -38,6 +39,7 @@ def run_episodes(
             they begin; needs an env of :func:`~torchrl_wm.trainers.make_real_env`.
         max_steps: where to cut episodes that do not end.
         callback: as of :meth:`torchrl.envs.EnvBase.rollout`.
+        exploration: how the policy acts.
 
     Returns:
         The episodes, ``[T]`` each. The global random state is left as it was.
@@ -50,9 +52,7 @@ def run_episodes(
     """
     if first_episode is not None:
         episode_seeds(env).episode = first_episode
-    with torch.random.fork_rng(devices=[]), set_exploration_type(
-        ExplorationType.DETERMINISTIC
-    ):
+    with torch.random.fork_rng(devices=[]), set_exploration_type(exploration):
         return [
             env.rollout(max_steps, policy, callback=callback) for _ in range(episodes)
         ]

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
 from torchrl_wm.modules import EnsembleDynamics, fit_normalizers, WorldModel
+from torchrl_wm.modules.normalizer import valid_rows
 from torchrl_wm.objectives import WorldModelLoss
 
 #: How many batches to draw from a buffer at once: to draw one by one takes longer than a step.
@@ -103,9 +104,8 @@ class ModelLearner:
             NonFiniteLossError: if a loss is NaN or infinite. The parameters are those before
                 that step.
         """
-        rows = data[:] if isinstance(data, ReplayBuffer) else data.reshape(-1)
-        if not len(rows):
-            raise ValueError("There are no transitions to train on.")
+        rows = data[:] if isinstance(data, ReplayBuffer) else data
+        rows = valid_rows(rows).reshape(-1)
         train, held_out = self._divided(rows)
         fit_normalizers(self.world_model, train)
         tail, sums = max(1, steps // 10), {}
@@ -184,3 +184,22 @@ def check_losses(
         f"learning rate, or clip or rescale what is extreme.",
         batch,
     )
+
+
+def check_transitions(rows: TensorDictBase, step: int) -> None:
+    """Refuse transitions of a real env that are not finite, before anything learns from them.
+
+    Raises:
+        NonFiniteLossError: if there are.
+    """
+    bad = [
+        key
+        for key, value in rows.items(True, True)
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if bad:
+        raise NonFiniteLossError(
+            f"The real env gave {bad} with NaN or infinite values, up to real step {step}. Look "
+            f"at what it computes there; nothing was learnt from this step.",
+            rows,
+        )

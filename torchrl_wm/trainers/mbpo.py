@@ -23,7 +23,7 @@ from torchrl_wm.modules.keys import join
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
-from torchrl_wm.trainers.learning import check_losses, ModelLearner
+from torchrl_wm.trainers.learning import check_losses, check_transitions, ModelLearner
 from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
 from torchrl_wm.trainers.recipe import (
     BufferPart,
@@ -86,6 +86,25 @@ class MBPOConfig(RecipeConfig):
     evaluation_interval: int = 250
     evaluation_episodes: int = 5
     stop_return: float | None = None
+
+    @classmethod
+    def minima(cls) -> dict[str, float]:
+        positive = (
+            "steps",
+            "model_interval",
+            "model_steps",
+            "imagination_interval",
+            "rollouts",
+            "retained_rounds",
+            "updates_per_step",
+            "batch_size",
+            "evaluation_episodes",
+        )
+        return {
+            **super().minima(),
+            **dict.fromkeys(positive, 1),
+            "evaluation_interval": 0,
+        }
 
     def horizon(self, step: int) -> int:
         """The length of imagined rollouts at a real step."""
@@ -220,7 +239,9 @@ class MBPOTrainer(RecipeTrainer):
         self._episode_return += episode_return(self.env, step)
         self._length += len(step)
         self._step = step
-        self.real.extend(step.select(*self._keys))
+        rows = step.select(*self._keys)
+        check_transitions(rows, self.collected_frames + len(step))
+        self.real.extend(rows)
         return step
 
     def optim_steps(self, step: TensorDictBase) -> None:
@@ -234,9 +255,9 @@ class MBPOTrainer(RecipeTrainer):
         if config.real_share == 1:
             return
         since = self.collected_frames - config.random_steps
-        if since % config.model_interval == 0:
+        if since % config.model_interval == 0 or not self.learner.steps:
             self.fit_model(self.learner, self.real, config.model_steps)
-        if since % config.imagination_interval == 0:
+        if since % config.imagination_interval == 0 or not len(self.imagined):
             self.imagine.horizon = config.horizon(self.collected_frames)
             self.imagine()
 
@@ -270,23 +291,32 @@ class MBPOTrainer(RecipeTrainer):
             ]
             mean = sum(returns) / len(returns)
             self.record(evaluation_return=mean, evaluation_least=min(returns))
-            if self.is_over:
+            if self.has_reached:
+                if self.run is not None:
+                    self.save()
                 self.request_stop()
         done = self._step.get(join("next", self.env.done_keys[0])).any()
         if done:
             row = {"return": self._episode_return, "length": self._length}
             self._episode_return, self._length = 0.0, 0
-            self.end_episode(**row)
+            if not self._stop_training:
+                self.end_episode(**row)
 
-    _episode_return, _length = 0.0, 0
+    def begin_episode(self) -> None:
+        super().begin_episode()
+        self._episode_return, self._length = 0.0, 0
+
+    @property
+    def has_reached(self) -> bool:
+        """Whether an evaluation reached ``config.stop_return``."""
+        level = self.config.stop_return
+        return level is not None and any(
+            row.get("evaluation_return", -math.inf) >= level for row in self.metrics
+        )
 
     @property
     def is_over(self) -> bool:
-        level = self.config.stop_return
-        reached = level is not None and any(
-            row.get("evaluation_return", -math.inf) >= level for row in self.metrics
-        )
-        return reached or self.collected_frames >= self.config.steps
+        return self.has_reached or self.collected_frames >= self.config.steps
 
     @property
     def expected_steps(self) -> int:
@@ -326,6 +356,16 @@ def make_sac(
             f"ClipAction or RescaleAction, or torchrl.envs.ActionScaling."
         )
     hidden = list(config.policy_hidden)
+    shapes = {
+        key: env.full_observation_spec_unbatched[key].shape for key in observation_keys
+    }
+    shapes[env.action_key] = spec.shape
+    wrong = {key: tuple(shape) for key, shape in shapes.items() if len(shape) != 1}
+    if wrong:
+        raise ValueError(
+            f"MBPO's policy (SAC) takes vectors, and these have other shapes: {wrong}. Flatten "
+            f"them: Gymnasium's FlattenObservation, or torchrl.envs.FlattenObservation."
+        )
     observation_size = sum(
         env.full_observation_spec_unbatched[key].shape.numel()
         for key in observation_keys
@@ -383,6 +423,8 @@ class _Joined(nn.Module):
 
 
 def _check(config: MBPOConfig) -> None:
+    if not 0 <= config.gamma <= 1:
+        raise ValueError(f"gamma must lie between 0 and 1, got {config.gamma}.")
     if not 0 < config.real_share <= 1:
         raise ValueError(
             f"real_share is the share of real transitions in a batch, above 0 and at most 1, got "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.utils import ExplorationType
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
@@ -16,7 +17,7 @@ from torchrl_wm.planners import CEMPlanner, ICEMPlanner
 from torchrl_wm.planners.base import MPCPlanner
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
-from torchrl_wm.trainers.learning import ModelLearner
+from torchrl_wm.trainers.learning import check_transitions, ModelLearner
 from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
 from torchrl_wm.trainers.recipe import (
     BufferPart,
@@ -58,6 +59,10 @@ class PETSConfig(RecipeConfig):
     propagation: Literal["ts1", "tsinf", "expectation", "mean"] = "ts1"
     noise_beta: float = 2.0
 
+    @classmethod
+    def minima(cls) -> dict[str, float]:
+        return {**super().minima(), "trials": 1, "model_steps": 1, "num_particles": 1}
+
 
 class PETSTrainer(RecipeTrainer):
     """Learns a model trial by trial, and acts by planning through it (PETS, Algorithm 1).
@@ -96,6 +101,8 @@ class PETSTrainer(RecipeTrainer):
 
     algorithm = "pets"
     config_class = PETSConfig
+    # A planner imagines as it did in training: what the members do not agree on is uncertain.
+    evaluation_exploration = ExplorationType.RANDOM
 
     def __init__(
         self,
@@ -155,6 +162,7 @@ class PETSTrainer(RecipeTrainer):
     def add_trial(self, trial: TensorDictBase) -> TensorDictBase:
         """D <- D + the transitions of the trial that the planner just acted in."""
         self._trial = trial = trial.select(*self._keys)
+        check_transitions(trial, self.collected_frames + len(trial))
         self.data.extend(trial)
         return trial
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import random
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,20 +19,24 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.utils import ExplorationType
 from torchrl.trainers import Trainer
 
 from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.models.files import write_plain
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
 from torchrl_wm.trainers.episode_seeds import episode_seed
-from torchrl_wm.trainers.evaluation import run_episodes
+from torchrl_wm.trainers.evaluation import MAX_STEPS, run_episodes
 from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
 from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
 from torchrl_wm.trainers.progress import Progress
 from torchrl_wm.trainers.real_envs import EnvSource, episode_seeds, make_real_env
 from torchrl_wm.trainers.run_folder import RunFolder
 
+#: What a run may be given beside its config.
+_OBJECTS = ("env", "reward_function", "termination_function")
 #: Episodes of evaluations are numbered from here on, so that they are none of the run's.
 EVALUATION_EPISODES = 1_000_000
 
@@ -76,6 +82,23 @@ class RecipeConfig:
     model_batch_size: int = 256
     checkpoint_interval: int = 1
 
+    def __post_init__(self) -> None:
+        for name, least in self.minima().items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+    @classmethod
+    def minima(cls) -> dict[str, float]:
+        """The least values of settings."""
+        return {
+            "max_episode_steps": 1,
+            "random_steps": 1,
+            "members": 1,
+            "model_batch_size": 1,
+            "checkpoint_interval": 1,
+        }
+
 
 class RandomFirst(TensorDictModuleBase):
     """A policy that acts at random until it is told to stop.
@@ -91,13 +114,26 @@ class RandomFirst(TensorDictModuleBase):
         self.out_keys = list(policy.out_keys)
         self.policy = policy
         self.is_random = True
+        #: The steps of the episode so far.
+        self.length = 0
         #: Called at each step, for progress bars.
         self.on_step: Callable[[], None] | None = None
         self._action_key = env.action_key
         self._action_spec = env.full_action_spec_unbatched[env.action_key]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write an action."""
+        """Write an action.
+
+        Raises:
+            RuntimeError: if the episode does not end.
+        """
+        self.length += 1
+        if self.length > MAX_STEPS:
+            raise RuntimeError(
+                f"The episode has not ended after {MAX_STEPS} steps, and recipes learn from "
+                f"episodes that end. Give a time limit: max_episode_steps=..., on the command "
+                f"line --max-episode-steps."
+            )
         if self.on_step is not None:
             self.on_step()
         if self.is_random:
@@ -136,6 +172,8 @@ class RecipeTrainer(Trainer):
     #: The recipe's name on the command line and in files.
     algorithm: ClassVar[str]
     config_class: ClassVar[type[RecipeConfig]]
+    #: How the policy acts in evaluations.
+    evaluation_exploration: ClassVar[ExplorationType] = ExplorationType.DETERMINISTIC
 
     def __init__(
         self,
@@ -210,12 +248,13 @@ class RecipeTrainer(Trainer):
             return
         self._began = time.monotonic() - self.seconds
         if self.run is not None:
-            self.run.truncate(len(self.metrics))  # what came after the checkpoint
+            self.run.restore(self.metrics)  # without what came after the checkpoint
         episode_seeds(self.env).episode = self.episodes
         self.collector.reset()
-        self.acting.is_random = self.collected_frames < self.config.random_steps
+        self.begin_episode()
         if self._rng is not None:
             set_random_state(self._rng)
+            self._rng = None
         try:
             super().train()
         except NonFiniteLossError as err:
@@ -224,9 +263,15 @@ class RecipeTrainer(Trainer):
             if self._progress is not None:
                 self._progress.close()
 
+    def begin_episode(self) -> None:
+        """Forget the episode in whose midst the run was interrupted, if there was one."""
+        self.acting.is_random = self.collected_frames < self.config.random_steps
+        self.acting.length = 0
+
     def end_episode(self, **row: Any) -> None:
         """Record an episode, save a checkpoint where one is due, and stop at the end."""
         self.episodes += 1
+        self.acting.length = 0
         was_random = self.acting.is_random
         self.acting.is_random = self.collected_frames < self.config.random_steps
         row = {**row, "random": int(was_random), **self.losses}
@@ -287,7 +332,13 @@ class RecipeTrainer(Trainer):
             with torch.random.fork_rng(devices=[]):
                 if seed is not None:
                     torch.manual_seed(episode_seed(seed, number))
-                (episode,) = run_episodes(env, self.policy, 1, first_episode=number)
+                (episode,) = run_episodes(
+                    env,
+                    self.policy,
+                    1,
+                    first_episode=number,
+                    exploration=self.evaluation_exploration,
+                )
             yield episode
 
     def make_env(self, **kwargs: Any) -> EnvBase:
@@ -299,7 +350,7 @@ class RecipeTrainer(Trainer):
         config = self.config
         return self.prepared(
             make_real_env(
-                self._source,
+                another(self._source),
                 seed=config.seed,
                 max_episode_steps=config.max_episode_steps,
                 **kwargs,
@@ -324,10 +375,11 @@ class RecipeTrainer(Trainer):
             "counts": {
                 "collected_frames": self.collected_frames,
                 "episodes": self.episodes,
-                "rows": len(self.metrics),
                 "seconds": self.seconds,
                 "optim_count": self._optim_count,
             },
+            "metrics": self.metrics,
+            "losses": self.losses,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": random_state(),
         }
@@ -356,13 +408,13 @@ class RecipeTrainer(Trainer):
             self.collected_frames = counts["collected_frames"]
             self.episodes, self.seconds = counts["episodes"], counts["seconds"]
             self._optim_count = counts["optim_count"]
-            rows, self._rng = counts["rows"], content["random"]
+            self.metrics, self.losses = content["metrics"], content["losses"]
+            self._rng = content["random"]
         except (KeyError, TypeError, RuntimeError, ValueError) as err:
             raise ValueError(
                 f"The checkpoint in {str(self.run.path)!r} does not fit the run's config and env "
                 f"({type(err).__name__}: {err})."
             ) from err
-        self.metrics = self.run.metrics()[:rows]
         # Each episode ends the random phase or not, and one without training has no policy.
         self.acting.is_random = self.collected_frames < self.config.random_steps
 
@@ -383,7 +435,12 @@ class RecipeTrainer(Trainer):
         config, kwargs = cls.configured(config, kwargs)
         # Built first: what cannot be built leaves no folder behind.
         trainer = cls(config, **kwargs)
-        content = {"algorithm": cls.algorithm, "config": asdict(config)}
+        given = sorted(name for name in _OBJECTS if kwargs.get(name) is not None)
+        content = {
+            "algorithm": cls.algorithm,
+            "config": asdict(config),
+            "given": given,
+        }
         trainer.run = RunFolder.create(path, content)
         return trainer
 
@@ -406,6 +463,14 @@ class RecipeTrainer(Trainer):
             raise ValueError(
                 f"{str(run.path)!r} is a run of {run.config.get('algorithm')!r}, and this is "
                 f"{cls.algorithm!r}."
+            )
+        given = [name for name in _OBJECTS if kwargs.get(name) is not None]
+        missing = sorted(set(run.config.get("given", [])) - set(given))
+        if missing:
+            raise ValueError(
+                f"The run in {str(run.path)!r} was started with {missing} from Python, which no "
+                f"file can hold. Give the same again: {cls.__name__}.resume(path, "
+                f"{', '.join(f'{name}=...' for name in missing)})."
             )
         config = cls.config_class(**_tuples(run.config["config"], cls.config_class))
         trainer = cls(config, run=run, **kwargs)
@@ -434,7 +499,7 @@ class RecipeTrainer(Trainer):
         others = {k: v for k, v in kwargs.items() if k not in settings}
         if isinstance(others.get("env"), str):
             settings["env"] = others.pop("env")
-        known = {"env", "run", "progress", "reward_function", "termination_function"}
+        known = {"run", "progress", *_OBJECTS}
         for name in others.keys() - known:
             close = difflib.get_close_matches(name, names, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -447,7 +512,12 @@ class RecipeTrainer(Trainer):
         if self.run is None:
             return err
         path = self.run.path / "bad_batch.pt"
-        torch.save(err.batch.detach().cpu().to_dict(), path)
+        try:
+            write_plain(err.batch.detach().cpu().to_dict(), path)
+        except OSError as reason:
+            return NonFiniteLossError(
+                f"{err} (The batch was not saved: {reason})", err.batch
+            )
         return NonFiniteLossError(
             f"{err} At real step {self.collected_frames}. The batch is in {str(path)!r} "
             f"(torch.load reads it); the last checkpoint is untouched.",
@@ -557,6 +627,24 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def another(source: EnvSource) -> EnvSource:
+    """What makes one more env like that of a run: a copy where an env itself was given.
+
+    Raises:
+        ValueError: if the env cannot be copied.
+    """
+    if not isinstance(source, (EnvBase, gymnasium.Env)):
+        return source
+    try:
+        return copy.deepcopy(source)
+    except Exception as err:  # whatever the env holds
+        raise ValueError(
+            f"Evaluations need an env of their own, and this {type(source).__name__} cannot be "
+            f"copied ({type(err).__name__}: {err}). Give its name or a function that makes it "
+            f"as env=...; MBPO's evaluations can be left out with evaluation_interval=0."
+        ) from err
 
 
 def check_source(config: RecipeConfig, env: EnvSource | None) -> EnvSource:

@@ -127,11 +127,12 @@ class RunFolder:
         """The rows so far; what a row does not have is left out."""
         return [dict(row) for row in self._rows]
 
-    def truncate(self, rows: int) -> None:
-        """Forget the rows after the first ``rows``: a run goes on before them."""
-        if rows < len(self._rows):
-            self._purged_from = self._rows[rows].get("step")
-            del self._rows[rows:]
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Let ``rows``, those of a checkpoint, be all there is."""
+        if self._rows != rows:
+            if len(rows) < len(self._rows):
+                self._purged_from = self._rows[len(rows)].get("step")
+            self._rows = [dict(row) for row in rows]
             self._write_rows()
 
     def _names(self) -> list[str]:
