@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from importlib import metadata, resources
 from pathlib import Path
@@ -70,12 +71,10 @@ def test_extras_exist():
     assert expected <= provided
 
 
-def test_the_command_is_installed():
-    found = distribution().entry_points.select(
-        group="console_scripts", name="torchrl-wm"
-    )
-    assert [script.value for script in found] == ["torchrl_wm.cli:main"]
-    assert callable(next(iter(found)).load())
+def test_the_command_exists(pyproject):
+    module, _, name = pyproject["project"]["scripts"]["torchrl-wm"].partition(":")
+    pytest.importorskip("tyro")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_py_typed_is_shipped(pyproject):

@@ -168,18 +168,31 @@ def test_a_minari_dataset_on_disk(tmp_path, monkeypatch) -> None:
     pytest.importorskip("h5py")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     import gymnasium
+    from minari.data_collector import EpisodeBuffer
 
-    env = minari.DataCollector(gymnasium.make("CartPole-v1"))
-    lengths = []
+    env, buffers, lengths = gymnasium.make("CartPole-v1"), [], []
+    env.action_space.seed(0)
     for seed in range(3):
-        env.reset(seed=seed)
-        env.action_space.seed(seed)
-        over, length = False, 0
+        rows = {"observations": [env.reset(seed=seed)[0]]}
+        over = False
         while not over:
-            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            over, length = terminated or truncated, length + 1
-        lengths.append(length)
-    env.create_dataset("ours/cartpole-v0", description="three episodes")
+            action = env.action_space.sample()
+            observation, reward, terminated, truncated, _ = env.step(action)
+            over = terminated or truncated
+            rows["observations"].append(observation)
+            for name, value in (
+                ("actions", action),
+                ("rewards", reward),
+                ("terminations", terminated),
+                ("truncations", truncated),
+            ):
+                rows.setdefault(name, []).append(value)
+        lengths.append(len(rows["rewards"]))
+        rows = {name: np.array(value) for name, value in rows.items()}
+        buffers.append(EpisodeBuffer(id=seed, seed=seed, **rows))
+    minari.create_dataset_from_buffers(
+        "ours/cartpole-v0", buffers, env=env, description="three episodes"
+    )
     data = load_transitions("minari:ours/cartpole-v0")
     assert len(data) == sum(lengths)
     assert data["action"].shape == (sum(lengths), 2)
