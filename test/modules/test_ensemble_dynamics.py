@@ -399,3 +399,15 @@ def test_own_members_have_gradients_and_no_batch():
     td["action"].requires_grad_()
     view.dynamics(td)["next", "observation"].sum().backward()
     assert td["action"].grad.abs().sum() > 0
+
+
+def test_what_never_changed_is_predicted_to_stay():
+    dynamics = dynamics_of("ts1")
+    batch = transitions(50)
+    batch["next", "reward"] = torch.ones(50, 1)
+    dynamics.fit_normalizers(batch)
+    far = inputs(20)
+    far["observation"] = 30 + far["observation"]
+    out = dynamics(far)["next"]
+    assert (out["ensemble_reward"] == 1).all()
+    assert out["log_var"].isfinite().all() and out["observation"].std() > 0

@@ -280,7 +280,9 @@ class _EnsembleStep(nn.Module):
             )
         self.register_buffer("elites", torch.arange(count))
         self.inputs = Normalizer(self.join_inputs.out_features) if normalize else None
-        self.outputs = Normalizer(self.split.in_features) if normalize else None
+        # A reward that was 1 all the time is 1, and no reason to go where nobody was.
+        features = self.split.in_features
+        self.outputs = Normalizer(features, freeze_constant=True) if normalize else None
 
     def join(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents alone, ``[*B, S]``, and with the actions, ``[*B, S + A]``."""
@@ -306,7 +308,7 @@ class _EnsembleStep(nn.Module):
         return target if self.outputs is None else self.outputs.inverse(target)
 
     def log_scale(self) -> torch.Tensor | float:
-        return 0.0 if self.outputs is None else 2 * self.outputs.std.log()
+        return 0.0 if self.outputs is None else 2 * self.outputs.scale.log()
 
     @property
     def _extra(self) -> int:

@@ -34,6 +34,8 @@ class Normalizer(nn.Module):
 
     Args:
         features: the number of features ``F``.
+        freeze_constant: of targets: what was never seen to change is predicted to stay, as
+            :meth:`inverse` gives such features as they were, whatever comes in.
 
     Examples:
         >>> import torch
@@ -48,8 +50,9 @@ class Normalizer(nn.Module):
                 [3., 5.]])
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, freeze_constant: bool = False) -> None:
         super().__init__()
+        self.freeze_constant = freeze_constant
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
@@ -90,7 +93,7 @@ class Normalizer(nn.Module):
         mean, std = rows.mean(0), rows.std(0, unbiased=False)
         constant = std <= (_CONSTANT * mean.abs()).clamp_min(_ROUNDING)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+        self.std.copy_(std.masked_fill(constant, 0.0 if self.freeze_constant else 1.0))
         self.fitted.fill_(True)
         self._is_fitted = True
         return self
@@ -98,7 +101,14 @@ class Normalizer(nn.Module):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """``[*B, F]`` in the units of the data, to mean 0 and standard deviation 1."""
         self._warn_if_unfitted()
-        return (value - self.mean) / self.std
+        return (value - self.mean) / self.scale
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What features are divided by, ``[F]``: the standard deviation, or 1."""
+        if not self.freeze_constant:
+            return self.std
+        return torch.where(self.std > 0, self.std, 1.0)
 
     def inverse(self, value: torch.Tensor) -> torch.Tensor:
         """What :meth:`forward` did, undone."""

@@ -223,6 +223,7 @@ class RecipeTrainer(Trainer):
         self._rng: dict[str, Any] | None = None
         self._evaluation_env: EnvBase | None = None
         self._began = 0.0
+        self._is_running = False
 
     # What a recipe says -----------------------------------------------------
 
@@ -243,9 +244,16 @@ class RecipeTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
+            RuntimeError: if it was interrupted before.
         """
         if self.is_over:
             return
+        if self._is_running:
+            raise RuntimeError(
+                f"This run was interrupted, and its collector is closed. Go on from its folder: "
+                f"{type(self).__name__}.resume(path), or start a new one."
+            )
+        self._is_running = True
         self._began = time.monotonic() - self.seconds
         if self.run is not None:
             self.run.restore(self.metrics)  # without what came after the checkpoint
@@ -257,6 +265,7 @@ class RecipeTrainer(Trainer):
             self._rng = None
         try:
             super().train()
+            self._is_running = False
         except NonFiniteLossError as err:
             raise self._with_batch_saved(err) from err
         finally:
