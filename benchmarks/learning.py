@@ -417,7 +417,7 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
             "Pendulum-v1",
             "evaluation_return",
             label("mbpo", "pendulum"),
-            "mean return of 5 episodes",
+            "mean return of 10 episodes",
             -200,
         ),
     ),
@@ -427,13 +427,13 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
 def report(names: list[str]) -> None:
     for name in names or REPORTS:
         make_table, make_figure = REPORTS[name]
+        make_figure().savefig(OUT / f"{name}.png", dpi=110)
         try:
             text = make_table()
         except FileNotFoundError as err:
             say(f"{name}: {err}")
             continue
         (OUT / f"{name}.md").write_text(text)
-        make_figure().savefig(OUT / f"{name}.png", dpi=110)
         say(f"\n{name}\n{text}")
 
 
