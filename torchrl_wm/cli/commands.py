@@ -19,10 +19,10 @@ Run = Annotated[str, tyro.conf.Positional]
 
 def train(
     recipe: Annotated[
-        Optional[Literal["pets", "mbpo", "model"]], tyro.conf.Positional
+        Literal["pets", "mbpo", "model"] | None, tyro.conf.Positional
     ] = None,
     *,
-    resume: Optional[str] = None,
+    resume: str | None = None,
     report: bool = True,
     progress: bool = True,
 ) -> Callable[[], None]:
@@ -69,7 +69,7 @@ def evaluate(
 def report(
     run: Run,
     *,
-    out: Optional[str] = None,
+    out: str | None = None,
     episodes: int = 3,
     horizon: int = 20,
     seed: int = 0,
@@ -95,7 +95,7 @@ def report(
 def play(
     run: Run,
     *,
-    out: Optional[str] = None,
+    out: str | None = None,
     horizon: int = 50,
     max_steps: int = 1000,
     real_only: bool = False,
@@ -139,8 +139,8 @@ def demo(
     seed: int = 0,
     trials: int = 5,
     episode_steps: int = 200,
-    model_steps: Optional[int] = None,
-    num_candidates: Optional[int] = None,
+    model_steps: int | None = None,
+    num_candidates: int | None = None,
     progress: bool = True,
 ) -> Callable[[], None]:
     """Learn the pendulum from nothing and balance it by planning; then show how good the model is.

@@ -37,7 +37,7 @@ Settings = tyro.conf.OmitArgPrefixes
 def pets(
     config: Annotated[PETSConfig, tyro.conf.arg(name="")] = PETSConfig(),  # noqa: B008
     *,
-    run: Optional[str] = None,
+    run: str | None = None,
     report: bool = True,
     progress: bool = True,
 ) -> Callable[[], None]:
@@ -57,7 +57,7 @@ def pets(
 def mbpo(
     config: Annotated[MBPOConfig, tyro.conf.arg(name="")] = MBPOConfig(),  # noqa: B008
     *,
-    run: Optional[str] = None,
+    run: str | None = None,
     report: bool = True,
     progress: bool = True,
 ) -> Callable[[], None]:
@@ -77,13 +77,13 @@ def mbpo(
 def model(
     *,
     data: str,
-    env: Optional[str] = None,
-    run: Optional[str] = None,
+    env: str | None = None,
+    run: str | None = None,
     steps: int = 2000,
     held_out: float = 0.1,
     interval: int = 200,
     members: int = 7,
-    elites: Optional[int] = None,
+    elites: int | None = None,
     hidden: tuple[int, ...] = (200, 200, 200, 200),
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-5,
