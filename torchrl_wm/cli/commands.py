@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import tyro
 
