@@ -204,8 +204,9 @@ def test_an_ensemble_imagines_in_one_graph(propagation) -> None:
     env = GymEnv("CartPole-v1")
     world_model, _ = make("ensemble", env, propagation=propagation)
     start = env.rollout(6, break_when_any_done=False).exclude("next")
+    imagined = WorldModelEnv(world_model, env)
     with pytest.warns(UserWarning, match="before it is fitted"):
-        imagined = WorldModelEnv(world_model, env)
+        imagined.imagine(1, tensordict=start)
     outs = []
     for compiled in (False, True):
         if compiled:
