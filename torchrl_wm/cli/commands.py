@@ -137,7 +137,7 @@ def demo(
     *,
     run: str = "runs/demo",
     seed: int = 0,
-    trials: int = 5,
+    trials: int = 2,
     episode_steps: int = 200,
     model_steps: int | None = None,
     num_candidates: int | None = None,
