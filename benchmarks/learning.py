@@ -160,28 +160,28 @@ def say(text: str) -> None:
 # Reporting -----------------------------------------------------------------------
 
 
-def curves(name: str, column: str) -> dict[int, list[tuple[float, float]]]:
-    """``(step, value)`` by seed."""
-    found: dict[int, list[tuple[float, float]]] = {}
+def rows_of(name: str) -> dict[int, list[dict[str, str]]]:
+    """What the seeds of an experiment wrote."""
+    found = {}
     for path in sorted((OUT / "seeds").glob(f"{name}-*.csv")):
         seed = path.stem[len(name) + 1 :]
-        if not seed.isdigit():
-            continue  # of an experiment whose name begins alike
-        with open(path, newline="") as file:
-            found[int(seed)] = [
-                (float(row["step"]), float(row[column]))
-                for row in csv.DictReader(file)
-                if row.get(column)
-            ]
+        if seed.isdigit():  # else of an experiment whose name begins alike
+            with open(path, newline="") as file:
+                found[int(seed)] = list(csv.DictReader(file))
     return found
+
+
+def curves(name: str, column: str) -> dict[int, list[tuple[float, float]]]:
+    """``(step, value)`` by seed."""
+    return {
+        seed: [(float(r["step"]), float(r[column])) for r in rows if r.get(column)]
+        for seed, rows in rows_of(name).items()
+    }
 
 
 def walls(name: str) -> list[float]:
-    found = []
-    for seed in curves(name, "step"):
-        with open(part(name, seed), newline="") as file:
-            found.append(float(list(csv.DictReader(file))[-1]["seconds"]))
-    return found
+    """The seconds that each seed took."""
+    return [float(rows[-1]["seconds"]) for rows in rows_of(name).values()]
 
 
 def planned(name: str) -> dict[int, list[float]]:
@@ -189,12 +189,10 @@ def planned(name: str) -> dict[int, list[float]]:
 
     The random phase counts as the first trial, whatever number of short episodes it had.
     """
-    found = {}
-    for seed in curves(name, "step"):
-        with open(part(name, seed), newline="") as file:
-            rows = list(csv.DictReader(file))
-        found[seed] = [float(row["return"]) for row in rows if row["random"] == "0"]
-    return found
+    return {
+        seed: [float(row["return"]) for row in rows if row["random"] == "0"]
+        for seed, rows in rows_of(name).items()
+    }
 
 
 def first_trial(returns: list[float], level: float) -> int | None:

@@ -1,9 +1,47 @@
-"""Real envs for the recipes."""
+"""Small real envs, and settings of the recipes that take no time."""
 
 from __future__ import annotations
 
 import gymnasium
 import numpy as np
+
+
+PETS = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 12,
+    "random_steps": 20,
+    "trials": 2,
+    "model_steps": 6,
+    "model_batch_size": 16,
+    "members": 3,
+    "hidden": (16,),
+    "planning_horizon": 4,
+    "optim_steps": 2,
+    "num_candidates": 12,
+    "top_k": 4,
+    "num_particles": 2,
+}
+MBPO = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 15,
+    "random_steps": 20,
+    "steps": 60,
+    "members": 3,
+    "elites": 2,
+    "hidden": (16,),
+    "horizon_schedule": (0, 0, 1, 1),
+    "model_interval": 10,
+    "model_steps": 4,
+    "model_batch_size": 16,
+    "imagination_interval": 10,
+    "rollouts": 20,
+    "retained_rounds": 2,
+    "updates_per_step": 2,
+    "batch_size": 16,
+    "policy_hidden": (16,),
+    "evaluation_interval": 30,
+    "evaluation_episodes": 2,
+}
 
 
 class Reacher1D(gymnasium.Env):

@@ -10,26 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from _real_envs import PETS
 
 from torchrl_wm.trainers import PETSTrainer, RunFolder
 
 pytest.importorskip("tyro")
 
-SETTINGS = {
-    "env": "Pendulum-v1",
-    "max_episode_steps": 12,
-    "random_steps": 20,
-    "trials": 4,
-    "model_steps": 6,
-    "model_batch_size": 16,
-    "members": 3,
-    "hidden": (16,),
-    "planning_horizon": 4,
-    "optim_steps": 2,
-    "num_candidates": 12,
-    "top_k": 4,
-    "num_particles": 2,
-}
+SETTINGS = {**PETS, "trials": 4}
 
 
 def command(*words: str) -> subprocess.Popen:

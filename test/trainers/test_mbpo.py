@@ -6,31 +6,9 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher, Reacher1D, Unbounded
+from _real_envs import make_reacher, MBPO as SMALL, Reacher1D, Unbounded
 
 from torchrl_wm.trainers import MBPOConfig, MBPOTrainer
-
-SMALL = {
-    "env": "Pendulum-v1",
-    "max_episode_steps": 15,
-    "random_steps": 20,
-    "steps": 60,
-    "members": 3,
-    "elites": 2,
-    "hidden": (16,),
-    "horizon_schedule": (0, 0, 1, 1),
-    "model_interval": 10,
-    "model_steps": 4,
-    "model_batch_size": 16,
-    "imagination_interval": 10,
-    "rollouts": 20,
-    "retained_rounds": 2,
-    "updates_per_step": 2,
-    "batch_size": 16,
-    "policy_hidden": (16,),
-    "evaluation_interval": 30,
-    "evaluation_episodes": 2,
-}
 
 
 def trained(**settings) -> MBPOTrainer:

@@ -5,26 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher, Unbounded
+from _real_envs import make_reacher, PETS as SMALL, Unbounded
 from torchrl.envs import GymEnv, SerialEnv
 
 from torchrl_wm.trainers import PETSConfig, PETSTrainer
-
-SMALL = {
-    "env": "Pendulum-v1",
-    "max_episode_steps": 12,
-    "random_steps": 20,
-    "trials": 2,
-    "model_steps": 6,
-    "model_batch_size": 16,
-    "members": 3,
-    "hidden": (16,),
-    "planning_horizon": 4,
-    "optim_steps": 2,
-    "num_candidates": 12,
-    "top_k": 4,
-    "num_particles": 2,
-}
 
 
 def trained(**settings) -> PETSTrainer:

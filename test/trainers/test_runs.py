@@ -9,44 +9,17 @@ import os
 import gymnasium
 import pytest
 import torch
-from _real_envs import make_reacher, Reacher1D
+from _real_envs import make_reacher, MBPO as SMALL_MBPO, PETS as SMALL_PETS, Reacher1D
 from torchrl.data import ReplayBuffer
 
-from torchrl_wm.models import files
+from torchrl_wm import _files
 from torchrl_wm.trainers import MBPOTrainer, NonFiniteLossError, PETSTrainer, RunFolder
 
-PETS = {
-    "env": "Pendulum-v1",
-    "max_episode_steps": 12,
-    "random_steps": 20,
-    "trials": 3,
-    "model_steps": 6,
-    "model_batch_size": 16,
-    "members": 3,
-    "hidden": (16,),
-    "planning_horizon": 4,
-    "optim_steps": 2,
-    "num_candidates": 12,
-    "top_k": 4,
-    "num_particles": 2,
-}
+PETS = {**SMALL_PETS, "trials": 3}
 MBPO = {
-    "env": "Pendulum-v1",
-    "max_episode_steps": 15,
-    "random_steps": 20,
+    **SMALL_MBPO,
+    "horizon_schedule": (0, 0, 5, 5),
     "steps": 75,
-    "members": 3,
-    "elites": 2,
-    "hidden": (16,),
-    "model_interval": 10,
-    "model_steps": 4,
-    "model_batch_size": 16,
-    "imagination_interval": 10,
-    "rollouts": 20,
-    "retained_rounds": 2,
-    "updates_per_step": 2,
-    "batch_size": 16,
-    "policy_hidden": (16,),
     "evaluation_interval": 25,
     "evaluation_episodes": 1,
 }
@@ -233,7 +206,7 @@ def test_a_foreign_checkpoint_runs_no_code(finished, tmp_path) -> None:
     torch.save({"weights": torch.zeros(3)}, last)
     with pytest.raises(ValueError, match="no checkpoint of a run"):
         PETSTrainer.resume(finished)
-    files.write_plain({"format": "torchrl_wm.run", "version": 99}, last)
+    _files.write_plain({"format": "torchrl_wm.run", "version": 99}, last)
     with pytest.raises(ValueError, match="Update torchrl_wm"):
         PETSTrainer.resume(finished)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torchrl.envs import EnvBase
 
+from torchrl_wm._files import write_text
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.recording import positive, Recording
@@ -180,7 +180,8 @@ def write_report(
         made,
         {SECTIONS[name][0]: reason for name, reason in left_out.items()},
     )
-    _write(path, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(text, path)
     return Report(path, numbers, measured, verdicts, left_out)
 
 
@@ -195,12 +196,3 @@ def _facts(study: Study, windows: int) -> dict[str, str]:
         "recorded steps": f"{steps:,}",
         "horizon": f"{study.horizon} steps, about {used} windows, {study.particles} particles",
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / "report.html"
-        whole.write_text(text, encoding="utf-8")
-        os.replace(whole, path)

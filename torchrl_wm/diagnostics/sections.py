@@ -316,7 +316,7 @@ def rewards(study: Study) -> Measured:
             "says whether it can tell good plans from bad ones."
         ),
         verdict=_sentence(said),
-        good=True if low > 0.9 else False if low < 0.5 else None,
+        good=_graded(low),
         pictures=pictures,
         numbers=numbers,
     )
@@ -365,7 +365,7 @@ def terminations(study: Study) -> Measured:
             "episodes earn rewards that no real one gets; ends that are made up cut them short."
         ),
         verdict=_sentence(said),
-        good=True if low > 0.9 else False if low < 0.5 else None,
+        good=_graded(low),
         pictures=pictures,
         numbers=numbers,
     )
@@ -530,6 +530,11 @@ def _beats(persistence: int, mean: int, horizon: int) -> str:
         f"beats persistence up to k = {persistence} of {horizon}, the data's mean only "
         f"up to k = {mean}"
     )
+
+
+def _graded(score: float) -> bool | None:
+    """Good, bad or neither: what most rows get right, and what a coin would."""
+    return True if score > 0.9 else False if score < 0.5 else None
 
 
 def _sentence(parts: list[str]) -> str:

@@ -23,16 +23,13 @@ from torchrl_wm.modules.keys import join
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
-from torchrl_wm.trainers.learning import check_losses, check_transitions, ModelLearner
-from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.learning import check_losses, check_transitions
+from torchrl_wm.trainers.real_envs import EnvSource
 from torchrl_wm.trainers.recipe import (
     BufferPart,
-    check_source,
     make_buffer,
-    make_model,
     RecipeConfig,
     RecipeTrainer,
-    transition_keys,
 )
 from torchrl_wm.trainers.run_folder import RunFolder
 
@@ -166,28 +163,14 @@ class MBPOTrainer(RecipeTrainer):
     ) -> None:
         config, given = self.configured(config, {**settings, "env": env})
         _check(config)
-        self._source = check_source(config, given.get("env"))
-        torch.manual_seed(config.seed)
-        real_env = make_real_env(
-            self._source, seed=config.seed, max_episode_steps=config.max_episode_steps
-        )
-
         # The predictive model, p_theta: an ensemble.
-        world_model, loss = make_model(
-            config, real_env, reward_function, termination_function
-        )
-        self.learner = ModelLearner(
-            world_model,
-            loss,
-            learning_rate=config.model_learning_rate,
-            weight_decay=config.model_weight_decay,
-            batch_size=config.model_batch_size,
+        real_env, world_model, _ = self.build(
+            config, given.get("env"), reward_function, termination_function
         )
         self.imagined_env = WorldModelEnv(
             with_propagation(world_model, "ts1", all_members=False), real_env
         )
         # The policy, and what SAC needs beside it.
-        self._keys = transition_keys(real_env, world_model)
         actor, sac = make_sac(real_env, list(world_model.encoder.in_keys), config)
         optimizer = torch.optim.Adam(
             sac.parameters(), lr=config.learning_rate, fused=True
@@ -256,7 +239,7 @@ class MBPOTrainer(RecipeTrainer):
             return
         since = self.collected_frames - config.random_steps
         if since % config.model_interval == 0 or not self.learner.steps:
-            self.fit_model(self.learner, self.real, config.model_steps)
+            self.fit_model(self.real, config.model_steps)
         if since % config.imagination_interval == 0 or not len(self.imagined):
             self.imagine.horizon = config.horizon(self.collected_frames)
             self.imagine()
@@ -296,11 +279,8 @@ class MBPOTrainer(RecipeTrainer):
                     self.save()
                 self.request_stop()
         done = self._step.get(join("next", self.env.done_keys[0])).any()
-        if done:
-            row = {"return": self._episode_return, "length": self._length}
-            self._episode_return, self._length = 0.0, 0
-            if not self._stop_training:
-                self.end_episode(**row)
+        if done and not self._stop_training:
+            self.end_episode(**{"return": self._episode_return, "length": self._length})
 
     def begin_episode(self) -> None:
         super().begin_episode()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Binary, Composite, TensorSpec, Unbounded
+from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models import make_ensemble_world_model
@@ -193,7 +193,7 @@ def split_transitions(
         seed: the same split comes with it each time.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    done = rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
+    done = _ends(rows)
     number = done.long().cumsum(0) - done.long()  # of the episode of each step
     episodes = int(number[-1]) + 1
     if episodes > 1:
@@ -245,20 +245,20 @@ def held_out_errors(world_model: WorldModel, rows: TensorDictBase) -> dict[str, 
 
 def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
     """Transitions ``[N]``, one episode after the other, as a list of episodes."""
-    done = rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
-    ends = done.nonzero().flatten().tolist()
-    ends = [end + 1 for end in ends]
+    ends = (1 + _ends(rows).nonzero().flatten()).tolist()
     if not ends or ends[-1] != len(rows):
         ends.append(len(rows))
     return [rows[a:b] for a, b in zip([0, *ends], ends)]
 
 
+def _ends(rows: TensorDictBase) -> torch.Tensor:
+    """Which steps end an episode, ``[N]``."""
+    return rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
+
+
 def _specs(data: TensorDictBase, keys: list) -> Composite:
-    specs: dict[Any, TensorSpec] = {}
+    specs = Composite(shape=())
     for key in keys:
         value = data.get(key)
         specs[key] = Unbounded(shape=value.shape[1:], dtype=value.dtype)
-    made = Composite({}, shape=())
-    for key, spec in specs.items():
-        made[key] = spec
-    return made
+    return specs

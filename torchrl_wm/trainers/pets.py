@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
@@ -17,16 +16,13 @@ from torchrl_wm.planners import CEMPlanner, ICEMPlanner
 from torchrl_wm.planners.base import MPCPlanner
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
-from torchrl_wm.trainers.learning import check_transitions, ModelLearner
-from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.learning import check_transitions
+from torchrl_wm.trainers.real_envs import EnvSource
 from torchrl_wm.trainers.recipe import (
     BufferPart,
-    check_source,
     make_buffer,
-    make_model,
     RecipeConfig,
     RecipeTrainer,
-    transition_keys,
 )
 from torchrl_wm.trainers.run_folder import RunFolder
 
@@ -116,22 +112,9 @@ class PETSTrainer(RecipeTrainer):
         **settings: Any,
     ) -> None:
         config, given = self.configured(config, {**settings, "env": env})
-        self._source = check_source(config, given.get("env"))
-        torch.manual_seed(config.seed)
-        real_env = make_real_env(
-            self._source, seed=config.seed, max_episode_steps=config.max_episode_steps
-        )
-
         # The dynamics: a bootstrap ensemble of probabilistic networks.
-        world_model, loss = make_model(
-            config, real_env, reward_function, termination_function
-        )
-        self.learner = ModelLearner(
-            world_model,
-            loss,
-            learning_rate=config.model_learning_rate,
-            weight_decay=config.model_weight_decay,
-            batch_size=config.model_batch_size,
+        real_env, world_model, loss = self.build(
+            config, given.get("env"), reward_function, termination_function
         )
         # Trajectory sampling: particles, each by members of the ensemble.
         self.imagined_env = WorldModelEnv(
@@ -142,7 +125,6 @@ class PETSTrainer(RecipeTrainer):
         planner = make_planner(self.imagined_env, config)
         # The data: every transition of every trial.
         self.data = make_buffer(capacity=1_000_000)
-        self._keys = transition_keys(real_env, world_model)
 
         self._planner = planner
         super().__init__(
@@ -169,7 +151,7 @@ class PETSTrainer(RecipeTrainer):
     def optim_steps(self, trial: TensorDictBase) -> None:
         """Train the dynamics on D, once the random steps are over."""
         if self.collected_frames >= self.config.random_steps:
-            self.fit_model(self.learner, self.data, self.config.model_steps)
+            self.fit_model(self.data, self.config.model_steps)
 
     def end_trial(self) -> None:
         """Record the trial, and go on to the next one."""

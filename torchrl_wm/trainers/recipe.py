@@ -21,9 +21,9 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from torchrl.trainers import Trainer
+from torchrl_wm._files import write_plain
 
 from torchrl_wm.models import make_ensemble_world_model
-from torchrl_wm.models.files import write_plain
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
@@ -163,7 +163,6 @@ class RecipeTrainer(Trainer):
         loss_module: what the Trainer optimises.
         whole_episodes: whether a batch is an episode, or a step.
         parts: what a checkpoint holds, by name; each with a ``state_dict``.
-        buffers: the replay buffers that it holds.
         run: the folder of the run; nothing is kept without one.
         progress: show a progress bar.
         trainer_kwargs: for :class:`torchrl.trainers.Trainer`.
@@ -237,6 +236,34 @@ class RecipeTrainer(Trainer):
         """About how many real steps the run will have made in the end."""
         raise NotImplementedError
 
+    # Building ---------------------------------------------------------------
+
+    def build(
+        self,
+        config: RecipeConfig,
+        env: EnvSource | None,
+        reward_function: Function | None,
+        termination_function: Function | None,
+    ) -> tuple[TransformedEnv, WorldModel, WorldModelLoss]:
+        """What every recipe begins with: the real env, and the ensemble that learns it."""
+        self._source = config.env if env is None else env
+        torch.manual_seed(config.seed)
+        real_env = make_real_env(
+            self._source, seed=config.seed, max_episode_steps=config.max_episode_steps
+        )
+        world_model, loss = make_model(
+            config, real_env, reward_function, termination_function
+        )
+        self.learner = ModelLearner(
+            world_model,
+            loss,
+            learning_rate=config.model_learning_rate,
+            weight_decay=config.model_weight_decay,
+            batch_size=config.model_batch_size,
+        )
+        self._keys = transition_keys(real_env, world_model)
+        return real_env, world_model, loss
+
     # Running ----------------------------------------------------------------
 
     def train(self) -> None:
@@ -273,16 +300,15 @@ class RecipeTrainer(Trainer):
                 self._progress.close()
 
     def begin_episode(self) -> None:
-        """Forget the episode in whose midst the run was interrupted, if there was one."""
+        """Begin to count anew, and act at random or not."""
         self.acting.is_random = self.collected_frames < self.config.random_steps
         self.acting.length = 0
 
     def end_episode(self, **row: Any) -> None:
         """Record an episode, save a checkpoint where one is due, and stop at the end."""
         self.episodes += 1
-        self.acting.length = 0
         was_random = self.acting.is_random
-        self.acting.is_random = self.collected_frames < self.config.random_steps
+        self.begin_episode()
         row = {**row, "random": int(was_random), **self.losses}
         self.record(episode=self.episodes, **row)
         due = self.episodes % self.config.checkpoint_interval == 0
@@ -370,10 +396,10 @@ class RecipeTrainer(Trainer):
         """A real env with all entries that the policy needs."""
         return env
 
-    def fit_model(self, learner: ModelLearner, data: Any, steps: int) -> None:
+    def fit_model(self, data: Any, steps: int) -> None:
         """Train the world model, and keep its losses for the next row of the metrics."""
         on_step = None if self._progress is None else self._progress.fitting(steps)
-        self.losses.update(learner.fit(data, steps, on_step))
+        self.losses.update(self.learner.fit(data, steps, on_step))
 
     # Checkpoints -------------------------------------------------------------
 
@@ -424,8 +450,6 @@ class RecipeTrainer(Trainer):
                 f"The checkpoint in {str(self.run.path)!r} does not fit the run's config and env "
                 f"({type(err).__name__}: {err})."
             ) from err
-        # Each episode ends the random phase or not, and one without training has no policy.
-        self.acting.is_random = self.collected_frames < self.config.random_steps
 
     @classmethod
     def start(
@@ -564,11 +588,9 @@ def make_model(
     )
 
 
-def make_buffer(capacity: int, batch_size: int | None = None) -> TensorDictReplayBuffer:
+def make_buffer(capacity: int) -> TensorDictReplayBuffer:
     """A replay buffer of transitions."""
-    return TensorDictReplayBuffer(
-        storage=LazyTensorStorage(capacity), batch_size=batch_size
-    )
+    return TensorDictReplayBuffer(storage=LazyTensorStorage(capacity))
 
 
 class BufferPart:
@@ -654,11 +676,6 @@ def another(source: EnvSource) -> EnvSource:
             f"copied ({type(err).__name__}: {err}). Give its name or a function that makes it "
             f"as env=...; MBPO's evaluations can be left out with evaluation_interval=0."
         ) from err
-
-
-def check_source(config: RecipeConfig, env: EnvSource | None) -> EnvSource:
-    """The env to use: the object given, else what the config names."""
-    return config.env if env is None else env
 
 
 def _tuples(settings: dict[str, Any], kind: type) -> dict[str, Any]:

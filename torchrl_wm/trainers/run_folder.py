@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrl_wm.models.files import read_plain, write_plain
+from torchrl_wm._files import read_plain, write_plain, write_text
 
 #: What marks a checkpoint as one of ours.
 FORMAT = "torchrl_wm.run"
@@ -76,7 +76,7 @@ class RunFolder:
         run.checkpoints.mkdir(parents=True)
         run.config = dict(config)
         text = json.dumps(run.config, indent=2)
-        _write_text(run.path / "config.json", text + "\n")
+        write_text(text + "\n", run.path / "config.json")
         return run
 
     @classmethod
@@ -143,7 +143,7 @@ class RunFolder:
         out = csv.DictWriter(buffer, self._names())
         out.writeheader()
         out.writerows(self._rows)
-        _write_text(self.path / "metrics.csv", buffer.getvalue())
+        write_text(buffer.getvalue(), self.path / "metrics.csv")
 
     def _read_rows(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.csv"
@@ -227,13 +227,6 @@ class RunFolder:
                 f"reads versions up to {VERSION}. Update torchrl_wm."
             )
         return content
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
 
 
 def _number(text: str) -> Any:

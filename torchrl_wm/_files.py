@@ -1,4 +1,4 @@
-"""Files of tensors and plain data: written as a whole or not at all, read without running code."""
+"""Files that are written as a whole or not at all; those of tensors are read without running code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import pickle
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +17,20 @@ _PLAIN = (str, int, float, bool, type(None))
 
 def write_plain(content: Any, path: str | os.PathLike) -> None:
     """Write tensors and plain data; an older file of that name stays whole if this fails."""
+    _write(path, lambda file: torch.save(content, file))
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Write a text; an older file of that name stays whole if this fails."""
+    _write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def _write(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     path = Path(path)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())  # a name must not come before its content
         os.chmod(partial, _mode(path))
