@@ -101,6 +101,15 @@ def test_given_counts_weigh_members() -> None:
         loss(batch.clone().set("member_weight", counts[:, :2]))
 
 
+def test_counts_that_are_made_beforehand_are_those_of_each_batch() -> None:
+    model, batch = model_over(), transitions(20)
+    term = GaussianNLLTerm(bootstrap=True)
+    loss = WorldModelLoss(model, losses=[term], reduction="none")
+    counts = term.member_counts(batch, loss, MEMBERS).float()
+    given = loss(batch[5:9].clone().set("member_weight", counts[5:9]))["loss_nll"]
+    assert torch.equal(given, loss(batch[5:9])["loss_nll"])
+
+
 def counts_of(model, batch, seed: int = 0, key="observation") -> torch.Tensor:
     """How often each transition counts for each member, ``[*B, E]``, by the members' gradients."""
     predicted = model.dynamics(batch.select(key, "action"))["next"]

@@ -23,7 +23,7 @@ def test_a_run() -> None:
     assert [row["step"] for row in episodes] == [15, 30, 45, 60]
     evaluations = [row for row in trainer.metrics if "evaluation_return" in row]
     assert [row["step"] for row in evaluations] == [30, 60]
-    assert len(trainer.real) == 60
+    assert len(trainer.data) == 60
     assert trainer.imagine.imagined_frames == 5 * 20  # at 20, 30, 40, 50 and 60
     assert len(trainer.imagined) == 2 * 20  # the last two rounds
     assert {"loss_nll", "loss_actor", "loss_qvalue"} <= set(episodes[-1])
@@ -31,7 +31,7 @@ def test_a_run() -> None:
 
 def test_the_return_is_the_envs_own() -> None:
     trainer = trained()
-    rewards = trainer.real[:]["next", "reward"].reshape(4, 15)
+    rewards = trainer.data[:]["next", "reward"].reshape(4, 15)
     returns = [row["return"] for row in trainer.metrics if "return" in row]
     torch.testing.assert_close(rewards.sum(1), torch.tensor(returns))
 
@@ -44,19 +44,33 @@ def test_horizons_follow_their_schedule() -> None:
     assert trainer.imagine.imagined_frames == 20 * sum(lengths) == 20 * 10
 
 
+def test_only_the_newest_rounds_are_learned_from() -> None:
+    trainer = trained(
+        horizon_schedule=(20, 60, 3, 1), real_share=0.25, termination="none"
+    )
+    trainer.draw_batches(None)
+    known = trainer.imagined[:]["next", "observation"]
+    assert len(known) > 40  # two rounds of 20 rollouts, each of one step by now
+    batches = [trainer.next_batch(None)["next", "observation"] for _ in range(2)]
+    drawn = torch.cat([batch[4:] for batch in batches])  # after the real ones
+    at = (drawn.unsqueeze(1) == known).all(-1).int().argmax(1)
+    cursor = trainer.imagined.write_count % 120
+    assert ((cursor - 1 - at) % 120 < 40).all()
+
+
 def test_batches_mix_real_and_imagined_transitions() -> None:
     trainer = trained(real_share=0.25)
     trainer.draw_batches(None)
     batch = trainer.next_batch(None)
     assert batch.batch_size == (16,)
-    real = trainer.real[:]["observation"]
+    real = trainer.data[:]["observation"]
     is_next_real = torch.tensor(
         [
             bool((real == row).all(-1).any())
             and any(
                 torch.equal(after, following)
                 for after, following in zip(
-                    trainer.real[:]["next", "observation"][(real == row).all(-1)],
+                    trainer.data[:]["next", "observation"][(real == row).all(-1)],
                     row_next.expand(99, 3),
                 )
             )
@@ -91,20 +105,20 @@ def test_targets_follow_after_each_update() -> None:
 
 def test_policies_stay_within_the_bounds() -> None:
     trainer = trained()
-    actions = trainer.real[:]["action"]
+    actions = trainer.data[:]["action"]
     assert actions.abs().max() <= 2 and actions.abs().max() > 1
 
 
 def test_dictionaries_of_observations_and_terminations() -> None:
     trainer = trained(env=make_reacher, max_episode_steps=30)
-    assert {"place", "speed"} <= set(trainer.real[:].keys())
+    assert {"place", "speed"} <= set(trainer.data[:].keys())
     assert np.isfinite(trainer.metrics[-1]["return"])
 
 
 def test_the_seed_decides_everything() -> None:
     first, second, other = trained(), trained(), trained(seed=1)
-    assert (first.real[:] == second.real[:]).all()
-    assert not (first.real[:] == other.real[:]).all()
+    assert (first.data[:] == second.data[:]).all()
+    assert not (first.data[:] == other.data[:]).all()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +138,7 @@ def test_bad_settings(settings, message) -> None:
 @pytest.mark.parametrize("make", [lambda: gymnasium.make("Pendulum-v1"), make_reacher])
 def test_evaluations_leave_the_env_that_was_given_alone(make) -> None:
     trainer = trained(env=make(), evaluation_interval=7, real_share=1.0)
-    rows = trainer.real[:]
+    rows = trainer.data[:]
     keys = trainer.world_model.encoder.in_keys
     for key in keys:
         steps = (rows["next", key][:-1] == rows[key][1:]).all(-1)
@@ -136,6 +150,7 @@ def test_evaluations_leave_the_env_that_was_given_alone(make) -> None:
     "name, value",
     [
         ("random_steps", 0),
+        ("random_hold", 0),
         ("model_interval", 0),
         ("imagination_interval", 0),
         ("evaluation_interval", -1),

@@ -25,6 +25,15 @@ def test_a_run_goes_from_random_steps_to_planned_trials() -> None:
     assert all(np.isfinite(row["return"]) for row in trainer.metrics)
 
 
+def test_random_actions_are_held() -> None:
+    trainer = trained(random_hold=5, trials=1)
+    first, second = trainer.data[:24]["action"].reshape(2, 12)
+    for actions in (first, second):  # an episode begins with an action of its own
+        changes = (actions[1:] != actions[:-1]).nonzero().flatten() + 1
+        assert changes.tolist() == [5, 10]
+    assert first[-1] != second[0]
+
+
 def test_the_return_is_the_envs_own() -> None:
     trainer = trained()
     rewards = trainer.data[:]["next", "reward"].reshape(4, 12)

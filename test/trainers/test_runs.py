@@ -58,7 +58,7 @@ def interrupt(trainer, after: int) -> None:
 
 
 def transitions(trainer) -> ReplayBuffer:
-    return (trainer.data if isinstance(trainer, PETSTrainer) else trainer.real)[:]
+    return trainer.data[:]
 
 
 def without_times(rows):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrl_wm._files import check_plain, read_plain, write_plain
 
+from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import WorldModel

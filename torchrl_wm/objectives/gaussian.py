@@ -214,8 +214,21 @@ class GaussianNLLTerm(LossTerm):
             return given
         if not self.bootstrap:
             return 1.0
-        rows = self._transitions(batch, loss)
-        return bootstrap_counts(rows, members, self.seed).to(loc.dtype)
+        return self.member_counts(batch, loss, members).to(loc.dtype)
+
+    def member_counts(
+        self, batch: TensorDictBase, loss: Any, members: int
+    ) -> torch.Tensor:
+        """How often each transition counts for each member, ``[*B, E]`` int64.
+
+        Under ``"member_weight"`` in the batch, as floats, they need not be computed again.
+
+        Args:
+            batch: the transitions.
+            loss: the loss that the term is one of.
+            members: ``E``.
+        """
+        return bootstrap_counts(self._transitions(batch, loss), members, self.seed)
 
 
 def gaussian_nll(

@@ -11,7 +11,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_wm.modules import EnsembleDynamics, fit_normalizers, WorldModel
 from torchrl_wm.modules.normalizer import valid_rows
-from torchrl_wm.objectives import WorldModelLoss
+from torchrl_wm.objectives import GaussianNLLTerm, WorldModelLoss
 
 #: How many batches to draw from a buffer at once: to draw one by one takes longer than a step.
 _DRAWN_AT_ONCE = 64
@@ -108,6 +108,7 @@ class ModelLearner:
         rows = valid_rows(rows).reshape(-1)
         train, held_out = self._divided(rows)
         fit_normalizers(self.world_model, train)
+        train = self._counted(train)
         tail, sums = max(1, steps // 10), {}
         for step, batch in enumerate(self._batches(train, steps)):
             losses = self.loss(batch).select(*self.loss.out_keys)
@@ -154,6 +155,17 @@ class ModelLearner:
             return rows, None
         order = torch.randperm(len(rows))
         return rows[order[number:]], rows[order[:number]]
+
+    def _counted(self, rows: TensorDictBase) -> TensorDictBase:
+        """The rows with their bootstrap counts, which else each batch would make anew."""
+        dynamics = self.world_model.dynamics
+        terms = [t for t in self.loss.terms if isinstance(t, GaussianNLLTerm)]
+        if not isinstance(dynamics, EnsembleDynamics) or len(terms) != 1:
+            return rows
+        if not terms[0].bootstrap or "member_weight" in rows.keys():
+            return rows
+        counts = terms[0].member_counts(rows, self.loss, dynamics.ensemble.members)
+        return rows.copy().set("member_weight", counts.float())
 
     def _batches(self, rows: TensorDictBase, number: int) -> Iterator[TensorDictBase]:
         while number > 0:

@@ -19,17 +19,17 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
-from torchrl_wm.modules.keys import join
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
-from torchrl_wm.trainers.learning import check_losses, check_transitions
+from torchrl_wm.trainers.learning import check_losses
 from torchrl_wm.trainers.real_envs import EnvSource
 from torchrl_wm.trainers.recipe import (
     BufferPart,
     make_buffer,
     RecipeConfig,
     RecipeTrainer,
+    sample_newest,
 )
 from torchrl_wm.trainers.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ class MBPOConfig(RecipeConfig):
         rollouts: imagined rollouts in a round, branched off real states.
         horizon_schedule: ``(first_step, last_step, first, last)``: the length of imagined
             rollouts goes from ``first`` to ``last`` between these real steps.
-        retained_rounds: for how many rounds imagined transitions are kept.
+        retained_rounds: of how many rounds of rollouts the imagined transitions are kept.
         real_share: the share of real transitions in a batch of the policy. With 1 there is
             no model: this is SAC.
         updates_per_step: updates of the policy for each real step.
@@ -175,8 +175,7 @@ class MBPOTrainer(RecipeTrainer):
         optimizer = torch.optim.Adam(
             sac.parameters(), lr=config.learning_rate, fused=True
         )
-        # The data sets: of the env, D_env, and of the model, D_model.
-        self.real = make_buffer(capacity=1_000_000)
+        # D_env is self.data; this is D_model.
         longest = max(config.horizon_schedule[2:])
         self.imagined = make_buffer(
             max(1, config.retained_rounds * config.rollouts * longest)
@@ -184,7 +183,7 @@ class MBPOTrainer(RecipeTrainer):
         self.imagine = ImaginedReplayHook(
             self.imagined_env,
             self.imagined,
-            self.real,
+            self.data,
             policy=actor,
             num_starts=config.rollouts,
         )
@@ -194,12 +193,11 @@ class MBPOTrainer(RecipeTrainer):
             actor,
             world_model=world_model,
             loss_module=sac,
-            whole_episodes=False,
             parts={
                 "learner": self.learner,
                 "sac": sac,
                 "optimizer": optimizer,
-                "real": BufferPart(self.real),
+                "data": BufferPart(self.data),
                 "imagined": BufferPart(self.imagined),
             },
             run=run,
@@ -217,16 +215,6 @@ class MBPOTrainer(RecipeTrainer):
         self.register_op("post_optim", SoftUpdate(sac, tau=config.tau).step)
         self.register_op("post_steps", self.end_step)
 
-    def add_step(self, step: TensorDictBase) -> TensorDictBase:
-        """D_env <- D_env + the step that the policy just took."""
-        self._episode_return += episode_return(self.env, step)
-        self._length += len(step)
-        self._step = step
-        rows = step.select(*self._keys)
-        check_transitions(rows, self.collected_frames + len(step))
-        self.real.extend(rows)
-        return step
-
     def optim_steps(self, step: TensorDictBase) -> None:
         """Once the random steps are over: model, rollouts, and updates of the policy."""
         if self.collected_frames >= self.config.random_steps:
@@ -239,7 +227,7 @@ class MBPOTrainer(RecipeTrainer):
             return
         since = self.collected_frames - config.random_steps
         if since % config.model_interval == 0 or not self.learner.steps:
-            self.fit_model(self.real, config.model_steps)
+            self.fit_model(self.data, config.model_steps)
         if since % config.imagination_interval == 0 or not len(self.imagined):
             self.imagine.horizon = config.horizon(self.collected_frames)
             self.imagine()
@@ -248,12 +236,16 @@ class MBPOTrainer(RecipeTrainer):
         """The batches of this step's updates, ``[G, N]``: real and imagined transitions."""
         config, parts = self.config, []
         real = round(config.real_share * config.batch_size)
-        for buffer, size in (
-            (self.real, real),
-            (self.imagined, config.batch_size - real),
+        # The buffer has room for the longest rollouts: of shorter ones, more rounds fit.
+        horizon = config.horizon(self.collected_frames)
+        retained = config.retained_rounds * config.rollouts * horizon
+        for buffer, size, among in (
+            (self.data, real, len(self.data)),
+            (self.imagined, config.batch_size - real, retained),
         ):
             if size:
-                rows = buffer.sample(config.updates_per_step * size)
+                number = config.updates_per_step * size
+                rows = sample_newest(buffer, number, among)
                 rows = rows.select(*self._keys)
                 parts.append(rows.reshape(config.updates_per_step, size))
         self._batches: Iterator[TensorDictBase] = iter(torch.cat(parts, 1).unbind(0))
@@ -278,13 +270,7 @@ class MBPOTrainer(RecipeTrainer):
                 if self.run is not None:
                     self.save()
                 self.request_stop()
-        done = self._step.get(join("next", self.env.done_keys[0])).any()
-        if done and not self._stop_training:
-            self.end_episode(**{"return": self._episode_return, "length": self._length})
-
-    def begin_episode(self) -> None:
-        super().begin_episode()
-        self._episode_return, self._length = 0.0, 0
+        super().end_step()
 
     @property
     def has_reached(self) -> bool:

@@ -14,16 +14,9 @@ from torchrl_wm.modules import with_propagation
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner, ICEMPlanner
 from torchrl_wm.planners.base import MPCPlanner
-from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
-from torchrl_wm.trainers.learning import check_transitions
 from torchrl_wm.trainers.real_envs import EnvSource
-from torchrl_wm.trainers.recipe import (
-    BufferPart,
-    make_buffer,
-    RecipeConfig,
-    RecipeTrainer,
-)
+from torchrl_wm.trainers.recipe import BufferPart, RecipeConfig, RecipeTrainer
 from torchrl_wm.trainers.run_folder import RunFolder
 
 
@@ -33,7 +26,10 @@ class PETSConfig(RecipeConfig):
 
     Args:
         trials: episodes to plan, after the random ones.
-        model_steps: gradient steps after each trial.
+        model_steps: gradient steps of each training of the model.
+        first_model_steps: those of the first one, on the random steps; as many if None.
+        model_interval: real steps within a trial from one training to the next; if None,
+            the model is trained after each trial alone.
         planner: "icem" or "cem".
         planning_horizon: the steps of a plan.
         optim_steps: how often the candidates are improved.
@@ -46,6 +42,8 @@ class PETSConfig(RecipeConfig):
 
     trials: int = 10
     model_steps: int = 500
+    first_model_steps: int | None = None
+    model_interval: int | None = None
     planner: Literal["icem", "cem"] = "icem"
     planning_horizon: int = 25
     optim_steps: int = 3
@@ -57,7 +55,14 @@ class PETSConfig(RecipeConfig):
 
     @classmethod
     def minima(cls) -> dict[str, float]:
-        return {**super().minima(), "trials": 1, "model_steps": 1, "num_particles": 1}
+        positive = (
+            "trials",
+            "model_steps",
+            "first_model_steps",
+            "model_interval",
+            "num_particles",
+        )
+        return {**super().minima(), **dict.fromkeys(positive, 1)}
 
 
 class PETSTrainer(RecipeTrainer):
@@ -123,9 +128,6 @@ class PETSTrainer(RecipeTrainer):
         )
         # Actions: the first of the best plan found, the plan kept for the next step.
         planner = make_planner(self.imagined_env, config)
-        # The data: every transition of every trial.
-        self.data = make_buffer(capacity=1_000_000)
-
         self._planner = planner
         super().__init__(
             config,
@@ -133,32 +135,25 @@ class PETSTrainer(RecipeTrainer):
             planner,
             world_model=world_model,
             loss_module=loss,
-            whole_episodes=True,
             parts={"learner": self.learner, "data": BufferPart(self.data)},
             run=run,
             progress=progress,
         )
-        self.register_op("batch_process", self.add_trial)
-        self.register_op("post_steps", self.end_trial)
+        # Each real step, in this order:
+        self.register_op("batch_process", self.add_step)
+        self.register_op("post_steps", self.end_step)
 
-    def add_trial(self, trial: TensorDictBase) -> TensorDictBase:
-        """D <- D + the transitions of the trial that the planner just acted in."""
-        self._trial = trial = trial.select(*self._keys)
-        check_transitions(trial, self.collected_frames + len(trial))
-        self.data.extend(trial)
-        return trial
-
-    def optim_steps(self, trial: TensorDictBase) -> None:
-        """Train the dynamics on D, once the random steps are over."""
-        if self.collected_frames >= self.config.random_steps:
-            self.fit_model(self.data, self.config.model_steps)
-
-    def end_trial(self) -> None:
-        """Record the trial, and go on to the next one."""
-        trial = self._trial
-        self.end_episode(
-            **{"return": episode_return(self.env, trial), "length": len(trial)}
-        )
+    def optim_steps(self, step: TensorDictBase) -> None:
+        """Train the dynamics on D: after each trial, and within it where asked for."""
+        config = self.config
+        if self.collected_frames < config.random_steps:
+            return
+        is_due = self._is_done
+        if config.model_interval is not None and not self.acting.is_random:
+            is_due |= self._length % config.model_interval == 0
+        if is_due:
+            first = None if self.learner.steps else config.first_model_steps
+            self.fit_model(self.data, first or config.model_steps)
 
     @property
     def is_over(self) -> bool:

@@ -21,16 +21,20 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from torchrl.trainers import Trainer
-from torchrl_wm._files import write_plain
 
+from torchrl_wm._files import write_plain
 from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
 from torchrl_wm.trainers.episode_seeds import episode_seed
-from torchrl_wm.trainers.evaluation import MAX_STEPS, run_episodes
+from torchrl_wm.trainers.evaluation import episode_return, MAX_STEPS, run_episodes
 from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
-from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
+from torchrl_wm.trainers.learning import (
+    check_transitions,
+    ModelLearner,
+    NonFiniteLossError,
+)
 from torchrl_wm.trainers.progress import Progress
 from torchrl_wm.trainers.real_envs import EnvSource, episode_seeds, make_real_env
 from torchrl_wm.trainers.run_folder import RunFolder
@@ -52,6 +56,8 @@ class RecipeConfig:
         max_episode_steps: a time limit; that of the env alone if None.
         random_steps: how many steps to act at random first; the episode in which they are
             reached is finished so.
+        random_hold: for how many steps a random action is kept. Actions drawn anew at each
+            step cancel out in tasks of many small steps, and go nowhere.
         reward: "learned", a function's name ("pendulum", "cartpole", "inverted_pendulum") or
             ``module:function``.
         termination: "learned", "none" if episodes end by time alone, a function's name
@@ -71,6 +77,7 @@ class RecipeConfig:
     seed: int = 0
     max_episode_steps: int | None = None
     random_steps: int = 200
+    random_hold: int = 1
     reward: str = "learned"
     termination: str = "learned"
     members: int = 5
@@ -94,6 +101,7 @@ class RecipeConfig:
         return {
             "max_episode_steps": 1,
             "random_steps": 1,
+            "random_hold": 1,
             "members": 1,
             "model_batch_size": 1,
             "checkpoint_interval": 1,
@@ -106,14 +114,18 @@ class RandomFirst(TensorDictModuleBase):
     Args:
         policy: what acts then.
         env: the env whose actions are drawn.
+        hold: for how many steps a random action is kept.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, env: EnvBase) -> None:
+    def __init__(
+        self, policy: TensorDictModuleBase, env: EnvBase, hold: int = 1
+    ) -> None:
         super().__init__()
         self.in_keys = list(policy.in_keys)
         self.out_keys = list(policy.out_keys)
         self.policy = policy
         self.is_random = True
+        self.hold = hold
         #: The steps of the episode so far.
         self.length = 0
         #: Called at each step, for progress bars.
@@ -137,8 +149,9 @@ class RandomFirst(TensorDictModuleBase):
         if self.on_step is not None:
             self.on_step()
         if self.is_random:
-            action = self._action_spec.rand(tensordict.batch_size)
-            return tensordict.set(self._action_key, action)
+            if (self.length - 1) % self.hold == 0:
+                self._held = self._action_spec.rand(tensordict.batch_size)
+            return tensordict.set(self._action_key, self._held.clone())
         return self.policy(tensordict)
 
 
@@ -146,7 +159,7 @@ class RecipeTrainer(Trainer):
     """A TorchRL Trainer that runs a recipe from its config to its checkpoints.
 
     A recipe is a subclass: its ``__init__`` builds what its paper's algorithm names, and
-    the methods that it registers are the algorithm's steps.
+    the methods that it registers are the algorithm's steps, each called at each real step.
 
     A run stops at :attr:`is_over`. At the ends of episodes it saves checkpoints into its
     folder. On a CPU, a run that goes on from one gives the same numbers, to the bit, as
@@ -161,7 +174,6 @@ class RecipeTrainer(Trainer):
     Keyword Args:
         world_model: what is learnt.
         loss_module: what the Trainer optimises.
-        whole_episodes: whether a batch is an episode, or a step.
         parts: what a checkpoint holds, by name; each with a ``state_dict``.
         run: the folder of the run; nothing is kept without one.
         progress: show a progress bar.
@@ -182,7 +194,6 @@ class RecipeTrainer(Trainer):
         *,
         world_model: WorldModel,
         loss_module: torch.nn.Module,
-        whole_episodes: bool,
         parts: dict[str, Any],
         run: RunFolder | None,
         progress: bool,
@@ -191,7 +202,7 @@ class RecipeTrainer(Trainer):
     ) -> None:
         self.config, self.env, self.run = config, env, run
         self.world_model, self.policy = world_model, policy
-        self.acting = RandomFirst(policy, env)
+        self.acting = RandomFirst(policy, env, config.random_hold)
         self.parts = parts
         #: A row for each episode or evaluation.
         self.metrics: list[dict[str, Any]] = [] if run is None else run.metrics()
@@ -203,8 +214,6 @@ class RecipeTrainer(Trainer):
             self.acting,
             frames_per_batch=1,
             total_frames=-1,
-            trajs_per_batch=1 if whole_episodes else None,
-            traj_format="cat" if whole_episodes else None,
             auto_register_policy_transforms=False,
         )
         super().__init__(
@@ -261,6 +270,8 @@ class RecipeTrainer(Trainer):
             weight_decay=config.model_weight_decay,
             batch_size=config.model_batch_size,
         )
+        # The data: every real transition.
+        self.data = make_buffer(capacity=1_000_000)
         self._keys = transition_keys(real_env, world_model)
         return real_env, world_model, loss
 
@@ -303,13 +314,33 @@ class RecipeTrainer(Trainer):
         """Begin to count anew, and act at random or not."""
         self.acting.is_random = self.collected_frames < self.config.random_steps
         self.acting.length = 0
+        self._episode_return, self._length = 0.0, 0
 
-    def end_episode(self, **row: Any) -> None:
+    def add_step(self, step: TensorDictBase) -> TensorDictBase:
+        """D <- D + the step that the policy just took."""
+        self._episode_return += episode_return(self.env, step)
+        self._length += len(step)
+        rows = step.select(*self._keys)
+        check_transitions(rows, self.collected_frames + len(step))
+        self.data.extend(rows)
+        self._is_done = bool(step.get(join("next", self.env.done_keys[0])).any())
+        return step
+
+    def end_step(self) -> None:
+        """End the episode where the env ended it."""
+        if self._is_done and not self._stop_training:
+            self.end_episode()
+
+    def end_episode(self) -> None:
         """Record an episode, save a checkpoint where one is due, and stop at the end."""
         self.episodes += 1
-        was_random = self.acting.is_random
+        row = {
+            "return": self._episode_return,
+            "length": self._length,
+            "random": int(self.acting.is_random),
+            **self.losses,
+        }
         self.begin_episode()
-        row = {**row, "random": int(was_random), **self.losses}
         self.record(episode=self.episodes, **row)
         due = self.episodes % self.config.checkpoint_interval == 0
         if self.run is not None and (due or self.is_over):
@@ -591,6 +622,16 @@ def make_model(
 def make_buffer(capacity: int) -> TensorDictReplayBuffer:
     """A replay buffer of transitions."""
     return TensorDictReplayBuffer(storage=LazyTensorStorage(capacity))
+
+
+def sample_newest(
+    buffer: TensorDictReplayBuffer, number: int, among: int
+) -> TensorDictBase:
+    """``number`` transitions, with replacement, of the ``among`` that were written last."""
+    if among >= len(buffer):
+        return buffer.sample(number)
+    last = buffer.writer.state_dict()["_cursor"] - 1
+    return buffer[(last - torch.randint(among, (number,))) % len(buffer)]
 
 
 class BufferPart:
