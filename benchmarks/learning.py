@@ -60,6 +60,8 @@ PENDULUM = {
     "evaluation_episodes": 10,
     "stop_return": -200.0,
 }
+# Fewer and larger iterations than by default take less time on a CPU.
+PLANS = {"num_candidates": 200, "optim_steps": 2, "num_particles": 3}
 ONE_UPDATE = {**SAC, "updates_per_step": 1}
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -76,7 +78,21 @@ EXPERIMENTS: dict[str, Experiment] = {
         "pets", {"env": CARTPOLE, "planning_horizon": 20, "trials": 8}
     ),
     "pets-pendulum": Experiment(
-        "pets", {"env": "Pendulum-v1", "termination": "none", "trials": 9}
+        "pets",
+        {
+            **PLANS,
+            "env": "Pendulum-v1",
+            "termination": "none",
+            # Two trials, in which torques that are held swing it up now and then.
+            "random_steps": 400,
+            "random_hold": 10,
+            "trials": 8,
+            "beta": 0.25,
+            "model_batch_size": 64,
+            "first_model_steps": 1500,
+            "model_interval": 50,
+            "model_steps": 350,
+        },
     ),
     "mbpo-inverted-pendulum": Experiment("mbpo", INVERTED),
     "sac-inverted-pendulum-same-updates": Experiment("mbpo", {**INVERTED, **SAC}),
