@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchrl_wm.cli.demo import SETTINGS as PENDULUM_BY_PETS
+
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "learning"
 CARTPOLE = "torchrl_wm/ContinuousCartPole-v0"
 
@@ -68,32 +70,17 @@ EXPERIMENTS: dict[str, Experiment] = {
     "pets-cartpole": Experiment(
         "pets",
         {
+            **PLANS,
             "env": CARTPOLE,
             "termination": "cartpole",
             "planning_horizon": 20,
-            "trials": 9,
+            "trials": 5,
         },
     ),
     "pets-cartpole-learned": Experiment(
-        "pets", {"env": CARTPOLE, "planning_horizon": 20, "trials": 8}
+        "pets", {**PLANS, "env": CARTPOLE, "planning_horizon": 20, "trials": 8}
     ),
-    "pets-pendulum": Experiment(
-        "pets",
-        {
-            **PLANS,
-            "env": "Pendulum-v1",
-            "termination": "none",
-            # Two trials, in which torques that are held swing it up now and then.
-            "random_steps": 400,
-            "random_hold": 10,
-            "trials": 8,
-            "beta": 0.25,
-            "model_batch_size": 64,
-            "first_model_steps": 1500,
-            "model_interval": 50,
-            "model_steps": 350,
-        },
-    ),
+    "pets-pendulum": Experiment("pets", {**PENDULUM_BY_PETS, "trials": 8}),
     "mbpo-inverted-pendulum": Experiment("mbpo", INVERTED),
     "sac-inverted-pendulum-same-updates": Experiment("mbpo", {**INVERTED, **SAC}),
     "sac-inverted-pendulum-one-update": Experiment(
@@ -303,8 +290,8 @@ def figure(title: str, column: str, names: dict[str, str], y: str, level: float 
     return drawn
 
 
-def trials_figure(title: str, names: dict[str, str], level: float):
-    """Returns by trial, the random phase left out."""
+def trials_figure(title: str, names: dict[str, str], first: int, level: float | None):
+    """Returns by trial, from the ``first`` one in which the planner acted."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(6.5, 4), layout="constrained")
@@ -312,7 +299,7 @@ def trials_figure(title: str, names: dict[str, str], level: float):
     for number, (name, label) in enumerate(names.items()):
         for i, returns in enumerate(planned(name).values()):
             axes.plot(
-                range(2, 2 + len(returns)),
+                range(first, first + len(returns)),
                 returns,
                 color=f"C{number}",
                 alpha=0.5,
@@ -320,9 +307,23 @@ def trials_figure(title: str, names: dict[str, str], level: float):
                 marker=".",
                 label=f"{label}" if not i else None,
             )
-    axes.axhline(level, color="0.6", ls=":", lw=1)
-    axes.set(title=title, xlabel="trial (1 is the random phase)", ylabel="return")
+    if level is not None:
+        axes.axhline(level, color="0.6", ls=":", lw=1)
+    axes.set(title=title, xlabel="trial", ylabel="return")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    return drawn
+
+
+def pendulum_figure():
+    """Returns by trial beside those of planning with the true dynamics."""
+    drawn = trials_figure(
+        "PETS on Pendulum-v1", {"pets-pendulum": "PETS, reward learned"}, 3, None
+    )
+    (axes,) = drawn.axes
+    for seed, returns in true_returns().items():
+        label = None if seed else "true dynamics, from the same starts"
+        axes.plot(range(3, 3 + len(returns)), returns, "kx", ms=4, label=label)
     axes.legend(fontsize="small")
     return drawn
 
@@ -337,12 +338,21 @@ def cartpole_table() -> str:
     for name in ("pets-cartpole", "pets-cartpole-learned"):
         for seed, returns in planned(name).items():
             first = first_trial(returns, 200)
+            wall = next(
+                (
+                    r["seconds"]
+                    for r in rows_of(name)[seed]
+                    if float(r["return"]) >= 200
+                ),
+                "-",
+            )
             after = returns[(first or 1) - 2 :] if first else []
             rows.append(
                 [
                     name,
                     seed,
                     first or "-",
+                    wall if wall == "-" else f"{float(wall):.0f}",
                     f"{sum(r >= 200 for r in after)} of {len(after)}" if first else "-",
                     " ".join(f"{r:.0f}" for r in returns),
                 ]
@@ -351,24 +361,36 @@ def cartpole_table() -> str:
         "experiment",
         "seed",
         "200 by trial",
+        "seconds until then",
         "kept",
         "returns of trials 2, 3, ...",
     ]
     return table(header, rows)
 
 
-def pendulum_table() -> str:
-    path = OUT / "pendulum_true_dynamics.csv"
+def true_returns() -> dict[int, list[float]]:
+    """What :func:`optimum` wrote, by seed."""
     best: dict[int, list[float]] = {}
-    with open(path, newline="") as file:
+    with open(OUT / "pendulum_true_dynamics.csv", newline="") as file:
         for row in csv.DictReader(file):
             best.setdefault(int(row["seed"]), []).append(float(row["return"]))
-    rows = []
-    for seed, curve in curves("pets-pendulum", "return").items():
-        mine = [value for _, value in curve[2:10]]
+    return best
+
+
+def pendulum_table() -> str:
+    best, rows = true_returns(), []
+    seconds = walls("pets-pendulum")
+    for (seed, mine), wall in zip(planned("pets-pendulum").items(), seconds):
         mean, top = sum(mine) / len(mine), sum(best[seed]) / len(best[seed])
-        rows.append([seed, f"{mean:.0f}", f"{top:.0f}", f"{top - mean:.0f}"])
-    header = ["seed", "mean return of trials 3 to 10", "true dynamics", "difference"]
+        shown = (f"{value:.0f}" for value in (mean, top, top - mean, wall))
+        rows.append([seed, *shown])
+    header = [
+        "seed",
+        "mean return of trials 3 to 10",
+        "true dynamics",
+        "difference",
+        "seconds, all 10 trials",
+    ]
     return table(header, rows)
 
 
@@ -406,14 +428,13 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
                 "pets-cartpole": "termination given",
                 "pets-cartpole-learned": "nothing given",
             },
+            2,
             200,
         ),
     ),
     "pendulum_pets": (
         pendulum_table,
-        lambda: trials_figure(
-            "PETS on Pendulum-v1", {"pets-pendulum": "reward learned"}, 0
-        ),
+        pendulum_figure,
     ),
     "inverted_pendulum": (
         lambda: steps_table(label("mbpo", "inverted-pendulum"), 950),

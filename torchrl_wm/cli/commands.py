@@ -148,10 +148,11 @@ def demo(
     Args:
         run: the folder of the run; a number is added to it if it exists.
         seed: of everything.
-        trials: real episodes, after a first one at random.
+        trials: real episodes, after two at random.
         episode_steps: the length of an episode.
-        model_steps: gradient steps after each trial, if not as in train pets.
-        num_candidates: plans tried at each real step, if not as in train pets.
+        model_steps: gradient steps of each training; by default 1,500 first and 350 every 50
+            real steps.
+        num_candidates: plans tried at each real step; 200 by default.
         progress: show the progress.
     """
 

@@ -16,6 +16,23 @@ from torchrl_wm.trainers import (
     save_prediction_fan,
 )
 
+#: What the pendulum is learnt with; docs/benchmarks/learning.md has curves over seeds.
+SETTINGS = {
+    "env": "Pendulum-v1",
+    "termination": "none",  # the pendulum never ends an episode
+    # Two episodes, in which torques that are held swing it up now and then.
+    "random_steps": 400,
+    "random_hold": 10,
+    "beta": 0.25,
+    "model_batch_size": 64,
+    "first_model_steps": 1500,
+    "model_interval": 50,
+    "model_steps": 350,
+    # Fewer and larger iterations than by default take less time on a CPU.
+    "num_candidates": 200,
+    "optim_steps": 2,
+    "num_particles": 3,
+}
 LABELS = ["cos(angle)", "sin(angle)", "velocity"]
 #: For how many steps the film imagines without another look at the real pendulum.
 FILM_HORIZON = 40
@@ -33,22 +50,21 @@ def run_demo(
 ) -> None:
     """PETS on Pendulum-v1 and three pictures."""
     began = time.monotonic()
-    given = {"model_steps": model_steps, "num_candidates": num_candidates}
-    config = PETSConfig(
-        env="Pendulum-v1",
-        seed=seed,
-        trials=trials,
-        max_episode_steps=episode_steps,
-        random_steps=episode_steps,
-        termination="none",  # the pendulum never ends an episode
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = {
+        "max_episode_steps": episode_steps,
+        "random_steps": 2 * episode_steps,
+        "model_steps": model_steps,
+        "first_model_steps": model_steps,
+        "num_candidates": num_candidates,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    config = PETSConfig(**{**SETTINGS, **given}, seed=seed, trials=trials)
     path = free(Path(run))
     trainer = PETSTrainer.start(path, config, progress=progress)
     say(
-        f"Learning the pendulum from nothing: {episode_steps} random steps, then {trials} trials. "
-        f"Before each an ensemble learns from all steps so far, and the actions are planned "
-        f"through it."
+        f"Learning the pendulum from nothing: {config.random_steps} random steps, then {trials} "
+        f"trials in which the actions are planned through an ensemble, which learns from all steps "
+        f"so far."
     )
     try:
         trainer.train()
