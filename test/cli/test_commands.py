@@ -7,9 +7,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torchrl.envs import GymEnv
 
 from torchrl_wm.cli import main
+from torchrl_wm.models import load_world_model
 from torchrl_wm.trainers import PETSTrainer, RunFolder
 
 pytest.importorskip("tyro")
@@ -92,10 +96,46 @@ def test_train_leaves_a_whole_run(recipe, options, here, capsys) -> None:
         assert f"step {row['step']}, " in out
     assert list((here / "run" / "tensorboard").iterdir())
     assert "<html" in (here / "run" / "report.html").read_text()
-    assert "Learning curve" in (here / "run" / "report.html").read_text()
+    report = (here / "run" / "report.html").read_text()
+    assert "Learning curve" in report
+    # A policy can act in the model alone; a planner of the real env does not.
+    assert ("The model promises" in report) == (recipe == "mbpo")
     printed = re.findall(r"^  \w+ +(run/\S+)$", out, re.MULTILINE)
     assert len(printed) == 5
     assert all((here / path).exists() for path in printed)
+
+
+@pytest.mark.parametrize("env", [[], ["--env", "Pendulum-v1"]], ids=["data", "env"])
+def test_a_model_of_logged_arrays(env, here, capsys) -> None:
+    real = GymEnv("Pendulum-v1")
+    steps = [real.rollout(20) for _ in range(4)]
+    columns = {
+        "observations": "observation",
+        "actions": "action",
+        "next_observations": ("next", "observation"),
+        "rewards": ("next", "reward"),
+        "terminations": ("next", "terminated"),
+    }
+    arrays = {
+        name: torch.cat([episode[key] for episode in steps]).numpy()
+        for name, key in columns.items()
+    }
+    np.savez("log.npz", **arrays, truncations=np.arange(1, 81) % 20 == 0)
+    short = "--steps 20 --interval 10 --members 2 --hidden 8 --held-out 0.25".split()
+    assert main(["train", "model", "--data", "log.npz", *env, *short]) == 0
+    out = capsys.readouterr().out
+    assert "A world model of 80 transitions" in out and "Held-out one-step error" in out
+    found = re.findall(r"^  \w+ +(runs/model-log-0/\S+)$", out, re.MULTILINE)
+    assert len(found) == 5 and all((here / path).exists() for path in found)
+    model = load_world_model(here / "runs" / "model-log-0" / "model.pt")
+    assert model.dynamics.ensemble.members == 2
+    assert "<html" in (here / "runs" / "model-log-0" / "report.html").read_text()
+
+
+def test_a_model_of_nothing(here, capsys) -> None:
+    assert main(["train", "model", "--data", "absent.npz"]) == 2
+    assert "absent.npz" in capsys.readouterr().err
+    assert not (here / "runs").exists()
 
 
 def test_the_default_folder_and_one_that_exists(here, capsys) -> None:

@@ -127,10 +127,8 @@ def train_from_data(
     run: str | None, report: bool, *, data: str, env: str | None, **settings: Any
 ) -> None:
     """A world model, its errors on held-out data, and the report on them."""
-    rows = load_transitions(data)
     real_env = None if env is None else make_real_env(env)
-    if real_env is not None:
-        rows = load_transitions(data, env=real_env)
+    rows = load_transitions(data, env=real_env)
     name = re.sub(r"[^\w.-]+", "-", Path(data.removeprefix("minari:")).stem)
     path = run or f"runs/model-{name.strip('-')}-{settings['seed']}"
     content = {"algorithm": "model", "config": {"data": data, "env": env, **settings}}

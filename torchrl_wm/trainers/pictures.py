@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
 from tensordict import pad, TensorDictBase
+from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm.diagnostics import (
     observation_renderer,
@@ -24,6 +25,7 @@ from torchrl_wm.diagnostics import (
 from torchrl_wm.diagnostics.drawing import new_figure
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
+from torchrl_wm.planners.base import MPCPlanner
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.real_envs import rendered_frame
 from torchrl_wm.trainers.recipe import RecipeTrainer
@@ -158,10 +160,13 @@ def write_run_report(
     )
     settings = {
         "title": f"{trainer.algorithm} on {config.env}, seed {config.seed}",
-        "real_env": trainer.env,
+        # Another one: that of the run counts its episodes.
+        "real_env": trainer.make_env(),
         "seed": seed,
         **kwargs,
     }
+    if not isinstance(trainer.policy, MPCPlanner):
+        settings.setdefault("policy", _without_exploration(trainer))
     sections = [curve, *settings.pop("sections", ())]
     return write_report(
         path,
@@ -170,6 +175,16 @@ def write_run_report(
         sections=sections,
         **settings,
     )
+
+
+def _without_exploration(trainer: RecipeTrainer) -> Callable:
+    """The policy as evaluations run it, whatever the model around it does at random."""
+
+    def act(tensordict: TensorDictBase) -> TensorDictBase:
+        with set_exploration_type(trainer.evaluation_exploration):
+            return trainer.policy(tensordict)
+
+    return act
 
 
 def save_prediction_fan(
