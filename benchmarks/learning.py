@@ -52,15 +52,32 @@ INVERTED = {
     "termination": "inverted_pendulum",
     "reward": "inverted_pendulum",
     "stop_return": 950.0,
+    "evaluation_interval": 125,
+    "updates_per_step": 20,
+}
+# Long rollouts: the dynamics of a cart and a pole are soon known well.
+INVERTED_MODEL = {
+    "horizon_schedule": (0, 0, 15, 15),
+    "rollouts": 150,
+    "model_interval": 125,
+    "model_steps": 400,
 }
 PENDULUM = {
     **POLICY,
     "env": "Pendulum-v1",
     "termination": "none",
     "random_steps": 400,
-    "evaluation_interval": 200,
+    "random_hold": 10,
+    "evaluation_interval": 100,
     "evaluation_episodes": 10,
     "stop_return": -200.0,
+    "updates_per_step": 20,
+}
+PENDULUM_MODEL = {
+    "horizon_schedule": (0, 0, 10, 10),
+    "rollouts": 200,
+    "model_interval": 100,
+    "model_steps": 400,
 }
 # Fewer and larger iterations than by default take less time on a CPU.
 PLANS = {"num_candidates": 200, "optim_steps": 2, "num_particles": 3}
@@ -81,13 +98,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "pets", {**PLANS, "env": CARTPOLE, "planning_horizon": 20, "trials": 8}
     ),
     "pets-pendulum": Experiment("pets", {**PENDULUM_BY_PETS, "trials": 8}),
-    "mbpo-inverted-pendulum": Experiment("mbpo", INVERTED),
+    "mbpo-inverted-pendulum": Experiment("mbpo", {**INVERTED, **INVERTED_MODEL}),
     "sac-inverted-pendulum-same-updates": Experiment("mbpo", {**INVERTED, **SAC}),
     "sac-inverted-pendulum-one-update": Experiment(
         "mbpo", {**INVERTED, **ONE_UPDATE, "steps": 6000}
     ),
-    "mbpo-pendulum": Experiment("mbpo", {**PENDULUM, "steps": 2000}),
-    "sac-pendulum-same-updates": Experiment("mbpo", {**PENDULUM, **SAC, "steps": 2400}),
+    "mbpo-pendulum": Experiment("mbpo", {**PENDULUM, **PENDULUM_MODEL}),
+    "sac-pendulum-same-updates": Experiment("mbpo", {**PENDULUM, **SAC}),
     "sac-pendulum-one-update": Experiment(
         "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 5000}
     ),
