@@ -81,6 +81,21 @@ PENDULUM_MODEL = {
 }
 # Fewer and larger iterations than by default take less time on a CPU.
 PLANS = {"num_candidates": 200, "optim_steps": 2, "num_particles": 3}
+CHEETAH = {
+    "env": "HalfCheetah-v5",
+    "termination": "none",
+    "random_steps": 1000,
+    "steps": 6000,
+    "evaluation_interval": 500,
+    "evaluation_episodes": 3,
+    "learning_rate": 1e-3,
+    "updates_per_step": 20,
+}
+CHEETAH_MODEL = {
+    "hidden": (200, 200, 200),
+    "horizon_schedule": (0, 0, 1, 1),
+    "model_steps": 600,
+}
 ONE_UPDATE = {**SAC, "updates_per_step": 1}
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -99,14 +114,21 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "pets-pendulum": Experiment("pets", {**PENDULUM_BY_PETS, "trials": 8}),
     "mbpo-inverted-pendulum": Experiment("mbpo", {**INVERTED, **INVERTED_MODEL}),
-    "sac-inverted-pendulum-same-updates": Experiment("mbpo", {**INVERTED, **SAC}),
+    "sac-inverted-pendulum-same-updates": Experiment(
+        "mbpo", {**INVERTED, **SAC, "steps": 2000}
+    ),
     "sac-inverted-pendulum-one-update": Experiment(
-        "mbpo", {**INVERTED, **ONE_UPDATE, "steps": 6000}
+        "mbpo", {**INVERTED, **ONE_UPDATE, "steps": 5000}
     ),
     "mbpo-pendulum": Experiment("mbpo", {**PENDULUM, **PENDULUM_MODEL}),
     "sac-pendulum-same-updates": Experiment("mbpo", {**PENDULUM, **SAC}),
     "sac-pendulum-one-update": Experiment(
         "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 5000}
+    ),
+    "mbpo-half-cheetah": Experiment("mbpo", {**CHEETAH, **CHEETAH_MODEL}, seeds=1),
+    "sac-half-cheetah-same-updates": Experiment("mbpo", {**CHEETAH, **SAC}, seeds=1),
+    "sac-half-cheetah-one-update": Experiment(
+        "mbpo", {**CHEETAH, **ONE_UPDATE}, seeds=1
     ),
 }
 
@@ -298,7 +320,10 @@ def figure(title: str, column: str, names: dict[str, str], y: str, level: float 
                 medians.append((step, values[len(values) // 2]))
         if medians:
             axes.plot(
-                *zip(*medians), color=color, lw=2, label=f"{label} ({len(found)} seeds)"
+                *zip(*medians),
+                color=color,
+                lw=2,
+                label=f"{label} ({len(found)} seed{'s' * (len(found) > 1)})",
             )
     if level is not None:
         axes.axhline(level, color="0.6", ls=":", lw=1)
@@ -414,12 +439,13 @@ def pendulum_table() -> str:
 def steps_table(names: dict[str, str], level: float) -> str:
     rows = []
     for name, label in names.items():
-        found = [
-            first_step(c, level) for c in curves(name, "evaluation_return").values()
-        ]
+        found = []
+        for curve in curves(name, "evaluation_return").values():
+            step = first_step(curve, level)
+            found.append(f"> {curve[-1][0]:.0f}" if math.isinf(step) else f"{step:.0f}")
         if not found:
             continue
-        shown = " ".join("never" if math.isinf(s) else f"{s:.0f}" for s in found)
+        shown = ", ".join(found)
         seconds = sorted(walls(name))
         rows.append([label, shown, f"{seconds[len(seconds) // 2]:.0f}"])
     return table(
@@ -428,7 +454,21 @@ def steps_table(names: dict[str, str], level: float) -> str:
     )
 
 
-def label(kind: str, task: str) -> dict[str, str]:
+def last_table(names: dict[str, str]) -> str:
+    """The last evaluation of each seed."""
+    rows = []
+    for name, label in names.items():
+        seconds = walls(name)
+        for seed, curve in curves(name, "evaluation_return").items():
+            step, value = curve[-1]
+            rows.append(
+                [label, seed, f"{step:.0f}", f"{value:.0f}", f"{seconds.pop(0):.0f}"]
+            )
+    header = ["recipe", "seed", "real steps", "mean return then", "seconds"]
+    return table(header, rows)
+
+
+def label(task: str) -> dict[str, str]:
     return {
         f"mbpo-{task}": "MBPO",
         f"sac-{task}-same-updates": "SAC, as many updates",
@@ -454,23 +494,33 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
         pendulum_figure,
     ),
     "inverted_pendulum": (
-        lambda: steps_table(label("mbpo", "inverted-pendulum"), 950),
+        lambda: steps_table(label("inverted-pendulum"), 950),
         lambda: figure(
             "InvertedPendulum-v5",
             "evaluation_return",
-            label("mbpo", "inverted-pendulum"),
+            label("inverted-pendulum"),
             "mean return of 5 episodes",
             950,
         ),
     ),
     "pendulum_mbpo": (
-        lambda: steps_table(label("mbpo", "pendulum"), -200),
+        lambda: steps_table(label("pendulum"), -200),
         lambda: figure(
             "Pendulum-v1",
             "evaluation_return",
-            label("mbpo", "pendulum"),
+            label("pendulum"),
             "mean return of 10 episodes",
             -200,
+        ),
+    ),
+    "half_cheetah": (
+        lambda: last_table(label("half-cheetah")),
+        lambda: figure(
+            "HalfCheetah-v5",
+            "evaluation_return",
+            label("half-cheetah"),
+            "mean return of 3 episodes",
+            None,
         ),
     ),
 }
@@ -479,12 +529,8 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
 def report(names: list[str]) -> None:
     for name in names or REPORTS:
         make_table, make_figure = REPORTS[name]
+        text = make_table()
         make_figure().savefig(OUT / f"{name}.png", dpi=110)
-        try:
-            text = make_table()
-        except FileNotFoundError as err:
-            say(f"{name}: {err}")
-            continue
         (OUT / f"{name}.md").write_text(text)
         say(f"\n{name}\n{text}")
 
