@@ -529,7 +529,14 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
 def report(names: list[str]) -> None:
     for name in names or REPORTS:
         make_table, make_figure = REPORTS[name]
-        text = make_table()
+        try:
+            text = make_table()
+        except FileNotFoundError as err:
+            say(f"{name}: {err}")
+            continue
+        if text.count("\n") < 3:
+            say(f"{name}: has not been run")
+            continue
         make_figure().savefig(OUT / f"{name}.png", dpi=110)
         (OUT / f"{name}.md").write_text(text)
         say(f"\n{name}\n{text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gymnasium
 import numpy as np
+from torchrl.envs import GymEnv, RenameTransform, TransformedEnv
 
 
 PETS = {
@@ -42,6 +43,19 @@ MBPO = {
     "evaluation_interval": 30,
     "evaluation_episodes": 2,
 }
+
+
+def make_nested() -> TransformedEnv:
+    """A pendulum whose entries are those of an agent."""
+    return TransformedEnv(
+        GymEnv("Pendulum-v1"),
+        RenameTransform(
+            ["observation", "reward"],
+            [("agent", "observation"), ("agent", "reward")],
+            ["action"],
+            [("agent", "action")],
+        ),
+    )
 
 
 class Reacher1D(gymnasium.Env):

@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher, MBPO as SMALL, Reacher1D, Unbounded
+from _real_envs import make_nested, make_reacher, MBPO as SMALL, Reacher1D, Unbounded
 
 from torchrl_wm.trainers import MBPOConfig, MBPOTrainer
 
@@ -42,6 +42,19 @@ def test_horizons_follow_their_schedule() -> None:
     trainer = trained(horizon_schedule=(20, 60, 1, 3), termination="none")
     lengths = [trainer.config.horizon(step) for step in (20, 30, 40, 50, 60)]
     assert trainer.imagine.imagined_frames == 20 * sum(lengths) == 20 * 10
+
+
+def test_nested_keys() -> None:
+    trainer = trained(env=make_nested, termination="none")
+    rewards = trainer.data[:]["next", "agent", "reward"].reshape(-1, 15).sum(1)
+    returns = [row["return"] for row in trainer.metrics if "return" in row]
+    torch.testing.assert_close(rewards, torch.tensor(returns))
+
+
+def test_a_run_that_stops_with_an_episode_records_it() -> None:
+    trainer = trained(evaluation_interval=15, stop_return=-1e9)
+    assert [row["step"] for row in trainer.metrics] == [15, 15]
+    assert "return" in trainer.metrics[1] and trainer.episodes == 1
 
 
 def test_only_the_newest_rounds_are_learned_from() -> None:

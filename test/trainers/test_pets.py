@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher, PETS as SMALL, Unbounded
+from _real_envs import make_nested, make_reacher, PETS as SMALL, Unbounded
 from torchrl.envs import GymEnv, SerialEnv
 
 from torchrl_wm.trainers import PETSConfig, PETSTrainer
@@ -23,6 +23,27 @@ def test_a_run_goes_from_random_steps_to_planned_trials() -> None:
     assert ["loss_nll" in row for row in trainer.metrics] == [False, True, True, True]
     assert len(trainer.data) == 48
     assert all(np.isfinite(row["return"]) for row in trainer.metrics)
+
+
+def test_models_are_trained_within_trials_too() -> None:
+    trainer = PETSTrainer(**SMALL, model_interval=5, first_model_steps=9)
+    fit, trainings = trainer.fit_model, []
+
+    def fit_model(data, steps) -> None:
+        trainings.append((trainer.collected_frames, steps))
+        fit(data, steps)
+
+    trainer.fit_model = fit_model
+    trainer.train()
+    later = [(step, 6) for step in (29, 34, 36, 41, 46, 48)]
+    assert trainings == [(24, 9), *later]
+
+
+def test_nested_keys() -> None:
+    trainer = trained(env=make_nested, termination="none", trials=1)
+    rewards = trainer.data[:]["next", "agent", "reward"].reshape(-1, 12).sum(1)
+    returns = torch.tensor([row["return"] for row in trainer.metrics])
+    torch.testing.assert_close(rewards, returns)
 
 
 def test_random_actions_are_held() -> None:

@@ -15,10 +15,11 @@ from torchrl.data import ReplayBuffer
 from torchrl_wm import _files
 from torchrl_wm.trainers import MBPOTrainer, NonFiniteLossError, PETSTrainer, RunFolder
 
-PETS = {**SMALL_PETS, "trials": 3}
+PETS = {**SMALL_PETS, "trials": 3, "random_hold": 3, "model_interval": 5}
 MBPO = {
     **SMALL_MBPO,
-    "horizon_schedule": (0, 0, 5, 5),
+    "random_hold": 3,
+    "horizon_schedule": (20, 75, 1, 3),
     "steps": 75,
     "evaluation_interval": 25,
     "evaluation_episodes": 1,

@@ -205,7 +205,7 @@ def finish(trainer: RecipeTrainer, report: bool) -> None:
     try:
         trainer.train()
         over = f"Done in {time.monotonic() - began:.0f} s: {done(trainer)}"
-        if report:
+        if report and trainer.learner.steps:  # SAC alone has no model to report on
             say(f"{over}. Writing the report ...")
             write_run_report(trainer)
         else:

@@ -15,6 +15,8 @@ from torchrl_wm.objectives import GaussianNLLTerm, WorldModelLoss
 
 #: How many batches to draw from a buffer at once: to draw one by one takes longer than a step.
 _DRAWN_AT_ONCE = 64
+#: Of how many transitions to count at once: the hash takes some times their size.
+_COUNTED_AT_ONCE = 16384
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -108,7 +110,7 @@ class ModelLearner:
         rows = valid_rows(rows).reshape(-1)
         train, held_out = self._divided(rows)
         fit_normalizers(self.world_model, train)
-        train = self._counted(train)
+        train = self._counted(train, steps)
         tail, sums = max(1, steps // 10), {}
         for step, batch in enumerate(self._batches(train, steps)):
             losses = self.loss(batch).select(*self.loss.out_keys)
@@ -156,16 +158,23 @@ class ModelLearner:
         order = torch.randperm(len(rows))
         return rows[order[number:]], rows[order[:number]]
 
-    def _counted(self, rows: TensorDictBase) -> TensorDictBase:
+    def _counted(self, rows: TensorDictBase, steps: int) -> TensorDictBase:
         """The rows with their bootstrap counts, which else each batch would make anew."""
+        if len(rows) > steps * self.batch_size:
+            return rows  # most of them are in no batch
         dynamics = self.world_model.dynamics
         terms = [t for t in self.loss.terms if isinstance(t, GaussianNLLTerm)]
         if not isinstance(dynamics, EnsembleDynamics) or len(terms) != 1:
             return rows
-        if not terms[0].bootstrap or "member_weight" in rows.keys():
+        of_dynamics = terms[0].bootstrap and terms[0].component == "dynamics"
+        if not of_dynamics or "member_weight" in rows.keys():
             return rows
-        counts = terms[0].member_counts(rows, self.loss, dynamics.ensemble.members)
-        return rows.copy().set("member_weight", counts.float())
+        members = dynamics.ensemble.members
+        counts = [
+            terms[0].member_counts(part, self.loss, members).float()
+            for part in rows.split(_COUNTED_AT_ONCE)
+        ]
+        return rows.copy().set("member_weight", torch.cat(counts))
 
     def _batches(self, rows: TensorDictBase, number: int) -> Iterator[TensorDictBase]:
         while number > 0:

@@ -46,7 +46,8 @@ class MBPOConfig(RecipeConfig):
         rollouts: imagined rollouts in a round, branched off real states.
         horizon_schedule: ``(first_step, last_step, first, last)``: the length of imagined
             rollouts goes from ``first`` to ``last`` between these real steps.
-        retained_rounds: of how many rounds of rollouts the imagined transitions are kept.
+        retained_rounds: how many full rounds of rollouts of the present length the imagined
+            transitions that are learnt from would make: the newest ones.
         real_share: the share of real transitions in a batch of the policy. With 1 there is
             no model: this is SAC.
         updates_per_step: updates of the policy for each real step.
@@ -256,7 +257,7 @@ class MBPOTrainer(RecipeTrainer):
         return next(self._batches)
 
     def end_step(self) -> None:
-        """Evaluate where it is time to, and end the episode where it ended."""
+        """Evaluate where it is time to; end the episode where it ended, or the run."""
         config = self.config
         interval = config.evaluation_interval
         if interval and self.collected_frames % interval == 0:
@@ -266,11 +267,11 @@ class MBPOTrainer(RecipeTrainer):
             ]
             mean = sum(returns) / len(returns)
             self.record(evaluation_return=mean, evaluation_least=min(returns))
-            if self.has_reached:
-                if self.run is not None:
-                    self.save()
-                self.request_stop()
         super().end_step()
+        if self.has_reached and not self._is_done:
+            if self.run is not None:
+                self.save()
+            self.request_stop()
 
     @property
     def has_reached(self) -> bool:
@@ -353,8 +354,11 @@ def make_sac(
     value_net = MLP(
         observation_size + size, 1, num_cells=hidden, activation_class=nn.ReLU
     )
+    # Named, as TorchRL knows the value of an action by the key "action" alone.
     value = ValueOperator(
-        _Joined(value_net), in_keys=[*observation_keys, env.action_key]
+        _Joined(value_net),
+        in_keys=[*observation_keys, env.action_key],
+        out_keys=["state_action_value"],
     )
     sac = SACLoss(
         actor,

@@ -27,7 +27,7 @@ class PETSConfig(RecipeConfig):
     Args:
         trials: episodes to plan, after the random ones.
         model_steps: gradient steps of each training of the model.
-        first_model_steps: those of the first one, on the random steps; as many if None.
+        first_model_steps: those of the first one, on the random steps; ``model_steps`` if None.
         model_interval: real steps within a trial from one training to the next; if None,
             the model is trained after each trial alone.
         planner: "icem" or "cem".
@@ -171,7 +171,8 @@ class PETSTrainer(RecipeTrainer):
         return self.collected_frames + left * max(lengths)
 
     def prepared(self, env: TransformedEnv) -> EnvBase:
-        primer = self._planner.make_tensordict_primer()
+        # Zero at a reset of the whole env, of which it may have done flags of parts, too.
+        primer = self._planner.make_tensordict_primer(reset_key=env.reset_keys[0])
         return TransformedEnv(env, primer, auto_unwrap=False)
 
 

@@ -27,8 +27,8 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
 from torchrl_wm.planners.base import MPCPlanner
 from torchrl_wm.trainers.evaluation import episode_return
-from torchrl_wm.trainers.real_envs import rendered_frame
-from torchrl_wm.trainers.recipe import RecipeTrainer
+from torchrl_wm.trainers.real_envs import episode_seeds, rendered_frame
+from torchrl_wm.trainers.recipe import EVALUATION_EPISODES, RecipeTrainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ def write_run_report(
         What was measured.
 
     Raises:
-        ValueError: if there is neither a path nor a folder.
+        ValueError: if there is neither a path nor a folder, or the model has not learnt yet.
 
     Examples:
         >>> import os, tempfile
@@ -138,6 +138,12 @@ def write_run_report(
                 "path)."
             )
         path = trainer.run.path / "report.html"
+    if not trainer.learner.steps:
+        raise ValueError(
+            "The run's model has not learnt anything: a report has nothing to measure. Train the "
+            "run first; with real_share=1 it has no model, and plot_learning_curve(trainer.metrics) "
+            "draws its returns."
+        )
     recorded = trainer.evaluate(episodes, seed=seed)
     returns = [episode_return(trainer.env, episode) for episode in recorded]
     config = trainer.config
@@ -160,11 +166,14 @@ def write_run_report(
     )
     settings = {
         "title": f"{trainer.algorithm} on {config.env}, seed {config.seed}",
-        # Another one: that of the run counts its episodes.
-        "real_env": trainer.make_env(),
         "seed": seed,
         **kwargs,
     }
+    if "real_env" not in settings:
+        # One with episodes of its own: that of the run goes on counting.
+        settings["real_env"] = real_env = trainer.make_env()
+        episode_seeds(real_env).seed = seed
+        episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
     if not isinstance(trainer.policy, MPCPlanner):
         settings.setdefault("policy", _without_exploration(trainer))
     sections = [curve, *settings.pop("sections", ())]

@@ -126,6 +126,7 @@ class RandomFirst(TensorDictModuleBase):
         self.policy = policy
         self.is_random = True
         self.hold = hold
+        self._held: torch.Tensor | None = None
         #: The steps of the episode so far.
         self.length = 0
         #: Called at each step, for progress bars.
@@ -232,6 +233,8 @@ class RecipeTrainer(Trainer):
         self._evaluation_env: EnvBase | None = None
         self._began = 0.0
         self._is_running = False
+        # Of the episode so far.
+        self._is_done, self._episode_return, self._length = False, 0.0, 0
 
     # What a recipe says -----------------------------------------------------
 
@@ -254,7 +257,13 @@ class RecipeTrainer(Trainer):
         reward_function: Function | None,
         termination_function: Function | None,
     ) -> tuple[TransformedEnv, WorldModel, WorldModelLoss]:
-        """What every recipe begins with: the real env, and the ensemble that learns it."""
+        """What every recipe begins with: the real env, and the ensemble that learns it.
+
+        Sets ``learner``, which trains the ensemble, and ``data``, all real transitions.
+
+        Returns:
+            The real env, the ensemble and its loss.
+        """
         self._source = config.env if env is None else env
         torch.manual_seed(config.seed)
         real_env = make_real_env(
@@ -328,7 +337,7 @@ class RecipeTrainer(Trainer):
 
     def end_step(self) -> None:
         """End the episode where the env ended it."""
-        if self._is_done and not self._stop_training:
+        if self._is_done:
             self.end_episode()
 
     def end_episode(self) -> None:
