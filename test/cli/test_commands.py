@@ -132,6 +132,21 @@ def test_a_model_of_logged_arrays(env, here, capsys) -> None:
     assert "<html" in (here / "runs" / "model-log-0" / "report.html").read_text()
 
 
+def test_a_model_that_cannot_be_trained_leaves_nothing(here, capsys) -> None:
+    steps = {name: np.zeros((9, 1)) for name in ("observations", "actions")}
+    flags = {"rewards": np.zeros(9), "terminations": np.zeros(9, bool)}
+    np.savez("log.npz", **steps, **flags, next_observations=np.full((9, 1), np.nan))
+    assert main(["train", "model", "--data", "log.npz", "--run", "run"]) == 2
+    assert "NaN" in capsys.readouterr().err
+    assert not (here / "run").exists()
+
+
+def test_runs_go_on_with_the_settings_they_have(run, capsys) -> None:
+    assert main(["train", "--resume", run, "--trials", "9"]) == 2
+    error = capsys.readouterr().err
+    assert "--trials" in error and "start a new run" in error
+
+
 def test_a_model_of_nothing(here, capsys) -> None:
     assert main(["train", "model", "--data", "absent.npz"]) == 2
     assert "absent.npz" in capsys.readouterr().err

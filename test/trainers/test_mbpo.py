@@ -164,6 +164,8 @@ def test_evaluations_leave_the_env_that_was_given_alone(make) -> None:
     [
         ("random_steps", 0),
         ("random_hold", 0),
+        ("hidden", (16, 0)),
+        ("hidden", ()),
         ("model_interval", 0),
         ("imagination_interval", 0),
         ("evaluation_interval", -1),

@@ -46,6 +46,14 @@ def test_nested_keys() -> None:
     torch.testing.assert_close(rewards, returns)
 
 
+def test_functions_that_differ_from_the_env_are_named() -> None:
+    def far_from_it(observation, action, next_observation):
+        return observation[..., :1]
+
+    with pytest.warns(UserWarning, match="reward function.*24 of 24 steps"):
+        trained(reward_function=far_from_it, trials=1)
+
+
 def test_random_actions_are_held() -> None:
     trainer = trained(random_hold=5, trials=1)
     first, second = trainer.data[:24]["action"].reshape(2, 12)

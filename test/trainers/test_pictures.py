@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from _real_envs import MBPO
 
-from torchrl_wm.trainers import MBPOTrainer, write_run_report
+from torchrl_wm.trainers import make_real_env, MBPOTrainer, write_run_report
 
 
 def test_a_report_says_what_the_model_promises(tmp_path) -> None:
@@ -26,3 +26,9 @@ def test_a_run_without_a_model_has_no_report(tmp_path) -> None:
     with pytest.raises(ValueError, match="real_share=1.*plot_learning_curve"):
         write_run_report(trainer, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_of_dm_control_are_made_for_films_as_gymnasiums_are() -> None:
+    pytest.importorskip("dm_control")
+    env = make_real_env("dm_control/cartpole/balance", render_mode="rgb_array")
+    assert len(env.rollout(3)) == 3

@@ -113,7 +113,7 @@ def play(
         real_only: film the real env alone, with its own renderer.
         seed: of how the episode begins.
         fps: frames a second.
-        height: of the frames, in pixels.
+        height: of the frames, in pixels; films of the real env alone have that of its renderer.
     """
 
     def go() -> None:

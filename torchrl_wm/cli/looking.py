@@ -49,8 +49,8 @@ def play(path: str, *, out: str | None, real_only: bool, **settings: float) -> N
     both = film_policy(trainer, film, real_only=real_only, **settings)
     if not both and not real_only:
         say(
-            f"The real env alone: the state of {trainer.config.env} does not follow from its "
-            f"observations, so that nothing draws what is imagined."
+            f"The real env alone: nothing is known that draws {trainer.config.env} from its "
+            f"observations, and with it what is imagined."
         )
     say(str(film))
 

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Its notes, such as that a storage is initialised, are not for people who run a command.
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
+    # Frames are drawn, no windows: without a display SDL complains as if something had failed.
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     # `--env module:factory` is looked for where the user is, as `python -m` does.
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
@@ -68,6 +71,12 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
 
     # The settings of a recipe are read from its config, whose import takes as long as torch's.
     # Hence only where they are asked for.
+    if _resumes(words) and any(_is_option(word) for word in words):
+        options = sorted(word for word in words if _is_option(word))
+        raise ValueError(
+            f"--resume goes on with the settings in the folder's config.json, and takes none beside "
+            f"it: {options}. For other settings, such as more trials, start a new run."
+        )
     recipe = words[1] if len(words) > 1 and words[0] == "train" else None
     if recipe in commands.RECIPES and not _resumes(words):
         from torchrl_wm.cli import training
@@ -81,6 +90,13 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         args=words,
         config=(tyro.conf.DisallowNone,),
     )
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word is an option that going on with a run does not have."""
+    known = ("resume", "report", "no-report", "progress", "no-progress", "help")
+    name = word.split("=")[0]
+    return name.startswith("--") and name[2:].replace("_", "-") not in known
 
 
 def _resumes(words: Sequence[str]) -> bool:

@@ -132,17 +132,27 @@ def train_from_data(
     name = re.sub(r"[^\w.-]+", "-", Path(data.removeprefix("minari:")).stem)
     path = run or f"runs/model-{name.strip('-')}-{settings['seed']}"
     content = {"algorithm": "model", "config": {"data": data, "env": env, **settings}}
-    folder = RunFolder.create(path, content)
+    RunFolder.check_free(path)
+    folder: RunFolder | None = None
     say(f"A world model of {len(rows)} transitions from {data}, in {path}")
 
     def show(row: dict[str, float]) -> None:
+        nonlocal folder
+        if folder is None:  # settings and data are right
+            folder = RunFolder.create(path, content)
         folder.log(row)
         listed = [f"{k} {v:.4g}" for k, v in row.items() if k != "step"]
         say(f"gradient step {row['step']}: {', '.join(listed)}")
 
-    world_model, metrics = train_world_model(
-        rows, env=real_env, on_row=show, **settings
-    )
+    try:
+        world_model, metrics = train_world_model(
+            rows, env=real_env, on_row=show, **settings
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"Interrupted. The training of a model alone does not go on from where it stopped: "
+            f"start it again, after removing {path} or with another --run."
+        ) from None
     file = folder.path / "model.pt"
     save_world_model(world_model, file)
     best = min(row["held_out_error"] for row in metrics)

@@ -406,7 +406,8 @@ def gap(study: Study) -> Measured:
     """What the model promises a policy, and what it gets."""
     if study.policy is None or study.real_env is None:
         raise DoesNotApply(
-            "it needs a policy and the real env: policy=..., real_env=..."
+            "it needs the real env and a policy that can act in the imagined one, too, as a planner "
+            "of the real env cannot: policy=..., real_env=..."
         )
     measured = exploitation_gap(
         study.env,

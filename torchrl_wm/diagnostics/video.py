@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_wm.diagnostics.drawing import name_of
 from torchrl_wm.diagnostics.film import captioned, GAP, resized, separated
@@ -207,8 +207,8 @@ def _drawer(
     draw = observation_renderer(render)
     if draw is None:
         raise ValueError(
-            f"Nothing draws the observations of {render!r}: their env's state does not follow from "
-            f"them. Pass render=f, f(observation) -> [height, width, 3]; or record pixels "
+            f"Nothing draws the observations of {_name_of(render)}: no drawing of its state from them "
+            f"is known. Pass render=f, f(observation) -> [height, width, 3]; or record pixels "
             f"(GymEnv(..., from_pixels=True, pixels_only=False)) and decode them. The recorded "
             f"pixels alone are shown by save_video(path, frames)."
         )
@@ -226,6 +226,15 @@ def _drawer(
         return np.stack(out)
 
     return frames
+
+
+def _name_of(render: Render) -> str:
+    """An env by its class, and not by all its specs."""
+    while isinstance(render, TransformedEnv):
+        render = render.base_env
+    inner = getattr(render, "_env", None) if isinstance(render, EnvBase) else None
+    named = render if inner is None else getattr(inner, "unwrapped", inner)
+    return type(named).__name__ if isinstance(render, EnvBase) else repr(render)
 
 
 def _pixels_key(

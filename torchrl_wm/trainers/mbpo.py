@@ -314,13 +314,7 @@ def make_sac(
     if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
         raise ValueError(
             f"MBPO's policy (SAC) needs continuous, bounded actions, and {env.action_key!r} is "
-            f"{spec}. For discrete actions plan instead: PETSTrainer, torchrl-wm train pets."
-        )
-    bounds = torch.stack([spec.space.low, spec.space.high])
-    if not bounds.isfinite().all():
-        raise ValueError(
-            f"The actions have no finite bounds: {spec}. Bound them, with Gymnasium's "
-            f"ClipAction or RescaleAction, or torchrl.envs.ActionScaling."
+            f"{spec.__class__.__name__}. For discrete actions plan instead: PETSTrainer, torchrl-wm train pets."
         )
     hidden = list(config.policy_hidden)
     shapes = {

@@ -51,7 +51,7 @@ def make_real_env(
         seed: each episode is seeded from it and its number
             (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
         max_episode_steps: a time limit, after which an episode is truncated.
-        kwargs: for Gymnasium and dm_control, such as ``render_mode``; a function gets those
+        kwargs: for Gymnasium, such as ``render_mode``, and dm_control; a function gets those
             among them that it takes.
 
     Returns:
@@ -200,6 +200,8 @@ def _dm_control(name: str, kwargs: dict[str, Any]) -> EnvBase:
     from torchrl.envs import DMControlEnv
 
     domain, _, task = name[len(_DM_CONTROL) :].partition("/")
+    # Its physics can always be drawn, and its tasks do not know the word.
+    kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}
     try:
         return DMControlEnv(domain, task, **kwargs)
     except ImportError as err:

@@ -7,6 +7,7 @@ import difflib
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
@@ -14,17 +15,17 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from torchrl.trainers import Trainer
 
 from torchrl_wm._files import write_plain
 from torchrl_wm.models import make_ensemble_world_model
-from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules import FunctionHead, WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
 from torchrl_wm.trainers.episode_seeds import episode_seed
@@ -65,8 +66,9 @@ class RecipeConfig:
         members: the networks of the ensemble.
         elites: how many of them predict; all of them if None.
         hidden: the sizes of their hidden layers.
-        beta: how much of the variance the members' likelihood is weighted with
-            (:class:`~torchrl_wm.objectives.GaussianNLLTerm`).
+        beta: how much of the variance the members' likelihood is weighted with; 0 is the plain
+            likelihood, with more of it rows that are hard to predict count more (beta-NLL,
+            arXiv 2203.09168).
         model_learning_rate: of AdamW.
         model_weight_decay: of AdamW.
         model_batch_size: transitions in a batch of the model's training.
@@ -94,6 +96,11 @@ class RecipeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(
+                f"hidden are the sizes of the hidden layers, at least one and each at least 1, got "
+                f"{tuple(self.hidden)}."
+            )
 
     @classmethod
     def minima(cls) -> dict[str, float]:
@@ -269,6 +276,8 @@ class RecipeTrainer(Trainer):
         real_env = make_real_env(
             self._source, seed=config.seed, max_episode_steps=config.max_episode_steps
         )
+        key = real_env.action_key
+        check_bounds(real_env.full_action_spec_unbatched[key], key)
         world_model, loss = make_model(
             config, real_env, reward_function, termination_function
         )
@@ -438,6 +447,8 @@ class RecipeTrainer(Trainer):
 
     def fit_model(self, data: Any, steps: int) -> None:
         """Train the world model, and keep its losses for the next row of the metrics."""
+        if not self.learner.steps:
+            warn_of_other_functions(self.world_model, self.data[:])
         on_step = None if self._progress is None else self._progress.fitting(steps)
         self.losses.update(self.learner.fit(data, steps, on_step))
 
@@ -626,6 +637,48 @@ def make_model(
         termination_function=termination,
         termination="none" if config.termination == "none" else "learned",
     )
+
+
+def warn_of_other_functions(world_model: WorldModel, rows: TensorDictBase) -> None:
+    """Warn where a known reward or termination function says another thing than the real env."""
+    for name in ("reward", "done"):
+        head = getattr(world_model, f"{name}_head")
+        if not isinstance(head, FunctionHead):
+            continue
+        key = head.out_keys[0]
+        real = rows.get(key).reshape(len(rows), -1).double()
+        with torch.no_grad():
+            said = head(rows.copy()).get(key).reshape(len(rows), -1).double()
+        differs = ((said - real).abs() > 1e-3 * (1 + real.abs())).any(-1)
+        if differs.double().mean() > 0.01:
+            warnings.warn(
+                f"The {'reward' if name == 'reward' else 'termination'} function and the real env "
+                f"differ in {int(differs.sum())} of {len(rows)} steps, first in step "
+                f"{int(differs.nonzero()[0])}: {said[differs][0].tolist()}, and the env gave "
+                f"{real[differs][0].tolist()}. The function is what is planned and learnt by; a "
+                f"run's returns are the env's.",
+                stacklevel=2,
+            )
+
+
+def check_bounds(spec: TensorSpec, key: NestedKey) -> None:
+    """Refuse continuous actions without finite bounds.
+
+    Raises:
+        ValueError: if an action has none.
+    """
+    space = spec.space
+    if not spec.dtype.is_floating_point:
+        return
+    bounds = [getattr(space, name, None) for name in ("low", "high")]
+    # Specs without bounds have the largest number there is.
+    most = torch.finfo(spec.dtype).max / 4
+    if any(bound is None or not (bound.abs() < most).all() for bound in bounds):
+        raise ValueError(
+            f"The actions {key!r} have no finite bounds: {spec.__class__.__name__} of the shape "
+            f"{tuple(spec.shape)}. Give the env an action space with bounds, or bound it with "
+            f"Gymnasium's ClipAction or RescaleAction, or torchrl.envs.ActionScaling."
+        )
 
 
 def make_buffer(capacity: int) -> TensorDictReplayBuffer:

@@ -58,6 +58,21 @@ class RunFolder:
         self._writer: Any = None
         self._purged_from: int | None = None
 
+    @staticmethod
+    def check_free(path: str | os.PathLike) -> None:
+        """Refuse a folder with something in it.
+
+        Raises:
+            FileExistsError: if there is something in it already.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(
+                f"{str(path)!r} exists already. Go on with that run, if it is one of pets or mbpo, "
+                f"by --resume {path} (in Python: Trainer.resume({str(path)!r})); or remove it, or "
+                f"choose another folder."
+            )
+
     @classmethod
     def create(
         cls, path: str | os.PathLike, config: Mapping[str, Any], *, keep: int = 2
@@ -67,12 +82,8 @@ class RunFolder:
         Raises:
             FileExistsError: if there is something in it already.
         """
+        cls.check_free(path)
         run = cls(path, keep=keep)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            raise FileExistsError(
-                f"{str(run.path)!r} exists already. Go on with that run by --resume {run.path} "
-                f"(in Python: Trainer.resume({str(run.path)!r})), or choose another folder."
-            )
         run.checkpoints.mkdir(parents=True)
         run.config = dict(config)
         text = json.dumps(run.config, indent=2)
