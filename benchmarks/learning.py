@@ -313,9 +313,9 @@ def figure(title: str, column: str, names: dict[str, str], y: str, level: float 
         steps = sorted({step for curve in found.values() for step, _ in curve})
         medians = []
         for step in steps:
-            values = sorted(
-                value for curve in found.values() for s, value in curve if s == step
-            )
+            # A run that ended at the level counts with what it reached.
+            reached = [[v for s, v in curve if s <= step] for curve in found.values()]
+            values = sorted(past[-1] for past in reached if past)
             if len(values) > len(found) / 2:
                 medians.append((step, values[len(values) // 2]))
         if medians:
