@@ -137,7 +137,7 @@ def demo(
     *,
     run: str = "runs/demo",
     seed: int = 0,
-    trials: int = 2,
+    trials: int = 1,
     episode_steps: int = 200,
     model_steps: int | None = None,
     num_candidates: int | None = None,
@@ -148,7 +148,7 @@ def demo(
     Args:
         run: the folder of the run; a number is added to it if it exists.
         seed: of everything.
-        trials: real episodes, after two at random.
+        trials: real episodes that are planned, after two at random.
         episode_steps: the length of an episode.
         model_steps: gradient steps of each training; by default 1,500 first and 350 every 50
             real steps.

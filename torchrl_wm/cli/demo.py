@@ -62,9 +62,9 @@ def run_demo(
     path = free(Path(run))
     trainer = PETSTrainer.start(path, config, progress=progress)
     say(
-        f"Learning the pendulum from nothing: {config.random_steps} random steps, then {trials} "
-        f"trials in which the actions are planned through an ensemble, which learns from all steps "
-        f"so far."
+        f"Learning the pendulum from nothing: {config.random_steps} random steps, then "
+        f"{number(trials)} in which the actions are planned through an ensemble, which learns from all "
+        f"steps so far."
     )
     try:
         trainer.train()
@@ -95,11 +95,16 @@ def run_demo(
         raise Interrupted(what_is_saved(trainer)) from None
     first, last = trainer.metrics[0]["return"], episode_return(trainer.env, episode)
     say(
-        f"Return at random {first:.0f}, after {trials} trials {last:.0f}. Done in "
+        f"Return at random {first:.0f}, after {number(trials)} {last:.0f}. Done in "
         f"{time.monotonic() - began:.0f} s."
     )
     list_paths({**pictures, **paths(trainer)})
     say(f"More about this model: torchrl-wm report {path}")
+
+
+def number(trials: int) -> str:
+    """How many trials, in words."""
+    return f"{trials} trial" + "s" * (trials > 1)
 
 
 def free(path: Path) -> Path:

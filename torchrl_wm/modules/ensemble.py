@@ -130,19 +130,14 @@ class EnsembleMLP(nn.Module):
         rows = value.reshape(-1, self.in_features)
         tables = self.members if members is None else len(members)
         share = -(-len(rows) // tables)
-        # Rows sit down at random at one table for each member, all equally large.
-        seats = _shuffled(tables * share, rows.device)[: len(rows)]
+        # Rows sit down at random at one table for each member, all equally large. Not by
+        # randperm, which torch 2.13 does not compile as an index: a compiled rollout would
+        # draw other numbers than an eager one.
+        seats = torch.rand(tables * share, device=rows.device).argsort()[: len(rows)]
         seated = rows.new_zeros(tables * share, self.in_features)
         seated = seated.index_copy(0, seats, rows).reshape(tables, share, -1)
         out = self.members_apart(seated, members).flatten(0, 1)[seats]
         return out.reshape(*value.shape[:-1], out.shape[-1])
-
-
-def _shuffled(number: int, device: torch.device) -> torch.Tensor:
-    if torch.compiler.is_compiling():
-        # torch 2.13's inductor fails where a randperm is an index.
-        return torch.rand(number, device=device).argsort()
-    return torch.randperm(number, device=device)
 
 
 class DrawnMember(nn.Module):

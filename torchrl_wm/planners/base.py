@@ -327,7 +327,7 @@ class MPCPlanner(MPCPlannerBase):
             shape = (-1, self.num_policy_candidates, *actions.shape[1:])
             proposed = self.space.from_action(actions.reshape(shape))
         for i in range(self.optim_steps):
-            # Drawn here, so that a compiled plan has the candidates of an eager one.
+            # Drawn here, so that a compiled plan has the random numbers of an eager one.
             fresh = max(1, self.population_size(i) - self.num_policy_candidates - 1)
             noise = self.space.noise(rows, fresh, self.planning_horizon)
             # A graph for each shape: dynamo gives up on functions of many.
