@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchrl_wm.cli.demo import SETTINGS as PENDULUM_BY_PETS
+from torchrl_wm.cli.demo import PLANS, SETTINGS as PENDULUM_BY_PETS
 
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "learning"
 CARTPOLE = "torchrl_wm/ContinuousCartPole-v0"
@@ -79,8 +78,6 @@ PENDULUM_MODEL = {
     "model_interval": 100,
     "model_steps": 400,
 }
-# Fewer and larger iterations than by default take less time on a CPU.
-PLANS = {"num_candidates": 200, "optim_steps": 2, "num_particles": 3}
 CHEETAH = {
     "env": "HalfCheetah-v5",
     "termination": "none",
@@ -242,11 +239,6 @@ def first_trial(returns: list[float], level: float) -> int | None:
     return next((i + 2 for i, r in enumerate(returns) if r >= level), None)
 
 
-def first_step(curve: list[tuple[float, float]], level: float) -> float:
-    """The real steps to the first evaluation that reaches a return."""
-    return next((step for step, value in curve if value >= level), math.inf)
-
-
 def true_dynamics(seed: int, episodes: list[int]) -> list[float]:
     """Returns of planning with Pendulum's true dynamics, from the starts of a run's trials."""
     import torch
@@ -378,23 +370,19 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 def cartpole_table() -> str:
     rows = []
     for name in ("pets-cartpole", "pets-cartpole-learned"):
-        for seed, returns in planned(name).items():
+        returns_of = planned(name)
+        for seed, written in rows_of(name).items():
+            returns = returns_of[seed]
             first = first_trial(returns, 200)
-            wall = next(
-                (
-                    r["seconds"]
-                    for r in rows_of(name)[seed]
-                    if float(r["return"]) >= 200
-                ),
-                "-",
-            )
+            reached = (r["seconds"] for r in written if float(r["return"]) >= 200)
+            wall = next((f"{float(seconds):.0f}" for seconds in reached), "-")
             after = returns[(first or 1) - 2 :] if first else []
             rows.append(
                 [
                     name,
                     seed,
                     first or "-",
-                    wall if wall == "-" else f"{float(wall):.0f}",
+                    wall,
                     f"{sum(r >= 200 for r in after)} of {len(after)}" if first else "-",
                     " ".join(f"{r:.0f}" for r in returns),
                 ]
@@ -441,8 +429,8 @@ def steps_table(names: dict[str, str], level: float) -> str:
     for name, label in names.items():
         found = []
         for curve in curves(name, "evaluation_return").values():
-            step = first_step(curve, level)
-            found.append(f"> {curve[-1][0]:.0f}" if math.isinf(step) else f"{step:.0f}")
+            reached = (f"{step:.0f}" for step, value in curve if value >= level)
+            found.append(next(reached, f"> {curve[-1][0]:.0f}"))
         if not found:
             continue
         shown = ", ".join(found)
@@ -458,12 +446,11 @@ def last_table(names: dict[str, str]) -> str:
     """The last evaluation of each seed."""
     rows = []
     for name, label in names.items():
-        seconds = walls(name)
-        for seed, curve in curves(name, "evaluation_return").items():
+        found = curves(name, "evaluation_return")
+        for (seed, curve), seconds in zip(found.items(), walls(name)):
             step, value = curve[-1]
-            rows.append(
-                [label, seed, f"{step:.0f}", f"{value:.0f}", f"{seconds.pop(0):.0f}"]
-            )
+            shown = (f"{number:.0f}" for number in (step, value, seconds))
+            rows.append([label, seed, *shown])
     header = ["recipe", "seed", "real steps", "mean return then", "seconds"]
     return table(header, rows)
 

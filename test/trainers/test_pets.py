@@ -29,9 +29,9 @@ def test_models_are_trained_within_trials_too() -> None:
     trainer = PETSTrainer(**SMALL, model_interval=5, first_model_steps=9)
     fit, trainings = trainer.fit_model, []
 
-    def fit_model(data, steps) -> None:
+    def fit_model(steps) -> None:
         trainings.append((trainer.collected_frames, steps))
-        fit(data, steps)
+        fit(steps)
 
     trainer.fit_model = fit_model
     trainer.train()

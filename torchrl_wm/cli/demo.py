@@ -16,8 +16,11 @@ from torchrl_wm.trainers import (
     save_prediction_fan,
 )
 
+#: Fewer and larger iterations than by default take less time on a CPU.
+PLANS = {"num_candidates": 200, "optim_steps": 2, "num_particles": 3}
 #: What the pendulum is learnt with; docs/benchmarks/learning.md has curves over seeds.
 SETTINGS = {
+    **PLANS,
     "env": "Pendulum-v1",
     "termination": "none",  # the pendulum never ends an episode
     # Two episodes, in which torques that are held swing it up now and then.
@@ -28,10 +31,6 @@ SETTINGS = {
     "first_model_steps": 1500,
     "model_interval": 50,
     "model_steps": 350,
-    # Fewer and larger iterations than by default take less time on a CPU.
-    "num_candidates": 200,
-    "optim_steps": 2,
-    "num_particles": 3,
 }
 LABELS = ["cos(angle)", "sin(angle)", "velocity"]
 #: For how many steps the film imagines without another look at the real pendulum.
@@ -63,7 +62,7 @@ def run_demo(
     trainer = PETSTrainer.start(path, config, progress=progress)
     say(
         f"Learning the pendulum from nothing: {config.random_steps} random steps, then "
-        f"{number(trials)} in which the actions are planned through an ensemble, which learns from all "
+        f"{counted(trials)} in which the actions are planned through an ensemble, which learns from all "
         f"steps so far."
     )
     try:
@@ -95,14 +94,14 @@ def run_demo(
         raise Interrupted(what_is_saved(trainer)) from None
     first, last = trainer.metrics[0]["return"], episode_return(trainer.env, episode)
     say(
-        f"Return at random {first:.0f}, after {number(trials)} {last:.0f}. Done in "
+        f"Return at random {first:.0f}, after {counted(trials)} {last:.0f}. Done in "
         f"{time.monotonic() - began:.0f} s."
     )
     list_paths({**pictures, **paths(trainer)})
     say(f"More about this model: torchrl-wm report {path}")
 
 
-def number(trials: int) -> str:
+def counted(trials: int) -> str:
     """How many trials, in words."""
     return f"{trials} trial" + "s" * (trials > 1)
 

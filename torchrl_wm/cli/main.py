@@ -69,16 +69,17 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
 
     from torchrl_wm.cli import commands
 
-    # The settings of a recipe are read from its config, whose import takes as long as torch's.
-    # Hence only where they are asked for.
-    if _resumes(words) and any(_is_option(word) for word in words):
-        options = sorted(word for word in words if _is_option(word))
+    resumes = any(word.split("=")[0] == "--resume" for word in words)
+    options = sorted(word for word in words if _is_setting(word))
+    if resumes and options:
         raise ValueError(
             f"--resume goes on with the settings in the folder's config.json, and takes none beside "
             f"it: {options}. For other settings, such as more trials, start a new run."
         )
+    # The settings of a recipe are read from its config, whose import takes as long as torch's.
+    # Hence only where they are asked for.
     recipe = words[1] if len(words) > 1 and words[0] == "train" else None
-    if recipe in commands.RECIPES and not _resumes(words):
+    if recipe in commands.RECIPES and not resumes:
         from torchrl_wm.cli import training
 
         prog = f"torchrl-wm train {recipe}"
@@ -92,12 +93,8 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     )
 
 
-def _is_option(word: str) -> bool:
+def _is_setting(word: str) -> bool:
     """Whether a word is an option that going on with a run does not have."""
     known = ("resume", "report", "no-report", "progress", "no-progress", "help")
     name = word.split("=")[0]
     return name.startswith("--") and name[2:].replace("_", "-") not in known
-
-
-def _resumes(words: Sequence[str]) -> bool:
-    return any(word.split("=")[0] == "--resume" for word in words)

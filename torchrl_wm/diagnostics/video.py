@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from torchrl_wm.diagnostics.drawing import name_of
 from torchrl_wm.diagnostics.film import captioned, GAP, resized, separated
@@ -45,13 +45,9 @@ def observation_renderer(render: Render) -> Draw | None:
         True
     """
     if isinstance(render, EnvBase):
-        # Not getattr on the TorchRL env: batched envs ask their workers.
-        while hasattr(render, "base_env"):
-            render = render.base_env
-        inner = render.__dict__.get("_env", None)
-        if not isinstance(inner, gymnasium.Env):
+        render = _innermost(render)
+        if not isinstance(render, gymnasium.Env):
             return None
-        render = inner
     if isinstance(render, (str, gymnasium.Env)):
         env = gymnasium.make(render) if isinstance(render, str) else render
         if not can_draw(env):
@@ -230,11 +226,19 @@ def _drawer(
 
 def _name_of(render: Render) -> str:
     """An env by its class, and not by all its specs."""
-    while isinstance(render, TransformedEnv):
-        render = render.base_env
-    inner = getattr(render, "_env", None) if isinstance(render, EnvBase) else None
-    named = render if inner is None else getattr(inner, "unwrapped", inner)
-    return type(named).__name__ if isinstance(render, EnvBase) else repr(render)
+    if not isinstance(render, EnvBase):
+        return repr(render)
+    inner = _innermost(render)
+    named = inner.unwrapped if isinstance(inner, gymnasium.Env) else inner
+    return type(named).__name__
+
+
+def _innermost(env: EnvBase) -> Any:
+    """What a TorchRL env wraps in the end, or that env itself."""
+    while hasattr(env, "base_env"):
+        env = env.base_env
+    # Not getattr: batched envs ask their workers.
+    return env.__dict__.get("_env", env)
 
 
 def _pixels_key(

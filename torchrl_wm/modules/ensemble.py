@@ -145,8 +145,9 @@ class DrawnMember(nn.Module):
 
     Takes the place of a single network, in a head say. Trained so, each gradient step
     shows each member other rows; members that began differently differ where there is no
-    data, and asked so, what they do not agree on is uncertain. Where ``set_interaction_type`` asks for anything but ``"random"``,
-    it gives the members' average.
+    data, and asked so, what they do not agree on is uncertain. Where
+    ``set_interaction_type`` asks for anything but ``"random"``, it gives the members'
+    average.
 
     Args:
         ensemble: the members.

@@ -252,24 +252,30 @@ def action_space(
     return BoundedSpace(spec, low.to(device), high.to(device))
 
 
+def finite_bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The bounds of a spec of floats; None if it has none."""
+    bounds = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
+    # Specs without bounds have the largest number there is.
+    most = torch.finfo(spec.dtype).max / 4
+    if bounds[0] is None or not all(bound.abs().max() < most for bound in bounds):
+        return None
+    return bounds
+
+
 def _bounds(
     spec: TensorSpec, key: NestedKey, action_range: tuple | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     source = "action_range"
-    space = spec.space
-    own = getattr(space, "low", None), getattr(space, "high", None)
-    # Specs without bounds have the largest number there is.
-    most = torch.finfo(spec.dtype).max / 4
-    bounded = own[0] is not None and all(bound.abs().max() < most for bound in own)
+    own = finite_bounds(spec)
     if action_range is None:
         source = "the action spec"
-        low, high = own
-        if not bounded:
+        if own is None:
             raise ValueError(
                 f"The action spec of {key!r} has no finite bounds, and a planner must know where "
                 f"to search. Pass action_range=(low, high), numbers or tensors of the shape "
                 f"{tuple(spec.shape)}."
             )
+        low, high = own
     else:
         try:
             low, high = action_range
@@ -292,7 +298,9 @@ def _bounds(
             f"The bounds of {key!r} must be finite, the lower ones not above the upper ones; "
             f"{source} gives {low.tolist()} and {high.tolist()}."
         )
-    if bounded and ((low < own[0].to(low)).any() or (high > own[1].to(high)).any()):
+    if own is not None and (
+        (low < own[0].to(low)).any() or (high > own[1].to(high)).any()
+    ):
         raise ValueError(
             f"action_range {low.tolist()} to {high.tolist()} leads out of the bounds of {key!r}, "
             f"{own[0].tolist()} to {own[1].tolist()}. Choose a part of them, or leave it out."

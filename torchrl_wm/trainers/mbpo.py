@@ -228,7 +228,7 @@ class MBPOTrainer(RecipeTrainer):
             return
         since = self.collected_frames - config.random_steps
         if since % config.model_interval == 0 or not self.learner.steps:
-            self.fit_model(self.data, config.model_steps)
+            self.fit_model(config.model_steps)
         if since % config.imagination_interval == 0 or not len(self.imagined):
             self.imagine.horizon = config.horizon(self.collected_frames)
             self.imagine()
@@ -260,7 +260,8 @@ class MBPOTrainer(RecipeTrainer):
         """Evaluate where it is time to; end the episode where it ended, or the run."""
         config = self.config
         interval = config.evaluation_interval
-        if interval and self.collected_frames % interval == 0:
+        is_due = interval and self.collected_frames % interval == 0
+        if is_due:
             returns = [
                 episode_return(self.env, episode)
                 for episode in self.evaluate(config.evaluation_episodes)
@@ -268,7 +269,7 @@ class MBPOTrainer(RecipeTrainer):
             mean = sum(returns) / len(returns)
             self.record(evaluation_return=mean, evaluation_least=min(returns))
         super().end_step()
-        if self.has_reached and not self._is_done:
+        if is_due and self.has_reached and not self._is_done:
             if self.run is not None:
                 self.save()
             self.request_stop()
@@ -314,7 +315,8 @@ def make_sac(
     if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
         raise ValueError(
             f"MBPO's policy (SAC) needs continuous, bounded actions, and {env.action_key!r} is "
-            f"{spec.__class__.__name__}. For discrete actions plan instead: PETSTrainer, torchrl-wm train pets."
+            f"{spec.__class__.__name__}. For discrete actions plan instead: PETSTrainer, "
+            f"torchrl-wm train pets."
         )
     hidden = list(config.policy_hidden)
     shapes = {

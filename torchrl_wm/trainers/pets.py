@@ -150,10 +150,10 @@ class PETSTrainer(RecipeTrainer):
             return
         is_due = self._is_done
         if config.model_interval is not None and not self.acting.is_random:
-            is_due |= self._length % config.model_interval == 0
+            is_due |= self.acting.length % config.model_interval == 0
         if is_due:
             first = None if self.learner.steps else config.first_model_steps
-            self.fit_model(self.data, first or config.model_steps)
+            self.fit_model(first or config.model_steps)
 
     @property
     def is_over(self) -> bool:

@@ -28,6 +28,7 @@ from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import FunctionHead, WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
+from torchrl_wm.planners.actions import finite_bounds
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, MAX_STEPS, run_episodes
 from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
@@ -241,7 +242,7 @@ class RecipeTrainer(Trainer):
         self._began = 0.0
         self._is_running = False
         # Of the episode so far.
-        self._is_done, self._episode_return, self._length = False, 0.0, 0
+        self._is_done, self._episode_return = False, 0.0
 
     # What a recipe says -----------------------------------------------------
 
@@ -332,12 +333,11 @@ class RecipeTrainer(Trainer):
         """Begin to count anew, and act at random or not."""
         self.acting.is_random = self.collected_frames < self.config.random_steps
         self.acting.length = 0
-        self._episode_return, self._length = 0.0, 0
+        self._episode_return = 0.0
 
     def add_step(self, step: TensorDictBase) -> TensorDictBase:
         """D <- D + the step that the policy just took."""
         self._episode_return += episode_return(self.env, step)
-        self._length += len(step)
         rows = step.select(*self._keys)
         check_transitions(rows, self.collected_frames + len(step))
         self.data.extend(rows)
@@ -354,7 +354,7 @@ class RecipeTrainer(Trainer):
         self.episodes += 1
         row = {
             "return": self._episode_return,
-            "length": self._length,
+            "length": self.acting.length,
             "random": int(self.acting.is_random),
             **self.losses,
         }
@@ -445,12 +445,12 @@ class RecipeTrainer(Trainer):
         """A real env with all entries that the policy needs."""
         return env
 
-    def fit_model(self, data: Any, steps: int) -> None:
-        """Train the world model, and keep its losses for the next row of the metrics."""
+    def fit_model(self, steps: int) -> None:
+        """Train the world model on D, and keep its losses for the next row of the metrics."""
         if not self.learner.steps:
             warn_of_other_functions(self.world_model, self.data[:])
         on_step = None if self._progress is None else self._progress.fitting(steps)
-        self.losses.update(self.learner.fit(data, steps, on_step))
+        self.losses.update(self.learner.fit(self.data, steps, on_step))
 
     # Checkpoints -------------------------------------------------------------
 
@@ -667,13 +667,7 @@ def check_bounds(spec: TensorSpec, key: NestedKey) -> None:
     Raises:
         ValueError: if an action has none.
     """
-    space = spec.space
-    if not spec.dtype.is_floating_point:
-        return
-    bounds = [getattr(space, name, None) for name in ("low", "high")]
-    # Specs without bounds have the largest number there is.
-    most = torch.finfo(spec.dtype).max / 4
-    if any(bound is None or not (bound.abs() < most).all() for bound in bounds):
+    if spec.dtype.is_floating_point and finite_bounds(spec) is None:
         raise ValueError(
             f"The actions {key!r} have no finite bounds: {spec.__class__.__name__} of the shape "
             f"{tuple(spec.shape)}. Give the env an action space with bounds, or bound it with "
