@@ -31,7 +31,7 @@ SETTINGS = {
     "model_batch_size": 128,
     "first_model_steps": 1000,
     "model_interval": 50,
-    "model_steps": 175,
+    "model_steps": 150,
 }
 LABELS = ["cos(angle)", "sin(angle)", "velocity"]
 #: For how many steps the film imagines without another look at the real pendulum.
