@@ -107,7 +107,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
     "pets-cartpole-learned": Experiment(
-        "pets", {**PLANS, "env": CARTPOLE, "planning_horizon": 20, "trials": 8}
+        "pets",
+        {
+            "env": CARTPOLE,
+            "num_candidates": 200,
+            "optim_steps": 2,
+            "num_particles": 3,
+            "planning_horizon": 20,
+            "trials": 8,
+        },
     ),
     "pets-pendulum": Experiment("pets", {**PENDULUM_BY_PETS, "trials": 8}),
     "mbpo-inverted-pendulum": Experiment("mbpo", {**INVERTED, **INVERTED_MODEL}),

@@ -28,10 +28,11 @@ SETTINGS = {
     "random_steps": 400,
     "random_hold": 10,
     "beta": 0.25,
+    "num_candidates": 200,
     "model_batch_size": 128,
     "first_model_steps": 1000,
     "model_interval": 50,
-    "model_steps": 125,
+    "model_steps": 175,
 }
 LABELS = ["cos(angle)", "sin(angle)", "velocity"]
 #: For how many steps the film imagines without another look at the real pendulum.
