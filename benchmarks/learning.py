@@ -82,7 +82,7 @@ CHEETAH = {
     "env": "HalfCheetah-v5",
     "termination": "none",
     "random_steps": 1000,
-    "steps": 6000,
+    "steps": 5000,
     "evaluation_interval": 500,
     "evaluation_episodes": 3,
     "learning_rate": 1e-3,
