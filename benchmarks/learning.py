@@ -128,7 +128,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "mbpo-pendulum": Experiment("mbpo", {**PENDULUM, **PENDULUM_MODEL}),
     "sac-pendulum-same-updates": Experiment("mbpo", {**PENDULUM, **SAC}),
     "sac-pendulum-one-update": Experiment(
-        "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 5000}
+        "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 3000}
     ),
     "mbpo-half-cheetah": Experiment("mbpo", {**CHEETAH, **CHEETAH_MODEL}, seeds=1),
     "sac-half-cheetah-same-updates": Experiment("mbpo", {**CHEETAH, **SAC}, seeds=1),
