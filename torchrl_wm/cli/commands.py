@@ -150,7 +150,7 @@ def demo(
         seed: of everything.
         trials: real episodes that are planned, after two at random.
         episode_steps: the length of an episode.
-        model_steps: gradient steps of each training; by default 1,500 first and 350 every 50
+        model_steps: gradient steps of each training; by default 1,000 first and 175 every 50
             real steps.
         num_candidates: plans tried at each real step; 200 by default.
         progress: show the progress.
