@@ -43,7 +43,9 @@ def notebook_display(monkeypatch) -> None:
     if not find_spec("IPython"):
         module = ModuleType("IPython.display")
         module.display = module.Image = lambda *args, **kwargs: None
-        monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+        package = ModuleType("IPython")
+        package.version_info = (9, 0)  # matplotlib asks for it
+        monkeypatch.setitem(sys.modules, "IPython", package)
         monkeypatch.setitem(sys.modules, "IPython.display", module)
 
 
