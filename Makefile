@@ -1,8 +1,10 @@
 # Everything runs in a virtual environment that the targets make themselves: a machine
-# with Python and make is enough. `make PYTHON=python3.12 test` chooses the interpreter.
+# with Python and make is enough. `make PYTHON=python3.12 test` chooses the interpreter,
+# `make WORKERS=8 test` how many processes share the tests.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 VERSION := $(shell sed -n 's/^__version__ *= *"\(.*\)"/\1/p' torchrl_wm/__init__.py)
 
@@ -25,8 +27,10 @@ venv: $(call stamp,dev) ## Make the development environment: all that the other 
 demo: $(call stamp,cli) ## Run the demo: learn a world model of the pendulum and plan through it
 	$(BIN)/torchrl-wm demo
 
+# A document's snippets share one namespace: files stay whole. A thread for each worker, as
+# threads that share a core wait for each other.
 test: $(call stamp,test) ## Run the tests, the doctests and the snippets of README and docs
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 # pyupgrade can only rewrite, so it is given a copy, and fails if it would have.
 lint: $(call stamp,lint) ## Check formatting, style and spelling; change nothing

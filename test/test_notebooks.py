@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -37,20 +34,7 @@ def cells_of(path: Path) -> list[str]:
 NOTEBOOKS = [path for path in PAGES if cells_of(path)]
 
 
-@pytest.fixture
-def notebook_display(monkeypatch) -> None:
-    """What shows things in a notebook, where it is not installed."""
-    if not find_spec("IPython"):
-        module = ModuleType("IPython.display")
-        module.display = module.Image = lambda *args, **kwargs: None
-        package = ModuleType("IPython")
-        package.version_info = (9, 0)  # matplotlib asks for it
-        monkeypatch.setitem(sys.modules, "IPython", package)
-        monkeypatch.setitem(sys.modules, "IPython.display", module)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("notebook_display")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path: Path) -> None:
     cells = cells_of(path)
