@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -280,24 +281,38 @@ def measure(
     seconds: float = 2.0,
     clock: Callable[[], float] | None = None,
 ) -> dict[str, float]:
-    """Seconds of one call: the minimum over rounds in which all loops take turns.
+    """Seconds of one call, where what is compared is measured side by side.
 
-    On one thread it is the processor's time by default, which does not count what
-    else the machine does.
+    All loops take turns, round after round. The first one's seconds are the minimum
+    over the rounds; the others' are those times the median of their ratios to the
+    first one in the same round: a processor changes its speed by more, and more
+    slowly, than what is to be seen here.
+
+    Args:
+        loops: what is measured, at least seven times; the first is the reference.
+        seconds: for how long at least.
+        clock: the time, in seconds. On one thread it is the processor's by default,
+            which does not count what else the machine does.
     """
     if clock is None:
         alone = torch.get_num_threads() == 1
         clock = time.process_time if alone else time.perf_counter
     for loop in loops.values():
         loop(), loop()
-    best = dict.fromkeys(loops, float("inf"))
+    rounds: list[dict[str, float]] = []
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    while time.perf_counter() < until or len(rounds) < 7:
+        rounds.append({})
         for name, loop in loops.items():
             began = clock()
             loop()
-            best[name] = min(best[name], clock() - began)
-    return best
+            rounds[-1][name] = clock() - began
+    first = next(iter(loops))
+    least = min(times[first] for times in rounds)
+    return {
+        name: least * statistics.median(times[name] / times[first] for times in rounds)
+        for name in loops
+    }
 
 
 class PeakMemory(TorchDispatchMode):

@@ -101,7 +101,7 @@ def imagination(args: argparse.Namespace) -> list[str]:
     """The tables of imagination."""
     return [
         "Time as a ratio to the bare networks (two layers of 256, latent 64, action 6, no grad, the "
-        "minimum over interleaved rounds).",
+        "median over interleaved rounds).",
         "",
         *eager_rows(args.batches, args.horizons, args.seconds),
         "",
@@ -117,7 +117,7 @@ def imagination(args: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, seconds=1.5)
+    parser = common.parser(__doc__, seconds=6.0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256, 4096])
     parser.add_argument("--horizons", type=int, nargs="+", default=[1, 5, 15])
     parser.add_argument("--compiled-batches", type=int, nargs="*", default=[1, 256])

@@ -242,7 +242,7 @@ def main() -> None:
     text = [
         f"Machine: {machine()}.",
         "",
-        "Vector envs against single envs of the same model one after the other (the minimum over "
+        "Vector envs against single envs of the same model one after the other (the median over "
         "interleaved rounds, in one process).",
         "",
         *vector_rows(models, args.envs, args.seconds),

@@ -134,6 +134,10 @@ class Endings:
         self.can_end = time_limit or any(group.written for group in self.groups)
         #: Whether there is one group of done entries, at the root.
         self.at_root = [group.prefix for group in self.groups] == [()]
+        #: The done entries of all groups.
+        self.keys = tuple(key for group in self.groups for key in group.keys())
+        #: The done entries of an env that cannot end; none if it can.
+        self.never_keys = frozenset(() if self.can_end else self.keys)
 
     @property
     def bool_keys(self) -> list[NestedKey]:
@@ -154,13 +158,6 @@ class Endings:
             for name in ("terminated_logits", "continue_pred")
             if name in group.written
         ]
-
-    @property
-    def never_keys(self) -> frozenset[NestedKey]:
-        """The done entries of an env that cannot end; none if it can."""
-        if self.can_end:
-            return frozenset()
-        return frozenset(key for group in self.groups for key in group.keys())
 
     def spec(self, reference_spec: Composite) -> Composite:
         """The done spec without batch dims, with the entries that are missing added."""

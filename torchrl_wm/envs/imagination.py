@@ -188,7 +188,7 @@ class Imagination(EnvBase):
         endings = self._layout.endings
         if not endings.at_root and endings.can_end:
             return "several groups of done entries can end"
-        if set(self.done_keys) != {k for g in endings.groups for k in g.keys()}:
+        if set(self.done_keys) != set(endings.keys):
             return "the done spec was changed"
         return None
 

@@ -540,7 +540,7 @@ def _predicted_keys(
 ) -> list[NestedKey]:
     """What the caller declared and the step writes, and is nothing else already."""
     taken = {*layout.state, *layout.reward_keys, *layout.action_keys}
-    taken.update(key for group in layout.endings.groups for key in group.keys())
+    taken.update(layout.endings.keys)
     return [key for key in explicit if key in written and key not in taken]
 
 

@@ -71,6 +71,17 @@ class StepKernel:
             now[name] is module for name, module in self.components.items()
         )
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether a step is networks that write predictions, and nothing else."""
+        return (
+            self._decode is None
+            and self.counter_key is None
+            and not self.check_finite
+            and self.program.is_known
+            and all(is_next(key) for key in self.program.writes)
+        )
+
     def refresh(self) -> None:
         """Make the programs anew where a component has another network or hook."""
         if not self.program.is_current():
@@ -124,8 +135,7 @@ class StepKernel:
             The ``"next"`` entries by flat key, without the "next".
         """
         work = {key: values[key] for key in self.inputs}
-        run = self.program.again if again else self.program
-        run(work, batch_size, device)
+        self.program(work, batch_size, device, again)
         layout = self.layout
         out: Values = {key: work[place] for key, place in self._predicted}
         for key in layout.context:

@@ -15,7 +15,7 @@ from tensordict.base import _is_leaf_nontensor
 
 from torchrl_wm.envs.endings import Endings
 from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.keys import is_next, join
 from torchrl_wm.modules.program import Program, Values
 
 #: Writes actions into the values of a step, given its number.
@@ -24,15 +24,32 @@ Act = Callable[[Values, int], None]
 
 @dataclass
 class Trace:
-    """The entries of the steps made, by flat key, in the order of time.
+    """The entries of the steps made: by flat key, a list in the order of time.
 
     Args:
         root: what each step started from, with what the policy wrote.
         next: what was predicted.
     """
 
-    root: list[Values]
-    next: list[Values]
+    root: dict[NestedKey, list[torch.Tensor]]
+    next: dict[NestedKey, list[torch.Tensor]]
+
+    @classmethod
+    def of(cls, root: Values, next_: Values) -> Trace:
+        """The trace of one step, which has the keys of all that follow."""
+        return cls(
+            {key: [value] for key, value in root.items()},
+            {key: [value] for key, value in next_.items()},
+        )
+
+    def append(self, root: Values, next_: Values) -> None:
+        """Add a step."""
+        for columns, values in ((self.root, root), (self.next, next_)):
+            for key, column in columns.items():
+                column.append(values[key])
+
+    def __len__(self) -> int:
+        return len(next(iter(self.next.values())))
 
 
 def unroll(
@@ -54,7 +71,7 @@ def unroll(
         steps: how many steps to make at most.
         batch_size: ``*B``.
         device: where the state is.
-        stop: looks at the predicted entries after each step but the last.
+        stop: looks at the done entries after each step but the last.
     """
     moving = [key for key in moving_keys(kernel) if key in values]
     never = kernel.layout.endings.never_keys
@@ -64,29 +81,73 @@ def unroll(
         endings = {}
     else:
         endings = kernel.layout.endings.none(batch_size, device)
-    roots: list[Values] = []
-    nexts: list[Values] = []
-    for step in range(steps):
-        act(values, step)
-        if step == 0:
-            kernel.check_actions(values, batch_size)
-        roots.append(dict(values))
-        predicted = kernel.predict(values, batch_size, device, endings, step > 0)
-        nexts.append(predicted)
-        if stop is not None and step + 1 < steps and stop(predicted):
+    act(values, 0)
+    kernel.check_actions(values, batch_size)
+    predicted = kernel.predict(values, batch_size, device, endings)
+    trace = Trace.of(values, predicted)
+    if kernel.is_straight and getattr(act, "is_straight", False):
+        return _go_on(
+            kernel, act.program, trace, values, moving, steps, batch_size, device, stop
+        )
+    for step in range(1, steps):
+        if stop is not None and stop(predicted):
             break
         for key in moving:
             values[key] = predicted[key]
-    return Trace(roots, nexts)
+        act(values, step)
+        predicted = kernel.predict(values, batch_size, device, endings, again=True)
+        trace.append(values, predicted)
+    return trace
+
+
+def _go_on(
+    kernel: StepKernel,
+    policy: Program,
+    trace: Trace,
+    values: Values,
+    moving: list[NestedKey],
+    steps: int,
+    batch_size: torch.Size,
+    device: torch.device | None,
+    stop: Callable[[Values], bool] | None,
+) -> Trace:
+    """The steps after the first, where they are networks and nothing else.
+
+    Root and "next" entries share one dictionary, and nothing is copied on the way.
+    """
+    endings = kernel.layout.endings
+    runs = (*policy.again, *kernel.program.again)
+    places = {
+        key: key if key in kernel.layout.context else join("next", key)
+        for key in trace.next
+    }
+    moves = [(key, places[key]) for key in moving if key not in kernel.layout.context]
+    flags = {key: column[0] for key, column in trace.next.items()}
+    values.update({places[key]: value for key, value in flags.items()})
+    columns = [(column, key) for key, column in trace.root.items()]
+    columns += [(column, places[key]) for key, column in trace.next.items()]
+    for _ in range(1, steps):
+        if stop is not None and stop(flags):
+            break
+        for key, place in moves:
+            values[key] = values[place]
+        for run in runs:
+            run(values, batch_size, device)
+        if endings.can_end:
+            flags = endings.read(values, batch_size, device, None)
+            for key, flag in flags.items():
+                values[places[key]] = flag
+        for column, key in columns:
+            column.append(values[key])
+    return trace
 
 
 def moving_keys(kernel: StepKernel) -> list[NestedKey]:
     """What a step hands on to the next one."""
     layout = kernel.layout
     counter = [] if kernel.counter_key is None else [kernel.counter_key]
-    done = [key for group in layout.endings.groups for key in group.keys()]
     carried = (*layout.state, *layout.decoded, *layout.predicted)
-    return [*carried, *counter, *done]
+    return [*carried, *counter, *layout.endings.keys]
 
 
 class ProgramActor:
@@ -97,9 +158,14 @@ class ProgramActor:
     ) -> None:
         self.program, self.batch_size, self.device = program, batch_size, device
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether it sees and writes nothing but its keys, none of them predictions."""
+        program = self.program
+        return program.is_known and not any(is_next(key) for key in program.writes)
+
     def __call__(self, values: Values, step: int) -> None:
-        run = self.program.again if step else self.program
-        run(values, self.batch_size, self.device)
+        self.program(values, self.batch_size, self.device, again=step > 0)
 
 
 def replay(actions: Values, dim: int) -> Act:
@@ -145,9 +211,10 @@ def imagined(
     if endings.can_end:
         ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         valid = []
-        for step in trace.next:
+        for step in range(len(trace)):
+            flags = {key: trace.next[key][step] for key in endings.keys}
             valid.append(~ended)
-            ended = ended | endings.ended(step, batch_size)
+            ended = ended | endings.ended(flags, batch_size)
         mask = torch.stack(valid, dim)
     else:
         mask = torch.ones((*batch_size, horizon), dtype=torch.bool, device=device)
@@ -164,10 +231,10 @@ def stacked(
 
     Done entries that are never True and were left out on the way are added.
     """
-    dim, size = len(batch_size), (*batch_size, len(trace.next))
+    dim, size = len(batch_size), (*batch_size, len(trace))
     both = []
-    for steps in (trace.root, trace.next):
-        flat = {key: torch.stack([s[key] for s in steps], dim) for key in steps[0]}
+    for columns in (trace.root, trace.next):
+        flat = {key: torch.stack(column, dim) for key, column in columns.items()}
         if endings.never_keys - flat.keys():
             flat = {**endings.none(size, device), **flat}
         both.append(flat)

@@ -43,6 +43,10 @@ class Program:
         self.modules = [leaf for module in self._given for leaf in _leaves(module)]
         #: All that the modules read, what they write for each other included.
         self.reads = {key for module in self.modules for key in module.in_keys}
+        #: All that they write under keys that they declare.
+        self.writes = {key for module in self.modules for key in module.out_keys} - {
+            "_"
+        }
         #: What the program was made for; networks are compared by identity.
         self.made_for = tuple(_signature(module) for module in self.modules)
         plain = [is_plain(module) for module in self.modules]
@@ -54,7 +58,10 @@ class Program:
             for module, simple in zip(self.modules, plain)
         )
         self._steps: list[Step] = [_step_of(module) for module in self.modules]
-        self._again = [
+        #: The modules in order, as functions for inputs like those of a call before:
+        #: outputs are not checked again. One that has another shape than before shows
+        #: when it is stacked.
+        self.again: list[Step] = [
             _direct_again(module) if simple else step
             for module, simple, step in zip(self.modules, plain, self._steps)
         ]
@@ -74,7 +81,11 @@ class Program:
         return True
 
     def __call__(
-        self, values: Values, batch_size: torch.Size, device: torch.device | None
+        self,
+        values: Values,
+        batch_size: torch.Size,
+        device: torch.device | None,
+        again: bool = False,
     ) -> None:
         """Run the modules; what they write goes into ``values``.
 
@@ -83,18 +94,10 @@ class Program:
                 dictionaries), each ``[*B, ...]``.
             batch_size: ``*B``.
             device: where what is written belongs; None leaves it where it is.
+            again: whether inputs are like those of a call before, so that outputs
+                need no check.
         """
-        for step in self._steps:
-            step(values, batch_size, device)
-
-    def again(
-        self, values: Values, batch_size: torch.Size, device: torch.device | None
-    ) -> None:
-        """As a call, for inputs like those of a call before: outputs are not checked again.
-
-        An output that has another shape than before shows when it is stacked.
-        """
-        for step in self._again:
+        for step in self.again if again else self._steps:
             step(values, batch_size, device)
 
 
@@ -230,15 +233,11 @@ def _direct_again(module: TensorDictModule) -> Step:
     network = module.module
     in_keys, out_keys = list(module.in_keys), list(module.out_keys)
     single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
-    only = in_keys[0] if len(in_keys) == 1 else None
 
     def step(
         values: Values, batch_size: torch.Size, device: torch.device | None
     ) -> None:
-        if only is not None:
-            out = network(values.get(only))
-        else:
-            out = network(*[values.get(key) for key in in_keys])
+        out = network(*[values.get(key) for key in in_keys])
         if single is not None and type(out) is torch.Tensor:
             values[single] = out
         else:

@@ -127,7 +127,7 @@ def _run(
 ) -> None:
     """Run a component's program, and name the component where it fails."""
     if at.again:
-        program.again(values, at.batch_size, at.device)
+        program(values, at.batch_size, at.device, again=True)
         return
     missing = [key for key in unique(module.in_keys) if key not in values]
     if missing:
