@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import random
 import statistics
 import time
 import weakref
@@ -283,7 +284,7 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of one call, where what is compared is measured side by side.
 
-    All loops take turns, round after round. The first one's seconds are the minimum
+    All loops take turns, in another order each round. The first one's seconds are the minimum
     over the rounds; the others' are those times the median of their ratios to the
     first one in the same round: a processor changes its speed by more, and more
     slowly, than what is to be seen here.
@@ -299,11 +300,13 @@ def measure(
         clock = time.process_time if alone else time.perf_counter
     for loop in loops.values():
         loop(), loop()
+    order, shuffle = list(loops.items()), random.Random(0).shuffle
     rounds: list[dict[str, float]] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(rounds) < 7:
         rounds.append({})
-        for name, loop in loops.items():
+        shuffle(order)  # what ran before leaves its data in the caches
+        for name, loop in order:
             began = clock()
             loop()
             rounds[-1][name] = clock() - began

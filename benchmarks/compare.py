@@ -100,8 +100,8 @@ def memory_rows(batches: list[int], horizon: int) -> list[str]:
 def imagination(args: argparse.Namespace) -> list[str]:
     """The tables of imagination."""
     return [
-        "Time as a ratio to the bare networks (two layers of 256, latent 64, action 6, no grad, the "
-        "median over interleaved rounds).",
+        "Time as a ratio to the bare networks (two layers of 256, latent 64, action 6, no grad; the "
+        "median over rounds in which all take turns, microseconds the minimum).",
         "",
         *eager_rows(args.batches, args.horizons, args.seconds),
         "",

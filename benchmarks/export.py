@@ -243,7 +243,7 @@ def main() -> None:
         f"Machine: {machine()}.",
         "",
         "Vector envs against single envs of the same model one after the other (the median over "
-        "interleaved rounds, in one process).",
+        "rounds in which all take turns, in one process; microseconds are the least).",
         "",
         *vector_rows(models, args.envs, args.seconds),
         "",

@@ -123,7 +123,7 @@ def main() -> None:
         f"Machine: {machine()}.",
         "",
         f"A plan of the cross-entropy method: {CANDIDATES} candidates, horizon {HORIZON}, {STEPS} "
-        f"iterations, networks of two layers of 256 (SiLU), the median over interleaved rounds; "
+        f"iterations, networks of two layers of 256 (SiLU), the median over rounds in which all take turns; "
         f"ratios to the hand loop.",
         "",
         *rows(args.batches, args.seconds),

@@ -363,3 +363,54 @@ def test_methods_replaced_on_the_env_are_heeded(monkeypatch) -> None:
     monkeypatch.setattr(env, "_step", lambda td: calls.append(1) or step(td))
     env.rollout(3, tensordict=model.encode(observations(2)))
     assert "_step" in env.slow_because and len(calls) == 3
+
+
+class Remembers(nn.Module):
+    """A policy that reads an entry if it is there, and writes one beside the action."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(LATENT, ACTION)
+
+    def forward(self, latent, entry=None):
+        action = self.linear(latent)
+        if entry is not None:
+            action = action + 1 + entry
+        return action, action.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "read,written",
+    [
+        (("next", "reward"), "extra"),  # what was predicted before is not to be seen
+        (("next", "deep", "extra"), ("next", "deep", "extra")),
+        (("next", "latent"), ("next", "reward")),  # the model's own word counts
+        ("reward", "reward"),
+        ("extra", "extra"),  # carried from step to step
+    ],
+)
+@pytest.mark.parametrize(
+    "head", [{}, {"done": "terminated_logits"}], ids=["endless", "ends"]
+)
+def test_policies_that_read_what_may_be_missing(read, written, head) -> None:
+    model = make_model(**head)
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(3)).detach()
+    policy = Mod(Remembers(), ["latent", read], ["action", written])
+    options = {"tensordict": start, "break_when_any_done": False}
+    with torch.no_grad():
+        out = env.rollout(4, policy, **options)
+        assert env.slow_because is None
+        assert_same(out, inherited(env, 4, policy, **options))
+        assert_same(env.imagine(4, policy, start).exclude("collector"), out)
+
+
+def test_added_truncated_keys_keep_the_fast_path() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    env.add_truncated_keys()
+    start = model.encode(observations(3)).detach()
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    out = env.rollout(3, policy, tensordict=start.clone())
+    assert env.slow_because is None and ("next", "truncated") in out.keys(True)
+    assert_same(out, inherited(env, 3, policy, tensordict=start.clone()))

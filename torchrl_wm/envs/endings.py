@@ -134,10 +134,20 @@ class Endings:
         self.can_end = time_limit or any(group.written for group in self.groups)
         #: Whether there is one group of done entries, at the root.
         self.at_root = [group.prefix for group in self.groups] == [()]
+        self._find_keys()
+
+    def _find_keys(self) -> None:
+        # Looked up at every rollout.
         #: The done entries of all groups.
         self.keys = tuple(key for group in self.groups for key in group.keys())
         #: The done entries of an env that cannot end; none if it can.
         self.never_keys = frozenset(() if self.can_end else self.keys)
+
+    def add_truncated(self) -> None:
+        """Let every group have a truncated entry."""
+        for group in self.groups:
+            group.truncates = True
+        self._find_keys()
 
     @property
     def bool_keys(self) -> list[NestedKey]:

@@ -15,7 +15,7 @@ from tensordict.base import _is_leaf_nontensor
 
 from torchrl_wm.envs.endings import Endings
 from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.modules.keys import is_next, join
+from torchrl_wm.modules.keys import is_next, join, strip_next
 from torchrl_wm.modules.program import Program, Values
 
 #: Writes actions into the values of a step, given its number.
@@ -81,11 +81,15 @@ def unroll(
         endings = {}
     else:
         endings = kernel.layout.endings.none(batch_size, device)
+    given = set(values)
     act(values, 0)
+    # A step hands on no rewards and no predictions, and so none that the policy wrote.
+    left = kernel.layout.reward_keys
+    left = [key for key in values.keys() - given if is_next(key) or key in left]
     kernel.check_actions(values, batch_size)
     predicted = kernel.predict(values, batch_size, device, endings)
     trace = Trace.of(values, predicted)
-    if kernel.is_straight and getattr(act, "is_straight", False):
+    if not left and kernel.is_straight and getattr(act, "is_straight", False):
         return _go_on(
             kernel, act.program, trace, values, moving, steps, batch_size, device, stop
         )
@@ -94,6 +98,8 @@ def unroll(
             break
         for key in moving:
             values[key] = predicted[key]
+        for key in left:
+            del values[key]
         act(values, step)
         predicted = kernel.predict(values, batch_size, device, endings, again=True)
         trace.append(values, predicted)
@@ -160,9 +166,9 @@ class ProgramActor:
 
     @property
     def is_straight(self) -> bool:
-        """Whether it sees and writes nothing but its keys, none of them predictions."""
+        """Whether it sees and writes nothing but its keys, and reads no predictions."""
         program = self.program
-        return program.is_known and not any(is_next(key) for key in program.writes)
+        return program.is_known and not any(is_next(key) for key in program.reads)
 
     def __call__(self, values: Values, step: int) -> None:
         self.program(values, self.batch_size, self.device, again=step > 0)
@@ -267,6 +273,8 @@ def assemble(
         {unravel_key(key): dims for key, dims in kernel.layout.nested.items()}
     )
     size = torch.Size((*batch_size, next(iter(next_.values())).shape[dim]))
+    for key in [key for key in root if is_next(key)]:  # a policy's
+        next_.setdefault(strip_next(key), root.pop(key))
     names = [None] * dim + ["time"]
     below = _build(next_, size, device, names, nested)
     return _build(root, size, device, names, nested, next=below)

@@ -281,8 +281,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         """Add ``truncated`` to every done entry, as :meth:`~torchrl.envs.EnvBase.add_truncated_keys`."""
         super().add_truncated_keys()
         layout = self._layout
-        for group in layout.endings.groups:
-            group.truncates = True
+        layout.endings.add_truncated()
         layout.done = layout.endings.spec(layout.done)
         return self
 
