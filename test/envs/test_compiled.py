@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
 from torchrl_wm import WorldModelEnv
+from torchrl_wm.envs import compiler
 
 # Graphs are captured as for a compiler, and run without one: what is tested is
 # that there is one graph, not what inductor makes of it.
@@ -216,15 +219,69 @@ def test_without_a_compiler_it_says_so_and_goes_on() -> None:
     "clone", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
 )
 def test_copies_of_a_compiled_env(clone) -> None:
+    """A copy imagines and steps by its own model, whatever becomes of the original's."""
     model = make_model()
     env = WorldModelEnv(model, SpecEnv()).compile(**CAPTURE)
-    start = model.encode(observations(3)).detach()
-    env.imagine(2, tensordict=start)
-    other = clone(env) if clone is copy.deepcopy else clone(env.eager())
+    start, act = model.encode(observations(3)).detach(), policy()
+    env.imagine(2, act, start)
+    other = clone(env)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert other.imagine(2, tensordict=start)["next", "reward"].any()
+    assert not env.imagine(2, act, start)["next", "reward"].any()
+    assert other.imagine(2, act, start)["next", "reward"].any()
+    stepped, _ = other.step_and_maybe_reset(act(other.reset(start)))
+    assert stepped["next", "latent"].any()
+
+
+def test_graphs_of_what_is_gone_are_let_go() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv()).compile(**CAPTURE)
+    start = model.encode(observations(3)).detach()
+    gone = []
+    for _ in range(3):
+        act = policy()
+        env.imagine(2, act, start)
+        gone += [weakref.ref(act.module), weakref.ref(model.reward_head.module)]
+        model.reward_head = linear(
+            [("next", "latent")], [("next", "reward")], [LATENT, 1]
+        )
+    env.imagine(2, policy(), start)
+    del act
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_policies_made_anew_do_not_pile_up(monkeypatch) -> None:
+    monkeypatch.setattr(compiler, "MOST_GRAPHS", 2)
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv()).compile(**CAPTURE)
+    start = model.encode(observations(3)).detach()
+    policies = [policy() for _ in range(4)]
+    for act in policies:
+        env.imagine(2, act, start)
+    gone = [weakref.ref(act.module) for act in policies[:2]]
+    del policies, act
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_rollouts_stay_fast() -> None:
+    model = make_model(done="terminated_logits")
+    env = WorldModelEnv(model, SpecEnv())
+    start, act = model.encode(observations(3)).detach(), policy()
+    expected = env.rollout(3, act, tensordict=start)
+    out = env.compile(**CAPTURE).rollout(3, act, tensordict=start)
+    assert env.slow_because is None
+    assert_close(out, expected)
+
+
+def test_one_graph_cannot_look_at_values() -> None:
+    env = WorldModelEnv(make_model(), SpecEnv(), check_finite=True)
+    with pytest.raises(ValueError, match="check_finite"):
+        env.compile()
+    env.compile(fullgraph=False, **CAPTURE)
+    assert env.imagine(2, tensordict=observations(3)).batch_size == (3, 2)
 
 
 def test_start_that_is_no_tensor() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 
+import numpy as np
 import pytest
 import torch
 from _models import ACTION, LATENT, linear, make_model, observations, SpecEnv
@@ -17,7 +19,7 @@ from tensordict.nn import (
 )
 from torch import nn
 from torchrl.data import Composite
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, OneHotCategorical, ProbabilisticActor, TanhNormal
 
@@ -224,8 +226,11 @@ def test_the_env_says_why_it_was_slow() -> None:
     model = make_model()
     env = WorldModelEnv(model, SpecEnv())
     start = model.encode(observations(3))
+    assert "no rollout" in env.slow_because
     env.rollout(2, tensordict=start)
     assert env.slow_because is None
+    TransformedEnv(env, StepCounter()).rollout(2, tensordict=start, set_state=True)
+    assert "one by one" in env.slow_because
     env.rollout(2, tensordict=start, callback=lambda *_: None)
     assert "callback" in env.slow_because
     env.rollout(2, lambda td: env.rand_action(td), tensordict=start)
@@ -307,20 +312,74 @@ def test_starts_that_are_not_reset(lacking, head) -> None:
     start = env.reset(model.encode(observations(3)).detach())
     start.set("done", ~start["done"]).set("terminated", ~start["terminated"])
     start = start.exclude(*lacking)
+    options = {"auto_reset": False, "break_when_any_done": False}
+    out = env.rollout(3, policy, tensordict=start.clone(), **options)
+    assert env.slow_because is None if not lacking else "lacks" in env.slow_because
+    theirs = inherited(env, 3, policy, tensordict=start.clone(), **options)
+    assert type(out) is type(theirs)
+    if not lacking:
+        assert_same(out, theirs)
+
+
+@pytest.mark.parametrize("what", ["names", "reward"])
+def test_starts_with_what_a_reset_would_take_away(what) -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    start = env.reset(model.encode(observations(3)).detach())
+    if what == "names":
+        start.names = ["row"]
+    else:
+        start = env.rollout(1, policy, tensordict=start)[:, 0]["next"].detach()
     outs = [
-        rollout(
-            3,
-            policy,
-            auto_reset=False,
-            break_when_any_done=False,
-            tensordict=start.clone(),
-        )
+        rollout(3, policy, tensordict=start.clone(), auto_reset=False)
         for rollout in (env.rollout, lambda *a, **k: inherited(env, *a, **k))
     ]
-    assert env.slow_because is None if not lacking else "lacks" in env.slow_because
-    assert type(outs[0]) is type(outs[1])
-    if not lacking:
-        assert_same(*outs)
+    assert type(outs[0]) is type(outs[1]) and outs[0].names == outs[1].names
+    for step in range(3):
+        ours, theirs = (out[:, step] for out in outs)
+        assert set(ours.keys(True, True)) == set(theirs.keys(True, True))
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours.keys(True, True))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_start_is_not_written_to(slow) -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    start = env.reset(model.encode(observations(3)).detach())
+    before = set(start.keys())
+    callback = (lambda *_: None) if slow else None
+    env.rollout(2, callback=callback, tensordict=start, auto_reset=False)
+    assert set(start.keys()) == before
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_done_entries_of_a_start_are_dropped(nested) -> None:
+    """What a replay sample says of how its step ended is nothing of the episode imagined from it."""
+    latent = ("deep", "latent") if nested else "latent"
+    model = make_model(latent=latent)
+    env = WorldModelEnv(model, SpecEnv())
+    policy = linear([latent], ["action"], [LATENT, ACTION])
+    start = model.encode(observations(3)).detach().exclude("observation")
+    flags = {
+        name: torch.ones(3, 1, dtype=torch.bool) for name in ("done", "terminated")
+    }
+    start.update(flags)
+    out = env.rollout(3, policy, tensordict=start.clone())
+    assert env.slow_because is None
+    assert_same(out, inherited(env, 3, policy, tensordict=start.clone()))
+    assert not out["done"].any() and not env.imagine(3, policy, start)["done"].any()
+
+
+@pytest.mark.parametrize("off", [np.bool_(False), 0])
+def test_what_counts_as_false_is_false(off) -> None:
+    model = make_model(done="terminated_logits")
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(64)).detach()
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    out = env.rollout(6, policy, tensordict=start, break_when_any_done=off)
+    assert out.shape == (64, 6)
+    assert_same(out, inherited(env, 6, policy, tensordict=start, break_when_any_done=0))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -363,6 +422,50 @@ def test_methods_replaced_on_the_env_are_heeded(monkeypatch) -> None:
     monkeypatch.setattr(env, "_step", lambda td: calls.append(1) or step(td))
     env.rollout(3, tensordict=model.encode(observations(2)))
     assert "_step" in env.slow_because and len(calls) == 3
+
+
+def test_wrapped_methods_are_heeded() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    step, calls = env.step, []
+
+    @functools.wraps(step)
+    def counted(tensordict):
+        calls.append(1)
+        return step(tensordict)
+
+    env.step = counted
+    env.rollout(3, tensordict=model.encode(observations(2)))
+    assert "step" in env.slow_because and len(calls) == 3
+
+
+def _zeroed(name: str, key: str) -> type:
+    """An env whose method ``name`` ends with a zero under ``key``."""
+
+    def method(self, *args, **kwargs):
+        out = getattr(WorldModelEnv, name)(self, *args, **kwargs)
+        return out.set(key, torch.zeros_like(out[key]))
+
+    return type("Mine", (WorldModelEnv,), {name: method})
+
+
+@pytest.mark.parametrize(
+    "name,key",
+    [
+        ("reset", "latent"),
+        ("_reset_proc_data", "latent"),
+        ("_step_proc_data", "reward"),
+    ],
+)
+def test_methods_of_subclasses_are_heeded(name, key) -> None:
+    model = make_model()
+    env = _zeroed(name, key)(model, SpecEnv())
+    start = model.encode(observations(3)).detach()
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    out = env.rollout(2, policy, tensordict=start)
+    assert env.slow_because == f"Mine overrides {name}"
+    zeroed = out["latent"][:, 0] if key == "latent" else out["next", "reward"]
+    assert (zeroed == 0).all()
 
 
 class Remembers(nn.Module):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.base import _is_leaf_nontensor
 from tensordict.nn import TensorDictModuleBase
 from tensordict.nn.utils import skip_existing
-from torch import nn
 from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import _make_compatible_policy
@@ -28,20 +28,25 @@ from torchrl_wm.envs.unroll import (
     unroll,
 )
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import join, leaf_keys, unique
+from torchrl_wm.modules.keys import leaf_keys, unique
 from torchrl_wm.modules.program import Program, to_tensordict, Values
 
-#: What the fast path does in place of these methods is what they do as they are written here.
-_AS_WRITTEN = {
-    "_step": "torchrl_wm.envs.world_model_env",
-    "_reset": "torchrl_wm.envs.world_model_env",
-    "maybe_reset": "torchrl_wm.envs.world_model_env",
-    "any_done": "torchrl.envs.common",
-    "step": "torchrl.envs.common",
-    "step_mdp": "torchrl.envs.common",
-    "rand_action": "torchrl.envs.common",
-    "step_and_maybe_reset": "torchrl.envs.common",
-}
+#: What the fast path does in place of these methods is what they do as they were written
+#: for WorldModelEnv.
+_AS_WRITTEN = (
+    "_step",
+    "_reset",
+    "_reset_proc_data",
+    "_step_proc_data",
+    "_assert_tensordict_shape",
+    "reset",
+    "maybe_reset",
+    "any_done",
+    "step",
+    "step_mdp",
+    "rand_action",
+    "step_and_maybe_reset",
+)
 
 
 class Imagination(EnvBase):
@@ -87,17 +92,13 @@ class Imagination(EnvBase):
         Returns:
             The trajectories, ``[*B, T]``.
         """
-        if isinstance(tensordict, TensorDictBase) and "time" in tensordict.names:
+        _check_start(tensordict, "rollout(max_steps")
+        if tensordict is not None and "time" in tensordict.names:
             # A time slice of real data: the imagined time is another dim.
             tensordict = tensordict.copy()
             tensordict.names = [None] * tensordict.batch_dims
-        elif tensordict is not None and not isinstance(tensordict, TensorDictBase):
-            raise TypeError(
-                f"The start must be a TensorDict, got {type(tensordict).__name__}: "
-                f"env.rollout(max_steps, tensordict=world_model.encode(obs))."
-            )
         program = self._program(policy)
-        self.__dict__["_slow_because"] = reason = self._why_not_fast(
+        reason = self._why_not_fast(
             policy,
             program,
             tensordict,
@@ -113,8 +114,8 @@ class Imagination(EnvBase):
             },
         )
         if reason is None:
-            goes_on = break_when_any_done is False
-            fast = self._fast_rollout(
+            goes_on = break_when_any_done is not None and not break_when_any_done
+            out_td, reason = self._fast_rollout(
                 max_steps,
                 policy,
                 program,
@@ -124,10 +125,13 @@ class Imagination(EnvBase):
                 set_state=set_state,
                 return_contiguous=return_contiguous,
             )
-            if fast is not None:
-                return fast
+            if out_td is not None:
+                self.__dict__["_slow_because"] = reason
+                return out_td
+        if not auto_reset and tensordict is not None:
+            tensordict = tensordict.copy()  # the inherited loop writes to it
         try:
-            return super().rollout(
+            out_td = super().rollout(
                 max_steps,
                 policy,
                 callback,
@@ -147,15 +151,18 @@ class Imagination(EnvBase):
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
+        self.__dict__["_slow_because"] = reason  # after its steps, which leave another
+        return out_td
 
     @property
     def slow_because(self) -> str | None:
         """Why the last :meth:`rollout` took the inherited loop; None if it took the fast path.
 
         The result is the same. The fast path calls the networks directly and
-        builds one tensordict at the end.
+        builds one tensordict at the end. Steps that something else made one by one (a
+        TransformedEnv around the env, a collector) are no fast path either, and are told.
         """
-        return self.__dict__.get("_slow_because")
+        return self.__dict__.get("_slow_because", "there was no rollout yet")
 
     def _why_not_fast(
         self,
@@ -168,21 +175,16 @@ class Imagination(EnvBase):
         asked = [k for k, v in options.items() if v is not None and v is not False]
         if asked:
             return f"the options {asked} are given"
-        if program is not None:
-            known = program.is_known
-        else:
-            known = policy is None or _is_network(policy)
+        known = policy is None if program is None else program.is_known
         if not known:
             return f"the policy, {type(policy).__name__}, may do more than it says"
-        if self._reads_nested(policy, program, tensordict):
+        if self._reads_nested(program, tensordict):
             return "the policy reads whole nested tensordicts"
-        for name, origin in _AS_WRITTEN.items():
-            if getattr(self, name).__module__ != origin:
-                return f"{type(self).__name__} overrides {name}"
+        overridden = self._overridden()
+        if overridden is not None:
+            return f"{type(self).__name__} overrides {overridden}"
         if self._post_step_mdp_hooks is not None or self.run_type_checks:
             return "hooks or type checks are set"
-        if "_compiled_step_and_maybe_reset" in self.__dict__:
-            return "the step is compiled"
         if skip_existing():
             return "existing entries are to be skipped"
         endings = self._layout.endings
@@ -190,6 +192,20 @@ class Imagination(EnvBase):
             return "several groups of done entries can end"
         if set(self.done_keys) != set(endings.keys):
             return "the done spec was changed"
+        return None
+
+    def _overridden(self) -> str | None:
+        """The method that is not what it was written to be, of those that the fast path replaces."""
+        kind = type(self)
+        written = next(
+            c for c in kind.__mro__ if c.__module__.startswith("torchrl_wm.")
+        )
+        for name in _AS_WRITTEN:
+            if name in self.__dict__ or (
+                kind is not written
+                and getattr(kind, name) is not getattr(written, name)
+            ):
+                return name
         return None
 
     def _fast_rollout(
@@ -203,15 +219,17 @@ class Imagination(EnvBase):
         goes_on: bool,
         set_state: bool | None,
         return_contiguous: bool | None,
-    ) -> TensorDictBase | None:
-        """The rollout by :func:`~torchrl_wm.envs.unroll.unroll`; None where it cannot serve."""
+    ) -> tuple[TensorDictBase | None, str | None]:
+        """The rollout by :func:`~torchrl_wm.envs.unroll.unroll`, or why it cannot serve.
+
+        Where the start shows that only after it was reset, the inherited loop goes on from it.
+        """
         if max_steps < 1:
-            return None  # the inherited rollout says what is wrong
+            return None, "the inherited rollout says what is wrong"
         kernel = self.step_kernel
         can_end = kernel.layout.endings.can_end
         if goes_on and can_end and self._sampler is not None:
-            self.__dict__["_slow_because"] = "finished rows begin anew"
-            return None
+            return None, "finished rows begin anew"
         values = nodes = None
         if auto_reset and set_state is not False:
             values = self._flat_start(tensordict, self._heeds_done(policy, program))
@@ -220,7 +238,7 @@ class Imagination(EnvBase):
         elif auto_reset:
             state = self.reset(tensordict, set_state=set_state)
         elif tensordict is None:
-            return None  # the inherited rollout says what is wrong
+            return None, "the inherited rollout says what is wrong"
         else:
             state = self.maybe_reset(tensordict)
         if values is None:
@@ -228,33 +246,33 @@ class Imagination(EnvBase):
             reserved = {"next", "_step", "_reset"} & set(state.keys())
             if device == self.device and not reserved:
                 values = flat_values(state)
-            reason = "the start is no plain tensordict of tensors"
-            if values is not None and not values.keys() >= set(moving_keys(kernel)):
+            reason = "the start is no plain tensordict of tensors on the env's device"
+            if not auto_reset and _has_leftovers(state, kernel.layout.reward_keys):
+                values, reason = None, "the start has names or rewards of its own"
+            elif values is not None and not values.keys() >= set(moving_keys(kernel)):
                 values, reason = None, "the start lacks entries that a reset gives"
         if values is None:
-            self.__dict__["_slow_because"] = reason
-            return super().rollout(
+            out_td = super().rollout(
                 max_steps,
                 policy,
                 auto_reset=False,
-                tensordict=state,
+                tensordict=state if auto_reset else state.copy(),
                 break_when_any_done=not goes_on,
                 return_contiguous=return_contiguous,
             )
+            return out_td, reason
         stop = _any_done if can_end and not goes_on else None
-        if policy is None:
+        if program is None:
             act = partial(self._act_randomly, size, device)
-        elif program is not None:
-            act = ProgramActor(program, size, device)
         else:
-            act = self._actor(policy, program, tensordict, size, device)
+            act = ProgramActor(program, size, device)
         try:
             trace = unroll(kernel, act, values, max_steps, size, device, stop)
         except KeyError as err:
             self._explain_policy_error(policy, tensordict, err)
             raise
         root, next_ = stacked(trace, kernel.layout.endings, size, device)
-        return assemble(root, next_, nodes, kernel, size, device)
+        return assemble(root, next_, nodes, kernel, size, device), None
 
     def imagine(
         self,
@@ -266,9 +284,10 @@ class Imagination(EnvBase):
         """Imagine exactly ``horizon`` steps, whatever ends on the way.
 
         Unlike :meth:`rollout`, nothing stops early, no row is started anew, and
-        the host never waits for the device. Where a trajectory has ended, what
-        follows is marked invalid under ``("collector", "mask")``, which TorchRL's
-        losses heed.
+        the host never waits for the device (TorchRL's ``TanhNormal`` does, which looks at
+        its bounds whenever it is made, but for compiled and captured graphs). Where a
+        trajectory has ended, what follows is marked invalid under ``("collector", "mask")``,
+        which TorchRL's losses heed.
 
         Args:
             horizon: the number of steps ``H``.
@@ -284,6 +303,7 @@ class Imagination(EnvBase):
             the step at which the trajectory ends.
 
         Raises:
+            TypeError: if the start is no tensordict, or the actions no tensors.
             ValueError: if ``horizon`` is not positive, if both a policy and
                 actions are given, or if the actions' shape is not ``[*B, H, *A]``.
 
@@ -305,17 +325,26 @@ class Imagination(EnvBase):
             >>> imagined.shape, imagined["collector", "mask"].all()
             (torch.Size([7, 15]), tensor(True))
         """
-        if not isinstance(horizon, int):
+        if not isinstance(horizon, Integral) or isinstance(horizon, bool):
             raise TypeError(
                 f"horizon must be an int, got {type(horizon).__name__}: imagine(horizon, policy, "
                 f"tensordict)."
             )
+        horizon = int(horizon)
         if horizon <= 0:
             raise ValueError(f"horizon must be at least 1, got {horizon}.")
         if isinstance(policy, TensorDictBase):
             raise TypeError(
                 "imagine got a tensordict as policy. The start is a keyword: "
                 "imagine(horizon, tensordict=start)."
+            )
+        _check_start(tensordict, "imagine(horizon")
+        if actions is not None and not isinstance(
+            actions, (torch.Tensor, TensorDictBase)
+        ):
+            raise TypeError(
+                f"actions must be a tensor [*B, H, *A] or a TensorDict, got "
+                f"{type(actions).__name__}. Convert them: torch.as_tensor(actions)."
             )
         if policy is not None and actions is not None:
             raise ValueError(
@@ -334,7 +363,7 @@ class Imagination(EnvBase):
         else:
             state = self.reset(tensordict)
             size, device = state.batch_size, state.device
-            values = _only_tensors(state)
+            values = _only_tensors(state, "the start has")
         if actions is None and policy is None:
             # All at once: to draw a bounded action waits for the device.
             lead = () if self.batch_locked else size
@@ -351,12 +380,12 @@ class Imagination(EnvBase):
         if self._compiler is not None and (act is None or program is not None):
             # A program is made for its networks and keys: two that agree are one.
             made_for = None if program is None else program.made_for
-            held = (
-                kernel,
-                kernel.program,
-                *(() if program is None else program.modules),
+            run = self._compiler.wrap(
+                run,
+                (kernel, kernel.program),
+                () if program is None else program.modules,
+                (made_for, horizon, size),
             )
-            run = self._compiler.wrap(run, held, (made_for, horizon, size))
         try:
             root, next_, mask = run(values, flat)
         except KeyError as err:
@@ -367,6 +396,9 @@ class Imagination(EnvBase):
 
     def compile(self, *, warmup: int | None = None, **kwargs: Any) -> Imagination:
         """Make :meth:`imagine` one compiled graph, and compile what EnvBase compiles.
+
+        :meth:`rollout`, which stops where episodes end, stays as it was; copies of the env
+        are eager.
 
         A graph is made for each horizon, batch shape, set of entries, policy
         and gradient mode, at its first call (some seconds, more for a longer
@@ -384,6 +416,11 @@ class Imagination(EnvBase):
             The env itself. Where there is no compiler, a warning says so at the
             first call, and imagination stays eager. :meth:`eager` undoes it.
         """
+        if self.check_finite and kwargs.get("fullgraph", True):
+            raise ValueError(
+                "check_finite=True looks at the values of every step, which one graph cannot. "
+                "Make the env without it, or call env.compile(fullgraph=False)."
+            )
         super().compile(warmup=warmup, **kwargs)
         self.__dict__["_compiler"] = Compiler(kwargs, "imagine", "env.eager()")
         return self
@@ -401,12 +438,25 @@ class Imagination(EnvBase):
 
     def _program(self, policy: Callable | None) -> Program | None:
         """A policy made of TensorDict modules as a program; the last one is kept."""
+        policy = self._compatible(policy)
         if not isinstance(policy, TensorDictModuleBase):
             return None
         program = self.__dict__.get("_policy_program")
         if program is None or not program.is_for(policy):
             program = self.__dict__["_policy_program"] = Program([policy])
         return program
+
+    def _compatible(self, policy: Callable | None) -> Callable | None:
+        """The policy as TorchRL takes it, which wraps what reads tensors; the last one is kept."""
+        if policy is None or isinstance(policy, TensorDictModuleBase):
+            return policy
+        given, compatible = self.__dict__.get("_wrapped", (None, None))
+        if given is not policy:
+            compatible = _make_compatible_policy(
+                policy, self.observation_spec, env=self, fast_wrap=True
+            )
+            self.__dict__["_wrapped"] = policy, compatible
+        return compatible
 
     def _actor(
         self,
@@ -417,25 +467,29 @@ class Imagination(EnvBase):
         device: torch.device | None,
     ) -> Act:
         """A policy that acts on flat values: as a program, or on a tensordict made for it."""
-        if program is None:
-            policy = _make_compatible_policy(
-                policy, self.observation_spec, env=self, fast_wrap=True
-            )
-            if isinstance(policy, TensorDictModuleBase):
-                program = Program([policy])
         if (
             program is not None
             and program.is_known
-            and not self._reads_nested(policy, program, start)
+            and not self._reads_nested(program, start)
         ):
             return ProgramActor(program, size, device)
+        policy = self._compatible(policy)
+        known: set[NestedKey] = set()
 
         def act(values: Values, step: int) -> None:
             shown = self.step_kernel.with_nested_dims(
                 to_tensordict(values, size, device)
             )
             shown.update(policy(shown))
-            values.update({join(k): v for k, v in shown.items(True, True)})
+            values.update(_only_tensors(shown, "the policy wrote"))
+            if step == 0:
+                known.update(values)
+            elif not known.issuperset(values):
+                raise ValueError(
+                    f"The policy wrote {sorted(values.keys() - known, key=str)} at step {step} "
+                    f"and not before. imagine stacks what is there at every step: let it write "
+                    f"them from the first one on, or take env.rollout."
+                )
 
         return act
 
@@ -461,22 +515,15 @@ class Imagination(EnvBase):
         return not program.reads.isdisjoint(self.done_keys)
 
     def _reads_nested(
-        self,
-        policy: Callable | None,
-        program: Program | None,
-        start: TensorDictBase | None,
+        self, program: Program | None, start: TensorDictBase | None
     ) -> bool:
         """Whether a policy takes nested tensordicts as such, which flat values do not have."""
-        if program is not None:
-            read = program.reads
-        elif isinstance(policy, nn.Module):
-            read = set(self.observation_spec.keys())  # what TorchRL hands to a network
-        else:
+        if program is None:
             return False
-        if not read.isdisjoint(self._nested_keys):
+        if not program.reads.isdisjoint(self._nested_keys):
             return True
         return isinstance(start, TensorDictBase) and any(
-            isinstance(value, TensorDictBase) and key in read
+            isinstance(value, TensorDictBase) and key in program.reads
             for key, value in start.items()
         )
 
@@ -485,11 +532,6 @@ class Imagination(EnvBase):
             return self.batch_size
         if isinstance(actions, TensorDictBase):
             return actions.batch_size[:-1]
-        if not isinstance(actions, torch.Tensor):
-            raise TypeError(
-                f"actions must be a tensor [*B, H, *A] or a TensorDict, got "
-                f"{type(actions).__name__}."
-            )
         spec = self._layout.action[self._layout.action_keys[0]]
         return actions.shape[: actions.ndim - len(spec.shape) - 1]
 
@@ -508,6 +550,11 @@ class Imagination(EnvBase):
                     f"[*B, H] with these keys, got a tensor."
                 )
             actions = {keys[0]: actions}
+        elif unknown := [k for k in leaf_keys(actions) if k not in keys]:
+            raise ValueError(
+                f"actions has {unknown}, which are no actions of the env: it takes {keys}. "
+                f"Leave them out: actions.select(*{keys})."
+            )
         flat: Values = {}
         for key in keys:
             expected = (*batch_size, horizon, *self._layout.action[key].shape)
@@ -555,31 +602,41 @@ class Imagination(EnvBase):
         ) from err
 
 
-def _only_tensors(state: TensorDictBase) -> Values:
-    """The entries of a start by flat key.
+def _check_start(tensordict: Any, call: str) -> None:
+    if tensordict is not None and not isinstance(tensordict, TensorDictBase):
+        raise TypeError(
+            f"The start must be a TensorDict, got {type(tensordict).__name__}: "
+            f"env.{call}, tensordict=world_model.encode(obs))."
+        )
+
+
+def _has_leftovers(start: TensorDictBase, reward_keys: Iterable[NestedKey]) -> bool:
+    """Whether a start that is not reset has what a reset would have taken away."""
+    if any(name is not None for name in start.names):
+        return True
+    return any(start.get(key, None) is not None for key in reward_keys)
+
+
+def _only_tensors(tensordict: TensorDictBase, origin: str) -> Values:
+    """The entries of a tensordict by flat key.
 
     Raises:
         TypeError: if some are no tensors, which cannot be stacked over time.
     """
-    values = flat_values(state)
+    values = flat_values(tensordict)
     if values is None:  # lazily stacked, or with empty nested tensordicts
-        values = flat_values(state.to_tensordict().filter_empty_())
+        values = flat_values(tensordict.to_tensordict().filter_empty_())
     if values is None:
         others = [
             key
-            for key, value in state.items(True, True, is_leaf=_is_leaf_nontensor)
+            for key, value in tensordict.items(True, True, is_leaf=_is_leaf_nontensor)
             if not isinstance(value, torch.Tensor)
         ]
         raise TypeError(
-            f"imagine carries tensors alone, and the start has {others}, which are none. Leave "
-            f"them out: start.exclude(*{others})."
+            f"imagine carries tensors alone, and {origin} {others}, which are none. Leave "
+            f"them out: td.exclude(*{others})."
         )
     return values
-
-
-def _is_network(policy: Callable) -> bool:
-    """Whether a policy is a bare network, which TorchRL wraps by the names of its arguments."""
-    return isinstance(policy, nn.Module) and not hasattr(policy, "in_keys")
 
 
 def _any_done(predicted: Values) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tensordict import NestedKey, TensorDictBase
 
@@ -54,6 +56,10 @@ class StepKernel:
         self.required = unique([*self.inputs, *layout.action_keys])
         self.program = Program([world_model.step_module])
         self._action_specs = {key: layout.action[key] for key in layout.action_keys}
+        self._specs = {**layout.latent, **layout.predicted, **layout.decoded}
+        self._specs.update((key, layout.reward[key]) for key in layout.reward_keys)
+        #: Whether the components were seen to write what the layout says.
+        self._is_checked = True
         self._predicted = [
             (key, join("next", key))
             for key in (*layout.latent, *layout.predicted, *layout.reward_keys)
@@ -86,8 +92,10 @@ class StepKernel:
         """Make the programs anew where a component has another network or hook."""
         if not self.program.is_current():
             self.program = Program([self.world_model.step_module])
+            self._is_checked = False
         if self._decode is not None and not self._decode.is_current():
             self._decode = Program([self.world_model.decoder])
+            self._is_checked = False
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Predict one step.
@@ -137,14 +145,25 @@ class StepKernel:
         work = {key: values[key] for key in self.inputs}
         self.program(work, batch_size, device, again)
         layout = self.layout
+        if not self._is_checked:
+            self._require(place for _, place in self._predicted if place not in work)
         out: Values = {key: work[place] for key, place in self._predicted}
         for key in layout.context:
             out[key] = values[key]
         if self._decode is not None and decode:
             reads = decoder_inputs(self.world_model, {k: out[k] for k in layout.state})
             self._decode(reads, batch_size, device)
+            if not self._is_checked:
+                self._require(place for _, place in self._decoded if place not in reads)
             for key, place in self._decoded:
                 out[key] = reads[place]
+        if autocasts(device):
+            for key, spec in self._specs.items():
+                if key in out:
+                    out[key] = widened(out[key], spec.dtype)
+        if not self._is_checked:
+            self._check_shapes(out, batch_size)
+            self._is_checked = decode or self._decode is None
         time_is_up = None
         if self.counter_key is not None:
             count = values.get(self.counter_key)
@@ -170,6 +189,29 @@ class StepKernel:
             if node is not None:
                 node.batch_size = (*tensordict.batch_size, *dims)
         return tensordict
+
+    def _require(self, lacking: Iterable[NestedKey]) -> None:
+        lacking = list(lacking)
+        if lacking:
+            raise ValueError(
+                f"A component of the world model was changed and no longer writes {lacking}, "
+                f"which the env carries. Make a new WorldModelEnv."
+            )
+
+    def _check_shapes(self, out: Values, batch_size: torch.Size) -> None:
+        """Refuse predictions of a network that was replaced by one that does not fit."""
+        for key, spec in self._specs.items():
+            value = out.get(key)
+            expected = (*batch_size, *spec.shape)
+            if value is not None and (
+                tuple(value.shape) != expected or value.dtype != spec.dtype
+            ):
+                raise ValueError(
+                    f"The world model predicts {join('next', key)!r} of the shape "
+                    f"{tuple(value.shape)} and {value.dtype}; its spec asks for {expected} and "
+                    f"{spec.dtype}. A network was replaced: give it these outputs, or make a "
+                    f"new WorldModelEnv."
+                )
 
     def _check_finite(self, values: Values, predicted: Values, dims: int) -> None:
         bad = {
@@ -214,11 +256,7 @@ class StepKernel:
             return
         actions = [key for key in missing if key in self.layout.action_keys]
         if actions:
-            raise MissingEntryError(
-                f"No action: the imagined env reads {actions}, and the tensordict has "
-                f"{leaf_keys(tensordict)}. Let a policy write it, or call "
-                f"env.rand_action(tensordict)."
-            )
+            raise _no_action(actions, leaf_keys(tensordict))
         raise MissingEntryError(
             f"One imagined step reads {missing}, and the tensordict has "
             f"{leaf_keys(tensordict)}. Start from env.reset(world_model.encode(observations)). "
@@ -227,19 +265,45 @@ class StepKernel:
         )
 
     def check_actions(self, values: Values, batch_size: torch.Size) -> None:
-        """Refuse actions of another shape or float type than their spec's."""
+        """Refuse actions that are not there, or of another shape or float type than their spec's."""
         dims = len(batch_size)
         for key, spec in self._action_specs.items():
-            value = values[key]
+            value = values.get(key)
+            if value is None:
+                raise _no_action([key], sorted(values, key=str))
             if value.shape[dims:] != spec.shape:
                 raise ValueError(
                     f"The action {key!r} has the feature shape {tuple(value.shape[dims:])} in a "
                     f"tensordict of batch size {tuple(batch_size)}; the action spec asks for "
                     f"{tuple(spec.shape)}."
                 )
+            if autocasts(value.device):  # a network of the model reads it all the same
+                value = widened(value, spec.dtype)
             floats = value.is_floating_point() and spec.dtype.is_floating_point
             if floats and value.dtype != spec.dtype:
                 raise ValueError(
                     f"The action {key!r} is {value.dtype}, its spec {spec.dtype}. Convert it: "
                     f"action.to({spec.dtype})."
                 )
+
+
+def autocasts(device: torch.device | None) -> bool:
+    """Whether networks there compute in a narrower dtype than that of their weights."""
+    if device is None:
+        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return torch.is_autocast_enabled(device.type)
+
+
+def widened(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What autocast computed in half precision, in the float ``dtype`` that it stands for."""
+    narrow = value.dtype in (torch.float16, torch.bfloat16)
+    return value.to(dtype) if narrow and dtype.is_floating_point else value
+
+
+def _no_action(
+    lacking: list[NestedKey], there: Iterable[NestedKey]
+) -> MissingEntryError:
+    return MissingEntryError(
+        f"No action: the imagined env reads {lacking}, and the tensordict has {list(there)}. Let "
+        f"a policy write it, or call env.rand_action(tensordict)."
+    )

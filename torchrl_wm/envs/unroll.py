@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.base import _is_leaf_nontensor
 
 from torchrl_wm.envs.endings import Endings
-from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.envs.step import autocasts, StepKernel
 from torchrl_wm.modules.keys import is_next, join, strip_next
 from torchrl_wm.modules.program import Program, Values
 
@@ -89,7 +89,8 @@ def unroll(
     kernel.check_actions(values, batch_size)
     predicted = kernel.predict(values, batch_size, device, endings)
     trace = Trace.of(values, predicted)
-    if not left and kernel.is_straight and getattr(act, "is_straight", False):
+    straight = kernel.is_straight and not autocasts(device)
+    if straight and not left and getattr(act, "is_straight", False):
         return _go_on(
             kernel, act.program, trace, values, moving, steps, batch_size, device, stop
         )
@@ -324,6 +325,11 @@ def _build(
     return TensorDict._new_unsafe(source, batch_size=size, device=device, names=names)
 
 
+def _is_no_tensordict(kind: type) -> bool:
+    """Whether entries of this kind count as leaves: else no tensors and tensorclasses go unseen."""
+    return _is_leaf_nontensor(kind) or not issubclass(kind, TensorDictBase)
+
+
 def _nodes(
     tensordict: TensorDictBase, prefix: tuple[str, ...] = ()
 ) -> dict[NestedKey, TensorDictBase]:
@@ -342,8 +348,7 @@ def flat_values(tensordict: TensorDictBase) -> Values | None:
     if type(tensordict) is not TensorDict or tensordict.is_locked:
         return None
     values: Values = {}
-    # Entries that are no tensors count as leaves, or they would go unseen.
-    for key, value in tensordict.items(True, True, is_leaf=_is_leaf_nontensor):
+    for key, value in tensordict.items(True, True, is_leaf=_is_no_tensordict):
         if not isinstance(value, torch.Tensor):
             return None
         values[key] = value

@@ -16,7 +16,7 @@ from torchrl.envs.utils import _update_during_reset
 from torchrl_wm.envs.imagination import Imagination
 from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
-from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.envs.step import autocasts, StepKernel, widened
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, unique
@@ -236,9 +236,11 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         return kernel
 
     def __getstate__(self) -> dict[str, Any]:
-        # These hold on to networks: a copy makes its own.
-        held = ("_kernel", "_compiler", "_policy_program")
-        return {**self.__dict__, **dict.fromkeys(held)}
+        # These hold on to networks, or to the env itself: a copy makes its own, and is eager.
+        state = {**self.__dict__, **dict.fromkeys(("_kernel", "_compiler"))}
+        for name in ("_wrapped", "_policy_program", "_compiled_step_and_maybe_reset"):
+            state.pop(name, None)
+        return state
 
     def _rewired(self) -> tuple[Layout, StepKernel]:
         """The layout for replaced components: the env's specs are what they must fit."""
@@ -288,6 +290,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
     # Stepping ------------------------------------------------------------
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self.__dict__["_slow_because"] = "its steps were made one by one, from outside"
         kernel = self.step_kernel
         if parent_process() is not None and tensordict.get(self.latent_key).is_shared():
             # In the worker of a ParallelEnv, whose shared buffers would chain the
@@ -452,6 +455,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             "is_init",
             "step_count",
             "_step",
+            *layout.endings.keys,
             *self.reset_keys,
             *layout.action_keys,
             *layout.reward_keys,
@@ -467,6 +471,8 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         given: TensorDictBase,
     ) -> torch.Tensor:
         expected = (*given.batch_size, *spec.shape)
+        if autocasts(value.device):
+            value = widened(value, spec.dtype)
         if tuple(value.shape) != expected or value.dtype != spec.dtype:
             raise ValueError(
                 f"The start state's {key!r} has shape {tuple(value.shape)} and {value.dtype}; "
@@ -575,7 +581,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             if not isinstance(value, torch.Tensor) or value.device != device:
                 return None
         for key, spec in layout.state.items():
-            self._checked(key, values[key], spec, given)
+            values[key] = self._checked(key, values[key], spec, given)
         if self.max_steps is not None:
             values[_COUNTER_KEY] = torch.zeros(
                 (*size, 1), dtype=torch.int64, device=device
@@ -617,13 +623,13 @@ def _group_map(env: EnvBase) -> dict | None:
 def _as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> torch.Size:
     if batch_size is None:
         return default
-    sizes = [batch_size] if isinstance(batch_size, int) else list(batch_size)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    sizes = [batch_size] if isinstance(batch_size, Integral) else list(batch_size)
+    if not all(isinstance(size, Integral) and size > 0 for size in sizes):
         raise ValueError(
             f"batch_size must be a positive int or a sequence of them, [] for any batch size; "
             f"got {batch_size!r}."
         )
-    return torch.Size(sizes)
+    return torch.Size(int(size) for size in sizes)
 
 
 def _device_of(world_model: WorldModel, base_env: EnvBase) -> torch.device | None:

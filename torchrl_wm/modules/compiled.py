@@ -34,8 +34,16 @@ class GraphMaker:
         """The compiled function."""
         return torch.compile(function, **self.options)
 
-    def attempt(self, call: Callable[[], Result]) -> Result | None:
-        """What ``call`` returns; None, with a warning, where compiling failed."""
+    def attempt(
+        self, call: Callable[[], Result], eager: Callable[[], Any] | None = None
+    ) -> Result | None:
+        """What ``call`` returns; None, with a warning, where compiling failed.
+
+        Args:
+            call: calls what was compiled.
+            eager: does the same without the compiler. What is wrong with an input or a
+                network reads there as it was meant to, and not as what tracing made of it.
+        """
         try:
             return call()
         except torch._dynamo.exc.BackendCompilerFailed as err:
@@ -47,3 +55,7 @@ class GraphMaker:
                 stacklevel=4,
             )
             return None
+        except torch._dynamo.exc.TorchDynamoException:
+            if eager is not None:
+                eager()
+            raise

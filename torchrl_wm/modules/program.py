@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.base import _is_leaf_nontensor
 from tensordict.nn import (
     CompositeDistribution,
     InteractionType,
@@ -25,7 +27,7 @@ from torch import nn
 from torchrl.modules import SafeProbabilisticModule
 
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import unique
+from torchrl_wm.modules.keys import as_tuple, unique
 
 Values = dict[NestedKey, torch.Tensor]
 Step = Callable[[Values, torch.Size, "torch.device | None"], None]
@@ -114,6 +116,7 @@ def is_plain(module: nn.Module) -> bool:
         and module.method is None
         and not module.method_kwargs
         and not module._get_kwargs
+        and not module.strict
         and module.out_keys == module.out_keys_source
         and not has_hooks(module)
     )
@@ -122,8 +125,10 @@ def is_plain(module: nn.Module) -> bool:
 def _signature(module: nn.Module) -> tuple:
     """What a program depends on; a network is compared by identity."""
     network = module._modules.get("module", module.__dict__.get("module"))
+    own = module.__dict__
+    method = own.get("method"), bool(own.get("method_kwargs"))
     keys = tuple(module.in_keys), tuple(module.out_keys)
-    return (has_hooks(module), id(network), *keys)
+    return (type(module), has_hooks(module), id(network), *method, *keys)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -206,7 +211,10 @@ def _direct(module: TensorDictModule) -> Step:
     def step(
         values: Values, batch_size: torch.Size, device: torch.device | None
     ) -> None:
-        inputs = [values.get(key) for key in in_keys]
+        try:
+            inputs = [values[key] for key in in_keys]
+        except KeyError:
+            inputs = [_get(values, key, batch_size, device) for key in in_keys]
         try:
             out = network(*inputs)
         except Exception as err:
@@ -237,13 +245,36 @@ def _direct_again(module: TensorDictModule) -> Step:
     def step(
         values: Values, batch_size: torch.Size, device: torch.device | None
     ) -> None:
-        out = network(*[values.get(key) for key in in_keys])
+        try:
+            inputs = [values[key] for key in in_keys]
+        except KeyError:
+            inputs = [_get(values, key, batch_size, device) for key in in_keys]
+        out = network(*inputs)
         if single is not None and type(out) is torch.Tensor:
             values[single] = out
         else:
             _write(values, out, out_keys, module, batch_size, device)
 
     return step
+
+
+def _get(
+    values: Values,
+    key: NestedKey,
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> torch.Tensor | TensorDict | None:
+    """What a network reads, as from a tensordict: an entry, those below a key, or None."""
+    if key in values:
+        return values[key]
+    below = _below(values, key)
+    return to_tensordict(below, batch_size, device).get(key) if below else None
+
+
+def _below(values: Values, key: NestedKey) -> Values:
+    """The entries below a key, which names a nested tensordict."""
+    path = as_tuple(key)
+    return {k: v for k, v in values.items() if as_tuple(k)[: len(path)] == path}
 
 
 def _write(
@@ -255,8 +286,12 @@ def _write(
     device: torch.device | None,
 ) -> None:
     """Write outputs as a TensorDictModule does, into a dictionary."""
-    if isinstance(out, dict) and all(key in out for key in out_keys):
-        out = tuple(out[key] for key in out_keys)
+    if out is None:
+        out = ()
+    elif isinstance(out, (dict, TensorDictBase)):
+        found = [out.get(key, None) for key in out_keys]
+        if all(value is not None for value in found):
+            out = tuple(found)
     if not isinstance(out, tuple):
         out = (out,)
     if len(out) != len(out_keys):
@@ -267,15 +302,37 @@ def _write(
         if key == "_":
             continue
         if not isinstance(value, torch.Tensor):
-            value = torch.as_tensor(value)
-        if value.shape[: len(batch_size)] != batch_size:
-            raise RuntimeError(
-                f"{key!r} was written with the shape {tuple(value.shape)}, which does not begin "
-                f"with the batch size {tuple(batch_size)}, by {module}."
-            )
-        if device is not None and value.device != device:
-            value = value.to(device)
-        values[key] = value
+            value = TensorDict.from_any(value)
+        if isinstance(value, TensorDictBase):
+            for name, part in value.items(True, True, is_leaf=_is_leaf_nontensor):
+                name = unravel_key((*as_tuple(key), *as_tuple(name)))
+                values[name] = _fitting(name, part, module, batch_size, device)
+        else:
+            values[key] = _fitting(key, value, module, batch_size, device)
+
+
+def _fitting(
+    key: NestedKey,
+    value,
+    module: nn.Module,
+    batch_size: torch.Size,
+    device: torch.device | None,
+) -> torch.Tensor:
+    """One output, checked, and where it belongs."""
+    if isinstance(value, (bool, int, float, np.generic, np.ndarray)):
+        value = torch.as_tensor(value)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{key!r} was written as {type(value).__name__} by {module}. World models and the "
+            f"policies that act in them write tensors: leave the entry out of out_keys, or call "
+            f"it '_'."
+        )
+    if value.shape[: len(batch_size)] != batch_size:
+        raise RuntimeError(
+            f"{key!r} was written with the shape {tuple(value.shape)}, which does not begin "
+            f"with the batch size {tuple(batch_size)}, by {module}."
+        )
+    return value if device is None or value.device == device else value.to(device)
 
 
 def _through_tensordict(module: nn.Module) -> Step:
@@ -288,11 +345,17 @@ def _through_tensordict(module: nn.Module) -> Step:
     def step(
         values: Values, batch_size: torch.Size, device: torch.device | None
     ) -> None:
-        shown = {k: values[k] for k in in_keys if k in values} if narrow else values
+        shown = values
+        if narrow:
+            shown = {}
+            for key in in_keys:
+                shown.update(_below(values, key))
         out = module(to_tensordict(shown, batch_size, device))
         # What such a module writes beyond its out_keys is kept, as in a tensordict.
-        for key in out_keys if narrow else unique(out.keys(True, True)):
-            values[key] = out.get(key)
+        written = out.select(*out_keys) if narrow else out
+        for key, value in written.items(True, True, is_leaf=_is_leaf_nontensor):
+            key = unravel_key(key)
+            values[key] = _fitting(key, value, module, batch_size, device)
 
     return step
 

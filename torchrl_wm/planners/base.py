@@ -487,7 +487,7 @@ class MPCPlanner(MPCPlannerBase):
         if name == "proposed" and self.objective.program is None:
             return function  # the policy may be anything
         key = (name, shapes, self.discount, self.reward_key)
-        return compiler.wrap(function, self._held, key)
+        return compiler.wrap(function, self._held, (), key)
 
     def _first_action(self, search: Search, size: torch.Size) -> torch.Tensor:
         action = self.space.action(self.choose(search)[:, 0])
