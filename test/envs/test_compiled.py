@@ -26,10 +26,13 @@ from _models import (
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule as Mod
 from torch import nn
+from torchrl.envs import GymEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.envs import compiler
+from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
 
 # Graphs are captured as for a compiler, and run without one: what is tested is
 # that there is one graph, not what inductor makes of it.
@@ -123,6 +126,28 @@ def test_probabilistic_actor_and_stochastic_dynamics() -> None:
     env = WorldModelEnv(rssm, SpecEnv()).compile(**CAPTURE)
     out = env.imagine(3, tensordict=rssm.encode(observations(4)).detach())
     assert out["next", "state"].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(), (1,), (4,)])
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_ensembles_of_any_batch_size(propagation, size) -> None:
+    real_env = GymEnv("Pendulum-v1")
+    model, _ = make_ensemble_world_model(
+        real_env,
+        members=3,
+        elites=2,
+        hidden=(8,),
+        propagation=propagation,
+        normalize=False,
+    )
+    env = WorldModelEnv(model, real_env)
+    start = real_env.reset().select("observation").expand(size).contiguous()
+    act = linear(["observation"], ["action"], [3, 1])
+    torch.manual_seed(0)
+    expected = env.imagine(3, act, start)
+    env.compile(**CAPTURE)
+    torch.manual_seed(0)
+    assert_close(env.imagine(3, act, start), expected)
 
 
 @pytest.mark.parametrize("what", ["component", "network", "policy"])

@@ -373,7 +373,8 @@ class _Propagate(nn.Module):
         elites, lead = self.step.elites, loc.shape[1:-1]
         if self.propagation == "ts1":
             drawn = torch.randint(len(elites), lead, device=loc.device)
-            member = elites[drawn]
+            # Not elites[drawn]: without batch dims torch 2.13 does not compile that.
+            member = elites.index_select(0, drawn.flatten()).reshape(lead)
         if member is not None:
             loc, log_var = _of_member(loc, member), _of_member(log_var, member)
             std = (log_var / 2).exp()
