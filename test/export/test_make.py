@@ -252,6 +252,17 @@ def test_importing_the_package_registers_the_env_and_not_sb3():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_id_with_the_packages_name_needs_no_import():
+    code = (
+        "import gymnasium\n"
+        "try: gymnasium.make('torchrl_wm:torchrl_wm/WorldModel-v0', world_model=None)\n"
+        "except TypeError as error: assert 'cannot be stepped' in str(error), error\n"
+        "else: raise AssertionError"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_sb3_is_asked_for_by_its_extra(monkeypatch):
     from torchrl_wm.export import sb3
 
