@@ -765,6 +765,7 @@ class TestBadInput:
         message = str(err.value)
         assert f"done_head writes ('next', '{key}') as torch.float32" in message
         assert "('next', 'terminated_logits')" in message
+        assert "ends in a sigmoid: take that off" in message
 
     def test_int_under_a_bool_done_key(self) -> None:
         head = Mod(

@@ -201,6 +201,31 @@ def test_without_a_base_env_something_says_where_to_start(tmp_path):
         make_env(pendulum_model())
 
 
+@pytest.mark.parametrize("kind", ["ensemble", "tdmpc2"])
+def test_another_env_than_the_models_own_is_refused_at_construction(kind):
+    from torchrl_wm import models
+
+    world_model, _ = getattr(models, f"make_{kind}_world_model")(GymEnv("CartPole-v1"))
+    cart = GymEnv("CartPole-v1", categorical_action_encoding=True)
+    for kwargs, text in (
+        ({"base_env": "Pendulum-v1"}, r"observation.*\(4,\); base_env has.*\(3,\)"),
+        (
+            {"base_env": cart},
+            r"action.*\(2,\); base_env has.*\(\) and the classes \[2\]",
+        ),
+        ({"start_states": "Pendulum-v1"}, r"\(4,\); start_states has.*\(3,\)"),
+        (
+            {"base_env": "CartPole-v1", "start_states": GymEnv("Pendulum-v1")},
+            r"\(4,\); start_states has.*\(3,\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make_env(world_model, **kwargs)
+    make_env(world_model, base_env="CartPole-v1", start_states="CartPole-v1")
+    with pytest.raises(ValueError, match=r"\(3,\); start_states has.*\(4,\)"):
+        make_env(pendulum_model(), base_env="Pendulum-v1", start_states="CartPole-v1")
+
+
 def test_an_older_file_asks_for_the_base_env(tmp_path):
     import torch
 
@@ -222,6 +247,17 @@ def test_importing_the_package_registers_the_env_and_not_sb3():
     code = (
         "import sys, gymnasium, torchrl_wm; gymnasium.spec('torchrl_wm/WorldModel-v0'); "
         "assert 'stable_baselines3' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_id_with_the_packages_name_needs_no_import():
+    code = (
+        "import gymnasium\n"
+        "try: gymnasium.make('torchrl_wm:torchrl_wm/WorldModel-v0', world_model=None)\n"
+        "except TypeError as error: assert 'cannot be stepped' in str(error), error\n"
+        "else: raise AssertionError"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

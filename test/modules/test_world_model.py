@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule as Mod
 from torch import nn
 
 from torchrl_wm import WorldModel
+from torchrl_wm.modules.keys import join
 
 
 def test_forward_encodes_steps_and_decodes() -> None:
@@ -199,3 +200,15 @@ def test_key_written_twice() -> None:
         ValueError, match=r"Both reward_head and done_head write \('next', 'reward'\)"
     ):
         WorldModel(encoder, dynamics, head, done_head=copy.deepcopy(head))
+
+
+@pytest.mark.parametrize("latent", ["latent", ("agents", "latent")])
+def test_prediction_at_the_root(latent) -> None:
+    """As code for TorchRL's WorldModelWrapper has it."""
+    encoder, dynamics, head = make_model(latent=latent).components.values()
+    dynamics = linear([latent, "action"], [latent], [LATENT + ACTION, LATENT])
+    with pytest.raises(ValueError) as err:
+        WorldModel(encoder, dynamics, head)
+    message = str(err.value)
+    assert f"Both encoder and dynamics write {latent!r}" in message
+    assert f"out_keys=[{join('next', latent)!r}]" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -589,6 +590,35 @@ class TestBadInput:
         loss = WorldModelLoss(make_model(done=head), losses=["done"])
         with pytest.raises(TypeError, match="torch.bool.*terminated_logits"):
             loss(transitions(5))
+
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize("key", ["terminated_logits", "continue_pred", "done"])
+    def test_head_that_gives_probabilities_is_told(self, key, nested) -> None:
+        """TorchRL's loss compares what the head gives; here that is read as logits."""
+        net = torch.nn.Sequential(torch.nn.Linear(LATENT, 1), torch.nn.Sigmoid())
+        head = Mod(net, [("next", "latent")], [("next", key)])
+        if nested:
+            other = Mod(torch.nn.Identity(), [("next", "latent")], [("next", "seen")])
+            head = TensorDictSequential(head, other)
+        for distance in ("bce", "l2"):
+            with pytest.warns(UserWarning, match="take the Sigmoid off") as warned:
+                WorldModelLoss(
+                    make_model(done=head), losses=["done"], done_loss=distance
+                )
+            assert [warning.filename for warning in warned] == [__file__]
+
+    def test_probabilities_beside_the_logits_are_no_mistake(self) -> None:
+        head = TensorDictSequential(
+            linear([("next", "latent")], [("next", "terminated_logits")], [LATENT, 1]),
+            Mod(
+                torch.nn.Sigmoid(),
+                [("next", "terminated_logits")],
+                [("next", "probability")],
+            ),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WorldModelLoss(make_model(done=head), losses=["done"])
 
     def test_head_under_another_key(self) -> None:
         loss = WorldModelLoss(make_model(reward="bonus"))

@@ -401,9 +401,9 @@ class Imagination(EnvBase):
         are eager.
 
         A graph is made for each horizon, batch shape, set of entries, policy
-        and gradient mode, at its first call (some seconds, more for a longer
-        horizon), and kept: horizons that change from call to call are better
-        imagined eagerly, or cut from one that is long enough. Replacing a
+        and gradient mode, at its first call (some ten seconds to a minute or more, more for
+        a longer horizon), and the 64 used last are kept: horizons that change from call to
+        call are better imagined eagerly, or cut from one that is long enough. Replacing a
         component makes new graphs. Policies that are more than networks and
         distributions are not compiled.
 
@@ -415,6 +415,9 @@ class Imagination(EnvBase):
         Returns:
             The env itself. Where there is no compiler, a warning says so at the
             first call, and imagination stays eager. :meth:`eager` undoes it.
+
+        Raises:
+            ValueError: if the env was made with ``check_finite=True``, which looks at values.
         """
         if self.check_finite and kwargs.get("fullgraph", True):
             raise ValueError(

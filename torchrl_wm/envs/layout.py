@@ -225,11 +225,13 @@ def check_step(
     for key in layout.endings.bool_keys:
         value = next_td.get(key)
         if value.is_floating_point():
+            logits = join("next", sibling(key, "terminated_logits"))
             raise ValueError(
                 f"{who[key]} writes {join('next', key)!r} as {value.dtype}, but the env "
-                f"needs a bool there. If these are logits, let the head write "
-                f"{join('next', sibling(key, 'terminated_logits'))!r} instead: the loss "
-                f"trains them and the env derives the bools. Else write value > threshold."
+                f"needs a bool there. If these are logits, let the head write {logits!r} "
+                f"instead: the loss trains them and the env derives the bools. A head that "
+                f"ends in a sigmoid: take that off and write {logits!r}. Else write "
+                f"value > threshold."
             )
         _check_entry(
             who[key],

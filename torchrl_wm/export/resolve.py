@@ -11,7 +11,9 @@ from typing import Any, Union
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Composite
 from torchrl.envs import EnvBase, GymEnv, GymWrapper
 
 from torchrl_wm.envs import WorldModelEnv
@@ -20,7 +22,8 @@ from torchrl_wm.export.adapters import AdapterSource
 from torchrl_wm.export.sources import as_device, Source
 from torchrl_wm.export.spaces import checked_space
 from torchrl_wm.export.world_models import WorldModelSource
-from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules import Entry, WorldModel
+from torchrl_wm.modules.keys import unique
 
 #: The callables that an object may be stepped by.
 FUNCTIONS = [
@@ -128,9 +131,12 @@ def _imagined_env(
             base_env = _reference_env(model)  # never reset: it has specs alone
         else:
             base_env = as_torchrl_env(base_env, "base_env")
+            _check_serves(model, base_env)
             start_states = base_env if start_states is None else start_states
         if isinstance(start_states, (str, gymnasium.Env)):
             start_states = as_torchrl_env(start_states, "start_states")
+        if isinstance(start_states, EnvBase) and start_states is not base_env:
+            _check_starts(model, start_states, base_env)
         return WorldModelEnv(
             model,
             base_env,
@@ -195,6 +201,64 @@ def _reference_env(model: WorldModel) -> EnvBase:
             f"The spaces of the world model are not known. {err} It is the env whose specs the "
             f"model has: an id, a Gymnasium or a TorchRL env."
         ) from err
+
+
+def _check_serves(model: WorldModel, base_env: EnvBase) -> None:
+    """Refuse an env of other entries than those a ready-made model was built for.
+
+    Raises:
+        ValueError: naming the entry that differs.
+    """
+    recipe = getattr(model, "recipe", None)
+    if recipe is None:
+        return  # wired by hand: the WorldModelEnv tries it
+    specs = recipe.specs
+    observations = (*specs.vectors, *specs.pixels)
+    for kind, entries, spec in (
+        ("observation", observations, base_env.full_observation_spec_unbatched),
+        ("action", specs.actions, base_env.full_action_spec_unbatched),
+    ):
+        for own in entries:
+            other = _entry(spec, own.key)
+            if other is None or not _alike(own, other):
+                raise ValueError(
+                    f"The world model was built for an env with the {kind} {_form(own)}; base_env "
+                    f"has {'none of that name' if other is None else _form(other)}. Pass the env "
+                    f"that the model was built for."
+                )
+
+
+def _check_starts(model: WorldModel, starts: EnvBase, base_env: EnvBase) -> None:
+    """Refuse an env to start from whose observations are not the model's.
+
+    Raises:
+        ValueError: naming the entry that differs.
+    """
+    for key in unique(model.encoder.in_keys):
+        own = _entry(base_env.full_observation_spec_unbatched, key)
+        given = _entry(starts.full_observation_spec_unbatched, key)
+        if own is not None and given is not None and not _alike(own, given):
+            raise ValueError(
+                f"The world model reads the observation {_form(own)}; start_states has "
+                f"{_form(given)}. Let episodes begin in an env with the model's observations."
+            )
+
+
+def _entry(spec: Composite, key: NestedKey) -> Entry | None:
+    """An entry of a spec without batch dims, if it is there."""
+    present = key in unique(spec.keys(True, True))
+    return Entry.from_spec(key, spec[key]) if present else None
+
+
+def _alike(one: Entry, other: Entry) -> bool:
+    # Not the dtype: a model may read several.
+    return (one.shape, one.classes) == (other.shape, other.classes)
+
+
+def _form(entry: Entry) -> str:
+    """The key and the shape of an entry, and of class numbers how many classes there are."""
+    classes = f" and the classes {list(entry.classes)}" if entry.classes else ""
+    return f"{entry.key!r} of the shape {tuple(entry.shape)}{classes}"
 
 
 def load(path: str | Path) -> WorldModel:

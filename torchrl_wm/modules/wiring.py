@@ -8,7 +8,7 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from torchrl_wm.modules.keys import is_next, strip_next, unique
+from torchrl_wm.modules.keys import is_next, join, strip_next, unique
 
 
 def check_component(name: str, module: nn.Module) -> None:
@@ -52,9 +52,15 @@ def check_wiring(components: Mapping[str, nn.Module]) -> None:
                 raise ValueError(_unwritten_message(name, key, components, writer))
         for key in written_keys(module):
             if key in writer:
+                fix = "Give one of them another out_key, or leave one out."
+                if name == "dynamics" and key in unique(module.in_keys):
+                    fix = (
+                        f"Predictions stand under 'next': let dynamics have "
+                        f"out_keys=[{join('next', key)!r}]."
+                    )
                 raise ValueError(
                     f"Both {writer[key]} and {name} write {key!r}, so one would overwrite "
-                    f"the other. Give one of them another out_key, or leave one out."
+                    f"the other. {fix}"
                 )
             writer[key] = name
 

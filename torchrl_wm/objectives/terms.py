@@ -7,12 +7,14 @@ model's predictions and the labels into one number per sample.
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import symlog
 from torchrl.objectives.utils import distance_loss
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 #: Gives the unit in which an entry is compared, by its key.
 Scale = Callable[[NestedKey], "torch.Tensor | float"]
 DISTANCES = ("l2", "l1", "smooth_l1", "symlog")
+#: What a done head writes that is read as logits where it is a float.
+_LOGITS = ("terminated_logits", "continue_pred", "terminated", "done")
 
 
 class LossTerm(abc.ABC):
@@ -224,6 +228,17 @@ class DoneTerm(LossTerm):
         loss_value = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
         return per_sample(loss_value, batch)
 
+    def check(self, world_model: WorldModel) -> None:
+        super().check(world_model)
+        head = world_model.done_head
+        for key in written_keys(head):
+            if as_tuple(key)[-1] in _LOGITS and _ends_in_sigmoid(head, key):
+                warnings.warn(
+                    f"done_head writes {key!r} and ends in a Sigmoid, but the loss 'done' reads "
+                    f"a float output as logits, whatever done_loss is: take the Sigmoid off.",
+                    stacklevel=3,
+                )
+
     @staticmethod
     def prediction_key(loss: WorldModelLoss) -> tuple[NestedKey, bool]:
         """What the head writes, and whether it is the logit of going on."""
@@ -395,6 +410,18 @@ class LatentTerm(LossTerm):
     def compare(self, predicted, target, key, batch) -> torch.Tensor:
         """How far a predicted latent is from its target, ``[*B]``."""
         return distance(predicted, target, self.distance, key, batch)
+
+
+def _ends_in_sigmoid(module: nn.Module, key: NestedKey) -> bool:
+    """Whether what ``module`` writes under ``key`` comes out of an ``nn.Sigmoid``."""
+    if isinstance(module, TensorDictSequential):
+        writers = [m for m in module.module.children() if key in written_keys(m)]
+        return bool(writers) and _ends_in_sigmoid(writers[-1], key)
+    if isinstance(module, TensorDictModule):
+        return _ends_in_sigmoid(module.module, key)
+    if isinstance(module, nn.Sequential) and len(module):
+        return _ends_in_sigmoid(module[-1], key)
+    return isinstance(module, nn.Sigmoid)
 
 
 # What the terms share ------------------------------------------------------

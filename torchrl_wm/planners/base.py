@@ -440,7 +440,8 @@ class MPCPlanner(MPCPlannerBase):
         """Compile the search: each iteration, all its imagination included, is one graph.
 
         A graph is made for each shape of the state and each population size, at
-        the first call (some seconds). Replacing a component makes new ones.
+        the first call (some ten seconds to a minute or more), and kept. Replacing a
+        component makes new ones.
 
         Args:
             kwargs: for :func:`torch.compile`; ``fullgraph`` is True and ``dynamic``
