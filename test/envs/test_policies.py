@@ -17,7 +17,8 @@ from tensordict.nn import (
 )
 from torch import nn
 from torchrl.data import Bounded, Composite
-from torchrl.modules import IndependentNormal, ProbabilisticActor
+from torchrl.envs import Compose, InitTracker, TransformedEnv
+from torchrl.modules import IndependentNormal, LSTMModule, ProbabilisticActor
 
 from torchrl_wm import WorldModel, WorldModelEnv
 
@@ -238,6 +239,28 @@ def test_a_method_set_later_is_called(env, start) -> None:
     assert env.rollout(2, policy, tensordict=start)["action"].any()
     policy.method = "other"
     assert not env.rollout(2, policy, tensordict=start)["action"].any()
+
+
+def test_recurrent_policies_are_told_what_they_need(env, start) -> None:
+    """... and act once they have it."""
+    rnn = LSTMModule(input_size=LATENT, hidden_size=5, in_key="latent", out_key="h")
+    policy = TensorDictSequential(rnn, linear(["h"], ["action"], [5, ACTION]))
+    with pytest.raises(KeyError, match=r"batch_size=\[N\].*make_tensordict_primer"):
+        env.rollout(2, policy, tensordict=start)
+    sized = WorldModelEnv(env.world_model, SpecEnv(), batch_size=[3])
+    primed = TransformedEnv(sized, Compose(InitTracker(), rnn.make_tensordict_primer()))
+    out = primed.rollout(4, policy, tensordict=start, set_state=True)
+    assert out.batch_size == (3, 4) and out["next", "recurrent_state_h"].any()
+
+
+@pytest.mark.parametrize("call", ["rollout", "imagine"])
+def test_a_tensor_with_entries_below_it_is_refused(env, start, call) -> None:
+    """A tensordict has no place for both, and neither may vanish."""
+    policy = Mod(
+        Returns(lambda a, z: (a, z, 2 * z)), ["latent"], ["action", "h", ("h", "twice")]
+    )
+    with pytest.raises(KeyError, match="'h' is a tensor and has.*twice"):
+        getattr(env, call)(2, policy, tensordict=start)
 
 
 @pytest.mark.parametrize("call", ["rollout", "imagine", "compiled"])

@@ -36,7 +36,7 @@ from torchrl.data import (
     SliceSampler,
     Unbounded,
 )
-from torchrl.envs import EnvBase, GymEnv
+from torchrl.envs import EnvBase, GymEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs, step_mdp
 from torchrl.modules import CEMPlanner
 
@@ -1167,3 +1167,15 @@ def test_compiled_step_is_one_graph() -> None:
     compiled = torch.compile(env.step, fullgraph=True, backend="eager")
     out, expected = compiled(td.clone()), env.step(td.clone())
     assert (out == expected).all()
+
+
+def test_a_start_that_does_not_count_is_told_why() -> None:
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    start = model.encode(observations(2)).detach()
+    with pytest.raises(RuntimeError, match="set_state=False leaves out"):
+        env.rollout(2, tensordict=start, set_state=False)
+    inside = TransformedEnv(env, StepCounter())
+    with pytest.raises(RuntimeError, match="set_state=True where a TransformedEnv"):
+        inside.rollout(2, tensordict=observations(2), set_state=True)
+    assert inside.rollout(2, tensordict=start, set_state=True).batch_size == (2, 2)

@@ -594,14 +594,20 @@ class Imagination(EnvBase):
             return
         decodable = [k for k in lacking if k in self.world_model.decoded_keys()]
         fix = (
-            f"Pass decode=True to WorldModelEnv for {decodable}"
-            if decodable
-            else f"Let the policy read the latents {self.latent_keys}, or give the world model "
+            f"Let the policy read the latents {self.latent_keys}, or give the world model "
             f"a decoder that writes {lacking} and pass decode=True"
         )
+        if decodable:
+            fix = f"Pass decode=True to WorldModelEnv for {decodable}"
+        elif "is_init" in lacking:
+            fix = (
+                "The state of a recurrent policy comes from its primer, in an env of a batch size: "
+                "TransformedEnv(WorldModelEnv(..., batch_size=[N]), Compose(InitTracker(), "
+                "rnn.make_tensordict_primer()))"
+            )
         raise MissingEntryError(
             f"The policy reads {lacking}, which the imagined env does not have. It has "
-            f"{sorted(there, key=str)}. {fix}."
+            f"{sorted(set(there), key=str)}. {fix}."
         ) from err
 
 

@@ -312,6 +312,12 @@ def _build(
         source.setdefault(name, None)  # keeps the order of the keys
     for name, entries in below.items():
         path = (*prefix, name)
+        if source[name] is not None:
+            both = unravel_key(path)
+            raise KeyError(
+                f"{both!r} is a tensor and has {sorted(entries, key=str)} below it. One of them "
+                f"was written by the policy: give it another key."
+            )
         dims = nested.get(unravel_key(path), ())
         source[name] = _build(
             entries,

@@ -412,12 +412,18 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
     ) -> dict[NestedKey, torch.Tensor]:
         if self._sampler is None:
             inputs = unique(self.world_model.encoder.in_keys)
+            if missing_from(given, layout.latent):
+                why = (
+                    f"the tensordict has {leaf_keys(given)}, not the latents "
+                    f"{list(layout.latent)} nor the observations {inputs}"
+                )
+            else:
+                why = "set_state=False leaves out what the tensordict has"
             raise RuntimeError(
-                f"WorldModelEnv has no initial latent to start from: the tensordict has "
-                f"{leaf_keys(given)}, not the latents {list(layout.latent)} nor the "
-                f"observations {inputs}. Encode real observations, env.rollout(max_steps, "
-                f"tensordict=world_model.encode(obs)), or give the env a source: "
-                f"WorldModelEnv(..., start_states=real_env)."
+                f"WorldModelEnv has no initial latent to start from: {why}. Encode real "
+                f"observations, env.rollout(max_steps, tensordict=world_model.encode(obs)), with "
+                f"set_state=True where a TransformedEnv is around the env, which hands on latents "
+                f"alone; or give the env a source: WorldModelEnv(..., start_states=real_env)."
             )
         sample = self._sampler(given.batch_size)
         if self.device is not None:
