@@ -62,7 +62,7 @@ class EnsembleDynamics(TensorDictModule):
     (Members come after the batch dims, so that the entries fit a tensordict of
     batch size ``[*B]``.) The disagreement is the standard deviation of the
     members' means, in units of the targets' own spread, as the root mean square
-    over ``D``; of one member it is zero.
+    over ``D``, of which targets that never changed count zero; of one member it is zero.
 
     Args:
         ensemble: maps the joined latents and actions to ``D`` Gaussians.
@@ -206,7 +206,7 @@ class EnsembleDynamics(TensorDictModule):
         _, given = step.join(values)
         loc, _ = step.predict(given)
         target = step.normalized(self._changes(batch))
-        return (loc - target).pow(2).flatten(1).mean(1)
+        return step.live((loc - target).pow(2)).flatten(1).mean(1)
 
     def choose_elites(self, batch: TensorDictBase) -> torch.Tensor:
         """Make the members of the least held-out error the elites (MBPO, arXiv 1906.08253).
@@ -307,6 +307,13 @@ class _EnsembleStep(nn.Module):
     def denormalized(self, target: torch.Tensor) -> torch.Tensor:
         return target if self.outputs is None else self.outputs.inverse(target)
 
+    def live(self, value: torch.Tensor) -> torch.Tensor:
+        """``value``, ``[..., D]``, zero where the targets never changed.
+
+        There all members predict the same, whatever their networks say, which nothing trains.
+        """
+        return value if self.outputs is None else value * (self.outputs.std > 0)
+
     def log_scale(self) -> torch.Tensor | float:
         return 0.0 if self.outputs is None else 2 * self.outputs.scale.log()
 
@@ -337,7 +344,7 @@ class _Propagate(nn.Module):
         entries = self._entries(base, self._choose(loc, log_var, member))
         if not self.all_members:
             return entries
-        spread = loc.var(0, unbiased=False).mean(-1, keepdim=True)
+        spread = step.live(loc.var(0, unbiased=False)).mean(-1, keepdim=True)
         # The root of zero has no gradient that anyone could use.
         disagreement = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt()
         disagreement = torch.where(spread > 0, disagreement, 0.0)
