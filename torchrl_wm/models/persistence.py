@@ -176,13 +176,18 @@ def _made_anew(
             world_model, _ = rebuild(recipe)
     except Exception as err:  # whatever a network makes of settings of any kind
         raise _foreign_settings(path, err) from err
-    # As it was saved, dtypes included: also of what the state does not hold.
-    tensors = [v for v in content["state_dict"].values() if torch.is_tensor(v)]
-    dtypes = {v.dtype for v in tensors if v.is_floating_point()}
-    if len(dtypes) == 1:
-        world_model.to(dtypes.pop())
+    # As it was saved, dtypes included: also of what the state does not hold. Not where they
+    # are the same: `to` would also narrow what keeps a float64 env's numbers apart.
+    dtypes = _float_dtypes(content["state_dict"])
+    if len(dtypes) == 1 and dtypes != _float_dtypes(world_model.state_dict()):
+        world_model.to(*dtypes)
     _load_state(world_model, content["state_dict"], path, assign=True)
     return world_model if device is None else world_model.to(device)
+
+
+def _float_dtypes(state: Mapping[str, Any]) -> set[torch.dtype]:
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return {value.dtype for value in tensors if value.is_floating_point()}
 
 
 def _load_state(
