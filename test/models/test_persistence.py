@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import warnings
@@ -10,6 +11,7 @@ import zipfile
 import pytest
 import torch
 from _models import make_model
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical
 from torchrl.envs import GymEnv
@@ -22,7 +24,7 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.models.building import BUILDERS
 from torchrl_wm.models.persistence import FORMAT, VERSION
-from torchrl_wm.modules import fit_normalizers, with_propagation
+from torchrl_wm.modules import EnsembleLinear, fit_normalizers, with_propagation
 
 SMALL = {
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
@@ -107,6 +109,78 @@ def test_a_hand_wired_model_loads_into_an_instance(path) -> None:
     save_world_model(world_model, path)
     assert_equal(load_world_model(path, other), world_model)
     with pytest.raises(ValueError, match="wired by hand"):
+        load_world_model(path)
+
+
+def replaced_head(world_model) -> None:
+    old = world_model.reward_head
+    world_model.reward_head = TensorDictModule(nn.Identity(), old.in_keys, old.out_keys)
+
+
+def replaced_layer(world_model) -> None:
+    world_model.dynamics.module.step.ensemble.network.layers[0] = EnsembleLinear(
+        3, 6, 8
+    )
+
+
+def added_module(world_model) -> None:
+    world_model.reward_head.module.extra = nn.ReLU()
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("change", [replaced_head, replaced_layer, added_module])
+def test_a_model_with_other_parts_is_wired_by_hand(change, view, path) -> None:
+    """It has settings that would make another model of the same weights."""
+    world_model, _ = make("ensemble")
+    change(world_model)
+    if view:
+        world_model = with_propagation(world_model, "tsinf")
+    save_world_model(world_model, path)
+    with pytest.raises(
+        ValueError, match="wired by hand, or a component of it was replaced"
+    ):
+        load_world_model(path)
+    other, _ = make("ensemble")
+    change(other)
+    if view:
+        other = with_propagation(other, "tsinf")
+    assert_equal(load_world_model(path, other), world_model)
+
+
+def copied(world_model):
+    return copy.deepcopy(world_model)
+
+
+def pickled(world_model):
+    return pickle.loads(pickle.dumps(world_model))
+
+
+def moved(world_model):
+    return world_model.to(torch.float64)
+
+
+def viewed(world_model):
+    return with_propagation(world_model, "mean", all_members=False)
+
+
+def put_back(world_model):
+    head = world_model.reward_head
+    replaced_head(world_model)
+    world_model.reward_head = head
+    return world_model
+
+
+@pytest.mark.parametrize("change", [copied, pickled, moved, viewed, put_back])
+def test_a_model_of_the_same_parts_needs_no_wiring(change, path) -> None:
+    world_model = change(make("ensemble")[0])
+    save_world_model(world_model, path)
+    again = load_world_model(path)
+    assert_equal(again, world_model)
+    assert again.recipe == world_model.recipe
+    assert again.dynamics.all_members
+    replaced_head(world_model)
+    save_world_model(world_model, path)
+    with pytest.raises(ValueError, match="was replaced"):
         load_world_model(path)
 
 

@@ -15,6 +15,7 @@ from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.parts import has_its_parts
 
 #: What marks a file as one of ours.
 FORMAT = "torchrl_wm.world_model"
@@ -28,7 +29,9 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     The file holds tensors, numbers and strings, and is read with
     ``torch.load(weights_only=True)``. Of a model that a builder made it holds the
     settings and the env's specs, too, so that :func:`load_world_model` needs
-    nothing else. The optimiser's state is not part of it.
+    nothing else; unless a component of it, or a module within one, was replaced. What
+    else was changed on modules after building is not part of it, nor is the
+    optimiser's state.
 
     Args:
         world_model: the model; ready-made or wired by hand.
@@ -64,6 +67,8 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
     recipe = getattr(world_model, "recipe", None)
+    if not has_its_parts(world_model):
+        recipe = None  # it would make another model
     content["recipe"] = None if recipe is None else _plain_recipe(recipe)
     write_plain(content, path)
 
@@ -82,8 +87,9 @@ def load_world_model(
         path: the file.
         world_model: a model to load the weights into, in place, with its loss and
             optimiser staying what they are. Needed for models that were wired by
-            hand, or with functions of yours (``reward_function``); without it
-            the model is made anew from the settings in the file.
+            hand, with components that were replaced, or with functions of yours
+            (``reward_function``); without it the model is made anew from the settings
+            in the file.
 
     Keyword Args:
         device: where to put a model that is made anew; the CPU by default.
@@ -159,8 +165,9 @@ def _made_anew(
 ) -> WorldModel:
     if content["recipe"] is None:
         raise ValueError(
-            f"{os.fspath(path)!r} holds the weights of a world model that was wired by hand. Wire "
-            f"it again and load into it: load_world_model(path, world_model)."
+            f"{os.fspath(path)!r} holds the weights of a world model that was wired by hand, or a "
+            f"component of it was replaced. Wire it again and load into it: "
+            f"load_world_model(path, world_model)."
         )
     functions = content["recipe"].get("functions")
     if functions:

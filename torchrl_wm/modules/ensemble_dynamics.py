@@ -17,6 +17,7 @@ from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, sibling
 from torchrl_wm.modules.normalizer import Normalizer, valid_rows
+from torchrl_wm.modules.parts import has_its_parts, remember_parts
 from torchrl_wm.modules.world_model import WorldModel
 
 Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
@@ -449,12 +450,14 @@ def with_propagation(
 
     Keyword Args:
         all_members: whether the new one writes what all members say, as
-            ``"disagreement"``; see :class:`EnsembleDynamics`. Without, planning and imagining by ``"ts1"``
-            cost ``E`` times less.
+            ``"disagreement"``; see :class:`EnsembleDynamics`. Without, planning and
+            imagining by ``"ts1"`` cost ``E`` times less. Files do not hold this: a loaded
+            model writes them.
 
     Returns:
-        The new world model, in the same mode (training or not). With ``"tsinf"`` its encoder also writes ``member``, so
-        that the env that imagines with it carries that as constant context.
+        The new world model, in the same mode (training or not). With ``"tsinf"`` its
+        encoder also writes ``member``, so that the env that imagines with it carries
+        that as constant context.
 
     Raises:
         TypeError: if the dynamics are no ensemble.
@@ -499,6 +502,8 @@ def with_propagation(
     if recipe is not None:  # of a builder: the view can be saved as the model can
         config = replace(recipe.config, propagation=propagation)
         view.__dict__["recipe"] = replace(recipe, config=config)
+    if has_its_parts(world_model):
+        remember_parts(view)
     return view
 
 
