@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
+from torchrl_wm.modules.normalizer import share_notice
 from torchrl_wm.modules.parts import remember_parts
 from torchrl_wm.objectives import WorldModelLoss
 
@@ -120,6 +121,7 @@ def rebuild(recipe: Recipe) -> tuple[WorldModel, WorldModelLoss]:
     world_model, loss = BUILDERS[recipe.builder].wire(recipe.specs, recipe.config)
     world_model.__dict__["recipe"] = recipe
     remember_parts(world_model)
+    share_notice(world_model)
     return world_model, loss
 
 
