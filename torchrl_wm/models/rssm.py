@@ -370,6 +370,7 @@ def _reward_head(
     reward = specs.reward
     writes = join("next", reward.key)
     if config.reward_bins is None:
+        reward = specs.float_reward("make_rssm_world_model with reward_bins=None")
         network = Shaped(
             _mlp(config, features, reward.size), reward.shape, reward.dtype
         )

@@ -158,6 +158,22 @@ class EnvSpecs:
             )
         return self
 
+    def float_reward(self, builder: str) -> Entry:
+        """The reward, if it is a float, which can be predicted as it is.
+
+        Raises:
+            ValueError: if it is not; the message names it.
+        """
+        key, dtype = self.reward.key, self.reward.dtype
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f"{builder} predicts the reward as a float, and the reward {key!r} of the env is "
+                f"{dtype}. Convert it: torchrl.envs.TransformedEnv(env, "
+                f"torchrl.envs.DTypeCastTransform(dtype_in={dtype}, dtype_out=torch.float32, "
+                f"in_keys=[{key!r}]))."
+            )
+        return self.reward
+
     def reference_env(self) -> EnvBase:
         """An env with these specs and nothing behind them, for a ``WorldModelEnv``.
 
