@@ -90,8 +90,8 @@ class WorldModelLoss(LossModule):
         reconstruction_target: ``"observation"`` or ``"next"``.
         delay_encoder: let targets of the latent be encoded by target parameters
             (``target_encoder_params``), which :class:`~torchrl.objectives.SoftUpdate`
-            or :class:`~torchrl.objectives.HardUpdate` move. They begin as a copy,
-            buffers included: fit normalisers before.
+            or :class:`~torchrl.objectives.HardUpdate` move. They begin as a copy;
+            normalisers are always those of the encoder, also where they are fitted later.
         multi_step: compare open-loop predictions over whole sequences.
         decay: the weight of a step relative to the one before it, in (0, 1].
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for one
