@@ -48,6 +48,8 @@ class TDMPC2Config:
         bins: of the two-hot reward and values.
         limit: they span ``[-limit, limit]`` in symlog space.
         done_head: whether the end of episodes is predicted.
+        termination_threshold: the probability from which on an episode ends.
+        sample_termination: draw terminations instead.
         consistency_weight, reward_weight, done_weight: of the losses.
         decay: of the losses' steps.
         num_q: the number of action values.
@@ -69,6 +71,8 @@ class TDMPC2Config:
     bins: int = 101
     limit: float = 10.0
     done_head: bool = True
+    termination_threshold: float = 0.5
+    sample_termination: bool = False
     consistency_weight: float = 20.0
     reward_weight: float = 0.1
     done_weight: float = 1.0
@@ -183,6 +187,8 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
             [join("next", _LATENT)],
             done_key=specs.done.key,
             shape=specs.done.shape,
+            threshold=config.termination_threshold,
+            sample=config.sample_termination,
         )
     world_model = WorldModel(
         TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),
