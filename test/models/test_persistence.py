@@ -10,12 +10,14 @@ import zipfile
 
 import pytest
 import torch
-from _models import make_model
+from _models import make_model, transitions
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical
 from torchrl.envs import GymEnv
+from torchrl.modules import MLP
 
+from torchrl_wm import WorldModel
 from torchrl_wm.models import (
     load_world_model,
     make_ensemble_world_model,
@@ -25,6 +27,7 @@ from torchrl_wm.models import (
 from torchrl_wm.models.building import BUILDERS
 from torchrl_wm.models.persistence import FORMAT, VERSION
 from torchrl_wm.modules import EnsembleLinear, fit_normalizers, with_propagation
+from torchrl_wm.modules.keys import join
 
 SMALL = {
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
@@ -287,6 +290,64 @@ def test_a_newer_file_is_an_error(path) -> None:
     rewritten(path, version=VERSION + 1)
     with pytest.raises(ValueError, match=f"version {VERSION + 1}.*Update"):
         load_world_model(path)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, None])
+def test_versions_that_there_never_were_are_errors(version, path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    rewritten(path, version=version)
+    for into in (None, world_model):
+        with pytest.raises(ValueError, match=f"of version {version!r} of the format"):
+            load_world_model(path, into)
+
+
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("functions",),
+        ("config", "latent_size"),
+        ("config", "hidden"),
+        ("specs", "reward", 0, "shape", 0),
+        ("specs", "actions", 0, "key"),
+    ],
+)
+@pytest.mark.parametrize("tensor", [torch.zeros(2), torch.tensor(4)])
+def test_tensors_are_no_settings(where, into, tensor, path) -> None:
+    """They compare as nothing else does, and would do so in the middle of loading."""
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    place = recipe
+    for step in where[:-1]:
+        place = place[step]
+    place[where[-1]] = tensor
+    rewritten(path, recipe=recipe)
+    with pytest.raises(ValueError, match="settings in .*model.pt.*is a tensor"):
+        load_world_model(path, world_model if into else None)
+
+
+def lazy_model(key) -> WorldModel:
+    latent = join("next", key)
+    return WorldModel(
+        TensorDictModule(nn.LazyLinear(4), ["observation"], [key]),
+        TensorDictModule(MLP(out_features=4, num_cells=[8]), [key, "action"], [latent]),
+        TensorDictModule(nn.Linear(4, 1), [latent], [("next", "reward")]),
+    )
+
+
+@pytest.mark.parametrize("key", ["latent", ("deep", "latent")])
+def test_a_lazy_model_is_saved_once_it_has_run(key, path) -> None:
+    world_model, batch = lazy_model(key), transitions(3)
+    with pytest.raises(
+        ValueError, match=r"'encoder.module.weight' has no shape.*once on data first"
+    ):
+        save_world_model(world_model, path)
+    assert not path.exists()
+    world_model(batch.exclude("next"))
+    save_world_model(world_model, path)
+    assert_equal(load_world_model(path, lazy_model(key)), world_model)
 
 
 def test_settings_of_another_version_are_errors(path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
@@ -40,6 +41,7 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     Raises:
         TypeError: if the model's state or settings hold what is neither tensor
             nor plain data.
+        ValueError: if the model has lazy parameters that nothing has run through.
 
     Examples:
         >>> import tempfile, pathlib
@@ -59,10 +61,17 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
         raise TypeError(
             f"world_model must be a torchrl_wm.WorldModel, got {type(world_model).__name__}."
         )
+    own = world_model.state_dict()
+    lazy = [key for key, value in own.items() if is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"{lazy[0]!r} has no shape and no values yet (in all {len(lazy)} entries of the model's "
+            f"state). Run the model once on data first: world_model(batch)."
+        )
     state = {
         # Copies: of a view the whole storage would be written.
         key: value.detach().clone() if isinstance(value, torch.Tensor) else value
-        for key, value in world_model.state_dict().items()
+        for key, value in own.items()
     }
     check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
@@ -142,10 +151,10 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"itself is loaded by world_model.load_state_dict(torch.load(path))."
         )
     version = content.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
             f"{os.fspath(path)!r} is of version {version!r} of the format, and this torchrl_wm "
-            f"reads versions up to {VERSION}. Update torchrl_wm."
+            f"reads versions from 1 to {VERSION}. Update torchrl_wm, if a newer one wrote it."
         )
     missing = [key for key in ("state_dict", "recipe") if key not in content]
     missing += [
@@ -157,7 +166,17 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(
             f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
         )
+    if _holds_tensors(content["recipe"]):  # which compare as nothing else does
+        raise _foreign_settings(path, TypeError("a setting is a tensor"))
     return content
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, (*value, *value.values())))
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _made_anew(
@@ -206,9 +225,7 @@ def _load_state(
     problems += [f"the model lacks {key!r}" for key in state if key not in own]
     for key in own.keys() & state.keys():
         here, there = own[key], state[key]
-        if not isinstance(here, torch.Tensor) or isinstance(
-            here, nn.parameter.UninitializedTensorMixin
-        ):
+        if not isinstance(here, torch.Tensor) or is_lazy(here):
             continue
         if not isinstance(there, torch.Tensor) or here.shape != there.shape:
             got = tuple(getattr(there, "shape", ())) or type(there).__name__
