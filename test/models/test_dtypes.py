@@ -88,6 +88,31 @@ def test_models_of_float64(name, nested, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", MAKE)
+def test_models_of_large_numbers_come_back(name, nested, tmp_path) -> None:
+    """Made anew from a file, a model of a float64 env keeps apart what float32 cannot."""
+    env, key = double_env(nested), ("robot", "seen") if nested else "observation"
+    world_model, _ = MAKE[name](env)
+    batch = drawn_transitions(env, 4, 10)
+    now = 1e8 + 0.01 * torch.arange(10, dtype=torch.float64).reshape(1, 10, 1)
+    batch.set(key, now.expand(4, 10, 6).clone())
+    batch["next"].set(key, batch.get(key) + 0.01)
+    fit_normalizers(world_model, batch)
+    save_world_model(world_model, tmp_path / "model.pt")
+    outs = []
+    for model in (world_model, load_world_model(tmp_path / "model.pt")):
+        torch.manual_seed(0)
+        outs.append(model(batch.exclude("next").clone())["next"])
+    assert set(outs[0].keys(True, True)) == set(outs[1].keys(True, True))
+    for entry in outs[0].keys(True, True):
+        assert torch.equal(outs[0].get(entry), outs[1].get(entry)), entry
+        assert outs[0].get(entry).dtype is outs[1].get(entry).dtype, entry
+    if name == "ensemble":  # the others' latents are of no float64
+        change = outs[1].get(key) - batch.get(key)
+        assert torch.allclose(change, torch.tensor(0.01, dtype=change.dtype), atol=1e-3)
+
+
+@pytest.mark.parametrize("nested", [False, True])
 def test_planet_in_float64_is_planet_and_trains(nested) -> None:
     """TorchRL's own prior cannot be of float64; what ours computes is what it computes."""
     keys = NESTED if nested else {}

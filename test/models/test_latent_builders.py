@@ -13,16 +13,28 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_wm import WorldModelEnv
-from torchrl_wm.models import make_rssm_world_model, make_tdmpc2_world_model, RSSMConfig
+from torchrl_wm.models import (
+    load_world_model,
+    make_rssm_world_model,
+    make_tdmpc2_world_model,
+    RSSMConfig,
+    save_world_model,
+)
 
 RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
 MAKE = {
-    "planet": lambda env: make_rssm_world_model(env, RSSMConfig.planet(**RSSM)),
-    "dreamer-v3": lambda env: make_rssm_world_model(env, **RSSM),
-    "tdmpc2": lambda env: make_tdmpc2_world_model(
-        env, latent_size=16, num_cells=8, encoder_cells=8
+    "planet": lambda env, **settings: make_rssm_world_model(
+        env, RSSMConfig.planet(**RSSM), **settings
+    ),
+    "dreamer-v3": lambda env, **settings: make_rssm_world_model(
+        env, **RSSM, **settings
+    ),
+    "tdmpc2": lambda env, **settings: make_tdmpc2_world_model(
+        env, latent_size=16, num_cells=8, encoder_cells=8, **settings
     ),
 }
+#: How those of them that do not predict terminations by themselves do.
+ENDING = {"planet": {"continue_head": True}}
 
 
 @pytest.fixture(params=MAKE)
@@ -81,3 +93,49 @@ def test_copies(make) -> None:
             parameter.data.add_(1.0)
     torch.manual_seed(0)
     assert torch.equal(world_model(batch.clone())["next", "reward"], outs[0])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", MAKE)
+def test_terminations_by_a_threshold_or_by_chance(name, nested) -> None:
+    env = env_of("vector", "bounded", nested=nested)
+    batch = drawn_transitions(env, 500)
+    place = ("next", "agent") if nested else "next"
+    ended, rate = {}, {}
+    for kind, settings in {
+        "eager": {"termination_threshold": 1e-6},
+        "late": {"termination_threshold": 1 - 1e-6},
+        "chance": {"sample_termination": True},
+    }.items():
+        torch.manual_seed(0)
+        model, _ = MAKE[name](env, **ENDING.get(name, {}), **settings)
+        out = model(batch.exclude("next").clone())[place]
+        ended[kind] = out["terminated"].float().mean().item()
+        rate[kind] = 1 - out["continue_prob"].mean().item()
+    assert ended["eager"] == 1 and ended["late"] == 0
+    assert 0.1 < rate["chance"] < 0.9
+    assert abs(ended["chance"] - rate["chance"]) < 0.1
+    with pytest.raises(ValueError, match="threshold is a probability"):
+        MAKE[name](env, **ENDING.get(name, {}), termination_threshold=1.0)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_files_from_before_a_setting_load_with_its_default(name, tmp_path) -> None:
+    """Those of terminations came later than the first files."""
+    env = env_of("vector", "bounded")
+    model, _ = MAKE[name](env, sample_termination=True, termination_threshold=0.9)
+    path = tmp_path / "model.pt"
+    save_world_model(model, path)
+    again = load_world_model(path).recipe.config
+    assert again.sample_termination and again.termination_threshold == 0.9
+    content = torch.load(path, weights_only=True)
+    for setting in ("sample_termination", "termination_threshold"):
+        del content["recipe"]["config"][setting]
+    torch.save(content, path)
+    older = load_world_model(path)
+    assert older.recipe == MAKE[name](env)[0].recipe
+    batch, outs = drawn_transitions(env, 5).exclude("next"), []
+    for world_model in (model, older):
+        torch.manual_seed(0)
+        outs.append(world_model(batch.clone())["next", "reward"])
+    assert torch.equal(*outs)

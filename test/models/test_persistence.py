@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import warnings
@@ -9,11 +10,14 @@ import zipfile
 
 import pytest
 import torch
-from _models import make_model
+from _models import make_model, transitions
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical
 from torchrl.envs import GymEnv
+from torchrl.modules import MLP
 
+from torchrl_wm import WorldModel
 from torchrl_wm.models import (
     load_world_model,
     make_ensemble_world_model,
@@ -22,7 +26,8 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.models.building import BUILDERS
 from torchrl_wm.models.persistence import FORMAT, VERSION
-from torchrl_wm.modules import fit_normalizers, with_propagation
+from torchrl_wm.modules import EnsembleLinear, fit_normalizers, with_propagation
+from torchrl_wm.modules.keys import join
 
 SMALL = {
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
@@ -107,6 +112,78 @@ def test_a_hand_wired_model_loads_into_an_instance(path) -> None:
     save_world_model(world_model, path)
     assert_equal(load_world_model(path, other), world_model)
     with pytest.raises(ValueError, match="wired by hand"):
+        load_world_model(path)
+
+
+def replaced_head(world_model) -> None:
+    old = world_model.reward_head
+    world_model.reward_head = TensorDictModule(nn.Identity(), old.in_keys, old.out_keys)
+
+
+def replaced_layer(world_model) -> None:
+    world_model.dynamics.module.step.ensemble.network.layers[0] = EnsembleLinear(
+        3, 6, 8
+    )
+
+
+def added_module(world_model) -> None:
+    world_model.reward_head.module.extra = nn.ReLU()
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("change", [replaced_head, replaced_layer, added_module])
+def test_a_model_with_other_parts_is_wired_by_hand(change, view, path) -> None:
+    """It has settings that would make another model of the same weights."""
+    world_model, _ = make("ensemble")
+    change(world_model)
+    if view:
+        world_model = with_propagation(world_model, "tsinf")
+    save_world_model(world_model, path)
+    with pytest.raises(
+        ValueError, match="wired by hand, or a component of it was replaced"
+    ):
+        load_world_model(path)
+    other, _ = make("ensemble")
+    change(other)
+    if view:
+        other = with_propagation(other, "tsinf")
+    assert_equal(load_world_model(path, other), world_model)
+
+
+def copied(world_model):
+    return copy.deepcopy(world_model)
+
+
+def pickled(world_model):
+    return pickle.loads(pickle.dumps(world_model))
+
+
+def moved(world_model):
+    return world_model.to(torch.float64)
+
+
+def viewed(world_model):
+    return with_propagation(world_model, "mean", all_members=False)
+
+
+def put_back(world_model):
+    head = world_model.reward_head
+    replaced_head(world_model)
+    world_model.reward_head = head
+    return world_model
+
+
+@pytest.mark.parametrize("change", [copied, pickled, moved, viewed, put_back])
+def test_a_model_of_the_same_parts_needs_no_wiring(change, path) -> None:
+    world_model = change(make("ensemble")[0])
+    save_world_model(world_model, path)
+    again = load_world_model(path)
+    assert_equal(again, world_model)
+    assert again.recipe == world_model.recipe
+    assert again.dynamics.all_members
+    replaced_head(world_model)
+    save_world_model(world_model, path)
+    with pytest.raises(ValueError, match="was replaced"):
         load_world_model(path)
 
 
@@ -213,6 +290,64 @@ def test_a_newer_file_is_an_error(path) -> None:
     rewritten(path, version=VERSION + 1)
     with pytest.raises(ValueError, match=f"version {VERSION + 1}.*Update"):
         load_world_model(path)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, None])
+def test_versions_that_there_never_were_are_errors(version, path) -> None:
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    rewritten(path, version=version)
+    for into in (None, world_model):
+        with pytest.raises(ValueError, match=f"of version {version!r} of the format"):
+            load_world_model(path, into)
+
+
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("functions",),
+        ("config", "latent_size"),
+        ("config", "hidden"),
+        ("specs", "reward", 0, "shape", 0),
+        ("specs", "actions", 0, "key"),
+    ],
+)
+@pytest.mark.parametrize("tensor", [torch.zeros(2), torch.tensor(4)])
+def test_tensors_are_no_settings(where, into, tensor, path) -> None:
+    """They compare as nothing else does, and would do so in the middle of loading."""
+    world_model, _ = make("mlp")
+    save_world_model(world_model, path)
+    recipe = torch.load(path, weights_only=True)["recipe"]
+    place = recipe
+    for step in where[:-1]:
+        place = place[step]
+    place[where[-1]] = tensor
+    rewritten(path, recipe=recipe)
+    with pytest.raises(ValueError, match="settings in .*model.pt.*is a tensor"):
+        load_world_model(path, world_model if into else None)
+
+
+def lazy_model(key) -> WorldModel:
+    latent = join("next", key)
+    return WorldModel(
+        TensorDictModule(nn.LazyLinear(4), ["observation"], [key]),
+        TensorDictModule(MLP(out_features=4, num_cells=[8]), [key, "action"], [latent]),
+        TensorDictModule(nn.Linear(4, 1), [latent], [("next", "reward")]),
+    )
+
+
+@pytest.mark.parametrize("key", ["latent", ("deep", "latent")])
+def test_a_lazy_model_is_saved_once_it_has_run(key, path) -> None:
+    world_model, batch = lazy_model(key), transitions(3)
+    with pytest.raises(
+        ValueError, match=r"'encoder.module.weight' has no shape.*once on data first"
+    ):
+        save_world_model(world_model, path)
+    assert not path.exists()
+    world_model(batch.exclude("next"))
+    save_world_model(world_model, path)
+    assert_equal(load_world_model(path, lazy_model(key)), world_model)
 
 
 def test_settings_of_another_version_are_errors(path) -> None:

@@ -115,14 +115,26 @@ def test_nested_keys() -> None:
     check_env_specs(WorldModelEnv(world_model, env, start_states=starts))
 
 
+FLAGS = [
+    (),
+    (("next", "done"),),
+    ("is_init",),
+    (("next", "agents", "done"),),
+    (("agents", "is_init"),),
+    ("is_init", ("next", "done")),
+]
+
+
 class TestFiltering:
     """With the same weights and noise, to the bit what TorchRL's own rollouts give."""
 
-    def data(self, world_model):
-        # What says where episodes begin would draw states of its own.
+    def data(self, world_model, flags):
+        """A slice of an episode; what says where episodes begin says that none does."""
         data = sequences(made_env("vector"), 2, 6).exclude(
             *(("next", name) for name in ("done", "terminated", "truncated"))
         )
+        for key in flags:
+            data[key] = torch.zeros(2, 6, 1, dtype=torch.bool)
         sizes = world_model.initial_state(())
         for key in ("state", "belief"):
             data[key] = torch.randn(2, 6, *sizes[key].shape)
@@ -132,9 +144,10 @@ class TestFiltering:
         )
         return data, given
 
-    def test_gaussian(self) -> None:
+    @pytest.mark.parametrize("flags", FLAGS)
+    def test_gaussian(self, flags) -> None:
         world_model, _ = make_rssm_world_model(made_env(), CONFIGS["planet"])
-        data, given = self.data(world_model)
+        data, given = self.data(world_model, flags)
         torch.manual_seed(3)
         out = world_model.observe(data)
         torch.manual_seed(3)
@@ -142,10 +155,11 @@ class TestFiltering:
         for key in ("state", "belief", "prior_mean", "prior_std", "posterior_mean"):
             assert torch.equal(out["next", key], rollout["next", key]), key
 
+    @pytest.mark.parametrize("flags", FLAGS)
     @pytest.mark.parametrize("config", ["dreamer-v2", "dreamer-v3"])
-    def test_categorical(self, config) -> None:
+    def test_categorical(self, config, flags) -> None:
         world_model, _ = make_rssm_world_model(made_env(), CONFIGS[config])
-        data, given = self.data(world_model)
+        data, given = self.data(world_model, flags)
         torch.manual_seed(3)
         out = world_model.observe(data)
         torch.manual_seed(3)

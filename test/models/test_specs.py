@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from math import prod
+
 import gymnasium
 import numpy as np
 import pytest
@@ -20,7 +23,9 @@ from torchrl.data import (
     Unbounded,
 )
 from torchrl.envs import (
+    CatFrames,
     Compose,
+    FlattenObservation,
     GymEnv,
     GymWrapper,
     InitTracker,
@@ -106,6 +111,9 @@ def test_what_transforms_count_is_no_observation() -> None:
         (Bounded(0.0, 1.0, (12, 64, 64)), "CHW", (12, 64, 64), 1),
         (Bounded(0.0, 255.0, (84, 84, 4)), "HWC", (4, 84, 84), 255),
         (Unbounded((1, 64, 64)), "CHW", (1, 64, 64), 1),
+        (Bounded(0, 255, (24, 64, 48), dtype=torch.uint8), "CHW", (24, 64, 48), 255),
+        (Bounded(0, 255, (64, 48, 47), dtype=torch.uint8), "HWC", (47, 64, 48), 255),
+        (Bounded(0, 255, (16, 16, 16), dtype=torch.uint8), "CHW", (16, 16, 16), 255),
     ],
 )
 def test_images_are_recognised(spec, layout, chw, scale) -> None:
@@ -123,11 +131,41 @@ def test_images_are_recognised(spec, layout, chw, scale) -> None:
         Unbounded((3, 4, 5)),
         Unbounded((3, 64, 64), dtype=torch.int64),
         Unbounded((64, 64, 64)),
+        Unbounded((24, 64, 64)),
+        Unbounded((2, 3, 64, 64)),
         Unbounded((128,), dtype=torch.uint8),
+        Unbounded((7, 7, 3), dtype=torch.uint8),
+        Unbounded((2, 2, 2, 9), dtype=torch.uint8),
     ],
 )
 def test_other_shapes_are_no_images(spec) -> None:
     assert pixel_entry("x", spec) is None
+    assert read_specs(env_with({("a", "x"): spec})).vector_keys == [("a", "x")]
+
+
+@pytest.mark.parametrize("key", ["view", ("camera", "front")])
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 64, 64), (64, 64, 64), (64, 48, 60), (10, 3, 10), (17, 17, 17)]
+)
+def test_bytes_that_look_like_images_are_no_vectors(key, shape) -> None:
+    """Images of a shape that no network here reads, without a word, would be thousands of numbers."""
+    env = env_with({key: Unbounded(shape, dtype=torch.uint8), "x": Unbounded((2,))})
+    with pytest.raises(ValueError, match="no image that a network reads") as error:
+        read_specs(env)
+    assert f"{key!r} has the shape {shape}" in str(error.value)
+    assert read_specs(env, observation_keys=["x"]).vector_keys == ["x"]
+    # What the message names, does.
+    call = re.search(r"torchrl.envs.(Flatten.*?\]\))", str(error.value))[1]
+    flatten = eval(call, {"FlattenObservation": FlattenObservation})
+    vector = TransformedEnv(env, flatten)
+    assert read_specs(vector, observation_keys=[key]).vector_size == prod(shape)
+
+
+@pytest.mark.parametrize("key", ["view", ("camera", "front")])
+def test_frames_stacked_along_the_channels_are_an_image(key) -> None:
+    env = env_with({key: Bounded(0, 255, (3, 64, 64), dtype=torch.uint8)})
+    specs = read_specs(TransformedEnv(env, CatFrames(8, dim=-3, in_keys=[key])))
+    assert specs.pixels[0].chw == (24, 64, 64)
 
 
 def test_a_gymnasium_dictionary_with_an_image_and_nested_vectors() -> None:

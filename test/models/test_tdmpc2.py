@@ -177,6 +177,22 @@ class TestConfig:
             make_tdmpc2_world_model(made_env(), latent_size=20)
         with pytest.raises(ValueError, match="encoder_depth=0 must be at least 1"):
             TDMPC2Config(encoder_depth=0)
+        for name, least in (
+            ("group", 2),
+            ("latent_size", 1),
+            ("num_cells", 1),
+            ("depth", 0),
+            ("encoder_cells", 1),
+            ("pixel_depth", 1),
+            ("num_q", 1),
+        ):
+            with pytest.raises(
+                ValueError, match=f"{name}={least - 1} must be at least {least}"
+            ):
+                TDMPC2Config(**{name: least - 1})
+        for share in (-0.1, 1.0):
+            with pytest.raises(ValueError, match=f"q_dropout={share} must be"):
+                TDMPC2Config(q_dropout=share)
         with pytest.raises(TypeError, match="config must be a TDMPC2Config, got dict"):
             make_tdmpc2_world_model(made_env(), {"latent_size": 8})
 
@@ -188,6 +204,17 @@ class TestConfig:
         assert world_model(data)["next", "reward_logits"].shape == (2, 3, 11)
         assert loss.losses == ["consistency", "reward"] and loss.decay == 0.9
         assert world_model.done_head is None
+
+    def test_least_settings_work(self) -> None:
+        names = ("num_cells", "encoder_cells", "pixel_depth", "num_q")
+        least = {"group": 2, "depth": 0, **dict.fromkeys(names, 1)}
+        config = TDMPC2Config(**{**SMALL, **least}, q_dropout=0.0)
+        env = made_env("pixels and vector")
+        world_model, loss = make_tdmpc2_world_model(env, config)
+        data = sequences(env, 2, 3)
+        assert all(value.isfinite() for value in loss(data).values())
+        out = make_tdmpc2_q_ensemble(env, config)(world_model(data))
+        assert out["state_action_value_logits"].shape == (2, 3, 1, 101)
 
     def test_first_reward_is_zero(self) -> None:
         world_model, _ = make_tdmpc2_world_model(made_env(), **SMALL)

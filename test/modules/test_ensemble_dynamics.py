@@ -411,3 +411,27 @@ def test_what_never_changed_is_predicted_to_stay():
     out = dynamics(far)["next"]
     assert (out["ensemble_reward"] == 1).all()
     assert out["log_var"].isfinite().all() and out["observation"].std() > 0
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_never_changed_is_no_matter_of_members(key):
+    """What they say of it is neither trained nor used, so none is better and none disagrees."""
+    dynamics, batch = dynamics_of(key=key, elites=2), transitions(50, key=key)
+    batch["next", "reward"] = torch.ones(50, 1)
+    dynamics.fit_normalizers(batch)
+
+    def judged():
+        errors = dynamics.choose_elites(batch)
+        spread = dynamics(batch.copy())["next", "disagreement"]
+        return errors, dynamics.elites.tolist(), spread
+
+    means, _ = dynamics.ensemble.network.layers[-1].bias.data.chunk(2, -1)
+    before = judged()
+    means[:, :, OBS] += torch.arange(1.0, MEMBERS + 1).flip(0).unsqueeze(-1)
+    after = judged()
+    assert torch.equal(before[0], after[0]) and before[1] == after[1]
+    assert torch.equal(before[2], after[2])
+    means[:, :, 0] += torch.arange(1.0, MEMBERS + 1).flip(0).unsqueeze(-1)
+    errors, elites, disagreement = judged()
+    assert elites == [MEMBERS - 2, MEMBERS - 1], "what changes, counts"
+    assert (disagreement > after[2]).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from torchrl_wm.modules import BoundedLogVar
@@ -46,3 +47,30 @@ def test_variances_follow_when_the_noise_becomes_uneven() -> None:
         raw = network(torch.tensor([[-0.8], [0.8]])).chunk(2, -1)[1]
         low, high = (bounds(raw) / 2).exp().flatten().tolist()
     assert low == pytest.approx(0.05, rel=0.4) and high == pytest.approx(1, rel=0.3)
+
+
+@settings(deadline=None)
+@given(
+    st.floats(-25, 15),
+    st.sampled_from([-1.0, 0.0, 1e-3, 0.5, 10.0, 40.0]),
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5),
+)
+def test_log_variances_stay_within_the_limits(low, width, raw) -> None:
+    """Wherever training took the bounds: close to each other, crossed, beyond the limits."""
+    bounds = BoundedLogVar(1)
+    with torch.no_grad():
+        bounds.low.fill_(low)
+        bounds.high.fill_(low + width)
+    out = bounds(torch.tensor([*raw, -1e9, 1e9]).unsqueeze(-1))
+    assert out.min() >= -20 and out.max() <= 10
+    order = torch.tensor([*raw, -1e9, 1e9]).argsort()
+    assert (out[order].diff(dim=0) >= 0).all()
+
+
+def test_gradients_lead_back_from_the_limit() -> None:
+    bounds = BoundedLogVar(1, low=9.5, high=10.0)
+    raw = torch.tensor([9.9], requires_grad=True)
+    out = bounds(raw)
+    assert out == 10
+    out.backward()
+    assert raw.grad > 0.1 and bounds.low.grad > 0.1 and bounds.high.grad > 0.1

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from _env_kinds import drawn_transitions, env_of
 from _models import linear
 from hypothesis import given, settings, strategies as st
 from tensordict import TensorDict
@@ -17,7 +18,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import GymEnv
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
-from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.models import make_ensemble_world_model, make_mlp_world_model
 from torchrl_wm.modules import (
     DenormalizedNetwork,
     Entry,
@@ -220,3 +221,50 @@ def test_making_an_env_is_no_use_and_does_not_warn(recwarn):
     assert not [w for w in recwarn if "normaliser" in str(w.message)]
     with pytest.warns(UserWarning, match="before it is fitted"):
         imagined.rollout(2, tensordict=env.reset())
+
+
+def unfitted(caught) -> int:
+    return sum("before it is fitted" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("make", [make_ensemble_world_model, make_mlp_world_model])
+def test_an_unfitted_model_warns_once(make, nested, recwarn):
+    """It has a normaliser for each network, and one call fits them all."""
+    env = env_of("nested" if nested else "vector", "bounded", nested=nested)
+    batch = drawn_transitions(env, 5)
+    world_model, loss = make(env)
+    loss(batch), loss(batch), world_model(batch.exclude("next"))
+    assert unfitted(recwarn) == 1
+    copy.deepcopy(world_model)(batch.exclude("next"))
+    WorldModelEnv(world_model, env)  # says nothing, and takes back no notice
+    loss(batch)
+    assert unfitted(recwarn) == 1
+    make(env)[1](batch)
+    assert unfitted(recwarn) == 2, "another model warns for itself"
+
+
+def test_fitted_statistics_that_come_as_weights_do_not_warn(recwarn):
+    """As collectors hand weights on."""
+    env = env_of("vector", "bounded")
+    batch = drawn_transitions(env, 5)
+    trained, _ = make_ensemble_world_model(env)
+    fit_normalizers(trained, batch)
+    other, _ = make_ensemble_world_model(env)
+    TensorDict.from_module(trained).data.clone().to_module(other)
+    other(batch.exclude("next"))
+    assert not unfitted(recwarn)
+
+
+def test_stacked_models_run_under_vmap(recwarn):
+    models = [Normalizer(2), Normalizer(2)]
+    weights = TensorDict.from_modules(*models, as_module=False)
+    base = Normalizer(2).to("meta")
+
+    def run(parameters, value):
+        with parameters.to_module(base):
+            return base(value)
+
+    value = torch.randn(5, 2)
+    out = torch.vmap(run, (0, None))(weights, value)
+    assert torch.equal(out, value.expand(2, 5, 2)) and unfitted(recwarn) == 1

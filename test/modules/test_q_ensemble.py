@@ -108,5 +108,7 @@ def test_wrong_settings() -> None:
         make(reduce="max")
     with pytest.raises(ValueError, match="subset=4 networks cannot be drawn from 3"):
         make(subset=4)
+    with pytest.raises(ValueError, match="num_networks=0 must be at least 1"):
+        make(num_networks=0)
     with pytest.raises(ValueError, match="subset=0"):
         make().value(torch.zeros(2, 3, 101), subset=0)

@@ -174,20 +174,21 @@ def reference(model: WorldModel, data: TensorDict) -> TensorDict:
     latents, inputs = model.latent_keys, model.encoder.in_keys
     known = data[..., 0].select(*inputs, *latents, strict=False)
     state = model.encode(known).select(*latents)
-    restart = data.get("is_init", None)
+    restart, begun = data.get("is_init", None), None
     if restart is not None:
         restart = restart.squeeze(-1)
         given_latents = [k for k in latents if data.get(k, None) is not None]
-        if given_latents:
+        if given_latents and restart[..., 0].any():
             fresh = model.encode(data[..., 0].select(*inputs))
             state = choose(restart[..., 0], fresh, state)
-        begun = model.encode(data.select(*inputs))
+        if restart[..., 1:].any():  # nothing is drawn in vain
+            begun = model.encode(data.select(*inputs))
     encoded = model.encoder(data["next"].select(*inputs))
     encoded = encoded.select(*model.encoder.out_keys)
     context = [k for k in model.dynamics.in_keys if k not in latents and not is_next(k)]
     steps = []
     for t in range(data.shape[-1]):
-        if restart is not None and t:
+        if begun is not None and t:
             state = choose(restart[..., t], begun[..., t], state)
         work = data[..., t].select(*context).update(state)
         work = model.dynamics(work.copy())

@@ -47,26 +47,18 @@ def test_formula(distance, key) -> None:
 
 
 def test_ends_masks_and_weights() -> None:
-    """Each step counts as it does alone, up to the episode's end."""
-    model, batch = make_model(), alive(2, 4)
+    """Each step counts as it does alone, up to the episode's end or the first masked step."""
+    model, batch = make_model(), alive(3, 4)
     settings = {"losses": [ConsistencyTerm()], "multi_step": True}
     each = WorldModelLoss(model, **settings, reduction="none")(batch)
     each = each["loss_consistency"]
     batch["next", "done"][0, 1] = True
-    batch["is_init"] = torch.zeros(2, 4, 1, dtype=torch.bool)
+    batch["is_init"] = torch.zeros(3, 4, 1, dtype=torch.bool)
     batch["is_init"][1, 3] = True
-    batch["collector", "mask"] = torch.ones(2, 4, dtype=torch.bool)
-    batch["collector", "mask"][1, 0] = False
-    batch["weight"] = torch.tensor([[1.0] * 4, [5.0] * 4])
-    counts = torch.tensor([[1.0, 1, 0, 0], [0, 5, 5, 0]])
-    # What is masked is blanked before the model runs, and the first step starts row 1.
-    blank = alive(2, 4)
-    blank.update(batch)
-    blank["observation"][1, 0] = blank["action"][1, 0] = 0
-    blank["next", "observation"][1, 0] = 0
-    each = WorldModelLoss(model, **settings, reduction="none")(
-        blank.exclude("weight", "is_init", "collector", ("next", "done"))
-    )["loss_consistency"]
+    batch["collector", "mask"] = torch.ones(3, 4, dtype=torch.bool)
+    batch["collector", "mask"][2, 1] = False
+    batch["weight"] = torch.tensor([[1.0] * 4, [5.0] * 4, [2.0] * 4])
+    counts = torch.tensor([[1.0, 1, 0, 0], [5, 5, 5, 0], [2, 0, 0, 0]])
     out = WorldModelLoss(model, **settings)(batch)["loss_consistency"]
     torch.testing.assert_close(out, (counts * each).sum() / counts.sum())
 

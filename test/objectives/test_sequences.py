@@ -190,6 +190,39 @@ class TestOpenLoop:
         out.sum(reduce=True).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
+    @pytest.mark.parametrize("key", [("collector", "mask"), "there", ("my", "mask")])
+    def test_stops_at_the_first_masked_step(self, key) -> None:
+        """What comes behind it would be predicted from inputs that are not there."""
+        model, batch = full_model(), alive(4, 5)
+        ends = [5, 3, 1, 0]
+        mask = torch.ones(4, 5, 1, dtype=torch.bool)
+        for row, end in enumerate(ends[1:], 1):
+            mask[row, end] = False
+        batch.set(key, mask)
+        settings = {"losses": ALL, "multi_step": True, "decay": 0.7}
+        loss = WorldModelLoss(model, reduction="none", **settings)
+        mean = WorldModelLoss(model, **settings)
+        if key != ("collector", "mask"):
+            loss.set_keys(mask=key), mean.set_keys(mask=key)
+        expected = WorldModelLoss(model, reduction="none", **settings)
+        out, whole = loss(batch), expected(batch.exclude(key, "collector"))
+        for name in out.keys():
+            for row, end in enumerate(ends):
+                assert not out[name][row, end:].any()
+                torch.testing.assert_close(out[name][row, :end], whole[name][row, :end])
+            torch.testing.assert_close(mean(batch)[name], out[name].sum() / sum(ends))
+        nothing = mean(batch[3:])
+        assert all(value == 0 for value in nothing.values())
+
+    def test_single_transitions_may_be_masked_anywhere(self) -> None:
+        batch, mask = alive(2, 4), torch.tensor([True, False, True, True])
+        batch["collector", "mask"] = mask.expand(2, 4)
+        loss = WorldModelLoss(make_model(), losses=["reward"], reduction="none")
+        out, whole = loss(batch), loss(batch.exclude("collector"))
+        expected = whole["loss_reward"] * mask
+        torch.testing.assert_close(out["loss_reward"], expected)
+        assert expected[:, 2:].all()
+
     def test_bad_arguments(self) -> None:
         for decay in (0.0, -1.0, 1.5):
             with pytest.raises(ValueError, match=f"decay={decay}"):

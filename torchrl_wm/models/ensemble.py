@@ -148,7 +148,8 @@ def _wire(specs: EnvSpecs, config: EnsembleConfig) -> tuple[WorldModel, WorldMod
     name = "make_ensemble_world_model"
     specs.without_pixels(name).only_floats(name)
     latents, actions = specs.vectors, specs.actions
-    reward = None if config.reward_function is not None else specs.reward
+    known = config.reward_function is not None
+    reward = None if known else specs.float_reward(name)
     outputs = specs.vector_size + (0 if reward is None else reward.size)
     ensemble = GaussianEnsemble(
         config.members,

@@ -138,7 +138,7 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
     decoder = _Decoder(specs, config)
     reward = DenormalizedNetwork(
         WithActions(_mlp(config, with_action, specs.reward.size), specs),
-        [specs.reward],
+        [specs.float_reward("make_mlp_world_model")],
         normalize=config.normalize,
     )
     world_model = WorldModel(

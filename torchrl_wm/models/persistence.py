@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.parts import has_its_parts
 
 #: What marks a file as one of ours.
 FORMAT = "torchrl_wm.world_model"
@@ -28,7 +30,9 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     The file holds tensors, numbers and strings, and is read with
     ``torch.load(weights_only=True)``. Of a model that a builder made it holds the
     settings and the env's specs, too, so that :func:`load_world_model` needs
-    nothing else. The optimiser's state is not part of it.
+    nothing else; unless a component of it, or a module within one, was replaced. What
+    else was changed on modules after building is not part of it, nor is the
+    optimiser's state.
 
     Args:
         world_model: the model; ready-made or wired by hand.
@@ -37,6 +41,7 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     Raises:
         TypeError: if the model's state or settings hold what is neither tensor
             nor plain data.
+        ValueError: if the model has lazy parameters that nothing has run through.
 
     Examples:
         >>> import tempfile, pathlib
@@ -56,14 +61,23 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
         raise TypeError(
             f"world_model must be a torchrl_wm.WorldModel, got {type(world_model).__name__}."
         )
+    own = world_model.state_dict()
+    lazy = [key for key, value in own.items() if is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"{lazy[0]!r} has no shape and no values yet (in all {len(lazy)} entries of the model's "
+            f"state). Run the model once on data first: world_model(batch)."
+        )
     state = {
         # Copies: of a view the whole storage would be written.
         key: value.detach().clone() if isinstance(value, torch.Tensor) else value
-        for key, value in world_model.state_dict().items()
+        for key, value in own.items()
     }
     check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
     recipe = getattr(world_model, "recipe", None)
+    if not has_its_parts(world_model):
+        recipe = None  # it would make another model
     content["recipe"] = None if recipe is None else _plain_recipe(recipe)
     write_plain(content, path)
 
@@ -82,8 +96,9 @@ def load_world_model(
         path: the file.
         world_model: a model to load the weights into, in place, with its loss and
             optimiser staying what they are. Needed for models that were wired by
-            hand, or with functions of yours (``reward_function``); without it
-            the model is made anew from the settings in the file.
+            hand, with components that were replaced, or with functions of yours
+            (``reward_function``); without it the model is made anew from the settings
+            in the file.
 
     Keyword Args:
         device: where to put a model that is made anew; the CPU by default.
@@ -136,10 +151,10 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"itself is loaded by world_model.load_state_dict(torch.load(path))."
         )
     version = content.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
             f"{os.fspath(path)!r} is of version {version!r} of the format, and this torchrl_wm "
-            f"reads versions up to {VERSION}. Update torchrl_wm."
+            f"reads versions from 1 to {VERSION}. Update torchrl_wm, if a newer one wrote it."
         )
     missing = [key for key in ("state_dict", "recipe") if key not in content]
     missing += [
@@ -151,7 +166,17 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(
             f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
         )
+    if _holds_tensors(content["recipe"]):  # which compare as nothing else does
+        raise _foreign_settings(path, TypeError("a setting is a tensor"))
     return content
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, (*value, *value.values())))
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _made_anew(
@@ -159,8 +184,9 @@ def _made_anew(
 ) -> WorldModel:
     if content["recipe"] is None:
         raise ValueError(
-            f"{os.fspath(path)!r} holds the weights of a world model that was wired by hand. Wire "
-            f"it again and load into it: load_world_model(path, world_model)."
+            f"{os.fspath(path)!r} holds the weights of a world model that was wired by hand, or a "
+            f"component of it was replaced. Wire it again and load into it: "
+            f"load_world_model(path, world_model)."
         )
     functions = content["recipe"].get("functions")
     if functions:
@@ -176,13 +202,18 @@ def _made_anew(
             world_model, _ = rebuild(recipe)
     except Exception as err:  # whatever a network makes of settings of any kind
         raise _foreign_settings(path, err) from err
-    # As it was saved, dtypes included: also of what the state does not hold.
-    tensors = [v for v in content["state_dict"].values() if torch.is_tensor(v)]
-    dtypes = {v.dtype for v in tensors if v.is_floating_point()}
-    if len(dtypes) == 1:
-        world_model.to(dtypes.pop())
+    # As it was saved, dtypes included: also of what the state does not hold. Not where they
+    # are the same: `to` would also narrow what keeps a float64 env's numbers apart.
+    dtypes = _float_dtypes(content["state_dict"])
+    if len(dtypes) == 1 and dtypes != _float_dtypes(world_model.state_dict()):
+        world_model.to(*dtypes)
     _load_state(world_model, content["state_dict"], path, assign=True)
     return world_model if device is None else world_model.to(device)
+
+
+def _float_dtypes(state: Mapping[str, Any]) -> set[torch.dtype]:
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return {value.dtype for value in tensors if value.is_floating_point()}
 
 
 def _load_state(
@@ -194,9 +225,7 @@ def _load_state(
     problems += [f"the model lacks {key!r}" for key in state if key not in own]
     for key in own.keys() & state.keys():
         here, there = own[key], state[key]
-        if not isinstance(here, torch.Tensor) or isinstance(
-            here, nn.parameter.UninitializedTensorMixin
-        ):
+        if not isinstance(here, torch.Tensor) or is_lazy(here):
             continue
         if not isinstance(there, torch.Tensor) or here.shape != there.shape:
             got = tuple(getattr(there, "shape", ())) or type(there).__name__

@@ -74,6 +74,8 @@ class RSSMConfig:
             space.
         reward_bins: of the two-hot reward head; None predicts the reward itself.
         continue_head: whether the end of episodes is predicted.
+        termination_threshold: the probability from which on an episode ends.
+        sample_termination: draw terminations instead.
         kl_balance: the KL's weights of dynamics and representation; None for
             the plain KL.
         free_nats: of the KL, per step.
@@ -103,6 +105,8 @@ class RSSMConfig:
     symlog: bool = True
     reward_bins: int | None = 255
     continue_head: bool = True
+    termination_threshold: float = 0.5
+    sample_termination: bool = False
     kl_balance: tuple[float, float] | None = (1.0, 0.1)
     free_nats: float = 1.0
     unimix: float = 0.01
@@ -281,6 +285,8 @@ def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLo
             next_latents,
             done_key=specs.done.key,
             shape=specs.done.shape,
+            threshold=config.termination_threshold,
+            sample=config.sample_termination,
         )
     dynamics, posterior = _rssm(specs, config, encoder.out_features)
     world_model = WorldModel(
@@ -370,6 +376,7 @@ def _reward_head(
     reward = specs.reward
     writes = join("next", reward.key)
     if config.reward_bins is None:
+        reward = specs.float_reward("make_rssm_world_model with reward_bins=None")
         network = Shaped(
             _mlp(config, features, reward.size), reward.shape, reward.dtype
         )

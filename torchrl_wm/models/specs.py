@@ -21,7 +21,7 @@ BOOKKEEPING = frozenset(
 )
 
 PixelLayout = Literal["CHW", "HWC", "HW"]
-#: More channels than this are no image: a stack of 4 RGBA frames has 16.
+#: More channels than this are no image: a stack of 4 RGBA frames has 16. Bytes may have more.
 _MAX_CHANNELS = 16
 #: Fewer rows or columns than this are no image.
 _MIN_SIDE = 8
@@ -158,6 +158,22 @@ class EnvSpecs:
             )
         return self
 
+    def float_reward(self, builder: str) -> Entry:
+        """The reward, if it is a float, which can be predicted as it is.
+
+        Raises:
+            ValueError: if it is not; the message names it.
+        """
+        key, dtype = self.reward.key, self.reward.dtype
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f"{builder} predicts the reward as a float, and the reward {key!r} of the env is "
+                f"{dtype}. Convert it: torchrl.envs.TransformedEnv(env, "
+                f"torchrl.envs.DTypeCastTransform(dtype_in={dtype}, dtype_out=torch.float32, "
+                f"in_keys=[{key!r}]))."
+            )
+        return self.reward
+
     def reference_env(self) -> EnvBase:
         """An env with these specs and nothing behind them, for a ``WorldModelEnv``.
 
@@ -210,9 +226,10 @@ def read_specs(
     """Read the entries that a world model of ``env`` has to do with.
 
     - Observations: all entries of the observation spec but what transforms count
-      there (``is_init``, ``step_count``, ``episode_reward``, ``traj_ids``). Images, under whatever key, are
-      entries ``[C, H, W]``, ``[H, W, C]`` (uint8 or float) or ``[H, W]`` (uint8) with
-      at most 16 channels and sides of at least 8.
+      there (``is_init``, ``step_count``, ``episode_reward``, ``traj_ids``). Images,
+      under whatever key, are entries ``[C, H, W]``, ``[H, W, C]`` (uint8 or float) or
+      ``[H, W]`` (uint8) with at most 16 channels, or, of uint8, fewer than rows and than
+      columns, and sides of at least 8.
     - Actions: all entries of the action spec: continuous, one-hot and binary
       ones as floats, categorical ones as one-hot vectors, all flattened.
     - The reward and the done entry: one of each.
@@ -248,6 +265,7 @@ def read_specs(
         _check_numeric("observation", key, spec)
         pixel = pixel_entry(key, spec)
         if pixel is None:
+            _check_no_image(key, spec)
             vectors.append(Entry.from_spec(key, spec))
         else:
             pixels.append(pixel)
@@ -278,7 +296,10 @@ def pixel_entry(key: NestedKey, spec: TensorSpec) -> PixelEntry | None:
         first = shape[0] <= shape[-1]
         layout = "CHW" if first else "HWC"
         sides = shape[1:] if first else shape[:-1]
-        if min(shape[0], shape[-1]) > _MAX_CHANNELS:
+        most = _MAX_CHANNELS
+        if dtype is torch.uint8:
+            most = max(most, min(sides) - 1)
+        if min(shape[0], shape[-1]) > most:
             return None
     else:
         return None
@@ -345,6 +366,23 @@ def _check_numeric(kind: str, key: NestedKey, spec: TensorSpec) -> None:
             f"The {kind} {key!r} has the shape {tuple(spec.shape)}; one of fixed dims, none of "
             f"them empty, is needed."
         )
+
+
+def _check_no_image(key: NestedKey, spec: TensorSpec) -> None:
+    """Refuse bytes that look like images and would become a vector of thousands of numbers."""
+    shape = tuple(spec.shape)
+    large = sum(n >= _MIN_SIDE for n in shape)
+    if spec.dtype is not torch.uint8 or len(shape) < 3 or large < 2:
+        return
+    dims = f"{-len(shape)}, -1, in_keys=[{key!r}]"
+    raise ValueError(
+        f"The observation {key!r} has the shape {shape} of torch.uint8, and is no image that a "
+        f"network reads: [C, H, W] or [H, W, C] with fewer channels than rows and than columns, "
+        f"or [H, W]. Stack frames along the channels (torchrl.envs.CatFrames(N, dim=-3, "
+        f"in_keys=[{key!r}])), make one vector of it if that is what it is "
+        f"(torchrl.envs.FlattenObservation({dims})), or leave it out with "
+        f"observation_keys=[...]."
+    )
 
 
 def _reward(env: EnvBase) -> Entry:

@@ -48,6 +48,8 @@ class TDMPC2Config:
         bins: of the two-hot reward and values.
         limit: they span ``[-limit, limit]`` in symlog space.
         done_head: whether the end of episodes is predicted.
+        termination_threshold: the probability from which on an episode ends.
+        sample_termination: draw terminations instead.
         consistency_weight, reward_weight, done_weight: of the losses.
         decay: of the losses' steps.
         num_q: the number of action values.
@@ -55,7 +57,8 @@ class TDMPC2Config:
         observation_keys: which observations to use, all if None.
 
     Raises:
-        ValueError: if ``group`` does not divide ``latent_size``.
+        ValueError: if ``group`` does not divide ``latent_size``, and for sizes, numbers and
+            shares with which nothing would be learned.
     """
 
     latent_size: int = 512
@@ -69,6 +72,8 @@ class TDMPC2Config:
     bins: int = 101
     limit: float = 10.0
     done_head: bool = True
+    termination_threshold: float = 0.5
+    sample_termination: bool = False
     consistency_weight: float = 20.0
     reward_weight: float = 0.1
     done_weight: float = 1.0
@@ -78,13 +83,29 @@ class TDMPC2Config:
     observation_keys: tuple[NestedKey, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.group < 1 or self.latent_size % self.group:
+        for name, least in (
+            ("group", 2),  # a simplex of one number is always 1
+            ("latent_size", 1),
+            ("num_cells", 1),
+            ("depth", 0),
+            ("encoder_cells", 1),
+            ("encoder_depth", 1),
+            ("pixel_depth", 1),
+            ("num_q", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least {least}."
+                )
+        if self.latent_size % self.group:
             raise ValueError(
                 f"group={self.group} does not divide latent_size={self.latent_size}, as SimNorm "
                 f"needs."
             )
-        if self.encoder_depth < 1:
-            raise ValueError(f"encoder_depth={self.encoder_depth} must be at least 1.")
+        if not 0 <= self.q_dropout < 1:
+            raise ValueError(
+                f"q_dropout={self.q_dropout} must be at least 0 and less than 1."
+            )
 
     @property
     def cells(self) -> list[int]:
@@ -183,6 +204,8 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
             [join("next", _LATENT)],
             done_key=specs.done.key,
             shape=specs.done.shape,
+            threshold=config.termination_threshold,
+            sample=config.sample_termination,
         )
     world_model = WorldModel(
         TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),

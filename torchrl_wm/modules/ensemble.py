@@ -135,7 +135,7 @@ class EnsembleMLP(nn.Module):
         # draw other numbers than an eager one.
         seats = torch.rand(tables * share, device=rows.device).argsort()[: len(rows)]
         seated = rows.new_zeros(tables * share, self.in_features)
-        seated = seated.index_copy(0, seats, rows).reshape(tables, share, -1)
+        seated = seated.index_copy(0, seats, rows).unflatten(0, (tables, share))
         out = self.members_apart(seated, members).flatten(0, 1).index_select(0, seats)
         return out.reshape(*value.shape[:-1], out.shape[-1])
 

@@ -17,6 +17,7 @@ from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, sibling
 from torchrl_wm.modules.normalizer import Normalizer, valid_rows
+from torchrl_wm.modules.parts import has_its_parts, remember_parts
 from torchrl_wm.modules.world_model import WorldModel
 
 Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
@@ -62,7 +63,7 @@ class EnsembleDynamics(TensorDictModule):
     (Members come after the batch dims, so that the entries fit a tensordict of
     batch size ``[*B]``.) The disagreement is the standard deviation of the
     members' means, in units of the targets' own spread, as the root mean square
-    over ``D``; of one member it is zero.
+    over ``D``, of which targets that never changed count zero; of one member it is zero.
 
     Args:
         ensemble: maps the joined latents and actions to ``D`` Gaussians.
@@ -206,7 +207,7 @@ class EnsembleDynamics(TensorDictModule):
         _, given = step.join(values)
         loc, _ = step.predict(given)
         target = step.normalized(self._changes(batch))
-        return (loc - target).pow(2).flatten(1).mean(1)
+        return step.live((loc - target).pow(2)).flatten(1).mean(1)
 
     def choose_elites(self, batch: TensorDictBase) -> torch.Tensor:
         """Make the members of the least held-out error the elites (MBPO, arXiv 1906.08253).
@@ -307,6 +308,13 @@ class _EnsembleStep(nn.Module):
     def denormalized(self, target: torch.Tensor) -> torch.Tensor:
         return target if self.outputs is None else self.outputs.inverse(target)
 
+    def live(self, value: torch.Tensor) -> torch.Tensor:
+        """``value``, ``[..., D]``, zero where the targets never changed.
+
+        There all members predict the same, whatever their networks say, which nothing trains.
+        """
+        return value if self.outputs is None else value * (self.outputs.std > 0)
+
     def log_scale(self) -> torch.Tensor | float:
         return 0.0 if self.outputs is None else 2 * self.outputs.scale.log()
 
@@ -337,7 +345,7 @@ class _Propagate(nn.Module):
         entries = self._entries(base, self._choose(loc, log_var, member))
         if not self.all_members:
             return entries
-        spread = loc.var(0, unbiased=False).mean(-1, keepdim=True)
+        spread = step.live(loc.var(0, unbiased=False)).mean(-1, keepdim=True)
         # The root of zero has no gradient that anyone could use.
         disagreement = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt()
         disagreement = torch.where(spread > 0, disagreement, 0.0)
@@ -443,12 +451,14 @@ def with_propagation(
 
     Keyword Args:
         all_members: whether the new one writes what all members say, as
-            ``"disagreement"``; see :class:`EnsembleDynamics`. Without, planning and imagining by ``"ts1"``
-            cost ``E`` times less.
+            ``"disagreement"``; see :class:`EnsembleDynamics`. Without, planning and
+            imagining by ``"ts1"`` cost ``E`` times less. Files do not hold this: a loaded
+            model writes them.
 
     Returns:
-        The new world model, in the same mode (training or not). With ``"tsinf"`` its encoder also writes ``member``, so
-        that the env that imagines with it carries that as constant context.
+        The new world model, in the same mode (training or not). With ``"tsinf"`` its
+        encoder also writes ``member``, so that the env that imagines with it carries
+        that as constant context.
 
     Raises:
         TypeError: if the dynamics are no ensemble.
@@ -493,6 +503,8 @@ def with_propagation(
     if recipe is not None:  # of a builder: the view can be saved as the model can
         config = replace(recipe.config, propagation=propagation)
         view.__dict__["recipe"] = replace(recipe, config=config)
+    if has_its_parts(world_model):
+        remember_parts(view)
     return view
 
 

@@ -209,4 +209,4 @@ def _flat(entry: Entry, value: torch.Tensor) -> torch.Tensor:
             f"{entry.key!r} has the shape {tuple(value.shape)}; its spec asks for [*B, "
             f"{', '.join(map(str, entry.shape))}]. Check the batch size of the tensordict."
         )
-    return value if dims == 1 else value.reshape(*lead, -1)
+    return value if dims == 1 else value.reshape(*lead, prod(entry.shape))

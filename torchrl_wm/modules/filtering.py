@@ -170,11 +170,12 @@ def observe_sequence(
             f"{tuple(tensordict.batch_size)}."
         )
     state = first_latents(world_model, tensordict)
-    restart = episode_begins(tensordict)
-    begun = None
-    if restart is not None:
+    restart, begun = episode_begins(tensordict), None
+    if _may_begin(restart, slice(1, None)):
         begun = _begun(world_model, tensordict.select(*inputs, strict=False))
         begun = values_of(begun, latents)
+    else:
+        restart = None
     encoded = run_components(
         {"encoder": world_model.encoder}, tensordict.get("next").select(*inputs)
     )
@@ -236,7 +237,7 @@ def first_latents(world_model: WorldModel, tensordict: TensorDictBase) -> Values
         state = _begun(world_model, known)
     state = values_of(state, latents)
     restart = episode_begins(tensordict)
-    if restart is None or missing_from(first, latents) == latents:
+    if missing_from(first, latents) == latents or not _may_begin(restart, 0):
         return state
     fresh = _begun(world_model, first.select(*inputs, strict=False))
     return where(restart[..., 0], values_of(fresh, latents), state)
@@ -268,6 +269,20 @@ def episode_begins(
     # not compile.
     later = torch.arange(ended.shape[-1], device=ended.device) > 0
     return ended.roll(1, -1) & later
+
+
+def _may_begin(restart: torch.Tensor | None, steps: int | slice) -> bool:
+    """Whether an episode begins at ``steps`` of ``restart``, ``[*B, T]``, as far as one can tell.
+
+    What episodes begin with is drawn for every row: in vain where none begins, and other
+    numbers come after it than in TorchRL's rollouts.
+    """
+    if restart is None:
+        return False
+    # To look would wait for any other device, and break a graph.
+    if restart.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(restart[..., steps].any())
 
 
 def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:

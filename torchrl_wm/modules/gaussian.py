@@ -12,13 +12,14 @@ class BoundedLogVar(nn.Module):
 
     The bounds are soft (PETS, arXiv 1805.12114, appendix A.1): away from the data a network's
     log-variance would otherwise be anything. They are learned together with the
-    network, pulled together by :meth:`width` as part of the loss, and never
-    leave ``limits``, whatever the targets are.
+    network and pulled together by :meth:`width` as part of the loss. Neither they nor the
+    log-variances, which pass the upper one by up to 0.7 where the two are close, ever leave
+    ``limits``, whatever the targets are.
 
     Args:
         features: the number of features ``F``.
         low, high: where the bounds begin.
-        limits: what the bounds never leave.
+        limits: what bounds and log-variances never leave.
 
     Examples:
         >>> import torch
@@ -49,7 +50,10 @@ class BoundedLogVar(nn.Module):
         """``[*B, F]`` of any size to log-variances within the bounds."""
         low, high = self.low.clamp(*self.limits), self.high.clamp(*self.limits)
         value = high - F.softplus(high - raw)
-        return low + F.softplus(value - low)
+        value = low + F.softplus(value - low)
+        # The soft bounds add up to more than the upper one where they are close. The gradient
+        # stays: without it nothing would lead back from the limit.
+        return value.detach().clamp_max(self.limits[1]) + (value - value.detach())
 
     def width(self) -> torch.Tensor:
         """The sum of the distances of the bounds, a scalar; a part of the loss.

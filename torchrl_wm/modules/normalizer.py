@@ -24,12 +24,18 @@ _CONSTANT = 1e-6
 _ROUNDING = 1e-12
 
 
+class _Notice:
+    """Whether it was said that something is not fitted: once by all that share it."""
+
+    given = False
+
+
 class Normalizer(nn.Module):
     """Gives each feature mean 0 and standard deviation 1, as fitted from data.
 
     Mean and standard deviation are buffers: they are saved, move with the model
     and are not trained. Until :meth:`fit` is called it is the identity, and the
-    first use warns. A feature that is constant in the data is shifted and not
+    first use warns, of the normalisers of a ready-made model the first use of any. A feature that is constant in the data is shifted and not
     scaled.
 
     Args:
@@ -56,8 +62,8 @@ class Normalizer(nn.Module):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-        # What `fitted` says, without waiting for the device.
-        self._is_fitted = self._has_warned = False
+        self._is_fitted = False  # what `fitted` says, without waiting for the device
+        self._notice = _Notice()
 
     @property
     def features(self) -> int:
@@ -116,15 +122,25 @@ class Normalizer(nn.Module):
         return value * self.std + self.mean
 
     def _warn_if_unfitted(self) -> None:
-        if self._is_fitted or self._has_warned or torch.compiler.is_compiling():
+        if self._is_fitted or self._notice.given or torch.compiler.is_compiling():
             return
-        self._has_warned = True
+        self._is_fitted = self._came_fitted()
+        if self._is_fitted:
+            return
+        self._notice.given = True
         warnings.warn(
             "A normaliser is used before it is fitted, and is the identity. Call "
             "torchrl_wm.modules.fit_normalizers(world_model, batch) with real transitions "
             "first.",
             stacklevel=3,
         )
+
+    def _came_fitted(self) -> bool:
+        """Whether the statistics are those of data, as where they came with other weights."""
+        try:
+            return bool(self.fitted)
+        except RuntimeError:  # of no single value: on the meta device, or under vmap
+            return False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -134,18 +150,29 @@ class Normalizer(nn.Module):
         return f"{self.features}, fitted={self._is_fitted}"
 
 
+def share_notice(model: nn.Module) -> None:
+    """Let the normalisers of a model warn once together: they are fitted together."""
+    notice = _Notice()
+    for normalizer in _normalizers(model):
+        normalizer._notice = notice
+
+
 @contextmanager
 def without_warnings(model: nn.Module) -> Iterator[None]:
     """No warnings of unfitted normalisers: the model is looked at, not used."""
-    normalizers = [m for m in model.modules() if isinstance(m, Normalizer)]
-    before = [normalizer._has_warned for normalizer in normalizers]
+    notices = [normalizer._notice for normalizer in _normalizers(model)]
+    before = [notice.given for notice in notices]
     try:
-        for normalizer in normalizers:
-            normalizer._has_warned = True
+        for notice in notices:
+            notice.given = True
         yield
     finally:
-        for normalizer, has_warned in zip(normalizers, before):
-            normalizer._has_warned = has_warned
+        for notice, given in zip(notices, before):
+            notice.given = given
+
+
+def _normalizers(model: nn.Module) -> list[Normalizer]:
+    return [module for module in model.modules() if isinstance(module, Normalizer)]
 
 
 class NormalizedNetwork(nn.Module):

@@ -94,8 +94,10 @@ class PixelEncoder(nn.Module):
             image = image.movedim(-1, -3)
         elif self.layout == "HW":
             image = image.unsqueeze(-3)
-        dtype = next(self.network.parameters()).dtype
-        return self.network(image.to(dtype) / self.scale)
+        image = image.to(next(self.network.parameters()).dtype)
+        if not image.numel():  # the network cannot reshape nothing
+            return image.new_empty((*image.shape[:-3], self.out_features))
+        return self.network(image / self.scale)
 
 
 class PixelDecoder(nn.Module):

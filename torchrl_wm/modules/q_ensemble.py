@@ -41,8 +41,8 @@ class QEnsemble(TensorDictModuleBase):
         value_key: where the value goes, ``[*B, 1]``.
 
     Raises:
-        ValueError: for an unknown ``reduce``, or more networks in ``subset`` than
-            there are.
+        ValueError: for an unknown ``reduce``, more networks in ``subset`` than there
+            are, or none at all.
 
     Examples:
         >>> import torch
@@ -72,6 +72,8 @@ class QEnsemble(TensorDictModuleBase):
         value_key: NestedKey = "state_action_value",
     ) -> None:
         super().__init__()
+        if num_networks < 1:
+            raise ValueError(f"num_networks={num_networks} must be at least 1.")
         self.num_networks = num_networks
         self.reduce, self.subset = _check_reduce(reduce, subset, num_networks)
         self.latent_keys = list(latents)

@@ -72,7 +72,8 @@ class WorldModelLoss(LossModule):
     latents of the first observation are rolled through all ``T`` steps with the
     recorded actions, as in TD-MPC (arXiv 2203.04955, eq. 6), and every term compares
     these predictions. Step ``t`` counts ``decay ** t``; where an episode ends,
-    the comparison ends with it.
+    the comparison ends with it, and so it does at the first step that the mask calls
+    invalid.
 
     Args:
         world_model: the model to train.
@@ -89,8 +90,8 @@ class WorldModelLoss(LossModule):
         reconstruction_target: ``"observation"`` or ``"next"``.
         delay_encoder: let targets of the latent be encoded by target parameters
             (``target_encoder_params``), which :class:`~torchrl.objectives.SoftUpdate`
-            or :class:`~torchrl.objectives.HardUpdate` move. They begin as a copy,
-            buffers included: fit normalisers before.
+            or :class:`~torchrl.objectives.HardUpdate` move. They begin as a copy;
+            normalisers are always those of the encoder, also where they are fitted later.
         multi_step: compare open-loop predictions over whole sequences.
         decay: the weight of a step relative to the one before it, in (0, 1].
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for one
@@ -463,6 +464,9 @@ class WorldModelLoss(LossModule):
                 f"The world model reads {missing}, and the batch has {leaf_keys(tensordict)}."
             )
         valid = self._valid(tensordict)
+        if self.multi_step and valid is not None:
+            # What is predicted through a step that is not there compares with nothing.
+            valid = (~valid).cumsum(-1) == 0
         batch = tensordict if valid is None else _blank(tensordict, valid)
         values = self._with_parameters(partial(self._compare, batch, inputs))
         weights = self._weights(batch)
