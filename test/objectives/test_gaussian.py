@@ -15,7 +15,13 @@ from torchrl.envs import GymEnv
 
 from torchrl_wm import WorldModel, WorldModelLoss
 from torchrl_wm.models import make_ensemble_world_model
-from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble, GaussianHead
+from torchrl_wm.modules import (
+    EnsembleDynamics,
+    Entry,
+    fit_normalizers,
+    GaussianEnsemble,
+    GaussianHead,
+)
 from torchrl_wm.objectives import (
     bootstrap_counts,
     DoneTerm,
@@ -296,3 +302,18 @@ def test_beta_weights_the_likelihood_by_the_variance():
     torch.testing.assert_close(loss, nll.mean())
     with pytest.raises(ValueError, match="beta"):
         GaussianNLLTerm(beta=2.0)
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_weighted_likelihoods_leave_padding_out(members) -> None:
+    """The weights of a batch have mean 1 over what is valid."""
+    env = GymEnv("Pendulum-v1")
+    model, _ = make_ensemble_world_model(env, members=3 if members else 1, hidden=(8,))
+    batch = env.rollout(8)
+    fit_normalizers(model, batch)
+    loss = WorldModelLoss(model, losses=[GaussianNLLTerm(beta=0.5)])
+    alone = loss(batch[:3])["loss_nll"]
+    batch["collector", "mask"] = torch.arange(8) < 3
+    torch.testing.assert_close(loss(batch)["loss_nll"], alone)
+    batch["collector", "mask"] = torch.zeros(8, dtype=torch.bool)
+    assert loss(batch)["loss_nll"].isfinite()

@@ -496,3 +496,22 @@ def test_nested_keys_over_sequences() -> None:
         module.load_state_dict(model.components[name].state_dict())
     expected = WorldModelLoss(plain, losses=["reward", "latent"], multi_step=True)(flat)
     assert (out == expected).all()
+
+
+@pytest.mark.parametrize("key", ["over", ("robot", "over")])
+@pytest.mark.parametrize("name", ["done", "true_done"])
+def test_filters_begin_anew_where_another_key_says_so(name, key) -> None:
+    model = gru_model()
+    batch = alive(2, 5)
+    ended = torch.zeros(2, 5, 1, dtype=torch.bool)
+    batch = batch.exclude("is_init", ("next", "done"), ("next", "terminated"))
+    loss = WorldModelLoss(model)
+    without = loss(batch)["loss_reward"]
+    ended[0, 2] = True
+    expected = loss(batch.clone().set(("next", "done"), ended))["loss_reward"]
+    assert not torch.equal(expected, without)
+    loss.set_keys(**{name: key})
+    place = ("next", *((key,) if isinstance(key, str) else key))
+    got = loss(batch.clone().set(place, ended))["loss_reward"]
+    assert torch.equal(got, expected)
+    assert loss(batch.clone().select(*loss.in_keys)) is not None

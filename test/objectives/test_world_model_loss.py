@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from _models import ACTION, LATENT, linear, make_model, OBS, transitions
 from hypothesis import given, strategies as st
-from tensordict import TensorDict
+from tensordict import lazy_stack, TensorDict
 from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
-from torchrl_wm.objectives import LossTerm, ReconstructionTerm, RewardTerm
+from torchrl_wm.objectives import DoneTerm, LossTerm, ReconstructionTerm, RewardTerm
 
 ALL = ["reward", "done", "reconstruction", "latent"]
 
@@ -658,3 +658,45 @@ class TestBadInput:
             loss(transitions(5))
         loss.set_keys(mask=None)
         loss(transitions(5))
+
+
+@pytest.mark.parametrize("size", [(2, 3), (3, 3)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_lazy_stacks_with_a_mask(size, dim) -> None:
+    """What is masked is the same as in a dense batch, also where all dims are of one size."""
+    loss = WorldModelLoss(make_model(decoder=True), losses=["reward", "reconstruction"])
+    dense = transitions(*size)
+    dense["collector", "mask"] = torch.arange(dense.numel()).reshape(size) % 2 == 0
+    lazy = lazy_stack(list(dense.unbind(dim)), dim)
+    expected, got = loss(dense), loss(lazy)
+    for key in expected.keys():
+        torch.testing.assert_close(got[key], expected[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_masks_of_ones_and_zeros(dtype) -> None:
+    loss, batch = WorldModelLoss(make_model()), transitions(4)
+    mask = torch.tensor([True, False, True, False])
+    expected = loss(batch.clone().set(("collector", "mask"), mask))
+    got = loss(batch.clone().set(("collector", "mask"), mask.to(dtype)))
+    assert torch.equal(got["loss_reward"], expected["loss_reward"])
+
+
+@pytest.mark.parametrize("label", ["real_reward", ("env", "reward")])
+def test_in_keys_name_the_labels_that_are_read(label) -> None:
+    loss, batch = WorldModelLoss(make_model()), transitions(4)
+    loss.set_keys(true_reward=label)
+    place = ("next", *((label,) if isinstance(label, str) else label))
+    batch.set(place, batch["next", "reward"] + 1)
+    assert place in loss.in_keys and ("next", "reward") not in loss.in_keys
+    expected = loss(batch)["loss_reward"]
+    assert torch.equal(loss(batch.select(*loss.in_keys))["loss_reward"], expected)
+
+
+def test_in_keys_of_ends_that_are_judged_on_real_states() -> None:
+    model = make_model(done="terminated_logits")
+    loss, batch = WorldModelLoss(model, losses=[DoneTerm(real_next=True)]), transitions(
+        4
+    )
+    expected = loss(batch)["loss_done"]
+    assert torch.equal(loss(batch.select(*loss.in_keys))["loss_done"], expected)

@@ -160,7 +160,7 @@ class GaussianNLLTerm(LossTerm):
         nll = gaussian_nll(target.unsqueeze(-2) if members else target, loc, log_var)
         if self.beta:
             weights = (self.beta * log_var.detach()).exp()
-            nll = nll * weights / weights.flatten(0, -2).mean(0)
+            nll = nll * weights / self._mean_of_valid(weights, loss.valid(batch))
         value = nll.mean(-1)  # [*B, E] or [*B]
         if members:
             value = (value * self._member_weights(loc, batch, loss)).mean(-1)
@@ -171,6 +171,20 @@ class GaussianNLLTerm(LossTerm):
                 if isinstance(module, BoundedLogVar):
                     value = value + self.bound_weight * module.width()
         return value
+
+    def _mean_of_valid(
+        self, weights: torch.Tensor, valid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The mean of each dimension, ``[D]``, over all rows and members but for padding."""
+        rows = weights.flatten(0, -2)
+        if valid is None:
+            return rows.mean(0)
+        lead = weights.shape[:-1]
+        counts = valid.reshape(valid.shape + (1,) * (len(lead) - valid.ndim))
+        counts = counts.expand(lead).reshape(-1, 1).to(weights.dtype)
+        # A batch with nothing valid is masked as a whole: its mean is anything but zero.
+        none = (counts.sum() == 0).to(weights.dtype)
+        return ((rows * counts).sum(0) + none) / (counts.sum() + none)
 
     def _joined(self, batch: TensorDictBase, loss) -> torch.Tensor:
         """The real entries side by side, ``[*B, D]``."""

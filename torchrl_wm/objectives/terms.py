@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,12 @@ class LossTerm(abc.ABC):
         """
 
 
+def label_key(keys: Any, name: str) -> NestedKey:
+    """Where the label ``name`` stands in the batch: under ``true_<name>``, if that was set."""
+    own = getattr(keys, f"true_{name}")
+    return getattr(keys, name) if own == f"true_{name}" else own
+
+
 class RewardTerm(LossTerm):
     """Distance of the predicted reward from the real one.
 
@@ -166,7 +172,7 @@ class RewardTerm(LossTerm):
         self.scale = scale
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", self.key or keys.reward)]
+        return [join("next", self.key or label_key(keys, "reward"))]
 
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
@@ -206,7 +212,11 @@ class DoneTerm(LossTerm):
         self.real_next = real_next
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", keys.terminated), join("next", keys.done)]
+        labels = [join("next", label_key(keys, n)) for n in ("terminated", "done")]
+        if self.real_next:
+            observed = unique(world_model.encoder.in_keys)
+            labels += [join("next", key) for key in observed]
+        return labels
 
     def __call__(self, predicted, batch, loss):
         key, goes_on = self.prediction_key(loss)

@@ -9,7 +9,13 @@ from torch import nn
 from torchrl_wm.modules import TwoHotHead, WorldModel
 from torchrl_wm.modules.keys import join, suffixed
 from torchrl_wm.modules.wiring import written_keys
-from torchrl_wm.objectives.terms import LossTerm, per_sample, prediction, read_label
+from torchrl_wm.objectives.terms import (
+    label_key,
+    LossTerm,
+    per_sample,
+    prediction,
+    read_label,
+)
 
 
 class TwoHotTerm(LossTerm):
@@ -49,7 +55,7 @@ class TwoHotTerm(LossTerm):
             self._bins(world_model)
 
     def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", self.key or keys.reward)]
+        return [join("next", self.key or label_key(keys, "reward"))]
 
     def __call__(self, predicted, batch, loss) -> torch.Tensor:
         keys = loss.tensor_keys

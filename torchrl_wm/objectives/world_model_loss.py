@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,13 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict import (
+    LazyStackedTensorDict,
+    NestedKey,
+    TensorDict,
+    TensorDictBase,
+    TensorDictParams,
+)
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 from torchrl.objectives import LossModule
@@ -263,9 +270,11 @@ class WorldModelLoss(LossModule):
         self.decay = decay
         # Not registered: the parameters stand in encoder_params and its like.
         self.__dict__["world_model"] = world_model
+        self.__dict__["_held"] = {}
         for term in self.terms:
             term.check(world_model)
         self._follow_components()
+        world_model.followers.add(self)
 
     # Components ----------------------------------------------------------
 
@@ -283,19 +292,72 @@ class WorldModelLoss(LossModule):
         return parts
 
     def _follow_components(self) -> None:
-        """Hold the parameters of the model's present components."""
+        """Hold the parameters of the model's present components, and of their present networks."""
+        for name, module in self._parts().items():
+            if self.__dict__.get(name) is not module:
+                self._hold(name, module, _tensors_of(module))
+                continue
+            if torch.compiler.is_compiling():
+                continue  # a graph is made for the tensors that there are
+            tensors, held = _tensors_of(module), self._held[name]
+            if not _same(tensors, held) and not _is_swapped(module):
+                # Where only buffers are others, it was moved, and targets stay what they are.
+                moved = _same(_parameters(tensors), _parameters(held))
+                self._hold(name, module, tensors, renew=not moved)
+
+    def _hold(
+        self,
+        name: str,
+        module: nn.Module,
+        tensors: list[torch.Tensor],
+        *,
+        renew: bool = True,
+    ) -> None:
+        """Hold a module's parameters; with ``renew``, begin its target parameters anew."""
         delayed = {name for term in self.terms for name in term.delayed}
         if self.delay_encoder:
             delayed.add("encoder")
+        has_update = self._has_update_associated.get(name)
+        with warnings.catch_warnings():
+            # Modules of terms cannot be annotated here.
+            warnings.filterwarnings("ignore", ".*part of the annotations")
+            self.convert_to_functional(
+                module, name, create_target_params=renew and name in delayed
+            )
+        if not renew:
+            self._has_update_associated[name] = has_update
+            targets = self._modules.get(f"target_{name}_params")
+            if targets is not None and _parameters(tensors):
+                floats = [t for t in tensors if t.is_floating_point()]
+                # Of a module: what TensorDictParams itself calls `to` makes another one.
+                nn.Module.to(targets, floats[0].device, floats[0].dtype)
+        self._held[name] = tensors
+
+    def follow(self) -> None:
+        """Hold what the model's components have now, after it was moved. The model calls this."""
+        self.world_model.followers.add(self)
         for name, module in self._parts().items():
-            if self.__dict__.get(name) is module:
-                continue
-            with warnings.catch_warnings():
-                # Modules of terms cannot be annotated here.
-                warnings.filterwarnings("ignore", ".*part of the annotations")
-                self.convert_to_functional(
-                    module, name, create_target_params=name in delayed
-                )
+            self._hold(name, module, _tensors_of(module), renew=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> WorldModelLoss:
+        """As any module's; the model moves along."""
+        for module in self._parts().values():
+            module._apply(fn)
+        super()._apply(fn)
+        self.follow()
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.world_model.followers.add(self)
+
+    def __deepcopy__(self, memo: dict) -> WorldModelLoss:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        # The copy trains the copy of the model: TorchRL copies parameters a second time.
+        copied.follow()
+        return copied
 
     @contextmanager
     def target_parameters(self, name: str) -> Iterator[None]:
@@ -403,6 +465,10 @@ class WorldModelLoss(LossModule):
             for term in self.terms
             for key in term.labels(self.world_model, self.tensor_keys)
         ]
+        if self.world_model.is_recurrent:
+            # Filtered are the observations that steps led to.
+            observed = unique(self.world_model.encoder.in_keys)
+            labels += [join("next", key) for key in observed]
         return unique([*self._model_inputs(), *labels])
 
     @in_keys.setter
@@ -463,7 +529,7 @@ class WorldModelLoss(LossModule):
             raise MissingEntryError(
                 f"The world model reads {missing}, and the batch has {leaf_keys(tensordict)}."
             )
-        valid = self._valid(tensordict)
+        valid = self.valid(tensordict)
         if self.multi_step and valid is not None:
             # What is predicted through a step that is not there compares with nothing.
             valid = (~valid).cumsum(-1) == 0
@@ -542,7 +608,11 @@ class WorldModelLoss(LossModule):
                 f"A recurrent world model is trained on sequences of observations, and the "
                 f"batch lacks {missing}; it has {leaf_keys(batch)}."
             )
-        filtered = model.observe(batch.select(*inputs, *observed, *given))
+        steps = batch.select(*inputs, *observed, *given)
+        done = self._done(batch)
+        if done is not None:  # which may stand under a key of its own
+            steps.set(("next", "done"), done)
+        filtered = model.observe(steps)
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
         return self._heads(filtered.exclude(*(k for k in observed if k not in hidden)))
@@ -585,7 +655,7 @@ class WorldModelLoss(LossModule):
             f"td.refine_names('time')."
         )
 
-    def _valid(self, tensordict: TensorDictBase) -> torch.Tensor | None:
+    def valid(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         """Where the batch's masks say that samples are valid, ``[*B]``; None without a mask."""
         masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
         masks = [mask for mask in masks if mask is not None]
@@ -601,7 +671,7 @@ class WorldModelLoss(LossModule):
             tensordict.batch_size, dtype=torch.bool, device=masks[0].device
         )
         for mask in masks:
-            valid = valid & self._expand_loss_mask(mask, valid)
+            valid = valid & self._expand_loss_mask(mask.bool(), valid)
         return valid
 
     def _weights(self, tensordict: TensorDictBase) -> torch.Tensor | None:
@@ -623,6 +693,35 @@ class WorldModelLoss(LossModule):
         return total
 
 
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """The parameters and buffers of a module, in order."""
+    return [
+        tensor
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    ]
+
+
+def _parameters(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether these are the same objects."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other))
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    """Whether other parameters stand in a module for a while, as ``TensorDict.to_module`` does."""
+    return any(
+        isinstance(value, torch.Tensor)
+        for part in module.modules()
+        for value in part.__dict__.values()
+    )
+
+
 def _call_with(
     parameters: TensorDictParams, module: nn.Module, function: Callable[[], Result]
 ) -> Result:
@@ -636,6 +735,9 @@ def _blank(tensordict: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:
     Padding may hold anything, NaN included. Leaving it out of the reduction is
     not enough: the gradient of what the model makes of a NaN is NaN.
     """
+
+    if isinstance(tensordict, LazyStackedTensorDict):
+        tensordict = tensordict.contiguous()  # apply would go through its parts
 
     def blank(value: torch.Tensor) -> torch.Tensor:
         if value.dtype is torch.bool:
