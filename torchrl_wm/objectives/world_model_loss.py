@@ -735,7 +735,6 @@ def _blank(tensordict: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:
     Padding may hold anything, NaN included. Leaving it out of the reduction is
     not enough: the gradient of what the model makes of a NaN is NaN.
     """
-
     if isinstance(tensordict, LazyStackedTensorDict):
         tensordict = tensordict.contiguous()  # apply would go through its parts
 
