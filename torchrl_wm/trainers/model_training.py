@@ -17,9 +17,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.learning import ModelLearner
-from torchrl_wm.trainers.logged_data import DataSource, load_transitions
-
-_DONES = ("done", "terminated", "truncated")
+from torchrl_wm.trainers.logged_data import DataSource, ENDS, load_transitions
 
 
 class RecordedEnv(EnvBase):
@@ -46,7 +44,7 @@ class RecordedEnv(EnvBase):
         super().__init__(device=data.device)
         keys = unique(k for k in leaf_keys(data) if as_tuple(k)[0] != "next")
         following = unique(data.get("next").keys(True, True))
-        dones = [key for key in following if as_tuple(key)[-1] in _DONES]
+        dones = [key for key in following if as_tuple(key)[-1] in ENDS]
         rewards = [key for key in following if as_tuple(key)[-1] == "reward"]
         actions = [key for key in keys if as_tuple(key)[-1] == "action"]
         others = {*dones, *rewards, *actions}
@@ -252,8 +250,13 @@ def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
 
 
 def _ends(rows: TensorDictBase) -> torch.Tensor:
-    """Which steps end an episode, ``[N]``."""
-    return rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
+    """Which steps end an episode, ``[N]``; of agents alone, where all of them are done."""
+    done = rows.get(("next", "done"), None)
+    if done is not None:
+        return done.reshape(len(rows), -1).any(-1)
+    keys = [key for key in leaf_keys(rows) if key[0] == "next" and key[-1] == "done"]
+    dones = [rows.get(key).reshape(len(rows), -1).all(-1) for key in keys]
+    return torch.stack(dones).all(0)
 
 
 def _specs(data: TensorDictBase, keys: list) -> Composite:
