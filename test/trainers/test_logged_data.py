@@ -7,7 +7,12 @@ import pytest
 import torch
 from _real_envs import make_reacher
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import (
+    LazyTensorStorage,
+    ListStorage,
+    ReplayBuffer,
+    TensorDictReplayBuffer,
+)
 from torchrl.envs import GymEnv, GymWrapper
 
 from torchrl_wm import WorldModelEnv
@@ -147,6 +152,30 @@ def test_padding_is_left_out(rollout) -> None:
     assert len(load_transitions(padded)) == 16
 
 
+@pytest.mark.parametrize("place", [(), ("agents",)])
+def test_what_says_that_episodes_end(place) -> None:
+    """Any of the three is enough, and one must be there."""
+    names = {
+        name: ("next", *place, name) for name in ("done", "terminated", "truncated")
+    }
+    whole = cut_off(6, 0.0, place)
+    for name, step in (("terminated", 1), ("truncated", 3)):
+        whole[names[name]][step] = True
+        whole[names["done"]][step] = True
+    expected = load_transitions(whole)
+    for absent in (["done"], ["terminated"], ["truncated"], ["truncated", "done"]):
+        data = load_transitions(whole.exclude(*[names[name] for name in absent]))
+        for name, key in names.items():
+            same = torch.equal(data[key], expected[key])
+            assert same or absent == ["truncated", "done"] and name != "terminated"
+    assert [len(episode) for episode in as_episodes(data)] == [2, 4]
+    ended = load_transitions(whole.exclude(names["terminated"], names["truncated"]))
+    assert torch.equal(ended[names["done"]], expected[names["done"]])
+    lacking = whole.exclude(*names.values())
+    with pytest.raises(KeyError, match=r"lacks .*\('next', 'done'\)"):
+        load_transitions(lacking)
+
+
 # Where episodes end --------------------------------------------------------------------
 
 
@@ -269,6 +298,18 @@ def test_sources_that_are_none(tmp_path) -> None:
         load_transitions(tmp_path / "cut.npz")
     with pytest.raises(KeyError, match="lacks"):
         load_transitions(TensorDict({"observation": torch.zeros(3, 1)}, [3]))
+    with pytest.raises(KeyError, match="lacks.*'reward'"):
+        load_transitions(cut_off(3).exclude(("next", "reward")))
+    with pytest.raises(KeyError, match="lacks"):
+        load_transitions(cut_off(3).exclude("next").set("reward", torch.zeros(3, 1)))
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage(9), ListStorage(9)])
+def test_buffers_without_a_transition(storage) -> None:
+    with pytest.raises(ValueError, match="no transition"):
+        load_transitions(ReplayBuffer(storage=storage))
+    with pytest.raises(ValueError, match="no transition"):
+        load_transitions(cut_off(3)[:0])
 
 
 def test_a_minari_dataset_on_disk(tmp_path, monkeypatch) -> None:
@@ -404,3 +445,24 @@ def test_bad_settings(settings) -> None:
         train_world_model(linear(2), **{**SMALL, **settings})
     with pytest.raises(ValueError, match="too few"):
         train_world_model(line(1), **SMALL)
+
+
+@pytest.mark.parametrize("name", ["rewards", "actions", "observations"])
+def test_numbers_that_are_none_are_named(name) -> None:
+    episodes = linear(4)
+    episodes[2][name][3] = np.nan
+    key = {"rewards": r"\('next', 'reward'\)"}.get(name, name[:-1])
+    with pytest.raises(ValueError, match=f"{key}.* NaN or infinite.*1 of 80.* 43"):
+        train_world_model(episodes, **SMALL)
+
+
+def test_nested_numbers_that_are_none_are_named_and_those_not_learnt_are_not() -> None:
+    data = load_transitions(linear(4))
+    for key in ("observation", ("next", "observation")):
+        below = key if isinstance(key, tuple) else (key,)
+        data.rename_key_(key, (*below[:-1], "body", "place"))
+    data["debug"] = torch.full((80, 1), torch.nan)  # nothing of it is learnt
+    train_world_model(data, **SMALL)
+    data["next", "body", "place"][7] = torch.inf
+    with pytest.raises(ValueError, match=r"\('next', 'body', 'place'\).* 7"):
+        train_world_model(data, **SMALL)

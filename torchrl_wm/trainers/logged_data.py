@@ -330,6 +330,8 @@ def _read_json(file: Path) -> Any:
 
 def _content(buffer: ReplayBuffer) -> Any:
     """All that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
+    if not len(buffer):
+        raise ValueError("The data holds no transition: the replay buffer is empty.")
     data = buffer[:]
     cursor = getattr(buffer.writer, "_cursor", None)
     if not isinstance(data, TensorDictBase) or not isinstance(cursor, int):
@@ -351,13 +353,17 @@ def _oldest_first(data: TensorDictBase, dim: int, cursor: int) -> TensorDictBase
 
 def _flat(data: TensorDictBase) -> TensorDictBase:
     """Transitions ``[N]`` of a tensordict ``[*B, T]``; padding is left out."""
-    needed = [("next", "reward"), ("next", "done")]
-    missing = missing_from(data, needed)
-    if missing and not [k for k in leaf_keys(data) if k[-1] == "reward"]:
+    found = {as_tuple(key)[-1] for key in leaf_keys(data) if key[0] == "next"}
+    missing = [] if "reward" in found else [("next", "reward")]
+    if not found & {*ENDS}:
+        missing.append(("next", "done"))
+    if missing:
         raise MissingEntryError(
             f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Needed are observations, "
             f"actions, and below 'next' observations, rewards and dones, as rollouts have them."
         )
+    if not data.batch_size.numel():
+        raise ValueError("The data holds no transition.")
     data = data.copy() if data.batch_dims else data.reshape(1)
     valid = data.get(("collector", "mask"), None)
     if valid is None:

@@ -126,7 +126,9 @@ def train_world_model(
         steps whose termination is wrong.
 
     Raises:
-        ValueError: if there is too little data to hold any out, or nothing to train on.
+        ValueError: if there is too little data to hold any out, or nothing to train on; if
+            what is to be learnt is NaN or infinite somewhere, of which the message names the
+            entry.
         NonFiniteLossError: if a loss is NaN or infinite.
 
     Examples:
@@ -153,6 +155,7 @@ def train_world_model(
         if "termination" not in settings and ends is not None and not ends.any():
             settings["termination"] = "none"
         world_model, loss = make_ensemble_world_model(env, **settings)
+        _check_finite(rows, env, world_model)
         learner = ModelLearner(
             world_model,
             loss,
@@ -257,6 +260,23 @@ def _ends(rows: TensorDictBase) -> torch.Tensor:
     keys = [key for key in leaf_keys(rows) if key[0] == "next" and key[-1] == "done"]
     dones = [rows.get(key).reshape(len(rows), -1).all(-1) for key in keys]
     return torch.stack(dones).all(0)
+
+
+def _check_finite(rows: TensorDictBase, env: EnvBase, world_model: WorldModel) -> None:
+    """Refuse NaN and infinite numbers in what the model reads and learns."""
+    following = [*world_model.latent_keys, *env.reward_keys]
+    keys = [*world_model.latent_keys, *env.action_keys]
+    for key in (*keys, *(join("next", key) for key in following)):
+        value = rows.get(key, None)
+        if value is None:
+            continue
+        wrong = ~value.reshape(len(rows), -1).isfinite().all(-1)
+        if wrong.any():
+            raise ValueError(
+                f"The data's {key!r} is NaN or infinite in {int(wrong.sum())} of {len(rows)} "
+                f"transitions, the first of which is number {int(wrong.long().argmax())}. Leave "
+                f"their episodes out, or repair them."
+            )
 
 
 def _specs(data: TensorDictBase, keys: list) -> Composite:
