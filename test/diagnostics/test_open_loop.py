@@ -14,6 +14,7 @@ from torchrl_wm.diagnostics import (
     plot_open_loop_error,
     plot_prediction,
 )
+from torchrl_wm.diagnostics.recording import Recording
 
 
 @pytest.mark.parametrize("episodes", [line(20, 3.0), line(20, 3.0).expand(4, 20)])
@@ -38,6 +39,23 @@ def test_windows_do_not_cross_the_end_of_an_episode() -> None:
     episodes = torch.cat([first, second])  # the observation jumps back in between
     error = open_loop_error(observed_clock(), episodes, horizon=5)
     assert not error["model", "observation"].any()
+
+
+@pytest.mark.parametrize("key", ["is_init", ("agents", "is_init")])
+def test_windows_do_not_cross_the_beginning_of_an_episode(key) -> None:
+    """Of slices, is_init may be all that says where the next one begins."""
+    episodes = torch.cat([line(10, 1.0), line(7, 1.0)])
+    begins = torch.zeros(17, 1, dtype=torch.bool)
+    begins[[0, 10]] = True
+    episodes.set(key, begins)
+    env = observed_clock()
+    for given in (episodes, episodes.expand(2, 17)):
+        error = open_loop_error(env, given, horizon=5)
+        assert not error["model", "observation"].any()
+    recording = Recording.of(env, episodes, "test")
+    assert recording.done.nonzero()[:, 1].tolist() == [9]
+    assert recording.longest_window() == 10
+    assert len(recording.windows(5)) == 6 + 3
 
 
 def test_decoded_observations_are_compared() -> None:

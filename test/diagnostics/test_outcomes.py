@@ -30,6 +30,15 @@ def test_reward_errors_of_a_known_model() -> None:
     torch.testing.assert_close(error["return_correlation", "reward"], torch.ones(5, 1))
 
 
+def test_windows_of_rewards_do_not_cross_the_beginning_of_an_episode() -> None:
+    """The clock is right about each episode, but for the one that its reward is ahead."""
+    episodes = torch.cat([line(10, 1.0), line(7, 1.0)])
+    begins = torch.zeros(17, 1, dtype=torch.bool)
+    begins[[0, 10]] = True
+    error = reward_error(observed_clock(), episodes.set("is_init", begins), 5)
+    torch.testing.assert_close(error["rmse", "reward"], torch.ones(5, 1))
+
+
 def test_a_reward_that_has_nothing_to_do_with_the_real_one() -> None:
     episodes = walk(400, 4)
     episodes["next", "reward"] = torch.randn(400, 4, 1)
@@ -230,6 +239,17 @@ def test_a_perfect_model_of_a_real_env_has_no_gap(number) -> None:
     assert len(gap) == 3
     assert gap["real_length"].float().mean() < 60  # it falls, with this policy
     assert gap["gap"].abs().max() <= 1  # float32 against float64 at the threshold
+
+
+@pytest.mark.parametrize("key", ["is_init", ("agents", "is_init")])
+def test_episodes_that_only_their_beginnings_tell_apart(key) -> None:
+    episodes = torch.cat([line(4, 1.0), line(6, 1.0)])
+    begins = torch.zeros(10, 1, dtype=torch.bool)
+    begins[[0, 4]] = True
+    gap = exploitation_gap(observed_clock(), still, episodes.set(key, begins), 5)
+    assert gap["real_length"].flatten().tolist() == [4, 5]
+    assert gap["imagined_length"].flatten().tolist() == [4, 5]
+    torch.testing.assert_close(gap["gap"], torch.tensor([[-4.0], [-5.0]]))
 
 
 def test_bad_arguments() -> None:

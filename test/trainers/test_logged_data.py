@@ -7,12 +7,18 @@ import pytest
 import torch
 from _real_envs import make_reacher
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import (
+    LazyTensorStorage,
+    ListStorage,
+    ReplayBuffer,
+    TensorDictReplayBuffer,
+)
 from torchrl.envs import GymEnv, GymWrapper
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import load_world_model, save_world_model
 from torchrl_wm.trainers import load_transitions, RecordedEnv, train_world_model
+from torchrl_wm.trainers.model_training import as_episodes
 
 SMALL = {"steps": 20, "interval": 10, "members": 3, "hidden": (16,), "batch_size": 16}
 
@@ -146,6 +152,137 @@ def test_padding_is_left_out(rollout) -> None:
     assert len(load_transitions(padded)) == 16
 
 
+@pytest.mark.parametrize("place", [(), ("agents",)])
+def test_what_says_that_episodes_end(place) -> None:
+    """Any of the three is enough, and one must be there."""
+    names = {
+        name: ("next", *place, name) for name in ("done", "terminated", "truncated")
+    }
+    whole = cut_off(6, 0.0, place)
+    for name, step in (("terminated", 1), ("truncated", 3)):
+        whole[names[name]][step] = True
+        whole[names["done"]][step] = True
+    expected = load_transitions(whole)
+    for absent in (["done"], ["terminated"], ["truncated"], ["truncated", "done"]):
+        data = load_transitions(whole.exclude(*[names[name] for name in absent]))
+        for name, key in names.items():
+            same = torch.equal(data[key], expected[key])
+            assert same or absent == ["truncated", "done"] and name != "terminated"
+    assert [len(episode) for episode in as_episodes(data)] == [2, 4]
+    ended = load_transitions(whole.exclude(names["terminated"], names["truncated"]))
+    assert torch.equal(ended[names["done"]], expected[names["done"]])
+    lacking = whole.exclude(*names.values())
+    with pytest.raises(KeyError, match=r"lacks .*\('next', 'done'\)"):
+        load_transitions(lacking)
+
+
+# Where episodes end --------------------------------------------------------------------
+
+
+def cut_off(steps: int, start: float = 0.0, place: tuple = ()) -> TensorDict:
+    """A line ``[T]`` that goes on; ``place`` is where below "next" the ends stand."""
+    before = start + torch.arange(float(steps)).unsqueeze(-1)
+    data = TensorDict(
+        {
+            "observation": before,
+            "action": torch.zeros(steps, 1),
+            "next": {"observation": before + 1, "reward": torch.zeros(steps, 1)},
+        },
+        batch_size=[steps],
+    )
+    feature = (2, 1) if place else (1,)  # two agents
+    for name in ("done", "terminated", "truncated"):
+        flag = torch.zeros(steps, *feature, dtype=torch.bool)
+        data.set(("next", *place, name), flag)
+    return data
+
+
+def lengths(data: TensorDict) -> list[int]:
+    """The lengths of the episodes, each of which is one line."""
+    episodes = as_episodes(data)
+    for episode in episodes:
+        now, following = episode["observation"], episode["next", "observation"]
+        torch.testing.assert_close(now[1:], following[:-1])
+    return [len(episode) for episode in episodes]
+
+
+@pytest.mark.parametrize("place", [(), ("agents",)])
+def test_rows_of_a_rollout_that_are_cut_off_are_truncated(place) -> None:
+    rows = torch.stack([cut_off(5, 0.0, place), cut_off(5, 100.0, place)])
+    rows[("next", *place, "done")][1, -1] = True
+    rows[("next", *place, "terminated")][1, -1] = True
+    given = rows.clone()
+    data = load_transitions(rows)
+    assert lengths(data) == [5, 5]
+    for name, ends in (("done", [4, 9]), ("truncated", [4]), ("terminated", [9])):
+        flags = data[("next", *place, name)].flatten(1)
+        assert (flags.any(1) == flags.all(1)).all()
+        assert flags.any(1).nonzero().flatten().tolist() == ends
+    assert (rows == given).all()  # what was given is as it was
+    rows["collector", "mask"] = torch.arange(5) < torch.tensor([[3], [5]])
+    assert lengths(load_transitions(rows)) == [3, 5]
+
+
+def test_steps_that_begin_an_episode_end_the_one_before() -> None:
+    data = torch.cat([cut_off(3), cut_off(4, 100.0)])
+    begins = torch.zeros(7, 1, dtype=torch.bool)
+    begins[[0, 3]] = True
+    assert lengths(load_transitions(data.clone().set("is_init", begins))) == [3, 4]
+    below = data.clone().set(("agents", "is_init"), begins.unsqueeze(1).expand(7, 2, 1))
+    assert lengths(load_transitions(below)) == [3, 4]
+    numbered = data.clone().set(("collector", "traj_ids"), begins.squeeze(-1).cumsum(0))
+    assert lengths(load_transitions(numbered)) == [3, 4]
+
+
+def test_dictionaries_with_next_observations_are_episodes_of_their_own() -> None:
+    arrays = []
+    for start in (0.0, 100.0):
+        one = {**line(5, start), "terminations": np.zeros(5, bool)}
+        one["next_observations"] = one["observations"][1:]
+        one["observations"] = one["observations"][:-1]
+        arrays.append(one)
+    data = load_transitions(arrays)
+    assert lengths(data) == [5, 5]
+    assert data["next", "truncated"].flatten().nonzero().flatten().tolist() == [4, 9]
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_buffers_that_wrapped_are_read_from_their_oldest_step_on(
+    ndim, tmp_path
+) -> None:
+    storage = LazyTensorStorage(10 * ndim, ndim=ndim)
+    buffer = TensorDictReplayBuffer(storage=storage, batch_size=4)
+    expected = []
+    for parts in ((0, 7), (7, 13)):
+        steps = cut_off(parts[1] - parts[0], parts[0])
+        if ndim == 2:
+            other = cut_off(parts[1] - parts[0], 100.0 + parts[0])
+            steps = torch.stack([steps, other])
+        buffer.extend(steps)
+        first = max(0, parts[1] - 10)
+        expected = [*range(first, parts[1])]
+        if ndim == 2:
+            expected += [100 + time for time in expected]
+        folder = tmp_path / str(parts[1])
+        buffer.dumps(folder)
+        for source in (buffer, folder, folder / "storage"):
+            data = load_transitions(source)
+            assert data["observation"].flatten().tolist() == expected
+            assert lengths(data) == [len(expected) // ndim] * ndim
+
+
+def test_buffers_whose_items_are_trajectories(tmp_path) -> None:
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(5), batch_size=4)
+    for parts in ((0, 2), (2, 5), (5, 7)):
+        lines = [cut_off(5, 100.0 * number) for number in range(*parts)]
+        buffer.extend(torch.stack(lines))
+    buffer.dumps(tmp_path / "buffer")
+    for source in (buffer, tmp_path / "buffer"):
+        data = load_transitions(source)
+        assert lengths(data) == [5] * 5
+        assert data["observation"][::5, 0].tolist() == [200, 300, 400, 500, 600]
+
+
 def test_sources_that_are_none(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no .*nowhere"):
         load_transitions(tmp_path / "nowhere")
@@ -161,6 +298,18 @@ def test_sources_that_are_none(tmp_path) -> None:
         load_transitions(tmp_path / "cut.npz")
     with pytest.raises(KeyError, match="lacks"):
         load_transitions(TensorDict({"observation": torch.zeros(3, 1)}, [3]))
+    with pytest.raises(KeyError, match="lacks.*'reward'"):
+        load_transitions(cut_off(3).exclude(("next", "reward")))
+    with pytest.raises(KeyError, match="lacks"):
+        load_transitions(cut_off(3).exclude("next").set("reward", torch.zeros(3, 1)))
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage(9), ListStorage(9)])
+def test_buffers_without_a_transition(storage) -> None:
+    with pytest.raises(ValueError, match="no transition"):
+        load_transitions(ReplayBuffer(storage=storage))
+    with pytest.raises(ValueError, match="no transition"):
+        load_transitions(cut_off(3)[:0])
 
 
 def test_a_minari_dataset_on_disk(tmp_path, monkeypatch) -> None:
@@ -296,3 +445,24 @@ def test_bad_settings(settings) -> None:
         train_world_model(linear(2), **{**SMALL, **settings})
     with pytest.raises(ValueError, match="too few"):
         train_world_model(line(1), **SMALL)
+
+
+@pytest.mark.parametrize("name", ["rewards", "actions", "observations"])
+def test_numbers_that_are_none_are_named(name) -> None:
+    episodes = linear(4)
+    episodes[2][name][3] = np.nan
+    key = {"rewards": r"\('next', 'reward'\)"}.get(name, name[:-1])
+    with pytest.raises(ValueError, match=f"{key}.* NaN or infinite.*1 of 80.* 43"):
+        train_world_model(episodes, **SMALL)
+
+
+def test_nested_numbers_that_are_none_are_named_and_those_not_learnt_are_not() -> None:
+    data = load_transitions(linear(4))
+    for key in ("observation", ("next", "observation")):
+        below = key if isinstance(key, tuple) else (key,)
+        data.rename_key_(key, (*below[:-1], "body", "place"))
+    data["debug"] = torch.full((80, 1), torch.nan)  # nothing of it is learnt
+    train_world_model(data, **SMALL)
+    data["next", "body", "place"][7] = torch.inf
+    with pytest.raises(ValueError, match=r"\('next', 'body', 'place'\).* 7"):
+        train_world_model(data, **SMALL)

@@ -7,13 +7,20 @@ import json
 import os
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from _real_envs import make_reacher, MBPO as SMALL_MBPO, PETS as SMALL_PETS, Reacher1D
 from torchrl.data import ReplayBuffer
 
 from torchrl_wm import _files
-from torchrl_wm.trainers import MBPOTrainer, NonFiniteLossError, PETSTrainer, RunFolder
+from torchrl_wm.trainers import (
+    MBPOTrainer,
+    NonFiniteLossError,
+    PETSConfig,
+    PETSTrainer,
+    RunFolder,
+)
 
 PETS = {**SMALL_PETS, "trials": 3, "random_hold": 3, "model_interval": 5}
 MBPO = {
@@ -145,6 +152,39 @@ def test_a_folder_that_exists_is_left_alone(tmp_path) -> None:
     with pytest.raises(FileExistsError, match="--resume"):
         PETSTrainer.start(tmp_path, **PETS)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_an_empty_folder_is_taken(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    assert PETSTrainer.start(tmp_path / "run", **PETS).run.config["config"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model_steps": 1.5}, "model_steps must be an int, got 1.5"),
+        ({"members": "5"}, "members must be an int, got '5'"),
+        ({"members": None}, "members must be an int, got None"),
+        ({"trials": True}, "trials must be an int, got True"),
+        ({"elites": 2.5}, "elites must be an int, got 2.5"),
+        ({"hidden": 128}, "hidden must be a tuple of ints, got 128"),
+        ({"hidden": (64, 1.5)}, "Each of hidden must be an int, got 1.5"),
+        ({"beta": "0.5"}, "beta must be a number, got '0.5'"),
+    ],
+)
+def test_settings_that_are_no_numbers(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PETSConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        PETSTrainer(**{**PETS, **settings})
+
+
+def test_numbers_of_other_libraries_are_numbers(tmp_path) -> None:
+    settings = {"members": np.int64(3), "beta": np.float32(0.5), "hidden": [16]}
+    config = PETSConfig(**settings, elites=None, model_learning_rate=1)
+    assert (config.members, config.beta, config.hidden) == (3, 0.5, (16,))
+    PETSTrainer.start(tmp_path / "run", **{**PETS, **settings})
+    assert RunFolder.open(tmp_path / "run").config["config"]["members"] == 3
 
 
 def test_an_env_that_does_not_exist_leaves_no_folder(tmp_path) -> None:

@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.filtering import episode_begins
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
 
@@ -193,12 +194,19 @@ def check_env(env: WorldModelEnv, name: str) -> None:
 
 
 def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
-    """The steps after which nothing of the episode is left, ``[*B]`` bool."""
+    """The steps after which nothing of the episode is left, ``[*B, T]`` bool.
+
+    Those that are done, and those before a step that begins an episode: of one that was
+    sliced or cut, the done may not have been recorded.
+    """
     out = torch.zeros(steps.batch_size, dtype=torch.bool, device=steps.device)
     for key in env.done_keys:
         done = steps.get(join("next", key), None)
         if done is not None:
             out |= done.reshape(*steps.batch_size, -1).any(-1)
+    begins = episode_begins(steps)
+    if begins is not None:
+        out[..., :-1] |= begins[..., 1:]
     return out
 
 

@@ -17,7 +17,15 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.models import EnvSpecs, read_specs
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import join, leaf_keys, missing_from
+from torchrl_wm.modules.filtering import episode_begins
+from torchrl_wm.modules.keys import (
+    as_tuple,
+    join,
+    leaf_keys,
+    missing_from,
+    sibling,
+    unique,
+)
 
 #: What :func:`load_transitions` takes.
 DataSource = Union[
@@ -31,6 +39,8 @@ DataSource = Union[
 #: The names of arrays.
 NAMES = ("observations", "actions", "rewards", "terminations")
 OPTIONAL = ("truncations", "next_observations")
+#: What says that an episode ends.
+ENDS = ("done", "terminated", "truncated")
 _MINARI = "minari:"
 
 
@@ -70,6 +80,11 @@ def load_transitions(
         ``"done"``, each ``[N, 1]``. What is float64 becomes float32. Entries of tensordicts
         keep their keys.
 
+        Where a row, a dictionary or a buffer ends before its episode does, its last step is
+        truncated, as is one before a step that begins an episode (``is_init``) or belongs to
+        another (``("collector", "traj_ids")``): nothing follows it. Buffers that are full are
+        read from their oldest step on.
+
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
         KeyError: if an array or entry is missing; the message names it.
@@ -95,7 +110,7 @@ def load_transitions(
     if isinstance(source, (str, os.PathLike)):
         source = _read(source)
     if isinstance(source, ReplayBuffer):
-        source = source[:]
+        source = _content(source)
     if _is_minari(source):
         source, classes = _minari_episodes(source)
     if isinstance(source, TensorDictBase):
@@ -151,13 +166,9 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
     if "next_observations" in arrays:
         following = _tree("next_observations", arrays["next_observations"])
         needed = {"next_observations": (following, steps)}
-        ended = terminated | truncated
     else:
         following = {key: value[1:] for key, value in observations.items()}
         needed = {}
-        # What comes after the last step belongs to another episode.
-        truncated = truncated.clone()
-        truncated[-1] |= ~terminated[-1]
         ended = terminated | truncated
         if ended[:-1].any():
             raise ValueError(
@@ -176,6 +187,8 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
     needed["terminations"] = ({"": terminated}, steps)
     needed["truncations"] = ({"": truncated}, steps)
     _check_lengths(needed, what, steps)
+    # What comes after the last step belongs to another episode.
+    truncated[-1] |= ~terminated[-1]
     out = TensorDict({"action": actions}, batch_size=[steps])
     for key, value in observations.items():
         out.set(key, value)
@@ -190,7 +203,7 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
         ("reward", rewards),
         ("terminated", terminated),
         ("truncated", truncated),
-        ("done", ended),
+        ("done", terminated | truncated),
     ):
         out.set(("next", name), value)
     return out
@@ -290,30 +303,111 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_storage(folder: Path) -> TensorDictBase:
-    """The filled part of a replay buffer's storage."""
-    about = json.loads((folder / "storage_metadata.json").read_text(encoding="utf-8"))
+    """What a replay buffer's storage holds, as :func:`_content` returns it."""
+    about = _read_json(folder / "storage_metadata.json")
     if about.get("is_pytree") or not (folder / "meta.json").is_file():
         raise ValueError(
             f"The replay buffer in {os.fspath(folder)!r} holds no tensordict. Load it yourself, "
             f"buffer.loads(path), and pass its content as arrays."
         )
-    return TensorDict.load_memmap(folder)[: about["len"]]
+    data, length = TensorDict.load_memmap(folder), about["len"]
+    file = folder.parent / "writer" / "metadata.json"
+    writer = _read_json(file) if folder.name == "storage" and file.is_file() else {}
+    # Storages of several dims hold time first, and count the steps of all rows.
+    across = data.batch_size[1:].numel()
+    if length > len(data) or writer.get("write_count", length) * across == length:
+        times = _oldest_first(data[: length // across], 0, writer.get("cursor", 0))
+        return times.transpose(0, -1) if data.batch_dims > 1 else times
+    return _oldest_first(data[:length], 0, writer.get("cursor", 0))
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# TorchRL's forms ---------------------------------------------------------------------
+
+
+def _content(buffer: ReplayBuffer) -> Any:
+    """All that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
+    if not len(buffer):
+        raise ValueError("The data holds no transition: the replay buffer is empty.")
+    data = buffer[:]
+    cursor = getattr(buffer.writer, "_cursor", None)
+    if not isinstance(data, TensorDictBase) or not isinstance(cursor, int):
+        return data
+    time = buffer.dim_extend
+    data = _oldest_first(data, time, cursor)
+    last = getattr(buffer.storage, "ndim", 1) - 1
+    return data if time >= last else data.transpose(time, last)
+
+
+def _oldest_first(data: TensorDictBase, dim: int, cursor: int) -> TensorDictBase:
+    """The steps of a ring, whose next step would be written at ``cursor``, in their order."""
+    length = data.batch_size[dim]
+    if not 0 < cursor < length:
+        return data
+    order = torch.arange(length).roll(-cursor)
+    return data[(slice(None),) * dim + (order,)]
 
 
 def _flat(data: TensorDictBase) -> TensorDictBase:
-    """Transitions ``[N]`` of a tensordict; padding is left out."""
-    needed = [("next", "reward"), ("next", "done")]
-    missing = missing_from(data, needed)
-    if missing and not [k for k in leaf_keys(data) if k[-1] == "reward"]:
+    """Transitions ``[N]`` of a tensordict ``[*B, T]``; padding is left out."""
+    found = {as_tuple(key)[-1] for key in leaf_keys(data) if key[0] == "next"}
+    missing = [] if "reward" in found else [("next", "reward")]
+    if not found & {*ENDS}:
+        missing.append(("next", "done"))
+    if missing:
         raise MissingEntryError(
             f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Needed are observations, "
             f"actions, and below 'next' observations, rewards and dones, as rollouts have them."
         )
-    mask = data.get(("collector", "mask"), None)
-    rows = data.reshape(-1)
-    if mask is not None:
-        rows = rows[mask.reshape(-1)]
-    return rows.clone()
+    if not data.batch_size.numel():
+        raise ValueError("The data holds no transition.")
+    data = data.copy() if data.batch_dims else data.reshape(1)
+    valid = data.get(("collector", "mask"), None)
+    if valid is None:
+        valid = torch.ones(data.batch_size, dtype=torch.bool, device=data.device)
+    valid = valid.reshape(data.batch_size)
+    _end(data, _last_steps(data, valid))
+    return data.reshape(-1)[valid.reshape(-1)].clone()
+
+
+def _last_steps(data: TensorDictBase, valid: torch.Tensor) -> torch.Tensor:
+    """The steps after which nothing of their episode was recorded, ``[*B, T]`` bool."""
+    last = torch.ones_like(valid)
+    last[..., :-1] = ~valid[..., 1:]
+    begins = episode_begins(data)
+    if begins is not None:
+        last[..., :-1] |= begins[..., 1:]
+    episode = data.get(("collector", "traj_ids"), None)
+    if episode is not None:
+        episode = episode.reshape(data.batch_size)
+        last[..., :-1] |= episode[..., 1:] != episode[..., :-1]
+    return last
+
+
+def _end(data: TensorDictBase, last: torch.Tensor) -> None:
+    """Truncate the steps ``last``, ``[*B]``, that do not terminate."""
+    following = data.get("next")
+    ends = [key for key in leaf_keys(following) if as_tuple(key)[-1] in ENDS]
+    for key in unique(sibling(key, "done") for key in ends):
+        done, terminated, truncated = (
+            following.get(sibling(key, name), None) for name in ENDS
+        )
+        if done is None:
+            done = terminated if truncated is None else truncated
+            if terminated is not None:
+                done = done.bool() | terminated.bool()
+        done = done.bool()
+        if terminated is None:
+            terminated = done if truncated is None else done & ~truncated.bool()
+        terminated = terminated.bool()
+        truncated = done & ~terminated if truncated is None else truncated.bool()
+        cut = last.reshape(*last.shape, *(1,) * (done.ndim - last.ndim)) & ~terminated
+        values = (done | cut, terminated, truncated | cut)
+        for name, value in zip(ENDS, values):
+            following.set(sibling(key, name), value)
 
 
 # Minari ------------------------------------------------------------------------------

@@ -17,9 +17,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.learning import ModelLearner
-from torchrl_wm.trainers.logged_data import DataSource, load_transitions
-
-_DONES = ("done", "terminated", "truncated")
+from torchrl_wm.trainers.logged_data import DataSource, ENDS, load_transitions
 
 
 class RecordedEnv(EnvBase):
@@ -46,7 +44,7 @@ class RecordedEnv(EnvBase):
         super().__init__(device=data.device)
         keys = unique(k for k in leaf_keys(data) if as_tuple(k)[0] != "next")
         following = unique(data.get("next").keys(True, True))
-        dones = [key for key in following if as_tuple(key)[-1] in _DONES]
+        dones = [key for key in following if as_tuple(key)[-1] in ENDS]
         rewards = [key for key in following if as_tuple(key)[-1] == "reward"]
         actions = [key for key in keys if as_tuple(key)[-1] == "action"]
         others = {*dones, *rewards, *actions}
@@ -128,7 +126,9 @@ def train_world_model(
         steps whose termination is wrong.
 
     Raises:
-        ValueError: if there is too little data to hold any out, or nothing to train on.
+        ValueError: if there is too little data to hold any out, or nothing to train on; if
+            what is to be learnt is NaN or infinite somewhere, of which the message names the
+            entry.
         NonFiniteLossError: if a loss is NaN or infinite.
 
     Examples:
@@ -155,6 +155,7 @@ def train_world_model(
         if "termination" not in settings and ends is not None and not ends.any():
             settings["termination"] = "none"
         world_model, loss = make_ensemble_world_model(env, **settings)
+        _check_finite(rows, env, world_model)
         learner = ModelLearner(
             world_model,
             loss,
@@ -252,8 +253,30 @@ def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
 
 
 def _ends(rows: TensorDictBase) -> torch.Tensor:
-    """Which steps end an episode, ``[N]``."""
-    return rows.get(("next", "done")).reshape(len(rows), -1).any(-1)
+    """Which steps end an episode, ``[N]``; of agents alone, where all of them are done."""
+    done = rows.get(("next", "done"), None)
+    if done is not None:
+        return done.reshape(len(rows), -1).any(-1)
+    keys = [key for key in leaf_keys(rows) if key[0] == "next" and key[-1] == "done"]
+    dones = [rows.get(key).reshape(len(rows), -1).all(-1) for key in keys]
+    return torch.stack(dones).all(0)
+
+
+def _check_finite(rows: TensorDictBase, env: EnvBase, world_model: WorldModel) -> None:
+    """Refuse NaN and infinite numbers in what the model reads and learns."""
+    following = [*world_model.latent_keys, *env.reward_keys]
+    keys = [*world_model.latent_keys, *env.action_keys]
+    for key in (*keys, *(join("next", key) for key in following)):
+        value = rows.get(key, None)
+        if value is None:
+            continue
+        wrong = ~value.reshape(len(rows), -1).isfinite().all(-1)
+        if wrong.any():
+            raise ValueError(
+                f"The data's {key!r} is NaN or infinite in {int(wrong.sum())} of {len(rows)} "
+                f"transitions, the first of which is number {int(wrong.long().argmax())}. Leave "
+                f"their episodes out, or repair them."
+            )
 
 
 def _specs(data: TensorDictBase, keys: list) -> Composite:

@@ -8,9 +8,11 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import gymnasium
 import numpy as np
@@ -93,6 +95,9 @@ class RecipeConfig:
     checkpoint_interval: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            # Numbers of other libraries, which JSON does not take, become Python's.
+            object.__setattr__(self, name, _number(name, getattr(self, name), kind))
         for name, least in self.minima().items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -509,12 +514,12 @@ class RecipeTrainer(Trainer):
         """A new run in a new folder; :meth:`train` runs it.
 
         Args:
-            path: the folder.
+            path: the folder; an empty one may be there already.
             config: the settings.
             kwargs: of the recipe, such as ``env``; settings by name, too.
 
         Raises:
-            FileExistsError: if the folder exists.
+            FileExistsError: if there is something in the folder already.
         """
         config, kwargs = cls.configured(config, kwargs)
         # Built first: what cannot be built leaves no folder behind.
@@ -773,6 +778,30 @@ def another(source: EnvSource) -> EnvSource:
             f"copied ({type(err).__name__}: {err}). Give its name or a function that makes it "
             f"as env=...; MBPO's evaluations can be left out with evaluation_interval=0."
         ) from err
+
+
+def _number(name: str, value: Any, kind: Any) -> Any:
+    """A setting of the type ``kind``: ints, floats and tuples of ints as they are in Python.
+
+    Raises:
+        ValueError: if it is something else. Settings that are no numbers are not looked at.
+    """
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if value is None and NoneType in kinds:
+        return None
+    if int in kinds:
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+        raise ValueError(f"{name} must be an int, got {value!r}.")
+    if float in kinds:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return value if isinstance(value, (int, float)) else float(value)
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if get_origin(kind) is tuple and get_args(kind)[0] is int:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{name} must be a tuple of ints, got {value!r}.")
+        return tuple(_number(f"Each of {name}", number, int) for number in value)
+    return value
 
 
 def _tuples(settings: dict[str, Any], kind: type) -> dict[str, Any]:
