@@ -196,7 +196,8 @@ class EnsembleDynamics(TensorDictModule):
     def member_errors(self, batch: TensorDictBase) -> torch.Tensor:
         """The mean squared error of each member on real transitions, ``[E]``.
 
-        In units of the targets' spread, so that no entry outweighs the others.
+        In units of the targets' spread, so that no entry outweighs the others. Targets
+        that never changed count zero.
 
         Args:
             batch: transitions ``[*B]`` that were held out of training. What its
