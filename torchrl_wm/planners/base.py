@@ -258,7 +258,8 @@ class MPCPlanner(MPCPlannerBase):
         """The search before the first iteration."""
         plan = carried[self.plan_key]
         # Before all that was tried and found infinite.
-        nothing = plan.new_full((plan.shape[0], 1), torch.finfo(plan.dtype).min)
+        lowest = torch.finfo(torch.float32).min
+        nothing = torch.full((plan.shape[0], 1), lowest, device=plan.device)
         best = Population(self.space.mode(plan).unsqueeze(1), nothing)
         return Search(self.space.proposal(plan, self.init_std), best, None)
 
@@ -278,6 +279,8 @@ class MPCPlanner(MPCPlannerBase):
         self, search: Search, elites: Population, weights: torch.Tensor
     ) -> Proposal:
         """The proposal that fits the elites, ``[B, K]``, by their weights."""
+        # Returns, and what follows from them, may be of another dtype than the plan.
+        weights = weights.to(search.proposal.plan.dtype)
         # What was not finite loses, however few are left.
         weights = torch.where(elites.returns > -torch.inf, weights, 0.0)
         any_left = weights.sum(1) > 0
