@@ -219,3 +219,33 @@ def test_keys_and_numbers_in_other_forms() -> None:
         reward_key=("next", "reward"),
     )
     assert planner(env.world_model.encode(observations(2)))["action"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_observations_under_autocast(encoded) -> None:
+    env = WorldModelEnv(make_model(), SpecEnv())
+    for planner_class in (CEMPlanner, ICEMPlanner, MPPIPlanner):
+        planner = planner_class(env, **SMALL)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            state = observations(2)
+            if encoded:
+                state = env.world_model.encode(state)
+            assert planner(state)["action"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "low, high, fits",
+    [
+        ([0.0, 0.0], [torch.inf, torch.inf], [[0, 0], [9, 9]]),
+        ([-1.0, -torch.inf], [1.0, torch.inf], [[-1, -9], [1, 9]]),
+        ([-torch.inf] * 2, [1.0, torch.inf], [[-9, -9], [1, 9]]),
+    ],
+)
+def test_ranges_heed_the_sides_that_are_bounded(low, high, fits) -> None:
+    spec = Bounded(torch.tensor(low), torch.tensor(high), (2,))
+    env = WorldModelEnv(make_model(), SpecEnv(action_spec=spec))
+    with pytest.raises(ValueError, match="leads out of the bounds"):
+        CEMPlanner(env, action_range=(-2, 2), **SMALL)
+    planner = CEMPlanner(env, action_range=fits, **SMALL)
+    acted = planner(env.world_model.encode(observations(50)))
+    assert spec.expand(50, 2).is_in(acted["action"])
