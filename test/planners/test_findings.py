@@ -249,3 +249,42 @@ def test_ranges_heed_the_sides_that_are_bounded(low, high, fits) -> None:
     planner = CEMPlanner(env, action_range=fits, **SMALL)
     acted = planner(env.world_model.encode(observations(50)))
     assert spec.expand(50, 2).is_in(acted["action"])
+
+
+def test_another_env_takes_another_planner() -> None:
+    planner = CEMPlanner(target_env(), **SMALL)
+    with pytest.raises(AttributeError, match="make a new one"):
+        planner.env = target_env(best=-1.5)
+    planner.env = planner.env
+    assert "env" not in planner._modules
+
+
+@pytest.mark.parametrize("planner_class", [CEMPlanner, ICEMPlanner, MPPIPlanner])
+def test_batches_of_no_rows_are_planned(planner_class) -> None:
+    for kwargs in ({}, {"policy": constant(0.5)}, {"warm_start": True}):
+        planner = planner_class(target_env(), **SMALL, **kwargs)
+        for size in ((0,), (0, 2), (2, 0)):
+            assert planner(start(*size))["action"].shape == (*size, 1)
+
+
+@pytest.mark.parametrize("planner_class", [CEMPlanner, ICEMPlanner, MPPIPlanner])
+def test_a_horizon_set_later(planner_class) -> None:
+    planner = planner_class(target_env(), **SMALL)
+    for horizon in (6, 1, 3):
+        planner.planning_horizon = horizon
+        assert planner.plan(start(2))["actions"].shape == (2, horizon, 1)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, message",
+    [
+        ({"init_std": float("inf")}, ValueError, "init_std < inf"),
+        ({"init_std": float("nan")}, ValueError, "init_std < inf"),
+        ({"policy": 3}, TypeError, "policy must be .* got int"),
+        ({"warm_start": "yes"}, ValueError, "warm_start must be .*'yes'"),
+    ],
+)
+def test_settings_that_cannot_work(kwargs, error, message) -> None:
+    for planner_class in (CEMPlanner, ICEMPlanner):
+        with pytest.raises(error, match=message):
+            planner_class(target_env(), **SMALL, **kwargs)

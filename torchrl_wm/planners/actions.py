@@ -127,7 +127,7 @@ class BoundedSpace(ActionSpace):
         correlation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if correlation is not None:
-            flat = noise.reshape(*noise.shape[:3], -1)
+            flat = noise.reshape(*noise.shape[:3], self.plan_shape.numel())
             noise = torch.matmul(correlation, flat).reshape(noise.shape)
         plan, spread = (part.unsqueeze(1) for part in proposal)
         return (plan + spread * noise).clamp(-1.0, 1.0)
