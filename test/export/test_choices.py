@@ -164,3 +164,43 @@ def test_a_model_of_frozen_lakes_own_observations(categorical) -> None:
     )
     assert envs.reset(seed=0)[0].tolist() == [0, 0]
     assert envs.step(np.array([1, 2]))[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("categorical", [False, True])
+def test_decoded_observations_of_frozen_lake(categorical) -> None:
+    real = GymEnv("FrozenLake-v1", categorical_action_encoding=categorical)
+
+    def encode(now: torch.Tensor) -> torch.Tensor:
+        now = one_hot(now.long(), 16) if categorical else now
+        return now.float()
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        number = latent.argmax(-1)
+        return number if categorical else one_hot(number, 16)
+
+    model = WorldModel(
+        Mod(encode, ["observation"], ["latent"]),
+        Mod(
+            lambda latent, action: latent.roll(1, -1),
+            ["latent", "action"],
+            [("next", "latent")],
+        ),
+        Mod(lambda latent: latent[..., :1], [("next", "latent")], [("next", "reward")]),
+        decoder=Mod(decode, ["latent"], ["observation"]),
+    )
+
+    def made() -> WorldModelEnv:
+        return WorldModelEnv(model, real, start_states=real, decode=True, batch_size=[])
+
+    for space in (None, spaces.Discrete(16)):
+        env = GymWorldModelEnv(made(), space)
+        assert env.observation_space == spaces.Discrete(16)
+        assert env.reset(seed=0)[0] == 0 and env.step(1)[0] == 1
+        assert env.reset(options={"observation": 7})[0] == 7
+        assert env.step(1)[0] == 8
+    envs = GymWorldModelVectorEnv(made(), num_envs=2)
+    assert envs.reset(seed=0)[0].tolist() == [0, 0]
+    assert envs.step(np.array([0, 1]))[0].tolist() == [1, 1]
+    if not categorical:
+        blocks = GymWorldModelEnv(made(), spaces.Box(0, 1, (16,), np.int64))
+        assert blocks.reset(seed=0)[0].tolist() == [1] + [0] * 15

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import TensorSpec, Unbounded
+from torchrl.data import Binary, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
@@ -68,8 +68,12 @@ class WorldModelSource:
 
         self._reward_key = _only(layout.reward_keys, layout.reward, "reward")
         self._done = _done_group(layout)
-        entries = layout.decoded or layout.latent
-        every = {**layout.state, **layout.decoded}
+        self._decoded = {
+            key: _as_real(spec, layout.observed.get(key))
+            for key, spec in layout.decoded.items()
+        }
+        entries = self._decoded or layout.latent
+        every = {**layout.state, **self._decoded}
         if observation_space is None:
             self._observed = entries
             observation_space = _space_of(entries)
@@ -160,7 +164,7 @@ class WorldModelSource:
             return None
         env, layout = self.env, self.env._layout
         out = TensorDict({}, batch_size=[count], device=env.device)
-        specs = {**layout.observed, **layout.state, **layout.decoded}
+        specs = {**layout.observed, **layout.state, **self._decoded}
         defaults = {
             "state": list(layout.latent),
             "observation": unique(env.world_model.encoder.in_keys),
@@ -375,6 +379,18 @@ def _entries_for(
         if not _same_numbers(child, own):
             raise ValueError(f"{name} is {child}; the env's own is {own}.")
     return chosen
+
+
+def _as_real(spec: TensorSpec, real: TensorSpec | None) -> TensorSpec:
+    """The spec of a decoded entry: the real env's, where that is one of options.
+
+    A decoder's dtype and shape alone do not say which numbers there are.
+    """
+    if real is None or spec.dtype.is_floating_point or spec.shape != real.shape:
+        return spec
+    options = is_choice(real) or isinstance(real, Binary)
+    traced = isinstance(spec, Unbounded)
+    return real if options and traced else spec
 
 
 def _is_raw(space: spaces.Space, spec: TensorSpec) -> bool:
