@@ -219,3 +219,72 @@ def test_keys_and_numbers_in_other_forms() -> None:
         reward_key=("next", "reward"),
     )
     assert planner(env.world_model.encode(observations(2)))["action"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_observations_under_autocast(encoded) -> None:
+    env = WorldModelEnv(make_model(), SpecEnv())
+    for planner_class in (CEMPlanner, ICEMPlanner, MPPIPlanner):
+        planner = planner_class(env, **SMALL)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            state = observations(2)
+            if encoded:
+                state = env.world_model.encode(state)
+            assert planner(state)["action"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "low, high, fits",
+    [
+        ([0.0, 0.0], [torch.inf, torch.inf], [[0, 0], [9, 9]]),
+        ([-1.0, -torch.inf], [1.0, torch.inf], [[-1, -9], [1, 9]]),
+        ([-torch.inf] * 2, [1.0, torch.inf], [[-9, -9], [1, 9]]),
+    ],
+)
+def test_ranges_heed_the_sides_that_are_bounded(low, high, fits) -> None:
+    spec = Bounded(torch.tensor(low), torch.tensor(high), (2,))
+    env = WorldModelEnv(make_model(), SpecEnv(action_spec=spec))
+    with pytest.raises(ValueError, match="leads out of the bounds"):
+        CEMPlanner(env, action_range=(-2, 2), **SMALL)
+    planner = CEMPlanner(env, action_range=fits, **SMALL)
+    acted = planner(env.world_model.encode(observations(50)))
+    assert spec.expand(50, 2).is_in(acted["action"])
+
+
+def test_another_env_takes_another_planner() -> None:
+    planner = CEMPlanner(target_env(), **SMALL)
+    with pytest.raises(AttributeError, match="make a new one"):
+        planner.env = target_env(best=-1.5)
+    planner.env = planner.env
+    assert "env" not in planner._modules
+
+
+@pytest.mark.parametrize("planner_class", [CEMPlanner, ICEMPlanner, MPPIPlanner])
+def test_batches_of_no_rows_are_planned(planner_class) -> None:
+    for kwargs in ({}, {"policy": constant(0.5)}, {"warm_start": True}):
+        planner = planner_class(target_env(), **SMALL, **kwargs)
+        for size in ((0,), (0, 2), (2, 0)):
+            assert planner(start(*size))["action"].shape == (*size, 1)
+
+
+@pytest.mark.parametrize("planner_class", [CEMPlanner, ICEMPlanner, MPPIPlanner])
+def test_a_horizon_set_later(planner_class) -> None:
+    planner = planner_class(target_env(), **SMALL)
+    for horizon in (6, 1, 3):
+        planner.planning_horizon = horizon
+        assert planner.plan(start(2))["actions"].shape == (2, horizon, 1)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, message",
+    [
+        ({"init_std": float("inf")}, ValueError, "init_std < inf"),
+        ({"init_std": float("nan")}, ValueError, "init_std < inf"),
+        ({"policy": 3}, TypeError, "policy must be .* got int"),
+        ({"warm_start": "yes"}, ValueError, "warm_start must be .*'yes'"),
+    ],
+)
+def test_settings_that_cannot_work(kwargs, error, message) -> None:
+    for planner_class in (CEMPlanner, ICEMPlanner):
+        with pytest.raises(error, match=message):
+            planner_class(target_env(), **SMALL, **kwargs)

@@ -13,6 +13,7 @@ from gymnasium.utils import seeding
 from torchrl_wm.export.rendering import Renderer
 from torchrl_wm.export.resolve import (
     checked_limit,
+    checked_options,
     checked_render_mode,
     checked_seed,
     draw_seeds,
@@ -251,6 +252,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
             ``elapsed_steps``.
         """
         self._check_open()
+        options = checked_options(options)
         if seed is None:
             seed, self._first_seed = self._first_seed, None
         else:
@@ -259,9 +261,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         seeds = draw_seeds(self.np_random)
         self._refuses = "The last reset() failed. Call reset() before step()."
         self._source.isolation.seed(seeds[1])
-        start = Start(
-            seeds[0] if seed is None else seed, self.np_random, dict(options or {})
-        )
+        start = Start(seeds[0] if seed is None else seed, self.np_random, options)
         moment = self._source.reset(start)
         self._state, self._observation = moment.state, moment.observation
         self._elapsed, self._refuses = 0, None

@@ -78,12 +78,17 @@ def merge(where: np.ndarray, new: Infos, old: Infos) -> Infos:
 
 def _merged(where: np.ndarray, new: Any, old: Any) -> np.ndarray:
     if new is None:
-        new = np.zeros_like(old)
+        new = _nothing(old)
     if old is None:
-        old = np.zeros_like(new)
+        old = _nothing(new)
     if new.shape != old.shape:  # rows of two shapes have no array in common
         new, old = _objects(list(new)), _objects(list(old))
     return np.where(where.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def _nothing(like: np.ndarray) -> np.ndarray:
+    """What stands where nothing is said: zeros, or None among objects, as in Gymnasium."""
+    return np.full_like(like, None if like.dtype == object else 0)
 
 
 def with_masks(infos: Infos) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
 from pkgutil import resolve_name
@@ -309,6 +309,16 @@ def checked_limit(limit: Any) -> int | None:
             f"max_episode_steps must be a positive int, or None for no limit, got {limit!r}."
         )
     return int(limit)
+
+
+def checked_options(options: Any) -> dict[str, Any]:
+    """A copy of the options of a reset; none are an empty one."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            f"options must be a dictionary, as {{'observation': observation}}, or None, got "
+            f"{options!r:.80}."
+        )
+    return dict(options or {})
 
 
 def checked_seed(seed: Any) -> int | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from torchrl_wm.export.infos import row_of
+from torchrl_wm.export.trees import to_numpy
 from torchrl_wm.export.vector_env import GymWorldModelVectorEnv
 
 try:
@@ -85,7 +86,7 @@ class SB3VecEnv(VecEnv):
     def reset(self) -> Any:
         seeds = None if self._seeds[0] is None else self._seeds
         options = self._options[0]
-        if any(other != options for other in self._options[1:]):
+        if any(not _same(other, options) for other in self._options[1:]):
             raise ValueError(
                 "The envs are one batch: set_options takes one dictionary for all, whose 'state' "
                 "or 'observation' has a row for each env."
@@ -162,6 +163,20 @@ class SB3VecEnv(VecEnv):
         if self.render_mode is None:
             return [None] * self.num_envs
         return list(self.env.render())
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two options say the same; they may hold arrays and tensors."""
+    if one is other:
+        return True
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    try:
+        return bool(np.array_equal(to_numpy(one), to_numpy(other)))
+    except (TypeError, ValueError):
+        return False
 
 
 def _models_own(infos: dict[str, Any]) -> dict[str, Any]:

@@ -79,13 +79,22 @@ def space_of_spec(spec: TensorSpec) -> spaces.Space:
     """
     if isinstance(spec, (MultiCategorical, MultiOneHot)):
         return spaces.MultiDiscrete([int(n) for n in spec.nvec])
-    if isinstance(spec, Binary) and spec.dtype is not torch.bool:
+    is_option = isinstance(spec, (OneHot, Categorical)) and not isinstance(spec, Binary)
+    if isinstance(spec, Binary) or (spec.dtype is torch.bool and not is_option):
         shape = tuple(spec.shape)
         return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
-    if isinstance(spec, (OneHot, Categorical)) and not isinstance(spec, Binary):
+    if is_option:
         shape = spec.shape[:-1] if isinstance(spec, OneHot) else spec.shape
         if shape.numel() > 1:
             return spaces.MultiDiscrete(np.full(tuple(shape), spec.space.n))
+    if spec.dtype is torch.bfloat16 and not is_option:  # numpy has none
+        end = torch.finfo(spec.dtype).max
+        bounds = (spec.space.low.float(), spec.space.high.float())
+        low, high = (
+            torch.where(bound.abs() >= end, bound.sign() * torch.inf, bound)
+            for bound in bounds
+        )
+        return spaces.Box(low.numpy(force=True), high.numpy(force=True))
     space = _torchrl_to_gym_spec_transform(spec, categorical_action_encoding=True)
     if not isinstance(space, spaces.Box):
         return space

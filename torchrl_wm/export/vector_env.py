@@ -17,6 +17,7 @@ from torchrl_wm.export.infos import holding, in_rows, Infos, merge, with_masks
 from torchrl_wm.export.rendering import Renderer
 from torchrl_wm.export.resolve import (
     checked_limit,
+    checked_options,
     checked_render_mode,
     checked_seed,
     draw_seeds,
@@ -169,7 +170,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         """
         if self.closed:
             raise RuntimeError("The env is closed. Make a new one.")
-        options = dict(options or {})
+        options = checked_options(options)
         mask = self._checked_mask(options.pop("reset_mask", None))
         if seed is None:
             seed, self._first_seed = self._first_seed, None
@@ -215,7 +216,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         return mask.copy()
 
     def _one_seed(self, seed: Any) -> int | None:
-        if seed is None or isinstance(seed, Integral):
+        if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
             return checked_seed(seed)
         seeds = [checked_seed(one) for one in seed]
         if len(seeds) != self.num_envs:
@@ -359,6 +360,8 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         Raises:
             RuntimeError: before a reset, or if nothing says how to draw.
         """
+        if self.closed:
+            raise RuntimeError("The env is closed. Make a new one.")
         if self.render_mode is None:
             raise RuntimeError(
                 "render() needs a render mode: pass render_mode='rgb_array'."
@@ -403,7 +406,7 @@ def _count(num_envs: Any, world_model: Any) -> int:
 
 def _as_mode(mode: Any) -> AutoresetMode:
     known = {name: m for m in AutoresetMode for name in (m.value, m.name, m)}
-    if mode not in known:
+    if not isinstance(mode, (str, AutoresetMode)) or mode not in known:
         raise ValueError(
             f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, got {mode!r}."
         )

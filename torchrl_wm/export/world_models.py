@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch.nn.functional import one_hot
-from torchrl.data import MultiOneHot, OneHot, TensorSpec
+from torchrl.data import Binary, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.export.choices import from_numbers, is_choice, number_shape, to_numbers
 from torchrl_wm.export.forms import read_flag, read_reward
 from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.sources import first_moment, Moment, Start
@@ -68,13 +68,23 @@ class WorldModelSource:
 
         self._reward_key = _only(layout.reward_keys, layout.reward, "reward")
         self._done = _done_group(layout)
-        entries = layout.decoded or layout.latent
-        every = {**layout.state, **layout.decoded}
+        self._decoded = {
+            key: _as_real(spec, layout.observed.get(key))
+            for key, spec in layout.decoded.items()
+        }
+        entries = self._decoded or layout.latent
+        every = {**layout.state, **self._decoded}
         if observation_space is None:
             self._observed = entries
             observation_space = _space_of(entries)
         else:
             self._observed = _entries_for(observation_space, entries, every)
+        #: What is handed out as numbers of options, with the shapes of these.
+        self._numbered = {
+            key: shape
+            for key, spec in self._observed.items()
+            if (shape := number_shape(spec)) is not None
+        }
         self._actions = {key: layout.action[key] for key in layout.action_keys}
         own = _space_of(self._actions)
         if action_space is None:
@@ -154,7 +164,7 @@ class WorldModelSource:
             return None
         env, layout = self.env, self.env._layout
         out = TensorDict({}, batch_size=[count], device=env.device)
-        specs = {**layout.observed, **layout.state, **layout.decoded}
+        specs = {**layout.observed, **layout.state, **self._decoded}
         defaults = {
             "state": list(layout.latent),
             "observation": unique(env.world_model.encoder.in_keys),
@@ -190,10 +200,21 @@ class WorldModelSource:
             tensor = entry.detach().clone().to(self.device)
         else:
             tensor = torch.from_numpy(np.array(entry)).to(self.device)
+        single = self.rows is None or expand
+        numbers = number_shape(spec)
+        as_spec = [(count, *spec.shape), *([spec.shape] if single else [])]
+        if numbers is not None and tensor.shape not in as_spec:
+            if single and tensor.shape == numbers:
+                tensor = tensor.expand(count, *numbers)
+            if tensor.shape == (count, *numbers) and not tensor.is_floating_point():
+                return from_numbers(tensor, spec, count, key)
         both_float = tensor.is_floating_point() and spec.dtype.is_floating_point
         if both_float or not (tensor.is_floating_point() or spec.dtype is torch.bool):
             tensor = tensor.to(spec.dtype)
-        single = self.rows is None or expand
+        if spec.dtype is torch.bool and not tensor.is_floating_point():
+            # MultiBinary spaces have bits as integers.
+            if ((tensor == 0) | (tensor == 1)).all():
+                tensor = tensor.bool()
         if single and tensor.shape == spec.shape:
             tensor = tensor.expand(count, *spec.shape)
         if tensor.shape != (count, *spec.shape) or tensor.dtype != spec.dtype:
@@ -255,6 +276,10 @@ class WorldModelSource:
     def _observation(self, values: Values) -> Any:
         if self.rows is None:
             values = {key: values[key][0] for key in self._observed}
+        if self._numbered:
+            values = dict(values)
+            for key, shape in self._numbered.items():
+                values[key] = to_numbers(values[key], self._observed[key], shape)
         if not self.is_dict:
             (key,) = self._observed
             return self.read(values[key])
@@ -265,15 +290,7 @@ class WorldModelSource:
         for key, spec in self._actions.items():
             array = action[_name(key)] if several else action
             tensor = torch.as_tensor(np.asarray(array), device=self.device)
-            if isinstance(spec, MultiOneHot):
-                columns = tensor.reshape(self.count, -1).long().unbind(-1)
-                parts = [
-                    one_hot(c, int(n)) for c, n in zip(columns, spec.nvec, strict=True)
-                ]
-                tensor = torch.cat(parts, -1)
-            elif isinstance(spec, OneHot):
-                tensor = one_hot(tensor.long(), int(spec.space.n))
-            values[key] = tensor.to(spec.dtype).reshape(self.count, *spec.shape)
+            values[key] = from_numbers(tensor, spec, self.count, key)
 
     def shown(self, state: Values, index: int | None = None) -> dict[str, torch.Tensor]:
         """A copy of latents and context by name: of one env, or of all."""
@@ -338,9 +355,14 @@ def _entries_for(
         chosen = {named[name][0]: named[name][1] for name in space.spaces}
         children = space.spaces
     else:
-        fitting = [key for key, spec in defaults.items() if spec.shape == space.shape]
+        shapes = {key: space_of_spec(spec).shape for key, spec in defaults.items()}
+        fitting = [
+            key
+            for key, spec in defaults.items()
+            if space.shape == (spec.shape if _is_raw(space, spec) else shapes[key])
+        ]
         if len(fitting) != 1:
-            shapes = {_name(key): tuple(spec.shape) for key, spec in defaults.items()}
+            shapes = {_name(key): tuple(shape) for key, shape in shapes.items()}
             raise ValueError(
                 f"observation_space has the shape {space.shape}, and the env has {shapes}: "
                 f"{'none' if not fitting else 'more than one'} fits. Name the entry by a Dict: "
@@ -349,12 +371,39 @@ def _entries_for(
         chosen = {fitting[0]: defaults[fitting[0]]}
         children = {_name(fitting[0]): space}
     for key, spec in chosen.items():
-        _check_same_form(
-            children[_name(key)],
-            space_of_spec(spec),
-            f"observation_space[{_name(key)!r}]",
-        )
+        child, name = children[_name(key)], f"observation_space[{_name(key)!r}]"
+        if _is_raw(child, spec):
+            chosen[key] = spec = Unbounded(spec.shape, dtype=spec.dtype)
+        own = space_of_spec(spec)
+        _check_same_form(child, own, name)
+        if not _same_numbers(child, own):
+            raise ValueError(f"{name} is {child}; the env's own is {own}.")
     return chosen
+
+
+def _as_real(spec: TensorSpec, real: TensorSpec | None) -> TensorSpec:
+    """The spec of a decoded entry: the real env's, where that is one of options.
+
+    A decoder's dtype and shape alone do not say which numbers there are.
+    """
+    if real is None or spec.dtype.is_floating_point or spec.shape != real.shape:
+        return spec
+    options = is_choice(real) or isinstance(real, Binary)
+    traced = isinstance(spec, Unbounded)
+    return real if options and traced else spec
+
+
+def _is_raw(space: spaces.Space, spec: TensorSpec) -> bool:
+    """Whether a space asks for a choice as the spec has it: for one-hot blocks."""
+    return isinstance(space, (spaces.Box, spaces.MultiBinary)) and is_choice(spec)
+
+
+def _same_numbers(space: spaces.Space, own: spaces.Space) -> bool:
+    """Whether two spaces of options call them by the same numbers; True for others."""
+    return all(
+        np.array_equal(getattr(space, part, None), getattr(own, part, None))
+        for part in ("n", "nvec", "start")
+    )
 
 
 def _check_not_wider(space: spaces.Space, own: spaces.Space, name: str) -> None:
@@ -366,10 +415,7 @@ def _check_not_wider(space: spaces.Space, own: spaces.Space, name: str) -> None:
     if isinstance(own, spaces.Box):
         fits = (space.low >= own.low).all() and (space.high <= own.high).all()
     else:
-        fits = all(
-            np.array_equal(getattr(space, part, None), getattr(own, part, None))
-            for part in ("n", "nvec", "start")
-        )
+        fits = _same_numbers(space, own)
     if not fits:
         raise ValueError(
             f"{name} is {space}, which has actions that the env's own {own} does not have: pass "

@@ -127,7 +127,7 @@ class BoundedSpace(ActionSpace):
         correlation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if correlation is not None:
-            flat = noise.reshape(*noise.shape[:3], -1)
+            flat = noise.reshape(*noise.shape[:3], self.plan_shape.numel())
             noise = torch.matmul(correlation, flat).reshape(noise.shape)
         plan, spread = (part.unsqueeze(1) for part in proposal)
         return (plan + spread * noise).clamp(-1.0, 1.0)
@@ -298,12 +298,14 @@ def _bounds(
             f"The bounds of {key!r} must be finite, the lower ones not above the upper ones; "
             f"{source} gives {low.tolist()} and {high.tolist()}."
         )
-    if own is not None and (
-        (low < own[0].to(low)).any() or (high > own[1].to(high)).any()
-    ):
+    # Each side for itself: a spec may have one, or bound some dims alone.
+    least, most = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
+    below = least is not None and (low < least.to(low)).any()
+    above = most is not None and (high > most.to(high)).any()
+    if below or above:
         raise ValueError(
             f"action_range {low.tolist()} to {high.tolist()} leads out of the bounds of {key!r}, "
-            f"{own[0].tolist()} to {own[1].tolist()}. Choose a part of them, or leave it out."
+            f"{least.tolist()} to {most.tolist()}. Choose a part of them, or leave it out."
         )
     return low, high
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -182,10 +183,15 @@ class MPCPlanner(MPCPlannerBase):
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
         if momentum == 1:
             raise ValueError("With momentum=1 the proposal would never move.")
-        if not init_std > 0 or not 0 <= (min_std or 0) <= init_std:
+        if not 0 < init_std < inf or not 0 <= (min_std or 0) <= init_std:
             raise ValueError(
-                f"0 <= min_std <= init_std and 0 < init_std are needed, got min_std={min_std} "
-                f"and init_std={init_std}."
+                f"0 <= min_std <= init_std and 0 < init_std < inf are needed, got "
+                f"min_std={min_std} and init_std={init_std}."
+            )
+        if warm_start not in (None, True, False):
+            raise ValueError(
+                f"warm_start must be True, False, or None, where the env decides; got "
+                f"{warm_start!r}."
             )
         if act_on not in (None, "mean", "best"):
             raise ValueError(f"act_on must be 'mean' or 'best', got {act_on!r}.")
@@ -224,6 +230,16 @@ class MPCPlanner(MPCPlannerBase):
             self.in_keys = unique([*self.in_keys, *carried, IS_INIT])
             self.out_keys = [action_key, *(join("next", key) for key in carried)]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "env" and "env" in self.__dict__:
+            if value is self.env:
+                return
+            raise AttributeError(
+                "A planner belongs to its env, whose actions and model it was made for: make a new "
+                "one. A model's components may be replaced: env.world_model.reward_head = ..."
+            )
+        super().__setattr__(name, value)
+
     # How a planner searches -----------------------------------------------
 
     @abstractmethod
@@ -258,7 +274,8 @@ class MPCPlanner(MPCPlannerBase):
         """The search before the first iteration."""
         plan = carried[self.plan_key]
         # Before all that was tried and found infinite.
-        nothing = plan.new_full((plan.shape[0], 1), torch.finfo(plan.dtype).min)
+        lowest = torch.finfo(torch.float32).min
+        nothing = torch.full((plan.shape[0], 1), lowest, device=plan.device)
         best = Population(self.space.mode(plan).unsqueeze(1), nothing)
         return Search(self.space.proposal(plan, self.init_std), best, None)
 
@@ -278,6 +295,8 @@ class MPCPlanner(MPCPlannerBase):
         self, search: Search, elites: Population, weights: torch.Tensor
     ) -> Proposal:
         """The proposal that fits the elites, ``[B, K]``, by their weights."""
+        # Returns, and what follows from them, may be of another dtype than the plan.
+        weights = weights.to(search.proposal.plan.dtype)
         # What was not finite loses, however few are left.
         weights = torch.where(elites.returns > -torch.inf, weights, 0.0)
         any_left = weights.sum(1) > 0
@@ -324,7 +343,7 @@ class MPCPlanner(MPCPlannerBase):
             # One plan, again and again, is what a policy would propose as its mode.
             with set_interaction_type(InteractionType.RANDOM):
                 actions = propose(starts, self.planning_horizon)
-            shape = (-1, self.num_policy_candidates, *actions.shape[1:])
+            shape = (rows, self.num_policy_candidates, *actions.shape[1:])
             proposed = self.space.from_action(actions.reshape(shape))
         for i in range(self.optim_steps):
             # Drawn here, so that a compiled plan has the random numbers of an eager one.

@@ -33,6 +33,11 @@ def check_modules(
     policy: Callable | None, terminal_value: Any, action_key: NestedKey
 ) -> None:
     """Refuse a policy that writes no action, and a terminal value that cannot judge states."""
+    if policy is not None and not callable(policy):
+        raise TypeError(
+            f"policy must be a module or a function of tensordicts that writes the action, got "
+            f"{type(policy).__name__}."
+        )
     written = unique(getattr(policy, "out_keys", None) or [action_key])
     if action_key not in written:
         raise ValueError(

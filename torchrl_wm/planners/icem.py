@@ -101,9 +101,9 @@ class ICEMPlanner(MPCPlanner):
             init_std=init_std,
             **kwargs,
         )
-        self._coloring = coloring(
-            planning_horizon, noise_beta, dtype=self.space.dtype, device=env.device
-        )
+        self.noise_beta = noise_beta
+        self._coloring: torch.Tensor | None = None
+        self._colors()
 
     @property
     def elites_key(self) -> NestedKey:
@@ -121,6 +121,18 @@ class ICEMPlanner(MPCPlanner):
 
     def draw(self, search: Search, noise: torch.Tensor) -> torch.Tensor:
         return self.space.sample(search.proposal, noise, self.min_std, self._coloring)
+
+    def _colors(self) -> None:
+        """Fit the noise to the horizon, which may have been set anew."""
+        steps = self.planning_horizon
+        if self._coloring is None or len(self._coloring) != steps:
+            self._coloring = coloring(
+                steps, self.noise_beta, dtype=self.space.dtype, device=self.env.device
+            )
+
+    def _update(self) -> None:
+        super()._update()
+        self._colors()
 
     def improve(
         self, search: Search, population: Population
