@@ -277,6 +277,8 @@ class StepKernel:
                     f"tensordict of batch size {tuple(batch_size)}; the action spec asks for "
                     f"{tuple(spec.shape)}."
                 )
+            if value.dtype == spec.dtype:
+                continue
             if autocasts(value.device):  # a network of the model reads it all the same
                 value = widened(value, spec.dtype)
             floats = value.is_floating_point() and spec.dtype.is_floating_point

@@ -477,7 +477,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         given: TensorDictBase,
     ) -> torch.Tensor:
         expected = (*given.batch_size, *spec.shape)
-        if autocasts(value.device):
+        if value.dtype != spec.dtype and autocasts(value.device):
             value = widened(value, spec.dtype)
         if tuple(value.shape) != expected or value.dtype != spec.dtype:
             raise ValueError(
