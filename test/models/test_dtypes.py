@@ -6,6 +6,7 @@ import pytest
 import torch
 from _env_kinds import drawn_transitions
 from _models import SpecEnv
+from _small_models import MAKE
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.utils import check_env_specs
 
@@ -13,26 +14,11 @@ from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import (
     load_world_model,
     make_ensemble_world_model,
-    make_mlp_world_model,
-    make_rssm_world_model,
-    make_tdmpc2_world_model,
-    RSSMConfig,
     save_world_model,
 )
 from torchrl_wm.modules import fit_normalizers
 
-RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
-MAKE = {
-    "ensemble": lambda env: make_ensemble_world_model(
-        env, members=2, hidden=(8,), termination_hidden=(8,)
-    ),
-    "mlp": lambda env: make_mlp_world_model(env, hidden=(8,), latent_size=4),
-    "planet": lambda env: make_rssm_world_model(env, RSSMConfig.planet(**RSSM)),
-    "dreamer-v3": lambda env: make_rssm_world_model(env, **RSSM),
-    "tdmpc2": lambda env: make_tdmpc2_world_model(
-        env, latent_size=16, num_cells=8, encoder_cells=8
-    ),
-}
+NAMES = ("ensemble", "mlp", "planet", "dreamer-v3", "tdmpc2")
 NESTED = {
     "observation_key": ("robot", "seen"),
     "action_key": ("robot", "push"),
@@ -52,7 +38,7 @@ def double_env(nested: bool) -> SpecEnv:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_envs_of_float64(name, nested) -> None:
     env = double_env(nested)
     world_model, loss = MAKE[name](env)
@@ -71,7 +57,7 @@ def test_envs_of_float64(name, nested) -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_models_of_float64(name, nested, tmp_path) -> None:
     env = SpecEnv(**(NESTED if nested else {}))
     world_model, _ = MAKE[name](env)
@@ -88,7 +74,7 @@ def test_models_of_float64(name, nested, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_models_of_large_numbers_come_back(name, nested, tmp_path) -> None:
     """Made anew from a file, a model of a float64 env keeps apart what float32 cannot."""
     env, key = double_env(nested), ("robot", "seen") if nested else "observation"

@@ -5,33 +5,19 @@ from __future__ import annotations
 import pytest
 from _built import CASES, made_env, sequences
 from _env_kinds import env_of
+from _small_models import MAKE
 
 from torchrl_wm import WorldModelEnv
-from torchrl_wm.models import (
-    make_ensemble_world_model,
-    make_mlp_world_model,
-    make_rssm_world_model,
-    make_tdmpc2_world_model,
-    RSSMConfig,
-)
 from torchrl_wm.modules import with_propagation
 from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
 
-RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
-MAKE = {
-    "ensemble": lambda env: make_ensemble_world_model(
-        env, members=2, hidden=(8,), termination_hidden=(8,), termination_members=2
-    ),
-    "mlp": lambda env: make_mlp_world_model(
-        env, hidden=(8,), latent_size=4, pixel_depth=2
-    ),
-    "planet": lambda env: make_rssm_world_model(
-        env, RSSMConfig.planet(**RSSM, pixel_depth=2)
-    ),
-    "dreamer-v3": lambda env: make_rssm_world_model(env, **RSSM, pixel_depth=2),
-    "tdmpc2": lambda env: make_tdmpc2_world_model(
-        env, latent_size=16, num_cells=8, encoder_cells=8, pixel_depth=2
-    ),
+#: What keeps the networks of each small, of images and of terminations.
+SETTINGS = {
+    "ensemble": {"termination_members": 2},
+    "mlp": {"pixel_depth": 2},
+    "planet": {"pixel_depth": 2},
+    "dreamer-v3": {"pixel_depth": 2},
+    "tdmpc2": {"pixel_depth": 2},
 }
 #: What members predict: the observations themselves.
 FLOATS = ("vector", "float64", "dictionary")
@@ -50,24 +36,24 @@ def check(world_model, env) -> None:
             assert other.dtype is value.dtype, key
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("observations, action", CASES)
 def test_every_kind_of_env(name, observations, action) -> None:
     if name == "ensemble" and observations not in FLOATS:
         pytest.skip(f"no ensemble serves {observations}")
     env = made_env(observations, action)
-    check(MAKE[name](env)[0], env)
+    check(MAKE[name](env, **SETTINGS[name])[0], env)
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_nested_keys(name) -> None:
     env = env_of("dictionary", "multi-categorical", nested=True)
-    check(MAKE[name](env)[0], env)
+    check(MAKE[name](env, **SETTINGS[name])[0], env)
 
 
 @pytest.mark.parametrize("all_members", [False, True])
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_every_propagation(propagation, all_members) -> None:
     env = made_env("dictionary", "categorical")
-    world_model, _ = MAKE["ensemble"](env)
+    world_model, _ = MAKE["ensemble"](env, **SETTINGS["ensemble"])
     check(with_propagation(world_model, propagation, all_members=all_members), env)

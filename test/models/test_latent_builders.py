@@ -8,36 +8,20 @@ import pickle
 import pytest
 import torch
 from _env_kinds import drawn_transitions, env_of
+from _small_models import MAKE
 from envs.test_multi_agent import TeamEnv
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_wm import WorldModelEnv
-from torchrl_wm.models import (
-    load_world_model,
-    make_rssm_world_model,
-    make_tdmpc2_world_model,
-    RSSMConfig,
-    save_world_model,
-)
+from torchrl_wm.models import load_world_model, save_world_model
 
-RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
-MAKE = {
-    "planet": lambda env, **settings: make_rssm_world_model(
-        env, RSSMConfig.planet(**RSSM), **settings
-    ),
-    "dreamer-v3": lambda env, **settings: make_rssm_world_model(
-        env, **RSSM, **settings
-    ),
-    "tdmpc2": lambda env, **settings: make_tdmpc2_world_model(
-        env, latent_size=16, num_cells=8, encoder_cells=8, **settings
-    ),
-}
+NAMES = ("planet", "dreamer-v3", "tdmpc2")
 #: How those of them that do not predict terminations by themselves do.
 ENDING = {"planet": {"continue_head": True}}
 
 
-@pytest.fixture(params=MAKE)
+@pytest.fixture(params=NAMES)
 def make(request):
     return MAKE[request.param]
 
@@ -96,7 +80,7 @@ def test_copies(make) -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_terminations_by_a_threshold_or_by_chance(name, nested) -> None:
     env = env_of("vector", "bounded", nested=nested)
     batch = drawn_transitions(env, 500)
@@ -119,7 +103,7 @@ def test_terminations_by_a_threshold_or_by_chance(name, nested) -> None:
         MAKE[name](env, **ENDING.get(name, {}), termination_threshold=1.0)
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_from_before_a_setting_load_with_its_default(name, tmp_path) -> None:
     """Those of terminations came later than the first files."""
     env = env_of("vector", "bounded")

@@ -9,31 +9,15 @@ import torch
 import torchrl
 from _built import sequences
 from _models import SpecEnv
+from _small_models import MAKE
 from torchrl.data import Composite, Unbounded
 
-from torchrl_wm.models import (
-    make_ensemble_world_model,
-    make_mlp_world_model,
-    make_rssm_world_model,
-    make_tdmpc2_world_model,
-    RSSMConfig,
-)
-
-RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
-PREDICTED = {
-    "ensemble": lambda env: make_ensemble_world_model(env, members=2, hidden=(8,)),
-    "mlp": lambda env: make_mlp_world_model(env, hidden=(8,), latent_size=4),
-    "planet": lambda env: make_rssm_world_model(env, RSSMConfig.planet(**RSSM)),
-    "dreamer-v2": lambda env: make_rssm_world_model(env, RSSMConfig.dreamer_v2(**RSSM)),
-}
+PREDICTED = ("ensemble", "mlp", "planet", "dreamer-v2")
+#: Rewards as classes, or as a function that is known.
 NOT_PREDICTED = {
-    "dreamer-v3": lambda env: make_rssm_world_model(env, **RSSM),
-    "tdmpc2": lambda env: make_tdmpc2_world_model(
-        env, latent_size=16, num_cells=8, encoder_cells=8
-    ),
-    "known": lambda env: make_ensemble_world_model(
-        env, members=2, hidden=(8,), reward_function=lambda o, a, n: n[..., 0]
-    ),
+    "dreamer-v3": {},
+    "tdmpc2": {},
+    "ensemble": {"reward_function": lambda o, a, n: n[..., 0]},
 }
 KEYS = ["reward", ("robot", "gain")]
 
@@ -52,12 +36,12 @@ def env_of(key, dtype) -> SpecEnv:
 def test_they_are_refused_where_they_are_predicted(name, dtype, key) -> None:
     env = env_of(key, dtype)
     with pytest.raises(ValueError, match="reward as a float") as error:
-        PREDICTED[name](env)
+        MAKE[name](env)
     assert f"the reward {key!r} of the env is {dtype}" in str(error.value)
     # What the message says to do, does it.
     call = re.search(r"Convert it: (.*)\.$", str(error.value))[1]
     floats = eval(call, {"torchrl": torchrl, "torch": torch, "env": env})
-    world_model, loss = PREDICTED[name](floats)
+    world_model, loss = MAKE[name](floats)
     batch = sequences(floats, 4, 3)
     assert batch["next"].get(key).is_floating_point()
     loss(batch).sum(reduce=True).backward()
@@ -69,7 +53,7 @@ def test_they_are_refused_where_they_are_predicted(name, dtype, key) -> None:
 @pytest.mark.parametrize("name", NOT_PREDICTED)
 def test_they_are_served_where_they_are_classes_or_known(name, key) -> None:
     env = env_of(key, torch.int64)
-    world_model, loss = NOT_PREDICTED[name](env)
+    world_model, loss = MAKE[name](env, **NOT_PREDICTED[name])
     batch = sequences(env, 4, 3)
     losses = loss(batch)
     assert all(value.isfinite() for value in losses.values())

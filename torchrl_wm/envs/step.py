@@ -279,8 +279,8 @@ class StepKernel:
                 )
             if value.dtype == spec.dtype:
                 continue
-            if autocasts(value.device):  # a network of the model reads it all the same
-                value = widened(value, spec.dtype)
+            # A network of the model reads it all the same.
+            value = widened(value, spec.dtype)
             floats = value.is_floating_point() and spec.dtype.is_floating_point
             if floats and value.dtype != spec.dtype:
                 raise ValueError(
@@ -297,9 +297,11 @@ def autocasts(device: torch.device | None) -> bool:
 
 
 def widened(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What autocast computed in half precision, in the float ``dtype`` that it stands for."""
-    narrow = value.dtype in (torch.float16, torch.bfloat16)
-    return value.to(dtype) if narrow and dtype.is_floating_point else value
+    """What autocast computes in half precision, in the float ``dtype`` that it stands for."""
+    if value.dtype == dtype or value.dtype not in (torch.float16, torch.bfloat16):
+        return value
+    stands_for = dtype.is_floating_point and autocasts(value.device)
+    return value.to(dtype) if stands_for else value
 
 
 def _no_action(

@@ -16,7 +16,7 @@ from torchrl.envs.utils import _update_during_reset
 from torchrl_wm.envs.imagination import Imagination
 from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
-from torchrl_wm.envs.step import autocasts, StepKernel, widened
+from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, unique
@@ -477,8 +477,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         given: TensorDictBase,
     ) -> torch.Tensor:
         expected = (*given.batch_size, *spec.shape)
-        if value.dtype != spec.dtype and autocasts(value.device):
-            value = widened(value, spec.dtype)
+        value = widened(value, spec.dtype)
         if tuple(value.shape) != expected or value.dtype != spec.dtype:
             raise ValueError(
                 f"The start state's {key!r} has shape {tuple(value.shape)} and {value.dtype}; "

@@ -35,8 +35,8 @@ class Normalizer(nn.Module):
 
     Mean and standard deviation are buffers: they are saved, move with the model
     and are not trained. Until :meth:`fit` is called it is the identity, and the
-    first use warns, of the normalisers of a ready-made model the first use of any. A feature that is constant in the data is shifted and not
-    scaled.
+    first use warns, of the normalisers of a ready-made model the first use of any. A
+    feature that is constant in the data is shifted and not scaled.
 
     Args:
         features: the number of features ``F``.

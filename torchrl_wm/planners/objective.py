@@ -15,7 +15,7 @@ from torchrl.modules.planners.common import _planning_done_keys
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.layout import Layout
-from torchrl_wm.envs.step import autocasts, StepKernel, widened
+from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.envs.unroll import ProgramActor
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys, missing_from, sibling, strip_next, unique
@@ -180,8 +180,7 @@ class ModelObjective(Objective):
         for key in needed:
             spec = specs[key]
             expected = (*tensordict.batch_size, *spec.shape)
-            if autocasts(values[key].device):
-                values[key] = widened(values[key], spec.dtype)
+            values[key] = widened(values[key], spec.dtype)
             if tuple(values[key].shape) != expected or values[key].dtype != spec.dtype:
                 raise ValueError(
                     f"The planner's {key!r} has the shape {tuple(values[key].shape)} and "
