@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
@@ -19,6 +18,10 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
+from torchrl_wm.trainers.env_checks import (
+    check_policy_action,
+    check_policy_observations,
+)
 from torchrl_wm.trainers.evaluation import episode_return
 from torchrl_wm.trainers.functions import Function
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
@@ -39,27 +42,28 @@ class MBPOConfig(RecipeConfig):
     """The settings of :class:`MBPOTrainer`.
 
     Args:
-        steps: real steps in all; the episode in which they are reached is finished.
-        model_interval: real steps from one training of the model to the next.
-        model_steps: gradient steps of each training.
-        imagination_interval: real steps from one round of imagined rollouts to the next.
-        rollouts: imagined rollouts in a round, branched off real states.
-        horizon_schedule: ``(first_step, last_step, first, last)``: the length of imagined
-            rollouts goes from ``first`` to ``last`` between these real steps.
-        retained_rounds: how many full rounds of rollouts of the present length the imagined
-            transitions that are learnt from would make: the newest ones.
+        steps: how many real steps to make in all; the episode in which they are reached is
+            finished.
+        model_interval: how many real steps pass between two trainings of the model.
+        model_steps: how many gradient steps each training of the model takes.
+        imagination_interval: how many real steps pass between two rounds of imagined rollouts.
+        rollouts: how many imagined rollouts a round has, branched off real states.
+        horizon_schedule: the length of imagined rollouts, as first_step, last_step, first and
+            last: it goes from first to last between these two real steps.
+        retained_rounds: how many rounds of rollouts are learnt from, the newest ones, counted
+            as rounds of the present length.
         real_share: the share of real transitions in a batch of the policy. With 1 there is
             no model: this is SAC.
-        updates_per_step: updates of the policy for each real step.
-        batch_size: transitions in a batch of the policy.
-        learning_rate: of policy, values and temperature.
+        updates_per_step: how many updates of the policy follow each real step.
+        batch_size: how many transitions a batch of the policy has.
+        learning_rate: the learning rate of policy, values and temperature.
         policy_hidden: the sizes of the hidden layers of policy and values.
         alpha_init: the temperature of the policy's entropy to begin with; it is learnt.
         gamma: the discount per step.
         tau: the share of the values that goes to their targets in an update.
-        evaluation_interval: real steps from one evaluation to the next; 0 for none.
-        evaluation_episodes: episodes of an evaluation.
-        stop_return: stop at the first evaluation that reaches this mean return.
+        evaluation_interval: how many real steps pass between two evaluations; 0 for none.
+        evaluation_episodes: how many episodes an evaluation has.
+        stop_return: the mean return of an evaluation that ends the run; None for no such end.
     """
 
     env: str = "InvertedPendulum-v5"
@@ -312,23 +316,9 @@ def make_sac(
 ) -> tuple[ProbabilisticActor, SACLoss]:
     """A squashed Gaussian policy with twin values, and TorchRL's loss for them."""
     spec = env.full_action_spec_unbatched[env.action_key]
-    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
-        raise ValueError(
-            f"MBPO's policy (SAC) needs continuous, bounded actions, and {env.action_key!r} is "
-            f"{spec.__class__.__name__}. For discrete actions plan instead: PETSTrainer, "
-            f"torchrl-wm train pets."
-        )
+    check_policy_action(env)
+    check_policy_observations(env, observation_keys)
     hidden = list(config.policy_hidden)
-    shapes = {
-        key: env.full_observation_spec_unbatched[key].shape for key in observation_keys
-    }
-    shapes[env.action_key] = spec.shape
-    wrong = {key: tuple(shape) for key, shape in shapes.items() if len(shape) != 1}
-    if wrong:
-        raise ValueError(
-            f"MBPO's policy (SAC) takes vectors, and these have other shapes: {wrong}. Flatten "
-            f"them: Gymnasium's FlattenObservation, or torchrl.envs.FlattenObservation."
-        )
     observation_size = sum(
         env.full_observation_spec_unbatched[key].shape.numel()
         for key in observation_keys

@@ -14,6 +14,7 @@ from torchrl_wm.modules import with_propagation
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner, ICEMPlanner
 from torchrl_wm.planners.base import MPCPlanner
+from torchrl_wm.trainers.env_checks import check_planned_action
 from torchrl_wm.trainers.functions import Function
 from torchrl_wm.trainers.real_envs import EnvSource
 from torchrl_wm.trainers.recipe import BufferPart, RecipeConfig, RecipeTrainer
@@ -25,19 +26,23 @@ class PETSConfig(RecipeConfig):
     """The settings of :class:`PETSTrainer`.
 
     Args:
-        trials: episodes to plan, after the random ones.
-        model_steps: gradient steps of each training of the model.
-        first_model_steps: those of the first one, on the random steps; ``model_steps`` if None.
-        model_interval: real steps within a trial from one training to the next; if None,
-            the model is trained after each trial alone.
-        planner: "icem" or "cem".
-        planning_horizon: the steps of a plan.
-        optim_steps: how often the candidates are improved.
-        num_candidates: plans tried at the first iteration.
-        top_k: how many of the best are learnt from.
-        num_particles: how often each candidate is imagined.
-        propagation: "ts1", "tsinf", "expectation" or "mean".
-        noise_beta: how slowly iCEM's candidates vary over time.
+        trials: how many episodes to plan, after the random ones.
+        model_steps: how many gradient steps each training of the model takes.
+        first_model_steps: how many the first training takes, which is on the random steps;
+            None for as many as the others.
+        model_interval: how many real steps pass between two trainings within a trial; None to
+            train after each trial alone.
+        planner: the method that improves plans.
+        planning_horizon: how many steps a plan has.
+        optim_steps: how often the candidates are improved at each real step.
+        num_candidates: how many plans are tried at the first iteration.
+        top_k: how many of the best plans the next ones are drawn after.
+        num_particles: how often each plan is imagined.
+        propagation: how plans are imagined: "ts1" draws a member of the ensemble anew at each
+            step, "tsinf" one for each particle, "expectation" averages the members' Gaussians,
+            and "mean" leaves their noise out, too.
+        noise_beta: how slowly the random actions of iCEM's plans vary over time; 0 is white
+            noise.
     """
 
     trials: int = 10
@@ -121,6 +126,7 @@ class PETSTrainer(RecipeTrainer):
         real_env, world_model, loss = self.build(
             config, given.get("env"), reward_function, termination_function
         )
+        check_planned_action(real_env)
         # Trajectory sampling: particles, each by members of the ensemble.
         self.imagined_env = WorldModelEnv(
             with_propagation(world_model, config.propagation, all_members=False),

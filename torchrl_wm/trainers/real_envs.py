@@ -20,8 +20,10 @@ from torchrl.envs import (
     StepCounter,
     TransformedEnv,
 )
-
+from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
+
+from torchrl_wm.trainers.gym_actions import as_torchrl_acts, check_start, gymnasium_env
 
 #: What a recipe takes for an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
@@ -47,6 +49,8 @@ def make_real_env(
             - ``"module:factory"``, a function of yours that returns an env;
             - such a function itself, a Gymnasium env or a TorchRL env of batch size ``[]``.
 
+            The first option of a Gymnasium env's ``Discrete(3, start=-1)`` is -1, as it says.
+
     Keyword Args:
         seed: each episode is seeded from it and its number
             (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
@@ -58,7 +62,9 @@ def make_real_env(
         The env, with the entries ``is_init``, ``step_count`` and ``episode_reward``.
 
     Raises:
-        ValueError: if there is no such env, or it is one of several at a time.
+        ValueError: if there is no such env, it is one of several at a time, or it has several
+            actions or rewards; if it is a TorchRL env whose Gymnasium env numbers its actions
+            from elsewhere than 0.
         TypeError: if the factory returns something else.
 
     Examples:
@@ -77,6 +83,7 @@ def make_real_env(
             f"The recipes act in one env at a time, and this one has the batch size "
             f"{tuple(base.batch_size)}. Give a single env."
         )
+    check_entries(base)
     return TransformedEnv(
         base,
         Compose(
@@ -149,9 +156,10 @@ def _base_env(source: EnvSource, kwargs: dict[str, Any]) -> EnvBase:
     if not isinstance(source, (EnvBase, gymnasium.Env)) and callable(source):
         made = source(**_taken(source, kwargs))
     if isinstance(made, EnvBase):
+        check_start(made)
         return made
     if isinstance(made, gymnasium.Env):
-        return GymWrapper(made)
+        return _wrapped(made)
     raise TypeError(
         f"A Gymnasium env, a TorchRL env, the name of one or a function that makes one is "
         f"expected, got {type(made).__name__}."
@@ -166,7 +174,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
         if rest not in gymnasium.registry and not _is_id_of(module, rest):
             return _base_env(load_object(name), kwargs)
     try:
-        return GymEnv(name, **kwargs)
+        env = GymEnv(name, **kwargs)
     except gymnasium.error.DependencyNotInstalled as err:
         raise ValueError(f"{name!r} needs more to be installed: {err}") from err
     except gymnasium.error.Error as err:
@@ -174,6 +182,31 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
             f"There is no env {name!r} ({err}). Give a Gymnasium id such as 'Pendulum-v1', "
             f"'dm_control/cartpole/swingup', or 'module:factory' for an env of your own."
         ) from err
+    except RuntimeError as err:
+        raise _not_taken(name, gymnasium.make(name), err) from err
+    inner = gymnasium_env(env)
+    if (
+        inner is not None
+    ):  # in place, as GymEnv alone knows which arguments are Gymnasium's
+        env._env = as_torchrl_acts(inner)
+    return env
+
+
+def _wrapped(env: gymnasium.Env) -> EnvBase:
+    try:
+        return GymWrapper(as_torchrl_acts(env))
+    except (LookupError, RuntimeError, TypeError) as err:
+        raise _not_taken(type(env).__name__, env, err) from err
+
+
+def _not_taken(name: str, env: gymnasium.Env, err: Exception) -> ValueError:
+    return ValueError(
+        f"TorchRL's GymWrapper does not take the env {name!r} ({type(err).__name__}: {err}). Its "
+        f"spaces are observation_space={env.observation_space} and "
+        f"action_space={env.action_space}. Gymnasium's wrappers make simpler ones of them: "
+        f"FlattenObservation, and TransformAction with a function of yours. On the command line, "
+        f"name a function that makes the env so: --env module:function."
+    )
 
 
 def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:

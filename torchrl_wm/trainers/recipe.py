@@ -17,10 +17,10 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 import gymnasium
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer, TensorSpec
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from torchrl.trainers import Trainer
@@ -30,7 +30,7 @@ from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import FunctionHead, WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, unique
 from torchrl_wm.objectives import WorldModelLoss
-from torchrl_wm.planners.actions import finite_bounds
+from torchrl_wm.trainers.env_checks import check_bounds, check_float_observations
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, MAX_STEPS, run_episodes
 from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
@@ -54,28 +54,28 @@ class RecipeConfig:
     """The settings that all recipes have.
 
     Args:
-        env: the real env: a Gymnasium id, ``dm_control/<domain>/<task>`` or
-            ``module:factory``.
-        seed: of networks, exploration and episodes.
-        max_episode_steps: a time limit; that of the env alone if None.
+        env: the real env: a Gymnasium id such as Pendulum-v1, a task such as
+            dm_control/cartpole/swingup, or module:function, a function of yours that makes it.
+        seed: the seed of networks, exploration and episodes.
+        max_episode_steps: the most steps of an episode; None for the limit that the env has.
         random_steps: how many steps to act at random first; the episode in which they are
             reached is finished so.
         random_hold: for how many steps a random action is kept. Actions drawn anew at each
             step cancel out in tasks of many small steps, and go nowhere.
-        reward: "learned", a function's name ("pendulum", "cartpole", "inverted_pendulum") or
-            ``module:function``.
-        termination: "learned", "none" if episodes end by time alone, a function's name
-            ("cartpole", "inverted_pendulum", "hopper") or ``module:function``.
-        members: the networks of the ensemble.
-        elites: how many of them predict; all of them if None.
-        hidden: the sizes of their hidden layers.
-        beta: how much of the variance the members' likelihood is weighted with; 0 is the plain
-            likelihood, with more of it rows that are hard to predict count more (beta-NLL,
-            arXiv 2203.09168).
-        model_learning_rate: of AdamW.
-        model_weight_decay: of AdamW.
-        model_batch_size: transitions in a batch of the model's training.
-        checkpoint_interval: episodes from one checkpoint to the next.
+        reward: where the model's reward comes from: "learned", a function's name, which is one
+            of "pendulum", "cartpole" and "inverted_pendulum", or module:function.
+        termination: where the model's terminations come from: "learned", "none" if episodes end
+            by time alone, a function's name, which is one of "cartpole", "inverted_pendulum"
+            and "hopper", or module:function.
+        members: how many networks the ensemble has.
+        elites: how many of the members predict; None for all of them.
+        hidden: the sizes of the hidden layers of each member.
+        beta: how much more rows count that are hard to predict, from 0, the plain likelihood,
+            to 1, the likelihood weighted by the predicted variance (beta-NLL, arXiv 2203.09168).
+        model_learning_rate: the learning rate of the model's optimizer, AdamW.
+        model_weight_decay: the weight decay of the model's optimizer, AdamW.
+        model_batch_size: how many transitions a batch of the model's training has.
+        checkpoint_interval: how many episodes pass between two checkpoints.
     """
 
     env: str = "Pendulum-v1"
@@ -284,6 +284,7 @@ class RecipeTrainer(Trainer):
         )
         key = real_env.action_key
         check_bounds(real_env.full_action_spec_unbatched[key], key)
+        check_float_observations(real_env)
         world_model, loss = make_model(
             config, real_env, reward_function, termination_function
         )
@@ -589,7 +590,7 @@ class RecipeTrainer(Trainer):
         if isinstance(others.get("env"), str):
             settings["env"] = others.pop("env")
         known = {"run", "progress", *_OBJECTS}
-        for name in others.keys() - known:
+        for name in sorted(others.keys() - known):
             close = difflib.get_close_matches(name, names, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise TypeError(
@@ -664,20 +665,6 @@ def warn_of_other_functions(world_model: WorldModel, rows: TensorDictBase) -> No
                 f"run's returns are the env's.",
                 stacklevel=2,
             )
-
-
-def check_bounds(spec: TensorSpec, key: NestedKey) -> None:
-    """Refuse continuous actions without finite bounds.
-
-    Raises:
-        ValueError: if an action has none.
-    """
-    if spec.dtype.is_floating_point and finite_bounds(spec) is None:
-        raise ValueError(
-            f"The actions {key!r} have no finite bounds: {spec.__class__.__name__} of the shape "
-            f"{tuple(spec.shape)}. Give the env an action space with bounds, or bound it with "
-            f"Gymnasium's ClipAction or RescaleAction, or torchrl.envs.ActionScaling."
-        )
 
 
 def make_buffer(capacity: int) -> TensorDictReplayBuffer:

@@ -1,0 +1,102 @@
+"""Gymnasium's actions as TorchRL gives them: options counted from 0, and no dictionary of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+from gymnasium import spaces
+from torchrl.envs import EnvBase, TransformedEnv
+
+
+class TorchRLActions(gymnasium.ActionWrapper):
+    """A Gymnasium env that takes actions as TorchRL's wrappers hand them out.
+
+    They number options 0, 1, ..., ``n - 1``, whatever the ``start`` of the space: here 0 is
+    what the env calls ``start``. And they hand out the value alone where a dictionary has one
+    entry: here the env gets the dictionary.
+
+    Args:
+        env: the env.
+
+    Examples:
+        >>> import gymnasium
+        >>> from torchrl_wm.trainers.gym_actions import TorchRLActions
+        >>> class Lever(gymnasium.Env):
+        ...     action_space = gymnasium.spaces.Discrete(3, start=-1)
+        >>> env = TorchRLActions(Lever())
+        >>> env.action_space, int(env.action(0))
+        (Discrete(3), -1)
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.action_space = _from_zero(env.action_space)
+
+    def action(self, action: Any) -> Any:
+        """The action as the env has it."""
+        return _as_the_env(self.env.action_space, action)
+
+
+def as_torchrl_acts(env: gymnasium.Env) -> gymnasium.Env:
+    """The env, in a :class:`TorchRLActions` where its action space needs it."""
+    space = env.action_space
+    needed = isinstance(space, spaces.Dict) or _from_zero(space) != space
+    return TorchRLActions(env) if needed else env
+
+
+def gymnasium_env(env: EnvBase) -> gymnasium.Env | None:
+    """The Gymnasium env within a TorchRL env; None if there is none."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    inner = env.__dict__.get("_env", None)
+    return inner if isinstance(inner, gymnasium.Env) else None
+
+
+def own_action_space(env: EnvBase) -> gymnasium.Space | None:
+    """The action space as the Gymnasium env within has it; None if there is none."""
+    inner = gymnasium_env(env)
+    if isinstance(inner, TorchRLActions):
+        inner = inner.env
+    return None if inner is None else inner.action_space
+
+
+def check_start(env: EnvBase) -> None:
+    """Refuse a TorchRL env that numbers its options in another way than the env within.
+
+    Raises:
+        ValueError: if a ``start`` is not 0.
+    """
+    inner = gymnasium_env(env)
+    if inner is not None and _from_zero(inner.action_space) != inner.action_space:
+        raise ValueError(
+            f"The Gymnasium env within this {type(env).__name__} has the actions "
+            f"{inner.action_space}, with a start that is not 0, and TorchRL would act with numbers "
+            f"from 0 on. Give the Gymnasium env itself, its name, or a function that makes it: "
+            f"then 0 becomes start, and so on."
+        )
+
+
+def _from_zero(space: gymnasium.Space) -> gymnasium.Space:
+    if isinstance(space, spaces.Discrete) and space.start != 0:
+        return spaces.Discrete(space.n, dtype=space.dtype)
+    if isinstance(space, spaces.MultiDiscrete) and space.start.any():
+        return spaces.MultiDiscrete(space.nvec, dtype=space.dtype)
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _from_zero(part) for key, part in space.items()})
+    if isinstance(space, spaces.Tuple):
+        return spaces.Tuple([_from_zero(part) for part in space])
+    return space
+
+
+def _as_the_env(space: gymnasium.Space, action: Any) -> Any:
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return space.start + action
+    if isinstance(space, spaces.Dict):
+        if not isinstance(action, Mapping):
+            action = dict.fromkeys(space, action)  # there is one key
+        return {key: _as_the_env(part, action[key]) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_as_the_env(part, value) for part, value in zip(space, action))
+    return action
