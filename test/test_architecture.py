@@ -24,8 +24,10 @@ LAYERS = (
 )
 FLOOR = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 
-# The package's own __init__ stands above everything: it gathers, and nobody reads it.
+# The package's own __init__ stands above everything: it gathers, and nobody reads it. So does
+# __main__, which is the command line under another name.
 ROOT = "__init__"
+MAIN = "__main__"
 
 
 def floor_of(part: str) -> int | None:
@@ -34,7 +36,7 @@ def floor_of(part: str) -> int | None:
     A private module beside the packages (``torchrl_wm/_utils.py``) is the ground: all
     may import it, and it imports nothing else of the package.
     """
-    if part == ROOT:
+    if part in (ROOT, MAIN):
         return len(LAYERS) + 1
     if part.startswith("_"):
         return 0

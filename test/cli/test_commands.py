@@ -316,3 +316,25 @@ def test_demo(here, capsys) -> None:
     assert "Return at random" in out
     assert main(["demo", *short]) == 0  # again, beside the first
     assert (here / "runs" / "demo-2" / "learning_curve.png").is_file()
+
+
+def test_a_model_of_some_of_the_observations(here, capsys) -> None:
+    """Of a dictionary with class numbers, which the ensemble does not predict."""
+    rng = np.random.default_rng(0)
+    np.savez(
+        "rows.npz",
+        **{
+            "observations/arm/place": rng.normal(size=(61, 2)),
+            "observations/gear": rng.integers(0, 3, size=(61, 2)),
+        },
+        actions=rng.uniform(-1, 1, size=(60, 1)),
+        rewards=np.zeros(60),
+        terminations=np.zeros(60, bool),
+    )
+    words = "train model --data rows.npz --steps 4 --interval 2 --members 2 --hidden 8".split()
+    assert main([*words, "--no-report"]) == 2
+    assert "observation_keys" in capsys.readouterr().err
+    assert main([*words, "--observation-keys", "arm/place", "--run", "some"]) == 0
+    world_model = load_world_model("some/model.pt")
+    (key,) = world_model.latent_keys
+    assert key[-2:] == ("arm", "place") and Path("some/report.html").is_file()

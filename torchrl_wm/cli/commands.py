@@ -8,21 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 #: What ``train`` can train.
 RECIPES = ("pets", "mbpo", "model")
-Run = Annotated[str, tyro.conf.Positional]
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
+def check_recipe(name: str) -> None:
+    """Refuse what ``train`` cannot train.
+
+    Raises:
+        ValueError: if there is no recipe of that name; the message lists those that there are.
+    """
+    if name not in RECIPES:
+        raise ValueError(
+            f"There is no recipe {name!r} to train. Valid choices are {sorted(RECIPES)}: "
+            f"torchrl-wm train --help."
+        )
 
 
 def train(
     recipe: Annotated[
-        Literal["pets", "mbpo", "model"] | None, tyro.conf.Positional
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[{pets,mbpo,model}]", help_behavior_hint=""),
     ] = None,
     *,
-    resume: str | None = None,
+    resume: Annotated[
+        str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")
+    ] = None,
     report: bool = True,
     progress: bool = True,
 ) -> Callable[[], None]:
@@ -32,12 +49,13 @@ def train(
     list all settings.
 
     Args:
-        recipe: pets: plan through an ensemble; mbpo: SAC on imagined rollouts; model: a world
-            model alone, from data.
-        resume: the folder of a run that was interrupted: go on from its last checkpoint.
+        recipe: pets plans through an ensemble, mbpo learns a policy by SAC, model is a world model of logged data.
+        resume: the folder of a run that was interrupted, to go on from its last checkpoint.
         report: write the report at the end.
         progress: show the progress.
     """
+    if recipe is not None:
+        check_recipe(recipe)
     if resume is None:
         raise ValueError(
             "Say what to train: torchrl-wm train pets, torchrl-wm train mbpo or torchrl-wm train "
@@ -54,7 +72,7 @@ def evaluate(
     Args:
         run: the folder of the run.
         episodes: how many real episodes.
-        seed: of how they begin, and of what a planner draws.
+        seed: the seed of how the episodes begin, and of what a planner draws.
         progress: print each return when it is known.
     """
 
@@ -69,19 +87,22 @@ def evaluate(
 def report(
     run: Run,
     *,
-    out: str | None = None,
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: RUN/report.html)"),
+    ] = None,
     episodes: int = 3,
     horizon: int = 20,
     seed: int = 0,
 ) -> Callable[[], None]:
-    """Measure a run's world model on fresh episodes of its policy, and write it all into one HTML file.
+    """Measure a run's world model on new episodes of its policy, and write a report, one HTML file.
 
     Args:
         run: the folder of the run.
-        out: the file; report.html in the folder of the run by default.
+        out: the file to write.
         episodes: how many real episodes.
         horizon: how many steps ahead the model is measured.
-        seed: of how the episodes begin, and of what is imagined.
+        seed: the seed of how the episodes begin, and of what is imagined.
     """
 
     def go() -> None:
@@ -95,7 +116,10 @@ def report(
 def play(
     run: Run,
     *,
-    out: str | None = None,
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: RUN/film.gif)"),
+    ] = None,
     horizon: int = 50,
     max_steps: int = 1000,
     real_only: bool = False,
@@ -103,17 +127,17 @@ def play(
     fps: float = 20.0,
     height: int = 240,
 ) -> Callable[[], None]:
-    """Film a run's policy in the real env, what the model imagines beside it where that can be drawn.
+    """Film a run's policy in the real env, beside what the model imagines where that can be drawn.
 
     Args:
         run: the folder of the run.
-        out: the film, .gif or .mp4; film.gif in the folder of the run by default.
+        out: the film to write, a .gif or an .mp4.
         horizon: for how many steps the model imagines before it looks at the real env again.
-        max_steps: the length of the film at most.
+        max_steps: the greatest length of the film, in steps.
         real_only: film the real env alone, with its own renderer.
-        seed: of how the episode begins.
-        fps: frames a second.
-        height: of the frames, in pixels; films of the real env alone have that of its renderer.
+        seed: the seed of how the episode begins.
+        fps: how many frames the film shows in a second.
+        height: the height of the frames, in pixels; the real env alone is filmed as high as its renderer draws it.
     """
 
     def go() -> None:
@@ -135,24 +159,30 @@ def play(
 
 def demo(
     *,
-    run: str = "runs/demo",
+    run: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "runs/demo",
     seed: int = 0,
     trials: int = 1,
     episode_steps: int = 200,
-    model_steps: int | None = None,
-    num_candidates: int | None = None,
+    model_steps: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help_behavior_hint="(default: 1000 first, then 175 every 50 real steps)"
+        ),
+    ] = None,
+    num_candidates: Annotated[
+        int | None, tyro.conf.arg(help_behavior_hint="(default: 200)")
+    ] = None,
     progress: bool = True,
 ) -> Callable[[], None]:
-    """Learn the pendulum from nothing and balance it by planning; then show how good the model is.
+    """Learn to balance a pendulum from nothing, by planning through a learned model, and draw how good it is.
 
     Args:
-        run: the folder of the run; a number is added to it if it exists.
-        seed: of everything.
-        trials: real episodes that are planned, after two at random.
-        episode_steps: the length of an episode.
-        model_steps: gradient steps of each training; by default 1,000 first and 175 every 50
-            real steps.
-        num_candidates: plans tried at each real step; 200 by default.
+        run: the folder of the run, with a number added to it if it exists.
+        seed: the seed of networks, plans and episodes.
+        trials: how many real episodes are planned, after two at random.
+        episode_steps: the length of an episode, in real steps.
+        model_steps: how many gradient steps each training of the model takes.
+        num_candidates: how many plans are tried at each real step.
         progress: show the progress.
     """
 

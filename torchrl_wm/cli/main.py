@@ -10,10 +10,10 @@ from importlib.util import find_spec
 
 from torchrl_wm.cli.console import complain, describe, ERRORS, Interrupted
 
-DESCRIPTION = """Learn world models, and policies with them, and look at how good they are.
+DESCRIPTION = """Learn world models, act by them, and see how good they are.
 
 Each command explains its options: torchrl-wm COMMAND --help, torchrl-wm train pets --help.
-With --debug, which every command takes, errors come with their traceback."""
+Every command takes --debug, too: then an error comes with its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +68,7 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     import tyro
 
     from torchrl_wm.cli import commands
+    from torchrl_wm.cli.options import OPTIONS
 
     resumes = any(word.split("=")[0] == "--resume" for word in words)
     options = sorted(word for word in words if _is_setting(word))
@@ -83,13 +84,17 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         from torchrl_wm.cli import training
 
         prog = f"torchrl-wm train {recipe}"
-        return tyro.cli(training.RECIPES[recipe], prog=prog, args=words[2:])
+        return tyro.cli(
+            training.RECIPES[recipe], prog=prog, args=words[2:], registry=OPTIONS
+        )
+    if recipe is not None and not recipe.startswith("-"):
+        commands.check_recipe(recipe)
     return tyro.extras.subcommand_cli_from_dict(
         commands.COMMANDS,
         prog="torchrl-wm",
         description=DESCRIPTION,
         args=words,
-        config=(tyro.conf.DisallowNone,),
+        registry=OPTIONS,
     )
 
 

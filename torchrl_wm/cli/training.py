@@ -37,7 +37,12 @@ Settings = tyro.conf.OmitArgPrefixes
 def pets(
     config: Annotated[PETSConfig, tyro.conf.arg(name="")] = PETSConfig(),  # noqa: B008
     *,
-    run: str | None = None,
+    run: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="FOLDER", help_behavior_hint="(default: runs/pets-ENV-SEED)"
+        ),
+    ] = None,
     report: bool = True,
     progress: bool = True,
 ) -> Callable[[], None]:
@@ -47,7 +52,7 @@ def pets(
 
     Args:
         config: the settings.
-        run: the folder of the run, a new one; runs/pets-ENV-SEED by default.
+        run: the folder of the run, which must be new or empty.
         report: write the report at the end.
         progress: show the progress.
     """
@@ -57,7 +62,12 @@ def pets(
 def mbpo(
     config: Annotated[MBPOConfig, tyro.conf.arg(name="")] = MBPOConfig(),  # noqa: B008
     *,
-    run: str | None = None,
+    run: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="FOLDER", help_behavior_hint="(default: runs/mbpo-ENV-SEED)"
+        ),
+    ] = None,
     report: bool = True,
     progress: bool = True,
 ) -> Callable[[], None]:
@@ -67,7 +77,7 @@ def mbpo(
 
     Args:
         config: the settings.
-        run: the folder of the run, a new one; runs/mbpo-ENV-SEED by default.
+        run: the folder of the run, which must be new or empty.
         report: write the report at the end.
         progress: show the progress.
     """
@@ -77,8 +87,22 @@ def mbpo(
 def model(
     *,
     data: str,
-    env: str | None = None,
-    run: str | None = None,
+    env: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help_behavior_hint="(default: none, its specs are read off the data)"
+        ),
+    ] = None,
+    observation_keys: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="[NAME [NAME ...]]", help_behavior_hint="(default: all)"),
+    ] = (),
+    run: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="FOLDER", help_behavior_hint="(default: runs/model-NAME-SEED)"
+        ),
+    ] = None,
     steps: int = 2000,
     held_out: float = 0.1,
     interval: int = 200,
@@ -94,24 +118,26 @@ def model(
     """Train a world model alone, from logged data.
 
     Args:
-        data: an .npz file of arrays, the folder of a saved replay buffer, tensordict or Minari
-            dataset, or minari:ID for a Minari dataset on this machine.
-        env: the env that was recorded, as for train pets; without it its specs are read off the
-            data.
-        run: the folder of the run, a new one; runs/model-NAME-SEED by default.
-        steps: gradient steps.
+        data: an .npz file, the folder of a replay buffer, tensordict or Minari dataset, or minari:ID of a local one.
+        env: the env that was recorded, named as for train pets.
+        observation_keys: which observations to model; a slash joins the names of nested ones.
+        run: the folder of the run, which must be new or empty.
+        steps: how many gradient steps to train for.
         held_out: the share of the episodes that is not trained on.
-        interval: gradient steps from one look at the held-out error to the next.
-        members: the networks of the ensemble.
-        elites: how many of them predict; 5, or all of fewer, if None.
-        hidden: the sizes of their hidden layers.
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        batch_size: transitions in a batch.
-        seed: of the split, the weights and the batches.
+        interval: how many gradient steps pass between two looks at the held-out error.
+        members: how many networks the ensemble has.
+        elites: how many of the members predict; None for 5, or all of fewer.
+        hidden: the sizes of the hidden layers of each member.
+        learning_rate: the learning rate of the optimizer, AdamW.
+        weight_decay: the weight decay of the optimizer, AdamW.
+        batch_size: how many transitions a batch has.
+        seed: the seed of the split, the weights and the batches.
         report: write the report on the held-out episodes at the end.
     """
     settings = {k: v for k, v in locals().items() if k not in ("run", "report")}
+    settings["observation_keys"] = [
+        tuple(name.split("/")) for name in observation_keys
+    ] or None
     return lambda: train_from_data(run, report, **settings)
 
 
