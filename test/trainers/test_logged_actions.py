@@ -235,6 +235,11 @@ def test_a_spec_makes_quantities_of_integers() -> None:
             ValueError,
             "class numbers from 0 to 3.*3 actions",
         ),
+        (
+            {"action_spec": OneHot(1)},
+            ValueError,
+            "class numbers from 0 to 3.*1 actions",
+        ),
         ({"action_spec": Binary(2)}, ValueError, r"shape \(\).*\(2,\) \(Binary\)"),
         ({"action_spec": spaces.Discrete(4)}, TypeError, "torchrl.data, got Discrete"),
         ({"action_spec": Composite(move=OneHot(4))}, ValueError, r"\['move'\]"),
@@ -248,6 +253,22 @@ def test_a_spec_makes_quantities_of_integers() -> None:
 def test_specs_that_do_not_fit(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         load_transitions(arrays(np.arange(4)), **settings)
+
+
+def test_vectors_that_are_not_one_hot_where_the_env_s_are() -> None:
+    rows = recorded(spaces.MultiDiscrete([2, 3]))
+    rows["action"][7, 4] = 1 - rows["action"][7, 4]
+    env = GymWrapper(Line(spaces.MultiDiscrete([2, 3])))
+    with pytest.raises(
+        ValueError, match=r"'action' are one-hot in the env.*\[2, 3\].*are not"
+    ):
+        load_transitions(rows, env=env)
+    binary = GymWrapper(Line(spaces.MultiBinary(5)))
+    rows["action"][7, 4] = 2
+    with pytest.raises(
+        ValueError, match="'action' are 0 or 1 in the env.* from 0 to 2"
+    ):
+        load_transitions(rows, env=binary)
 
 
 # Categorical actions ---------------------------------------------------------------------

@@ -180,7 +180,7 @@ def start_of(env: EnvBase) -> Any:
 def start_of_space(space: Any) -> Any:
     """As :func:`start_of`, of the space itself; of several choices one for each."""
     start = getattr(space, "start", 0)
-    return torch.as_tensor(np.asarray(start)) if np.any(start) else 0
+    return np.asarray(start) if np.any(start) else 0
 
 
 # As a spec has them ----------------------------------------------------------------------
@@ -232,16 +232,23 @@ def _as_choices(
         shape = spec.shape if not is_vector else spec.shape[:-1]
         if isinstance(spec, MultiOneHot):
             shape = (*shape, len(spec.nvec))
+        if is_vector and value.shape[1:] == spec.shape:
+            raise ValueError(
+                f"The actions {key!r} are one-hot in {whose}, a single 1 for each of "
+                f"{counts} options, and some of the {len(value)} rows in the data are not."
+            )
         # [N] and [N, 1] are the same numbers.
         if [n for n in value.shape[1:] if n != 1] != [n for n in shape if n != 1]:
             raise _other_shape(key, value, spec, whose)
-        numbers = _exactly(key, flat, torch.int64) - start
-        if bool((numbers < 0).any()) or bool((numbers >= torch.tensor(counts)).any()):
+        first = torch.as_tensor(start, device=flat.device)
+        numbers = _exactly(key, flat, torch.int64) - first
+        most = torch.tensor(counts, device=flat.device)
+        if bool(((numbers < 0) | (numbers >= most)).any()):
             how_many = counts if len(set(counts)) > 1 else counts[0]
-            first = start if isinstance(start, int) else start.tolist()
             raise ValueError(
                 f"The actions {key!r} are class numbers from {int(flat.min())} to "
-                f"{int(flat.max())}, and {whose} has {how_many} actions, numbered from {first}."
+                f"{int(flat.max())}, and {whose} has {how_many} actions, numbered from "
+                f"{first.tolist()}."
             )
     if is_vector:
         parts = zip(numbers.unbind(-1), counts)
@@ -312,7 +319,7 @@ def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Compo
         else:
             as_spec(key, value, spec, "action_spec")
         out[key] = spec
-    return out
+    return out if data.device is None else out.to(data.device)
 
 
 def by_key(
