@@ -16,7 +16,6 @@ from torchrl_wm.diagnostics import write_report
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.models import save_world_model
 from torchrl_wm.trainers import (
-    load_transitions,
     make_real_env,
     MBPOConfig,
     MBPOTrainer,
@@ -27,6 +26,7 @@ from torchrl_wm.trainers import (
     train_world_model,
     write_run_report,
 )
+from torchrl_wm.trainers.logged_data import read_transitions
 from torchrl_wm.trainers.model_training import as_episodes, split_transitions
 from torchrl_wm.trainers.pictures import recorded_episodes
 from torchrl_wm.trainers.recipe import RecipeConfig, RecipeTrainer
@@ -154,7 +154,7 @@ def train_from_data(
 ) -> None:
     """A world model, its errors on held-out data, and the report on them."""
     real_env = None if env is None else make_real_env(env)
-    rows = load_transitions(data, env=real_env)
+    rows, action_spec = read_transitions(data, real_env)
     name = re.sub(r"[^\w.-]+", "-", Path(data.removeprefix("minari:")).stem)
     path = run or f"runs/model-{name.strip('-')}-{settings['seed']}"
     content = {"algorithm": "model", "config": {"data": data, "env": env, **settings}}
@@ -172,7 +172,7 @@ def train_from_data(
 
     try:
         world_model, metrics = train_world_model(
-            rows, env=real_env, on_row=show, **settings
+            rows, env=real_env, action_spec=action_spec, on_row=show, **settings
         )
     except KeyboardInterrupt:
         raise Interrupted(
@@ -194,7 +194,8 @@ def train_from_data(
     if report:
         found["report"] = folder.path / "report.html"
         _, test = split_transitions(rows, settings["held_out"], settings["seed"])
-        imagined = WorldModelEnv(world_model, real_env or RecordedEnv(rows))
+        reference = real_env or RecordedEnv(rows, action_spec=action_spec)
+        imagined = WorldModelEnv(world_model, reference)
         write_report(
             found["report"],
             imagined,

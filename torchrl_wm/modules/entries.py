@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -198,6 +198,36 @@ class SplitEntries(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{entry.name}: {list(entry.shape)}" for entry in self.entries)
+
+
+def check_numbers(
+    module: nn.Module, values: Mapping[NestedKey, torch.Tensor], batch: torch.Size
+) -> None:
+    """Refuse numbers ``[*B, 1]`` where the entries that a module joins say ``[*B]``.
+
+    To the entry alone ``*B, 1`` are batch dims, too.
+
+    Args:
+        module: the module, and all within it.
+        values: some of what it reads, by flat key.
+        batch: ``*B``.
+
+    Raises:
+        ValueError: if there are; the message names the key.
+    """
+    joins = (part for part in module.modules() if isinstance(part, JoinEntries))
+    for entry in (entry for join in joins for entry in join.entries):
+        value = None if entry.shape else values.get(entry.key, None)
+        if value is not None and value.shape == (*batch, 1):
+            below = (
+                f"class number below {entry.classes[0]}" if entry.classes else "number"
+            )
+            raise ValueError(
+                f"{entry.key!r} is one {below} for each step, [*B] = {tuple(batch)}, and has "
+                f"the shape {tuple(value.shape)}. Take the last dim off: td.set({entry.key!r}, "
+                f"td.get({entry.key!r}).squeeze(-1)); or make the model of an env whose spec of "
+                f"it has the shape (1,)."
+            )
 
 
 def _flat(entry: Entry, value: torch.Tensor) -> torch.Tensor:

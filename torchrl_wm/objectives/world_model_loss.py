@@ -23,6 +23,7 @@ from torch import nn
 from torchrl.objectives import LossModule
 
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.entries import check_numbers
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.filtering import episode_begins, IS_INIT, predict_sequence
 from torchrl_wm.modules.keys import (
@@ -516,7 +517,8 @@ class WorldModelLoss(LossModule):
 
         Raises:
             KeyError: if an input of the model or a label is missing.
-            ValueError: if a prediction and its label differ in shape.
+            ValueError: if a prediction and its label differ in shape, or class numbers are
+                ``[*B, 1]`` where their spec says ``[*B]``.
         """
         if not tensordict.batch_size.numel():
             raise ValueError(
@@ -529,6 +531,11 @@ class WorldModelLoss(LossModule):
             raise MissingEntryError(
                 f"The world model reads {missing}, and the batch has {leaf_keys(tensordict)}."
             )
+        # Not all models fail on class numbers with a dim too many: some broadcast.
+        columns = {key: tensordict.get(key) for key in inputs}
+        columns = {k: v for k, v in columns.items() if not v.is_floating_point()}
+        if columns:
+            check_numbers(self.world_model.dynamics, columns, tensordict.batch_size)
         valid = self.valid(tensordict)
         if self.multi_step and valid is not None:
             # What is predicted through a step that is not there compares with nothing.

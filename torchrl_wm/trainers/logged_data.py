@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.data import ReplayBuffer
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.data import ReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models import EnvSpecs, read_specs
@@ -26,6 +23,15 @@ from torchrl_wm.modules.keys import (
     sibling,
     unique,
 )
+from torchrl_wm.trainers.logged_actions import (
+    action_keys,
+    as_choices,
+    as_spec,
+    by_key,
+    start_of,
+)
+from torchrl_wm.trainers.logged_files import oldest_first, read
+from torchrl_wm.trainers.logged_minari import is_minari, minari_episodes, of_space
 
 #: What :func:`load_transitions` takes.
 DataSource = Union[
@@ -41,11 +47,13 @@ NAMES = ("observations", "actions", "rewards", "terminations")
 OPTIONAL = ("truncations", "next_observations")
 #: What says that an episode ends.
 ENDS = ("done", "terminated", "truncated")
-_MINARI = "minari:"
 
 
 def load_transitions(
-    source: DataSource, *, env: EnvBase | None = None
+    source: DataSource,
+    *,
+    env: EnvBase | None = None,
+    action_spec: TensorSpec | None = None,
 ) -> TensorDictBase:
     """Read recorded transitions.
 
@@ -70,8 +78,14 @@ def load_transitions(
             their names are joined by slashes, ``observations/position``.
 
     Keyword Args:
-        env: the env that was recorded, whose specs the transitions are to have. Needed for
-            actions that are class numbers in arrays, which become one-hot as in ``GymEnv``.
+        env: the env that was recorded, whose specs the transitions are to have. Choices are
+            class numbers or one-hot in the data, and become what they are in the env; in arrays
+            they are numbered as in its Gymnasium space, from its ``start`` on.
+        action_spec: the spec of the actions alone, without batch dims, in place of the env.
+            Without either, integers in arrays are choices, which become one-hot as in
+            ``GymEnv``: one number for each step one of as many as the greatest and one, a vector
+            of them several (rows of 0 and 1 stay as they are); a Minari dataset says how many
+            there are, and whether integers are quantities, which become floats.
 
     Returns:
         Transitions ``[N]``, in the order of recording: the observations (an array under
@@ -106,13 +120,25 @@ def load_transitions(
         >>> data.shape, data["next", "observation"].shape
         (torch.Size([10]), torch.Size([10, 3]))
     """
-    classes = None
+    return read_transitions(source, env, action_spec)[0]
+
+
+def read_transitions(
+    source: DataSource,
+    env: EnvBase | None = None,
+    action_spec: TensorSpec | None = None,
+) -> tuple[TensorDictBase, TensorSpec | None]:
+    """As :func:`load_transitions`; and the spec of the actions, if more than they tell it."""
+    if env is not None and action_spec is not None:
+        raise ValueError("Give env or action_spec, not both: the env has its own.")
+    space = None
     if isinstance(source, (str, os.PathLike)):
-        source = _read(source)
+        source = read(source)
     if isinstance(source, ReplayBuffer):
         source = _content(source)
-    if _is_minari(source):
-        source, classes = _minari_episodes(source)
+    if is_minari(source):
+        source, space = minari_episodes(source)
+    is_arrays = not isinstance(source, TensorDictBase)
     if isinstance(source, TensorDictBase):
         data = _flat(source)
     elif isinstance(source, Mapping):
@@ -128,11 +154,20 @@ def load_transitions(
     if not len(data):
         raise ValueError("The data holds no transition.")
     data = data.apply(lambda x: x.float() if x.dtype is torch.float64 else x)
-    if classes is not None:
-        data.set("action", _one_hot(data.get("action"), classes))
+    if space is not None:
+        actions, spec = of_space("action", data.get("action"), space)
+        data.set("action", actions)
+        action_spec = spec if env is None and action_spec is None else action_spec
+    elif is_arrays and env is None and action_spec is None:
+        data.set("action", as_choices("action", data.get("action")))
     if env is not None:
-        data = _as_specified(data, env)
-    return data
+        start = start_of(env) if is_arrays and space is None else 0
+        return _as_specified(data, env, start), None
+    if action_spec is not None:
+        keys = ["action"] if is_arrays else action_keys(data)
+        for key, spec in by_key(action_spec, keys).items():
+            data.set(key, as_spec(key, data.get(key), spec, "action_spec"))
+    return data, action_spec
 
 
 # Arrays --------------------------------------------------------------------------
@@ -153,14 +188,14 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
             + (f"{unknown} are not known. " if unknown else "")
             + f"Needed are {list(NAMES)}; {list(OPTIONAL)} may be there."
         )
-    rewards = _flags("rewards", arrays["rewards"], what).float()
+    rewards = _numbers("rewards", arrays["rewards"], what).float()
     steps = len(rewards)
     if not steps:
         raise ValueError(f"{what} has no step.")
-    terminated = _flags("terminations", arrays["terminations"], what).bool()
+    terminated = _ends("terminations", arrays["terminations"], what)
     truncated = torch.zeros(steps, 1, dtype=torch.bool)
     if "truncations" in arrays:
-        truncated = _flags("truncations", arrays["truncations"], what).bool()
+        truncated = _ends("truncations", arrays["truncations"], what)
     actions = _tensor("actions", arrays["actions"])
     observations = _tree("observations", arrays["observations"])
     if "next_observations" in arrays:
@@ -220,7 +255,7 @@ def _check_lengths(needed: dict[str, tuple], what: str, steps: int) -> None:
                 )
 
 
-def _flags(name: str, value: Any, what: str) -> torch.Tensor:
+def _numbers(name: str, value: Any, what: str) -> torch.Tensor:
     """One number for each step, ``[N, 1]``."""
     tensor = _tensor(name, value)
     if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[1] != 1):
@@ -229,6 +264,24 @@ def _flags(name: str, value: Any, what: str) -> torch.Tensor:
             f"{tuple(tensor.shape)}. Several episodes are a list of dictionaries."
         )
     return tensor.reshape(-1, 1)
+
+
+def _ends(name: str, value: Any, what: str) -> torch.Tensor:
+    """Whether the episode ends, at each step, ``[N, 1]`` bool."""
+    return _flags(f"{name} of {what}", _numbers(name, value, what))
+
+
+def _flags(name: str, value: torch.Tensor) -> torch.Tensor:
+    """0 and 1, in whatever dtype, as bool; NaN is neither."""
+    wrong = ~((value == 0) | (value == 1))
+    if wrong.any():
+        step = wrong.flatten(1) if wrong.ndim > 1 else wrong.unsqueeze(-1)
+        raise ValueError(
+            f"{name} must be 0 or 1, and are {value[wrong][0].item()} in {int(wrong.sum())} of "
+            f"{wrong.numel()} places, the first of which is in row "
+            f"{int(step.any(-1).long().argmax())}. Leave those episodes out, or repair them."
+        )
+    return value.bool()
 
 
 def _tree(name: str, value: Any, key: tuple = ()) -> dict[Any, torch.Tensor]:
@@ -254,77 +307,6 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
         ) from err
 
 
-# Files and folders -----------------------------------------------------------------
-
-
-def _read(source: str | os.PathLike) -> Any:
-    name = os.fspath(source)
-    if name.startswith(_MINARI):
-        return _minari_dataset(name[len(_MINARI) :])
-    path = Path(source)
-    if path.is_file() and path.suffix == ".npz":
-        return _read_npz(path)
-    for folder in (path / "storage", path):
-        if (folder / "storage_metadata.json").is_file():
-            return _read_storage(folder)
-    if (path / "meta.json").is_file():
-        return TensorDict.load_memmap(path)
-    for folder in (path / "data", path):
-        if (folder / "metadata.json").is_file():
-            return _minari().MinariDataset(folder)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no {name!r}. Name an .npz file, a folder of buffer.dumps(...), of "
-            f"tensordict.memmap(...) or of a Minari dataset, or 'minari:<id>'."
-        )
-    raise ValueError(
-        f"{name!r} is neither an .npz file, nor a folder that buffer.dumps(...) or "
-        f"tensordict.memmap(...) wrote, nor that of a Minari dataset."
-    )
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            flat = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
-        raise ValueError(
-            f"{os.fspath(path)!r} cannot be read as arrays ({err}). Arrays of objects are not "
-            f"read, as they may hold code."
-        ) from err
-    out: dict[str, Any] = {}
-    for name, value in flat.items():
-        *groups, last = name.split("/")
-        place = out
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = value
-    return out
-
-
-def _read_storage(folder: Path) -> TensorDictBase:
-    """What a replay buffer's storage holds, as :func:`_content` returns it."""
-    about = _read_json(folder / "storage_metadata.json")
-    if about.get("is_pytree") or not (folder / "meta.json").is_file():
-        raise ValueError(
-            f"The replay buffer in {os.fspath(folder)!r} holds no tensordict. Load it yourself, "
-            f"buffer.loads(path), and pass its content as arrays."
-        )
-    data, length = TensorDict.load_memmap(folder), about["len"]
-    file = folder.parent / "writer" / "metadata.json"
-    writer = _read_json(file) if folder.name == "storage" and file.is_file() else {}
-    # Storages of several dims hold time first, and count the steps of all rows.
-    across = data.batch_size[1:].numel()
-    if length > len(data) or writer.get("write_count", length) * across == length:
-        times = _oldest_first(data[: length // across], 0, writer.get("cursor", 0))
-        return times.transpose(0, -1) if data.batch_dims > 1 else times
-    return _oldest_first(data[:length], 0, writer.get("cursor", 0))
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 # TorchRL's forms ---------------------------------------------------------------------
 
 
@@ -337,18 +319,9 @@ def _content(buffer: ReplayBuffer) -> Any:
     if not isinstance(data, TensorDictBase) or not isinstance(cursor, int):
         return data
     time = buffer.dim_extend
-    data = _oldest_first(data, time, cursor)
+    data = oldest_first(data, time, cursor)
     last = getattr(buffer.storage, "ndim", 1) - 1
     return data if time >= last else data.transpose(time, last)
-
-
-def _oldest_first(data: TensorDictBase, dim: int, cursor: int) -> TensorDictBase:
-    """The steps of a ring, whose next step would be written at ``cursor``, in their order."""
-    length = data.batch_size[dim]
-    if not 0 < cursor < length:
-        return data
-    order = torch.arange(length).roll(-cursor)
-    return data[(slice(None),) * dim + (order,)]
 
 
 def _flat(data: TensorDictBase) -> TensorDictBase:
@@ -369,7 +342,7 @@ def _flat(data: TensorDictBase) -> TensorDictBase:
     if valid is None:
         valid = torch.ones(data.batch_size, dtype=torch.bool, device=data.device)
     valid = valid.reshape(data.batch_size)
-    _end(data, _last_steps(data, valid))
+    _end(data, _last_steps(data, valid), valid)
     return data.reshape(-1)[valid.reshape(-1)].clone()
 
 
@@ -387,100 +360,51 @@ def _last_steps(data: TensorDictBase, valid: torch.Tensor) -> torch.Tensor:
     return last
 
 
-def _end(data: TensorDictBase, last: torch.Tensor) -> None:
+def _end(data: TensorDictBase, last: torch.Tensor, valid: torch.Tensor) -> None:
     """Truncate the steps ``last``, ``[*B]``, that do not terminate."""
     following = data.get("next")
+
+    def read(key: NestedKey) -> torch.Tensor | None:
+        value = following.get(key, None)
+        if value is None:
+            return None
+        _flags(repr(join("next", key)), value[valid])  # padding may be anything
+        return value.bool()
+
     ends = [key for key in leaf_keys(following) if as_tuple(key)[-1] in ENDS]
     for key in unique(sibling(key, "done") for key in ends):
-        done, terminated, truncated = (
-            following.get(sibling(key, name), None) for name in ENDS
-        )
+        done, terminated, truncated = (read(sibling(key, name)) for name in ENDS)
         if done is None:
             done = terminated if truncated is None else truncated
             if terminated is not None:
-                done = done.bool() | terminated.bool()
-        done = done.bool()
+                done = done | terminated
         if terminated is None:
-            terminated = done if truncated is None else done & ~truncated.bool()
-        terminated = terminated.bool()
-        truncated = done & ~terminated if truncated is None else truncated.bool()
+            terminated = done if truncated is None else done & ~truncated
+        if truncated is None:
+            truncated = done & ~terminated
         cut = last.reshape(*last.shape, *(1,) * (done.ndim - last.ndim)) & ~terminated
         values = (done | cut, terminated, truncated | cut)
         for name, value in zip(ENDS, values):
             following.set(sibling(key, name), value)
 
 
-# Minari ------------------------------------------------------------------------------
-
-
-def _minari() -> Any:
-    try:
-        import minari
-    except ImportError as err:
-        raise ImportError(
-            "Minari datasets need minari: pip install 'torchrl-wm[minari]'."
-        ) from err
-    return minari
-
-
-def _minari_dataset(name: str) -> Any:
-    minari = _minari()
-    known = minari.list_local_datasets()
-    if name not in known:
-        raise FileNotFoundError(
-            f"There is no Minari dataset {name!r} on this machine; there are {sorted(known)}. "
-            f"Nothing is downloaded here: minari download {name} does it."
-        )
-    return minari.load_dataset(name, download=False)
-
-
-def _is_minari(source: Any) -> bool:
-    return hasattr(source, "iterate_episodes") and hasattr(source, "action_space")
-
-
-def _minari_episodes(dataset: Any) -> tuple[list[dict[str, Any]], int | None]:
-    """The episodes, and the number of actions if they are choices."""
-    names = (*NAMES, "truncations")
-    episodes = [
-        {name: getattr(episode, name) for name in names}
-        for episode in dataset.iterate_episodes()
-    ]
-    number = getattr(dataset.action_space, "n", None)
-    return episodes, None if number is None else int(number)
-
-
 # What an env says of them --------------------------------------------------------------
 
 
-def _one_hot(actions: torch.Tensor, classes: int) -> torch.Tensor:
-    actions = actions.reshape(len(actions)).long()
-    if int(actions.min()) < 0 or int(actions.max()) >= classes:
-        raise ValueError(
-            f"The actions are class numbers from {int(actions.min())} to {int(actions.max())}, and "
-            f"the env has {classes} actions, numbered from 0."
-        )
-    return torch.nn.functional.one_hot(actions, classes)
-
-
-def _as_specified(data: TensorDictBase, env: EnvBase) -> TensorDictBase:
+def _as_specified(data: TensorDictBase, env: EnvBase, start: Any) -> TensorDictBase:
     """The transitions with the entries that the env has."""
     specs: EnvSpecs = read_specs(env)
-    spec_of = env.full_action_spec_unbatched
-    for entry in specs.actions:
-        value = data.get(entry.key, None)
-        is_choice = value is not None and not value.is_floating_point()
-        if is_choice and value.shape[1:].numel() == 1 and entry.size > 1:
-            data.set(
-                entry.key, _one_hot(value, entry.size).to(spec_of[entry.key].dtype)
-            )
-    entries = [(e.key, e) for e in (*specs.vectors, *specs.pixels, *specs.actions)]
+    entries = [(e.key, e) for e in (*specs.vectors, *specs.pixels)]
     entries += [(join("next", e.key), e) for e in (*specs.vectors, *specs.pixels)]
     entries.append((join("next", specs.reward.key), specs.reward))
-    missing = missing_from(data, [key for key, _ in entries])
+    missing = missing_from(data, [*specs.action_keys, *(key for key, _ in entries)])
     if missing:
         raise MissingEntryError(
             f"The data lacks the env's entries {missing}; it has {leaf_keys(data)}."
         )
+    for key in specs.action_keys:
+        spec = env.full_action_spec_unbatched[key]
+        data.set(key, as_spec(key, data.get(key), spec, "the env", start=start))
     for key, entry in entries:
         value = data.get(key)
         if tuple(value.shape[1:]) != entry.shape:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Binary, Composite, Unbounded
+from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models import make_ensemble_world_model
@@ -17,7 +17,8 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.learning import ModelLearner
-from torchrl_wm.trainers.logged_data import DataSource, ENDS, load_transitions
+from torchrl_wm.trainers.logged_actions import action_keys, action_specs
+from torchrl_wm.trainers.logged_data import DataSource, ENDS, read_transitions
 
 
 class RecordedEnv(EnvBase):
@@ -29,8 +30,17 @@ class RecordedEnv(EnvBase):
     Args:
         data: transitions ``[N]``, as :func:`load_transitions` returns them.
 
+    Keyword Args:
+        action_spec: the spec of the actions, without batch dims, with which the data was loaded.
+            Without it, they tell what they are: rows of 0 and 1 with a single 1 each are
+            one-hot; with one in each of several blocks, several such choices; other rows of 0
+            and 1 are binary; integers are the numbers of options, of which there are as many as
+            the greatest and one; and floats have no bounds.
+
     Raises:
         KeyError: if there are no observations, actions or rewards.
+        ValueError: if the actions may be one thing or another, or are not as ``action_spec``
+            says.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -38,31 +48,33 @@ class RecordedEnv(EnvBase):
         >>> env = RecordedEnv(load_transitions(GymEnv("Pendulum-v1").rollout(10)))
         >>> env.observation_spec["observation"].shape, env.action_spec.shape
         (torch.Size([3]), torch.Size([1]))
+        >>> RecordedEnv(load_transitions(GymEnv("CartPole-v1").rollout(10))).action_spec
+        OneHot(
+            shape=torch.Size([2]),
+            space=CategoricalBox(n=2),
+            device=cpu,
+            dtype=torch.int64,
+            domain=discrete)
     """
 
-    def __init__(self, data: TensorDictBase) -> None:
+    def __init__(
+        self, data: TensorDictBase, *, action_spec: TensorSpec | None = None
+    ) -> None:
         super().__init__(device=data.device)
         keys = unique(k for k in leaf_keys(data) if as_tuple(k)[0] != "next")
         following = unique(data.get("next").keys(True, True))
         dones = [key for key in following if as_tuple(key)[-1] in ENDS]
         rewards = [key for key in following if as_tuple(key)[-1] == "reward"]
-        actions = [key for key in keys if as_tuple(key)[-1] == "action"]
+        actions = action_keys(data)
         others = {*dones, *rewards, *actions}
         observations = [key for key in following if key in keys and key not in others]
         found = {"observations": observations, "actions": actions, "rewards": rewards}
         for name, there in found.items():
             if not there:
                 raise MissingEntryError(f"The data has no {name}: {leaf_keys(data)}.")
-        choices = [k for k in actions if not data.get(k).is_floating_point()]
-        single = [k for k in choices if data.get(k)[0].numel() == 1]
-        if single:
-            raise ValueError(
-                f"The actions {single} are class numbers, and the data does not tell how many "
-                f"there are. Name the env: env=GymEnv(...), on the command line --env."
-            )
         self._data = data
         self.observation_spec = _specs(data, observations)
-        self.action_spec = _specs(data, actions)
+        self.full_action_spec = action_specs(data, action_spec)
         self.reward_spec = _specs(data.get("next"), rewards)
         self.full_done_spec = Composite(
             {key: Binary(1, shape=(1,), dtype=torch.bool) for key in dones}
@@ -87,6 +99,7 @@ def train_world_model(
     data: DataSource,
     *,
     env: EnvBase | None = None,
+    action_spec: TensorSpec | None = None,
     steps: int = 2000,
     held_out: float = 0.1,
     interval: int = 200,
@@ -103,7 +116,9 @@ def train_world_model(
         data: what :func:`load_transitions` takes.
 
     Keyword Args:
-        env: the env that was recorded; without it its specs are read off the data.
+        env: the env that was recorded; without it its specs are read off the data, see
+            :class:`RecordedEnv`.
+        action_spec: the spec of the actions alone, see :func:`load_transitions`.
         steps: gradient steps.
         held_out: the share of the episodes (of the steps, if there is one episode alone)
             that is not trained on.
@@ -145,8 +160,8 @@ def train_world_model(
             f"steps and interval must be at least 1 and held_out a share between 0 and 1, got "
             f"{steps}, {interval} and {held_out}."
         )
-    rows = load_transitions(data, env=env)
-    env = RecordedEnv(rows) if env is None else env
+    rows, known = read_transitions(data, env, action_spec)
+    env = RecordedEnv(rows, action_spec=known) if env is None else env
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

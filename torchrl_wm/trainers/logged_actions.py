@@ -1,0 +1,351 @@
+"""What logged actions are, choices or quantities: as an env, a space or they themselves tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch.nn.functional import one_hot
+from torchrl.data import (
+    Binary,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    MultiOneHot,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
+from torchrl.envs import EnvBase, TransformedEnv
+
+from torchrl_wm.modules.keys import as_tuple, leaf_keys, unique
+
+#: More options than this are quantities rather than choices.
+_MOST_OPTIONS = 1000
+_CHOICES = (OneHot, MultiOneHot, Categorical, MultiCategorical)
+_SAY = (
+    "Say what they are: action_spec=..., a spec of torchrl.data such as OneHot(4), "
+    "MultiOneHot([3, 4]), Binary(5), Categorical(4) or Bounded(-1, 1, (2,)); or name the env "
+    "that was recorded: env=GymEnv(...), on the command line --env."
+)
+
+
+# What they themselves tell -------------------------------------------------------------
+
+
+def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
+    """What actions are, by their values.
+
+    - One integer for each step is the number of an option, of as many as the greatest and one.
+    - Rows of 0 and 1 are one choice as a one-hot vector, if each has a single 1; several such
+      choices side by side, if all fall into the same blocks with a single 1 each; and
+      else a binary vector.
+    - Other integers are numbers of options, each of a choice of its own.
+    - Floats are quantities without bounds, but for rows that are all one-hot, not all the same.
+
+    Args:
+        key: of the entry, for messages.
+        value: ``[N, *A]``.
+
+    Returns:
+        The spec, of the shape ``A`` and the dtype of ``value``.
+
+    Raises:
+        ValueError: if they may be one thing or another.
+    """
+    form = {"shape": value.shape[1:], "dtype": value.dtype}
+    size = value.shape[-1] if value.ndim > 1 else 1
+    several = value.shape[1:].numel() > 1 and size > 1
+    if value.is_floating_point():
+        if several and _is_one_hot(value) and bool((value != value[:1]).any()):
+            return OneHot(size, **form)
+        return Unbounded(**form)
+    numbers = _checked(key, value)
+    if value.shape[1:].numel() == 1:
+        return Categorical(*_options(key, value).flatten().tolist(), **form)
+    if not several or int(numbers.max()) > 1:
+        return MultiCategorical(_options(key, value), **form)
+    if _is_one_hot(value):
+        return OneHot(size, **form)
+    blocks = _blocks(key, numbers.reshape(-1, size))
+    return Binary(size, **form) if blocks is None else MultiOneHot(blocks, **form)
+
+
+def as_choices(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
+    """Actions of arrays as ``GymEnv`` has them: numbers of options become one-hot.
+
+    Args:
+        key: of the entry, for messages.
+        value: ``[N, *A]``.
+
+    Raises:
+        ValueError: if there are integers that are no numbers of options.
+    """
+    if value.is_floating_point():
+        return value
+    numbers = _checked(key, value)
+    if value.shape[1:].numel() == 1:
+        options = _options(key, value).flatten().tolist()
+        spec: TensorSpec = OneHot(*options, dtype=torch.int64)
+    elif int(numbers.max()) <= 1:
+        return value  # one-hot or binary as they are
+    elif value.ndim == 2:
+        spec = MultiOneHot(_options(key, value).tolist(), dtype=torch.int64)
+    else:
+        raise ValueError(
+            f"The actions {key!r} are integers up to {int(numbers.max())} of the shape "
+            f"{tuple(value.shape[1:])} per step: choices are one number, or a vector of them. "
+            f"{_SAY}"
+        )
+    return as_spec(key, numbers, spec, "the data")
+
+
+def _options(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
+    """How many options each of the choices ``[N, *A]`` has, ``[*A]``: the greatest and one."""
+    if value.dtype is torch.bool:
+        return torch.full(value.shape[1:], 2)
+    options = value.long().amax(0) + 1
+    if (options < 2).any():
+        raise ValueError(
+            f"The actions {key!r} are class numbers, some of which are 0 at every step, so that "
+            f"the data does not tell how many options there are. {_SAY}"
+        )
+    return options
+
+
+def _checked(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
+    """Integers that may be numbers of options."""
+    numbers = value.long()
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0:
+        raise ValueError(
+            f"The actions {key!r} are integers from {least} to {most}, and class numbers begin "
+            f"at 0. Subtract what they begin at (the start of a gymnasium.spaces.Discrete), or "
+            f"make quantities of them: actions.astype(np.float32). {_SAY}"
+        )
+    if most >= _MOST_OPTIONS:
+        raise ValueError(
+            f"The actions {key!r} are integers up to {most}: too many for choices, of which "
+            f"each number would be one. Quantities are floats: actions.astype(np.float32). {_SAY}"
+        )
+    return numbers
+
+
+def _is_one_hot(value: torch.Tensor) -> bool:
+    """Whether each row, along the last dim, is one 1 among zeros."""
+    ones, zeros = value == 1, value == 0
+    return bool((ones | zeros).all()) and bool((ones.sum(-1) == 1).all())
+
+
+def _blocks(key: NestedKey, rows: torch.Tensor) -> list[int] | None:
+    """The sizes of the one-hot blocks that rows ``[N, A]`` of 0 and 1 fall into, if they do.
+
+    A block ends where, in every row, the same number of ones has come.
+    """
+    ones = rows.cumsum(-1)
+    same = (ones == ones[:1]).all(0)
+    choices = int(ones[0, -1])
+    if not same[-1] or not choices:
+        return None
+    ends = [
+        (same & (ones[0] == number)).nonzero().flatten().tolist()
+        for number in range(1, choices)
+    ]
+    if not all(ends):
+        return None
+    ends.append([rows.shape[-1] - 1])
+    sizes = [b[0] - a[0] for a, b in zip([[-1], *ends], ends)]
+    if any(len(places) > 1 for places in ends) or min(sizes) < 2:
+        raise ValueError(
+            f"The actions {key!r} have {choices} ones in each of {len(rows)} rows of "
+            f"{rows.shape[-1]}, and do not tell whether they are {choices} choices side by side, "
+            f"of how many options each, or binary: some options were never chosen, or always. "
+            f"{_SAY}"
+        )
+    return sizes
+
+
+# What an env tells ----------------------------------------------------------------------
+
+
+def start_of(env: EnvBase) -> Any:
+    """The number of the first option in an env's Gymnasium space; TorchRL's is 0."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return start_of_space(getattr(env.__dict__.get("_env"), "action_space", None))
+
+
+def start_of_space(space: Any) -> Any:
+    """As :func:`start_of`, of the space itself; of several choices one for each."""
+    start = getattr(space, "start", 0)
+    return np.asarray(start) if np.any(start) else 0
+
+
+# As a spec has them ----------------------------------------------------------------------
+
+
+def as_spec(
+    key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str, *, start: Any = 0
+) -> torch.Tensor:
+    """Actions as a spec has them: choices as class numbers or one-hot, whichever they were.
+
+    Args:
+        key: of the entry, for messages.
+        value: ``[N, *A]``.
+        spec: the spec, without batch dims.
+        whose: it is, for messages.
+        start: the number of the first option, where actions are numbers.
+
+    Returns:
+        ``[N, *spec.shape]`` of the spec's dtype.
+
+    Raises:
+        ValueError: if the shape is another, or there is no such option.
+    """
+    if isinstance(spec, _CHOICES) and not isinstance(spec, Binary):
+        return _as_choices(key, value, spec, whose, start)
+    if value.shape[1:] != spec.shape:
+        raise _other_shape(key, value, spec, whose)
+    if isinstance(spec, Binary) and not ((value == 0) | (value == 1)).all():
+        raise ValueError(
+            f"The actions {key!r} are 0 or 1 in {whose}, and reach from {value.min().item()} to "
+            f"{value.max().item()} in the data."
+        )
+    return _exactly(key, value, spec.dtype)
+
+
+def _as_choices(
+    key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str, start: Any
+) -> torch.Tensor:
+    """As :func:`as_spec`, of choices: ``K`` in a row, whatever the shape."""
+    is_vector = isinstance(spec, (OneHot, MultiOneHot))
+    counts = _counts(spec)
+    flat = value.flatten(1) if value.ndim > 1 else value.unsqueeze(-1)
+    numbers = None
+    if flat.shape[1] == sum(counts):
+        blocks = flat.split(counts, -1)
+        if all(map(_is_one_hot, blocks)):
+            numbers = torch.stack([block.float().argmax(-1) for block in blocks], -1)
+    if numbers is None:
+        shape = spec.shape if not is_vector else spec.shape[:-1]
+        if isinstance(spec, MultiOneHot):
+            shape = (*shape, len(spec.nvec))
+        if is_vector and value.shape[1:] == spec.shape:
+            raise ValueError(
+                f"The actions {key!r} are one-hot in {whose}, a single 1 for each of "
+                f"{counts} options, and some of the {len(value)} rows in the data are not."
+            )
+        # [N] and [N, 1] are the same numbers.
+        if [n for n in value.shape[1:] if n != 1] != [n for n in shape if n != 1]:
+            raise _other_shape(key, value, spec, whose)
+        first = torch.as_tensor(start, device=flat.device)
+        numbers = _exactly(key, flat, torch.int64) - first
+        most = torch.tensor(counts, device=flat.device)
+        if bool(((numbers < 0) | (numbers >= most)).any()):
+            how_many = counts if len(set(counts)) > 1 else counts[0]
+            raise ValueError(
+                f"The actions {key!r} are class numbers from {int(flat.min())} to "
+                f"{int(flat.max())}, and {whose} has {how_many} actions, numbered from "
+                f"{first.tolist()}."
+            )
+    if is_vector:
+        parts = zip(numbers.unbind(-1), counts)
+        numbers = torch.cat([one_hot(part, n) for part, n in parts], -1)
+    return numbers.to(spec.dtype).reshape(-1, *spec.shape)
+
+
+def _counts(spec: TensorSpec) -> list[int]:
+    """How many options each choice has."""
+    if isinstance(spec, MultiOneHot):
+        return [int(n) for n in spec.nvec] * spec.shape[:-1].numel()
+    if isinstance(spec, MultiCategorical):
+        return spec.nvec.expand(spec.shape).flatten().tolist()
+    lead = spec.shape[:-1] if isinstance(spec, OneHot) else spec.shape
+    return [int(spec.space.n)] * lead.numel()
+
+
+def _exactly(key: NestedKey, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype, which must hold what floats say."""
+    if value.is_floating_point() and not dtype.is_floating_point:
+        wrong = value != value.round()  # NaN, too
+        if wrong.any():
+            raise ValueError(
+                f"The actions {key!r} are integers, and the data has {value[wrong][0].item()}."
+            )
+    return value.to(dtype)
+
+
+def _other_shape(
+    key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str
+) -> ValueError:
+    return ValueError(
+        f"{key!r} has the shape {tuple(value.shape[1:])} per step in the data, and "
+        f"{tuple(spec.shape)} ({type(spec).__name__}) in {whose}."
+    )
+
+
+def action_keys(data: TensorDictBase) -> list[NestedKey]:
+    """The keys of recorded actions."""
+    keys = unique(key for key in leaf_keys(data) if as_tuple(key)[0] != "next")
+    return [key for key in keys if as_tuple(key)[-1] == "action"]
+
+
+def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Composite:
+    """The specs of recorded actions.
+
+    Args:
+        data: transitions ``[N]``.
+        given: what is known of them: a spec for all keys, or that of the only one.
+
+    Raises:
+        ValueError: if the actions are not of the spec given, or do not tell what they are.
+    """
+    keys = action_keys(data)
+    known = by_key(given, keys)
+    out = Composite(shape=())
+    for key in keys:
+        value = data.get(key)
+        spec = known.get(key)
+        if spec is None:
+            spec = inferred_spec(key, value)
+        elif value.shape[1:] != spec.shape or value.dtype != spec.dtype:
+            raise ValueError(
+                f"{key!r} is {value.dtype} of the shape {tuple(value.shape[1:])} per step, and "
+                f"action_spec says {spec.dtype} {tuple(spec.shape)}. Load the data as it says: "
+                f"load_transitions(source, action_spec=...)."
+            )
+        else:
+            as_spec(key, value, spec, "action_spec")
+        out[key] = spec
+    return out if data.device is None else out.to(data.device)
+
+
+def by_key(
+    given: TensorSpec | None, keys: list[NestedKey]
+) -> dict[NestedKey, TensorSpec]:
+    """A spec of actions, or several, by their keys.
+
+    Raises:
+        ValueError: if it is of another key, or one spec for several.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, TensorSpec):
+        raise TypeError(
+            f"action_spec must be a spec of torchrl.data, got {type(given).__name__}. {_SAY}"
+        )
+    if not isinstance(given, Composite):
+        if len(keys) != 1:
+            raise ValueError(
+                f"action_spec is one spec, and the data's actions are {keys}. Give a "
+                f"torchrl.data.Composite of all of them."
+            )
+        return {keys[0]: given}
+    found = {key: given[key] for key in unique(given.keys(True, True))}
+    if set(found) != set(keys):
+        raise ValueError(
+            f"action_spec has {list(found)}, and the data's actions are {keys}."
+        )
+    return found
