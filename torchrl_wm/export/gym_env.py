@@ -219,12 +219,6 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         self._use_model()
 
     @property
-    def world_model(self) -> Any:
-        """The model, as it was given; of a ``WorldModelEnv`` the world model."""
-        source = self._source
-        return source.model if hasattr(source, "model") else source.env.world_model
-
-    @property
     def state(self) -> Any:
         """A copy of the model's state, as the model has it; None before the first reset.
 
