@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _built import image, ObservingEnv, sequences
 from _diagnosed import line, observed_clock, padded, walk, walk_env
 from _models import clock_env, clock_model, gru_model, make_model, SpecEnv, transitions
 from tensordict.nn import TensorDictModule as Mod
+from torchrl.data import OneHot
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.diagnostics import (
+    one_step_prediction,
     open_loop_error,
     plot_open_loop_error,
     plot_prediction,
 )
 from torchrl_wm.diagnostics.recording import Recording
+from torchrl_wm.models import make_mlp_world_model
 
 
 @pytest.mark.parametrize("episodes", [line(20, 3.0), line(20, 3.0).expand(4, 20)])
@@ -67,6 +71,28 @@ def test_decoded_observations_are_compared() -> None:
     assert ("model", "observation") in error.keys(True)
     assert ("model", "latent") not in error.keys(True)
     assert error["model", "observation"][0] > 1
+
+
+@pytest.mark.parametrize("key", ["seen", ("robot", "seen")])
+@pytest.mark.parametrize("spec", [OneHot(4), image(8, 9, 3)])
+def test_bits_and_bytes_are_subtracted_as_numbers(spec, key) -> None:
+    real = ObservingEnv({key: spec})
+    model, _ = make_mlp_world_model(real, hidden=(8,), latent_size=4, pixel_depth=2)
+    env = WorldModelEnv(model, real, decode=True)
+    episodes = sequences(real, 3, 6)
+    episodes["next", "done"].zero_()
+    error = open_loop_error(env, episodes, horizon=2)
+    before, after = episodes.get(key).float(), episodes.get("next").get(key).float()
+    expected = torch.stack([before[:, :-1] - after[:, i : 5 + i] for i in (0, 1)])
+    torch.testing.assert_close(
+        error.get("persistence").get(key), expected.pow(2).mean((1, 2)).sqrt()
+    )
+    start = env.reset(episodes[:, 0].select(key))
+    start["action"] = episodes["action"][:, 0]
+    shown = env.step(start).get("next").get(key)
+    prediction = one_step_prediction(env, episodes[:, :1])
+    assert torch.equal(prediction.get("loc").get(key)[:, 0], shown.float())
+    assert torch.equal(prediction.get("start").get(key), before[:, 0])
 
 
 def test_without_a_decoder_latents_are_compared() -> None:

@@ -289,6 +289,27 @@ def test_an_env_made_of_plain_specs(name, nested) -> None:
         made.reset()
 
 
+def test_observations_of_bits_and_options_come_back_as_they_were() -> None:
+    seen = {
+        "cell": OneHot(4),
+        ("robot", "cards"): MultiOneHot([2, 3]),
+        "lights": Binary(4),
+        "levels": Bounded(-1, 2, (2, 3), dtype=torch.int32),
+        "memory": Unbounded((9,), dtype=torch.uint8),
+        "flag": Categorical(2, shape=(1,), dtype=torch.bool),
+        "speed": Unbounded((2,)),
+    }
+    plain = read_specs(env_with(seen)).to_plain()
+    made = EnvSpecs.from_plain(plain).reference_env()
+    for key, spec in seen.items():
+        assert made.observation_spec[key] == spec
+    assert EnvSpecs.from_plain(plain) == read_specs(env_with(seen))
+    for entry in plain["vectors"]:  # as older versions wrote them
+        entry.pop("spec", None)
+    older = EnvSpecs.from_plain(plain).reference_env()
+    assert older.observation_spec["cell"].shape == (4,)
+
+
 def test_actions_of_which_a_file_says_too_little() -> None:
     plain = read_specs(GymEnv("Pendulum-v1")).to_plain()
     spec = plain["actions"][0].pop("spec")

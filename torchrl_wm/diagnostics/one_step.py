@@ -180,7 +180,7 @@ def _without_gaussians(
         if key in observed:
             before = rows.get(key, None)
             before = imagined.get(key)[0, :, 0] if before is None else before
-            out.set(join("start", key), before)
+            out.set(join("start", key), before.to(true.dtype))  # as its successor
     return out
 
 

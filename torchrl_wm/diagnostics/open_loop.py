@@ -88,7 +88,8 @@ def open_loop_error(
         first = windows[:, 0].get(key, None)
         if first is None or first.shape[1:] != true.shape[2:]:
             first = imagined.start[key]
-        out.set(join("persistence", key), _rmse(first.unsqueeze(1), true))
+        first = first.unsqueeze(1).to(true.dtype)  # of bytes, or of bits
+        out.set(join("persistence", key), _rmse(first, true))
     return out
 
 

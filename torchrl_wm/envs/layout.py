@@ -11,14 +11,22 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_wm.envs.decoding import as_observed, read_decoded, specs_to_round
 from torchrl_wm.envs.endings import ENDING_NAMES, Endings
 from torchrl_wm.envs.tracing import undisturbed
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, strip_next, unique
-from torchrl_wm.modules.program import to_tensordict, Values
 from torchrl_wm.modules.running import run_components
 from torchrl_wm.modules.wiring import written_keys
+
+_CHANGE = (
+    "Change the component's output, or give the spec: observation_spec=Composite(...)."
+)
+_ROUNDING = (
+    "Let the decoder write the spec's dtype; or, if its floats are in the units of the env, say "
+    "so, and they are rounded: decoder.in_env_units = True; or show floats: "
+    "WorldModelEnv(..., observation_spec=Composite(...))."
+)
 
 
 @dataclass
@@ -251,45 +259,6 @@ def check_step(
                 f"{tuple(shape)} and a float dtype are expected."
             )
     return out
-
-
-def decoder_inputs(world_model: WorldModel, state: Values) -> Values:
-    """What the decoder reads of latents and context, at the root or below "next".
-
-    Raises:
-        MissingEntryError: if it reads something else.
-    """
-    work = dict(state)
-    if any(is_next(key) for key in unique(world_model.decoder.in_keys)):
-        work.update({join("next", key): value for key, value in state.items()})
-    missing = [key for key in unique(world_model.decoder.in_keys) if key not in work]
-    if missing:
-        raise MissingEntryError(
-            f"decoder reads {missing}; in an imagined env it can read latents and context: "
-            f"{sorted(state, key=str)}."
-        )
-    return work
-
-
-def read_decoded(
-    world_model: WorldModel,
-    state: Values,
-    keys: list[NestedKey],
-    batch_size: torch.Size,
-    device: torch.device | None,
-) -> Values:
-    """The observations that latents stand for, by key.
-
-    Args:
-        state: latents and context by flat key, ``[*B, ...]``.
-        keys: the observations wanted.
-        batch_size: ``*B``.
-        device: where they are.
-    """
-    work = to_tensordict(decoder_inputs(world_model, state), batch_size, device)
-    out = world_model.decode(work)
-    place = {strip_next(k): k for k in written_keys(world_model.decoder)}
-    return {key: out.get(place[key]) for key in keys}
 
 
 # Specs ---------------------------------------------------------------------
@@ -557,18 +526,25 @@ def _trace_decoder(
 ) -> dict[NestedKey, TensorSpec]:
     state = {key: stepped.get(key) for key in layout.state}
     values = read_decoded(world_model, state, keys, stepped.batch_size, stepped.device)
+    known = {**reference, **explicit}
+    fitting = {
+        key: _to(known[key], value.device)
+        for key, value in values.items()
+        if key in known and value.shape[dims:] == known[key].shape
+    }
+    rounded = specs_to_round(world_model.decoder, fitting)
     out = {}
     for key, value in values.items():
-        device = value.device
-        if key in explicit:
-            spec = _to(explicit[key], device)
-            _check_entry("decoder", key, value, spec, dims)
-        elif key in reference:
-            _check_entry("decoder", key, value, reference[key], dims)
-            spec = _unbounded(value.shape[dims:], value.dtype, device)
+        if key in known:
+            if key in rounded:
+                value = as_observed(value, rounded[key])
+            floats = value.is_floating_point(), known[key].dtype.is_floating_point
+            fix = _ROUNDING if floats == (True, False) else _CHANGE
+            _check_entry("decoder", key, value, known[key], dims, fix)
+        if key in explicit or key in rounded:
+            out[key] = fitting[key]
         else:
-            spec = _unbounded(value.shape[dims:], value.dtype, device)
-        out[key] = spec
+            out[key] = _unbounded(value.shape[dims:], value.dtype, value.device)
     return out
 
 
@@ -609,7 +585,7 @@ def _check_entry(
     value: torch.Tensor | None,
     spec: TensorSpec,
     dims: int,
-    fix: str = "Change the component's output, or give the spec: observation_spec=Composite(...).",
+    fix: str = _CHANGE,
 ) -> None:
     if value is None:
         return

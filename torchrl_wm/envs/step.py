@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torchrl.data import TensorSpec
 
-from torchrl_wm.envs.layout import decoder_inputs, Layout
+from torchrl_wm.envs.decoding import as_observed, decoder_inputs, specs_to_round
+from torchrl_wm.envs.layout import Layout
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import (
@@ -65,10 +67,13 @@ class StepKernel:
             for key in (*layout.latent, *layout.predicted, *layout.reward_keys)
         ]
         self._decode = None
+        #: What is decoded as floats and shown as integers or bits.
+        self.rounded: dict[NestedKey, TensorSpec] = {}
         if layout.decoded:
             self._decode = Program([world_model.decoder])
             places = {strip_next(k): k for k in written_keys(world_model.decoder)}
             self._decoded = [(key, places[key]) for key in layout.decoded]
+            self.rounded = specs_to_round(world_model.decoder, layout.decoded)
 
     def is_current(self) -> bool:
         """Whether the model still has the components this kernel was made for."""
@@ -95,6 +100,7 @@ class StepKernel:
             self._is_checked = False
         if self._decode is not None and not self._decode.is_current():
             self._decode = Program([self.world_model.decoder])
+            self.rounded = specs_to_round(self.world_model.decoder, self.layout.decoded)
             self._is_checked = False
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -126,6 +132,7 @@ class StepKernel:
         again: bool = False,
         decode: bool = True,
         check_finite: bool = True,
+        check_rounded: bool = False,
     ) -> Values:
         """Predict one step, on tensors alone.
 
@@ -138,6 +145,8 @@ class StepKernel:
             again: whether outputs of this shape were checked before.
             decode: whether to decode the observations that the env carries.
             check_finite: False passes over the kernel's own check.
+            check_rounded: raise where a decoded observation is NaN or infinite and would
+                be rounded, which hides it. Waits for the device.
 
         Returns:
             The ``"next"`` entries by flat key, without the "next".
@@ -157,6 +166,12 @@ class StepKernel:
                 self._require(place for _, place in self._decoded if place not in reads)
             for key, place in self._decoded:
                 out[key] = reads[place]
+            self._round(
+                values,
+                out,
+                len(batch_size),
+                check_rounded or (self.check_finite and check_finite),
+            )
         if autocasts(device):
             for key, spec in self._specs.items():
                 if key in out:
@@ -212,6 +227,13 @@ class StepKernel:
                     f"{spec.dtype}. A network was replaced: give it these outputs, or make a "
                     f"new WorldModelEnv."
                 )
+
+    def _round(self, values: Values, out: Values, dims: int, check: bool) -> None:
+        """Show decoded floats as the real env shows its observations."""
+        if check and self.rounded:
+            self._check_finite(values, {key: out[key] for key in self.rounded}, dims)
+        for key, spec in self.rounded.items():
+            out[key] = as_observed(out[key], spec)
 
     def _check_finite(self, values: Values, predicted: Values, dims: int) -> None:
         bad = {

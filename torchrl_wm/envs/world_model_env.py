@@ -13,8 +13,9 @@ from torchrl.data import TensorSpec, Unbounded
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 from torchrl.envs.utils import _update_during_reset
 
+from torchrl_wm.envs.decoding import as_observed, read_decoded, specs_to_round
 from torchrl_wm.envs.imagination import Imagination
-from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
+from torchrl_wm.envs.layout import composite, Layout, make_layout, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
 from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.modules import WorldModel
@@ -68,7 +69,10 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             ``"imagined_step"``.
         decode: write the decoder's observations of the next latents at every
             step. The start has them too: the caller's own if given, else
-            decoded.
+            decoded. Of a ready-made model they are what the real env shows: bytes,
+            bits and one-hot entries are rounded and clamped to ``base_env``'s specs,
+            through which no gradient flows. A float spec for such an entry in
+            ``observation_spec`` shows the decoder's floats.
         check_finite: raise a ``FloatingPointError`` that names the entries where
             a prediction is NaN or infinite. It waits for the device at every
             step, so it is for looking for a fault.
@@ -400,11 +404,13 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         absent = [key for key in layout.decoded if key not in state]
         if absent:
             latents = {key: state[key] for key in layout.state}
-            state.update(
-                read_decoded(
-                    world_model, latents, absent, given.batch_size, self.device
-                )
+            decoded = read_decoded(
+                world_model, latents, absent, given.batch_size, self.device
             )
+            rounded = specs_to_round(world_model.decoder, layout.decoded)
+            for key, value in decoded.items():
+                spec = rounded.get(key)
+                state[key] = value if spec is None else as_observed(value, spec)
         return state
 
     def _sample_state(

@@ -26,8 +26,10 @@ from torchrl_wm.export.signatures import bind, Bound
 from torchrl_wm.export.sources import first_moment, Moment, numpy_info, Start, USERS
 from torchrl_wm.export.spaces import batched, Checker, Reader, sample_start
 from torchrl_wm.export.trees import (
+    as_tensors,
     detached,
     expand_rows,
+    holds_tensors,
     map_leaves,
     merge_rows,
     snapshot,
@@ -63,7 +65,8 @@ class AdapterSource:
         initial_observation: where episodes begin that no reset starts.
         initial_state: where the state begins; it is copied at every reset.
         device: where actions and states are put.
-        torch_actions: whether callables get tensors, or arrays.
+        torch_actions: whether callables get tensors, or arrays. What an action transform
+            gives becomes tensors only for a module, or where the state is one.
         clip: whether observations are clipped to their bounds.
     """
 
@@ -330,7 +333,7 @@ class AdapterSource:
             )
         rows = self.rows
         with self.isolation:
-            action = self._for_model(action)
+            action = self._for_model(state, action)
             given = {
                 "model": self.model,
                 "state": state,
@@ -406,22 +409,22 @@ class AdapterSource:
             }
         )
 
-    def _for_model(self, action: Any) -> Any:
+    def _for_model(self, state: Any, action: Any) -> Any:
         if self._takes_as_is and action.ndim:
             action = torch.from_numpy(action)  # the checked action is a copy already
         elif self.torch_actions:
-            action = _as_tensors(action, self.device)
-        if self._transform is not None:
-            action = self._transform(
-                {
-                    "model": self.model,
-                    "action": action,
-                    "np_random": self._np_random,
-                }
-            )
-            if self.torch_actions:
-                action = _as_tensors(action, self.device)
-        return action
+            action = as_tensors(action, self.device)
+        if self._transform is None:
+            return action
+        given = {"model": self.model, "action": action, "np_random": self._np_random}
+        action = self._transform(given)
+        # What a transform gives goes on as it is; a model in torch could not read arrays.
+        in_torch = isinstance(self.model, nn.Module) or holds_tensors(state)
+        return (
+            as_tensors(action, self.device)
+            if self.torch_actions and in_torch
+            else action
+        )
 
     def _next_state(self, state: Any, outcome: Outcome) -> Any:
         if self.is_stateful:
@@ -456,22 +459,6 @@ class AdapterSource:
         self.__dict__.update(state)
         if held:  # a copy has a model of its own, in the same episode
             USERS.claim(self.model, self)
-
-
-def _as_tensors(action: Any, device: torch.device) -> Any:
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return leaf
-        array = np.asarray(leaf)
-        if array.dtype == np.float64:  # as torch makes floats of Python's
-            array = array.astype(np.float32)
-        tensor = torch.from_numpy(array) if array.ndim else torch.as_tensor(array[()])
-        return tensor if device.type == "cpu" else tensor.to(device)
-
-    if type(action) is np.ndarray:
-        return convert(action)
-    is_plain = isinstance(action, torch.Tensor)
-    return convert(action) if is_plain else map_leaves(convert, action)
 
 
 def _bound(function: Callable | None, roles: tuple, name: str) -> Bound | None:

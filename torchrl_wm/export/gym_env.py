@@ -82,7 +82,9 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         max_episode_steps: truncate episodes after so many steps.
         render_mode: ``"rgb_array"`` or None.
         device: where actions and states are put; a module is moved there.
-        torch_actions: whether callables get tensors; else arrays.
+        torch_actions: whether callables get tensors; else arrays. What an
+            ``action_transform_fn`` gives goes on as it is; it becomes a tensor only where
+            the model is a module or the state is a tensor.
         seed: the seed of the first reset, if that has none of its own.
         clip_observations: clip predictions to the observation space. By default they
             are handed out as they are, and a warning says once that one is outside.
@@ -215,12 +217,6 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         self._refuses: str | None = "Call reset() before step()."
         self._closed = False
         self._use_model()
-
-    @property
-    def world_model(self) -> Any:
-        """The model, as it was given; of a ``WorldModelEnv`` the world model."""
-        source = self._source
-        return source.model if hasattr(source, "model") else source.env.world_model
 
     @property
     def state(self) -> Any:

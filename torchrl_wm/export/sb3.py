@@ -129,17 +129,17 @@ class SB3VecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the vector env, for each of the envs asked for."""
+        """An attribute of the vector env, else of the model, for each of the envs asked for."""
         values = self.env.get_attr(attr_name)
         return [values[i] for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the vector env, which all envs share."""
+        """Set an attribute of the vector env, else of the model, which all envs share."""
         if len(list(self._get_indices(indices))) != self.num_envs:
             raise ValueError(
                 f"The envs are one batch and share {attr_name!r}: set it for all of them."
             )
-        setattr(self.env, attr_name, value)
+        self.env.set_attr(attr_name, value)
 
     def env_method(
         self,
@@ -148,11 +148,23 @@ class SB3VecEnv(VecEnv):
         indices: Any = None,
         **method_kwargs: Any,
     ) -> list[Any]:
-        """Not there: the envs are one batch and have no methods of their own."""
-        raise NotImplementedError(
-            f"The envs are one batch: there is no {method_name!r} of a single one. Call it on the "
-            f"vector env: vec_env.env.{method_name}(...)."
-        )
+        """Call a method of the vector env, else of the model: once, for all envs.
+
+        See :meth:`~torchrl_wm.GymWorldModelVectorEnv.call` for what it gets and what is
+        made of what it returns.
+
+        Raises:
+            ValueError: if it returns nothing, so that it is there for what it changes,
+                and was called for some of the envs alone: all have changed.
+        """
+        values = self.env.call(method_name, *method_args, **method_kwargs)
+        chosen = list(self._get_indices(indices))
+        if len(chosen) < self.num_envs and all(value is None for value in values):
+            raise ValueError(
+                f"{method_name!r} returned nothing, and the envs are one batch: it was called for "
+                f"all {self.num_envs}, not for {chosen} alone. Call it without indices."
+            )
+        return [values[i] for i in chosen]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         """False: the envs are not wrapped one by one; VecEnv wrappers go around all."""

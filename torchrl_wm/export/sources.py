@@ -145,6 +145,12 @@ class ModelUser:
 
     _source: Source
 
+    @property
+    def world_model(self) -> Any:
+        """The model, as it was given; of a ``WorldModelEnv`` the world model."""
+        source = self._source
+        return source.model if hasattr(source, "model") else source.env.world_model
+
     def _use_model(self) -> None:
         model = getattr(self._source, "model", None)
         if model is not None:

@@ -96,6 +96,33 @@ def to_device(tree: Any, device: torch.device) -> Any:
     )
 
 
+def as_tensors(action: Any, device: torch.device) -> Any:
+    """An action with tensors on ``device`` in place of arrays and numbers."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf
+        array = np.asarray(leaf)
+        if array.dtype == np.float64:  # as torch makes floats of Python's
+            array = array.astype(np.float32)
+        tensor = torch.from_numpy(array) if array.ndim else torch.as_tensor(array[()])
+        return tensor if device.type == "cpu" else tensor.to(device)
+
+    if type(action) is np.ndarray:
+        return convert(action)
+    is_plain = isinstance(action, torch.Tensor)
+    return convert(action) if is_plain else map_leaves(convert, action)
+
+
+def holds_tensors(tree: Any) -> bool:
+    """Whether a state is a tensor, or has one among its leaves."""
+    if isinstance(tree, (torch.Tensor, TensorDictBase)):
+        return True
+    if isinstance(tree, Mapping):
+        return any(map(holds_tensors, tree.values()))
+    return isinstance(tree, (list, tuple)) and any(map(holds_tensors, tree))
+
+
 def expand_rows(tree: Any, rows: int) -> Any:
     """``rows`` copies of a state, one for each env: every leaf gets a first dim."""
 

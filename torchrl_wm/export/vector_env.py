@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.export.forwarding import attribute_of_each, call_for_each
 from torchrl_wm.export.infos import holding, in_rows, Infos, merge, with_masks
 from torchrl_wm.export.rendering import Renderer
 from torchrl_wm.export.resolve import (
@@ -142,6 +143,11 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
     def state(self) -> Any:
         """A copy of the model's state, ``[N, ...]``; None before the first reset."""
         return None if self._state is None else self._source.shown(self._state)
+
+    @property
+    def observation(self) -> Any:
+        """A copy of the present observations, ``[N, ...]``; None before the first reset."""
+        return None if self._observation is None else snapshot(self._observation)
 
     @property
     def elapsed_steps(self) -> np.ndarray:
@@ -388,11 +394,40 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             self._use_model()  # a copy has a model of its own
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """An attribute, once for each env."""
-        value = getattr(self, name)
-        if isinstance(value, np.ndarray) and value.shape[:1] == (self.num_envs,):
-            return tuple(value)
-        return (value,) * self.num_envs
+        """An attribute of this env, else of the model, once for each env.
+
+        Arrays and tensors with a row for each env are taken apart.
+
+        Raises:
+            AttributeError: if neither has it.
+        """
+        return attribute_of_each(self, name)
+
+    def set_attr(self, name: str, value: Any) -> None:
+        """Set an attribute that all envs share: the model's, if only the model has it."""
+        model = self.world_model
+        own = hasattr(self, name) or not hasattr(model, name)
+        setattr(self if own else model, name, value)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Call a method of this env, else of the model, once for all envs.
+
+        Args:
+            name: the method. Called without arguments, it gets the model's state and the
+                observations, ``[N, ...]``, where it has a parameter ``state`` or ``obs``.
+            args, kwargs: what it is called with. Where these have rows of their own
+                (arrays, lists), the result is about them, and given whole for each env.
+
+        Returns:
+            What it returns for each env, as numpy: its row of ``[N, ...]``, or the one
+            value for all.
+
+        Raises:
+            AttributeError: if neither has the method; the message says how they may.
+            NotImplementedError: for ``reset``, ``step`` and ``close``.
+            ValueError: if what it returns has another number of rows.
+        """
+        return call_for_each(self, name, args, kwargs)
 
 
 def _count(num_envs: Any, world_model: Any) -> int:

@@ -149,6 +149,13 @@ class WorldModelSource:
         else:
             empty = TensorDict({}, batch_size=[count], device=env.device)
             values = env._sample_state(empty, layout)
+        if env.step_kernel.rounded:  # which would hide it
+            bad = [key for key in layout.latent if not values[key].isfinite().all()]
+            if bad:
+                raise FloatingPointError(
+                    f"The latents {bad} that the episode begins with are NaN or infinite. Look "
+                    f"at what it starts from, and at the training of encoder and posterior."
+                )
         counter = env.step_kernel.counter_key
         if counter is not None:
             values[counter] = torch.zeros(
@@ -254,7 +261,12 @@ class WorldModelSource:
         self._write_actions(values, action)
         with self.isolation:
             predicted = kernel.predict(
-                values, self.size, self.env.device, self._never, again
+                values,
+                self.size,
+                self.env.device,
+                self._never,
+                again,
+                check_rounded=True,
             )
         group, rows = self._done, self.rows
         truncated = False if rows is None else np.zeros(rows, bool)

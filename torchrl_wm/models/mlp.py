@@ -211,6 +211,8 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """A latent as observations."""
 
+    in_env_units = True
+
     def __init__(self, specs: EnvSpecs, config: MLPConfig) -> None:
         super().__init__()
         self.join = JoinEntries(specs.vectors)

@@ -86,6 +86,9 @@ class ObservationDecoder(nn.Module):
         ValueError: if an observation is a class number; the message names it.
     """
 
+    #: What an imagined env asks: bytes, bits and one-hot entries may be had by rounding.
+    in_env_units = True
+
     def __init__(
         self,
         specs: EnvSpecs,

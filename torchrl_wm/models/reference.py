@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.modules.entries import Entry
 
-#: Kinds of action specs; each before those whose class it derives from.
+#: Kinds of specs; each before those whose class it derives from.
 _KINDS: dict[str, type[TensorSpec]] = {
     "multi_one_hot": data.MultiOneHot,
     "one_hot": data.OneHot,
@@ -27,8 +27,8 @@ _KINDS: dict[str, type[TensorSpec]] = {
 
 
 @dataclass(frozen=True)
-class ActionEntry(Entry):
-    """An action, with what it takes to make its spec again.
+class SpecEntry(Entry):
+    """An entry with what it takes to make its spec again.
 
     Args:
         kind: the kind of its spec, such as ``"bounded"``; empty where it is unknown.
@@ -43,7 +43,7 @@ class ActionEntry(Entry):
     high: tuple[float, ...] = ()
 
     @classmethod
-    def from_spec(cls, key: NestedKey, spec: TensorSpec) -> ActionEntry:
+    def from_spec(cls, key: NestedKey, spec: TensorSpec) -> SpecEntry:
         """The entry of a spec without batch dims."""
         plain = Entry.from_spec(key, spec)
         kind = next((name for name, k in _KINDS.items() if isinstance(spec, k)), "")
@@ -101,11 +101,15 @@ class ActionEntry(Entry):
         )
 
 
+class ActionEntry(SpecEntry):
+    """An action, with what it takes to make its spec again; see :class:`SpecEntry`."""
+
+
 class SpecsOnlyEnv(EnvBase):
     """An env that has specs and nothing behind them: a reference env for imagination.
 
     Args:
-        observations: the observations' entries; their bounds are not known.
+        observations: the observations' entries. Of floats the bounds are not known.
         actions: the actions' entries.
         reward: the reward's entry.
         done: the done entry; its siblings are made beside it.
@@ -147,6 +151,8 @@ class SpecsOnlyEnv(EnvBase):
 
 
 def _observation(entry: Entry) -> TensorSpec:
+    if isinstance(entry, SpecEntry) and entry.kind:
+        return entry.to_spec()
     shape = torch.Size(entry.shape)
     if entry.classes and len(set(entry.classes)) == 1:
         return data.Categorical(entry.classes[0], shape=shape, dtype=entry.dtype)

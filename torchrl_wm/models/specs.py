@@ -11,7 +11,7 @@ from tensordict import NestedKey
 from torchrl.data import Bounded, Composite, NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_wm.models.reference import ActionEntry, SpecsOnlyEnv
+from torchrl_wm.models.reference import ActionEntry, SpecEntry, SpecsOnlyEnv
 from torchrl_wm.modules.entries import Entry
 from torchrl_wm.modules.keys import as_tuple, sibling, unique
 
@@ -177,7 +177,7 @@ class EnvSpecs:
     def reference_env(self) -> EnvBase:
         """An env with these specs and nothing behind them, for a ``WorldModelEnv``.
 
-        Its observations have no bounds, and it can neither be reset nor stepped.
+        Its float observations have no bounds, and it can neither be reset nor stepped.
 
         Raises:
             ValueError: if the spec of an action is not known, as in files of older
@@ -208,11 +208,15 @@ class EnvSpecs:
         """What :meth:`to_plain` made, back."""
         read = {name: [_entry(item) for item in data[name]] for name in data}
         actions = [
-            _action(entry, item.get("spec", {}))
+            _with_spec(ActionEntry, entry, item.get("spec", {}))
             for entry, item in zip(read["actions"], data["actions"])
         ]
+        vectors = [
+            _with_spec(SpecEntry, entry, item["spec"]) if "spec" in item else entry
+            for entry, item in zip(read["vectors"], data["vectors"])
+        ]
         return cls(
-            tuple(read["vectors"]),
+            tuple(vectors),
             tuple(read["pixels"]),
             tuple(actions),
             *read["reward"],
@@ -266,7 +270,9 @@ def read_specs(
         pixel = pixel_entry(key, spec)
         if pixel is None:
             _check_no_image(key, spec)
-            vectors.append(Entry.from_spec(key, spec))
+            # What floats there may be no model heeds; of bits and options it says which.
+            kind = Entry if spec.dtype.is_floating_point else SpecEntry
+            vectors.append(kind.from_spec(key, spec))
         else:
             pixels.append(pixel)
     actions = _leaves(env.full_action_spec_unbatched)
@@ -424,7 +430,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
     }
     if isinstance(entry, PixelEntry):
         plain.update(layout=entry.layout, scale=entry.scale)
-    if isinstance(entry, ActionEntry):
+    if isinstance(entry, SpecEntry):
         lists = {name: list(getattr(entry, name)) for name in ("sizes", "low", "high")}
         plain["spec"] = {"kind": entry.kind, **lists}
     return plain
@@ -446,16 +452,14 @@ def _entry(data: dict[str, Any]) -> Entry:
     return replace(PixelEntry(**base), layout=data["layout"], scale=data["scale"])
 
 
-def _action(entry: Entry, spec: dict[str, Any]) -> ActionEntry:
+def _with_spec(made: type[SpecEntry], entry: Entry, spec: dict[str, Any]) -> SpecEntry:
     """The entry with what the file says of the spec; older files say nothing."""
     lists = {name: tuple(spec.get(name, ())) for name in ("sizes", "low", "high")}
     kind = str(spec.get("kind", ""))
-    action = ActionEntry(
-        entry.key, entry.shape, entry.dtype, entry.classes, kind, **lists
-    )
+    out = made(entry.key, entry.shape, entry.dtype, entry.classes, kind, **lists)
     if kind:
-        action.to_spec()  # a damaged file shows here, and not in use
-    return action
+        out.to_spec()  # a damaged file shows here, and not in use
+    return out
 
 
 def _listed(entries: Sequence[Entry]) -> str:
