@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher
+from _models import SpecEnv
+from _real_envs import LastAction, make_reacher
 from tensordict import TensorDict
 from torchrl.data import (
     LazyTensorStorage,
@@ -13,7 +14,7 @@ from torchrl.data import (
     ReplayBuffer,
     TensorDictReplayBuffer,
 )
-from torchrl.envs import GymEnv, GymWrapper
+from torchrl.envs import GymEnv, GymWrapper, RenameTransform, TransformedEnv
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import load_world_model, save_world_model
@@ -81,6 +82,68 @@ def test_observations_that_are_dictionaries(tmp_path) -> None:
     assert (load_transitions(tmp_path / "data.npz") == data).all()
     world_model, _ = train_world_model(data, **SMALL)
     assert set(world_model.latent_keys) == {"place", ("body", "speed")}
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("action", "env_action"),
+        ("reward", "env_reward"),
+        ("done", "env_done"),
+        ("terminated", "env_terminated"),
+        ("truncated", "env_truncated"),
+        ("next", "env_next"),
+        ("step_count", "env_step_count"),
+        ("robot/action", "robot/env_action"),
+        ("robot/done", "robot/env_done"),
+        ("next/place", "env_next/place"),
+    ],
+)
+def test_observations_called_as_something_else_are_refused(
+    name, other, tmp_path
+) -> None:
+    arrays = line(5)
+    place = arrays.pop("observations")
+
+    def write(last: str) -> str:
+        observations = {"observations/speed": place, f"observations/{last}": place * 3}
+        np.savez(tmp_path / "data.npz", **arrays, **observations)
+        return tmp_path / "data.npz"
+
+    with pytest.raises(ValueError, match=f"'{name}'.*{other!r} for {name!r}"):
+        load_transitions(write(name))
+    data = load_transitions(write(other))
+    key = tuple(other.split("/"))
+    assert torch.equal(data["action"], torch.full((5, 2), 0.5))
+    assert data.get(key).flatten().tolist() == [0.0, 3, 6, 9, 12]
+    assert data.get(("next", *key)).flatten().tolist() == [3.0, 6, 9, 12, 15]
+    observed = RecordedEnv(data).observation_spec.keys(True, True)
+    assert {"speed", key[0] if len(key) == 1 else key} == set(observed)
+
+
+def test_an_env_says_which_of_its_entries_are_observations() -> None:
+    key = ("robot", "action")
+    env = SpecEnv(observation=1, observation_key=key)
+    arrays = line(5)
+    arrays["observations"] = {"robot": {"action": arrays["observations"]}}
+    data = load_transitions(arrays, env=env)
+    assert data[key].flatten().tolist() == [0.0, 1, 2, 3, 4]
+    rollout = data.exclude(("next", "action"))
+    with pytest.raises(ValueError, match=r"\('next', 'robot', 'action'\) beside"):
+        load_transitions(rollout)
+    assert (load_transitions(rollout, env=env) == data).all()
+
+
+def test_a_rollout_in_which_the_last_action_is_observed() -> None:
+    env = GymWrapper(LastAction())
+    with pytest.raises(ValueError, match=r"\('next', 'action'\).*RenameTransform"):
+        load_transitions(env.rollout(6))
+    with pytest.raises(ValueError, match="'action'.*RenameTransform.*'env_action'"):
+        load_transitions(env.rollout(6), env=env)
+    renamed = TransformedEnv(env, RenameTransform(["action"], ["env_action"]))
+    data = load_transitions(renamed.rollout(6))
+    torch.testing.assert_close(data["next", "env_action"], 5 + data["action"])
+    assert "env_action" in RecordedEnv(data).observation_spec.keys()
 
 
 def test_class_numbers_become_one_hot() -> None:

@@ -16,6 +16,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models import EnvSpecs, read_specs
+from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.filtering import episode_begins
 from torchrl_wm.modules.keys import (
@@ -67,7 +68,9 @@ def load_transitions(
               ``minari.MinariDataset``. Nothing is downloaded.
 
             Observations may be dictionaries of arrays, nested ones too; in an ``.npz`` file
-            their names are joined by slashes, ``observations/position``.
+            their names are joined by slashes, ``observations/position``. Names that mean
+            something else in a transition (``action``, ``reward``, ``done``, ...) are
+            refused.
 
     Keyword Args:
         env: the env that was recorded, whose specs the transitions are to have. Needed for
@@ -88,7 +91,8 @@ def load_transitions(
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
         KeyError: if an array or entry is missing; the message names it.
-        ValueError: if lengths or shapes do not fit, or what is there is none of these.
+        ValueError: if lengths or shapes do not fit, an observation has the name of something
+            else, or what is there is none of these.
 
     .. note:: The folders of tensordicts may hold pickled objects, which run code when they are
        loaded. Load those that you trust.
@@ -116,9 +120,10 @@ def load_transitions(
     if isinstance(source, TensorDictBase):
         data = _flat(source)
     elif isinstance(source, Mapping):
-        data = _from_arrays(source, "the data")
+        data = _from_arrays(source, "the data", env is not None)
     elif isinstance(source, Sequence) and source:
-        parts = [_from_arrays(e, f"episode {n}") for n, e in enumerate(source)]
+        known = env is not None
+        parts = [_from_arrays(e, f"episode {n}", known) for n, e in enumerate(source)]
         data = torch.cat(parts)
     else:
         raise ValueError(
@@ -127,6 +132,8 @@ def load_transitions(
         )
     if not len(data):
         raise ValueError("The data holds no transition.")
+    if env is None:  # whose specs would say what an entry is
+        _check_observed_actions(data)
     data = data.apply(lambda x: x.float() if x.dtype is torch.float64 else x)
     if classes is not None:
         data.set("action", _one_hot(data.get("action"), classes))
@@ -138,8 +145,10 @@ def load_transitions(
 # Arrays --------------------------------------------------------------------------
 
 
-def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
-    """The transitions of one dictionary, ``[N]``."""
+def _from_arrays(
+    arrays: Mapping[str, Any], what: str, known: bool = False
+) -> TensorDictBase:
+    """The transitions of one dictionary, ``[N]``; ``known``: see :func:`_check_names`."""
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
@@ -163,6 +172,7 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
         truncated = _flags("truncations", arrays["truncations"], what).bool()
     actions = _tensor("actions", arrays["actions"])
     observations = _tree("observations", arrays["observations"])
+    _check_names(observations, what, known)
     if "next_observations" in arrays:
         following = _tree("next_observations", arrays["next_observations"])
         needed = {"next_observations": (following, steps)}
@@ -207,6 +217,50 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
     ):
         out.set(("next", name), value)
     return out
+
+
+def _check_names(observations: Mapping[Any, Any], what: str, known: bool) -> None:
+    """Refuse observations that would be taken for the action, a reward, an end or a count.
+
+    Args:
+        observations: by key.
+        what: whose they are.
+        known: whether an env says which entries are observations, so that names further
+            down are free.
+    """
+    own = {"action", "reward", *ENDS, *BOOKKEEPING}
+    taken = []
+    for key in observations:
+        names = as_tuple(key)
+        if names[0] in ("next", "collector"):
+            taken.append((names, 0))
+        elif names[-1] in own and not (known and len(names) > 1):
+            taken.append((names, len(names) - 1))
+    if taken:
+        (names, place), *_ = taken
+        other = (*names[:place], f"env_{names[place]}", *names[place + 1 :])
+        raise ValueError(
+            f"The observations of {what} have the entries {['/'.join(n) for n, _ in taken]}: in "
+            f"a transition, actions, rewards, ends, and what is counted or comes next have these "
+            f"names, and the two would be mixed up. Rename them, {'/'.join(other)!r} for "
+            f"{'/'.join(names)!r} (in an env with torchrl.envs.RenameTransform), or leave them "
+            f"out. Episodes of a Minari dataset can be given as a list of dictionaries, too."
+        )
+
+
+def _check_observed_actions(data: TensorDictBase) -> None:
+    """Refuse what may be an observation called "action", or the action that came next."""
+    for key in leaf_keys(data):
+        following = join("next", key)
+        if as_tuple(key)[-1] != "action" or data.get(following, None) is None:
+            continue
+        raise ValueError(
+            f"The data has {following!r} beside {key!r}, and does not tell whether that is an "
+            f"observation or the action of the next step. Name the env, env=..., or leave it "
+            f"out, data.exclude({following!r}). An observation needs another name, as "
+            f"torchrl.envs.RenameTransform(in_keys=[{key!r}], "
+            f"out_keys=[{sibling(key, 'env_action')!r}]) gives it in the env."
+        )
 
 
 def _check_lengths(needed: dict[str, tuple], what: str, steps: int) -> None:
