@@ -9,10 +9,13 @@ from _models import SpecEnv
 from _real_envs import LastAction, make_reacher
 from tensordict import TensorDict
 from torchrl.data import (
+    Bounded,
+    Composite,
     LazyTensorStorage,
     ListStorage,
     ReplayBuffer,
     TensorDictReplayBuffer,
+    Unbounded,
 )
 from torchrl.envs import GymEnv, GymWrapper, RenameTransform, TransformedEnv
 
@@ -144,6 +147,63 @@ def test_a_rollout_in_which_the_last_action_is_observed() -> None:
     data = load_transitions(renamed.rollout(6))
     torch.testing.assert_close(data["next", "env_action"], 5 + data["action"])
     assert "env_action" in RecordedEnv(data).observation_spec.keys()
+
+
+def clocked(start: float = 1.7e9, steps: int = 120) -> list[dict[str, np.ndarray]]:
+    """Episodes that observe the time, in seconds since 1970."""
+    random, out = np.random.default_rng(0), []
+    for number in range(8):
+        time = start + (steps + 1) * number + np.arange(steps + 1.0)
+        actions = random.uniform(-1, 1, (steps, 1))
+        place = np.concatenate([[0.0], np.cumsum(0.1 * actions)])
+        out.append(
+            {
+                "observations": {"body": {"time": time, "place": place}},
+                "actions": actions,
+                "rewards": random.normal(size=steps),
+                "terminations": np.zeros(steps, bool),
+            }
+        )
+    return out
+
+
+def test_large_numbers_keep_the_digits_that_change() -> None:
+    data = load_transitions(clocked())
+    key = ("body", "time")
+    assert data[key].dtype is data.get(("next", *key)).dtype is torch.float64
+    assert torch.equal(data.get(("next", *key)), data[key] + 1)
+    assert data["body", "place"].dtype is data["action"].dtype is torch.float32
+    settings = {**SMALL, "steps": 150, "interval": 150, "hidden": (32, 32)}
+    settings.update(batch_size=128, learning_rate=3e-3, seed=0)
+    with pytest.warns(UserWarning, match=r"\('body', 'time'\) is too large"):
+        model, metrics = train_world_model(data, **settings)
+    since_start = clocked(start=0.0)
+    _, small = train_world_model(since_start, **settings)
+    assert metrics[-1]["held_out_error"] < 1.2 * small[-1]["held_out_error"] < 0.5
+    env = WorldModelEnv(model, RecordedEnv(data), start_states=data[:3])
+    imagined = env.imagine(4)
+    torch.testing.assert_close(
+        imagined.get(("next", *key)) - imagined[key],
+        torch.ones(1, 4, 1, dtype=torch.float64).reshape(imagined[key].shape),
+        atol=0.05,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_env_says_in_which_precision_large_numbers_stay(dtype, recwarn) -> None:
+    env = SpecEnv(action_spec=Bounded(-1.0, 1.0, (1,)))
+    extra = Composite(body={"place": Unbounded((1,)), "time": Unbounded((1,))})
+    extra["body", "time"] = Unbounded((1,), dtype=dtype)
+    env.observation_spec = extra
+    data = load_transitions(clocked(), env=env)
+    assert data["body", "time"].dtype is data["next", "body", "time"].dtype is dtype
+    named = ["('body', 'time') is too large" in str(w.message) for w in recwarn]
+    if dtype is torch.float64:
+        steps = data["next", "body", "time"] - data["body", "time"]
+        assert (steps == 1).all() and not any(named)
+    else:
+        assert any(named)
 
 
 def test_class_numbers_become_one_hot() -> None:

@@ -16,7 +16,6 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models import EnvSpecs, read_specs
-from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.filtering import episode_begins
 from torchrl_wm.modules.keys import (
@@ -26,6 +25,12 @@ from torchrl_wm.modules.keys import (
     missing_from,
     sibling,
     unique,
+)
+from torchrl_wm.trainers.logged_entries import (
+    check_names,
+    check_observed_actions,
+    ENDS,
+    narrowed,
 )
 
 #: What :func:`load_transitions` takes.
@@ -40,8 +45,6 @@ DataSource = Union[
 #: The names of arrays.
 NAMES = ("observations", "actions", "rewards", "terminations")
 OPTIONAL = ("truncations", "next_observations")
-#: What says that an episode ends.
-ENDS = ("done", "terminated", "truncated")
 _MINARI = "minari:"
 
 
@@ -80,8 +83,10 @@ def load_transitions(
         Transitions ``[N]``, in the order of recording: the observations (an array under
         ``"observation"``, dictionaries under their own keys), ``"action"``, and below
         ``"next"`` the observations, ``"reward"``, ``"terminated"``, ``"truncated"`` and
-        ``"done"``, each ``[N, 1]``. What is float64 becomes float32. Entries of tensordicts
-        keep their keys.
+        ``"done"``, each ``[N, 1]``. What is float64 becomes float32, unless it is float64 in
+        ``env`` or, without one, float32 numbers are too far apart for it, as they are for
+        seconds since 1970; where ``env`` has such an entry in float32, a warning names it.
+        Entries of tensordicts keep their keys.
 
         Where a row, a dictionary or a buffer ends before its episode does, its last step is
         truncated, as is one before a step that begins an episode (``is_init``) or belongs to
@@ -133,8 +138,8 @@ def load_transitions(
     if not len(data):
         raise ValueError("The data holds no transition.")
     if env is None:  # whose specs would say what an entry is
-        _check_observed_actions(data)
-    data = data.apply(lambda x: x.float() if x.dtype is torch.float64 else x)
+        check_observed_actions(data)
+    data = narrowed(data, env)
     if classes is not None:
         data.set("action", _one_hot(data.get("action"), classes))
     if env is not None:
@@ -148,7 +153,7 @@ def load_transitions(
 def _from_arrays(
     arrays: Mapping[str, Any], what: str, known: bool = False
 ) -> TensorDictBase:
-    """The transitions of one dictionary, ``[N]``; ``known``: see :func:`_check_names`."""
+    """The transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
@@ -172,7 +177,7 @@ def _from_arrays(
         truncated = _flags("truncations", arrays["truncations"], what).bool()
     actions = _tensor("actions", arrays["actions"])
     observations = _tree("observations", arrays["observations"])
-    _check_names(observations, what, known)
+    check_names(observations, what, known)
     if "next_observations" in arrays:
         following = _tree("next_observations", arrays["next_observations"])
         needed = {"next_observations": (following, steps)}
@@ -217,50 +222,6 @@ def _from_arrays(
     ):
         out.set(("next", name), value)
     return out
-
-
-def _check_names(observations: Mapping[Any, Any], what: str, known: bool) -> None:
-    """Refuse observations that would be taken for the action, a reward, an end or a count.
-
-    Args:
-        observations: by key.
-        what: whose they are.
-        known: whether an env says which entries are observations, so that names further
-            down are free.
-    """
-    own = {"action", "reward", *ENDS, *BOOKKEEPING}
-    taken = []
-    for key in observations:
-        names = as_tuple(key)
-        if names[0] in ("next", "collector"):
-            taken.append((names, 0))
-        elif names[-1] in own and not (known and len(names) > 1):
-            taken.append((names, len(names) - 1))
-    if taken:
-        (names, place), *_ = taken
-        other = (*names[:place], f"env_{names[place]}", *names[place + 1 :])
-        raise ValueError(
-            f"The observations of {what} have the entries {['/'.join(n) for n, _ in taken]}: in "
-            f"a transition, actions, rewards, ends, and what is counted or comes next have these "
-            f"names, and the two would be mixed up. Rename them, {'/'.join(other)!r} for "
-            f"{'/'.join(names)!r} (in an env with torchrl.envs.RenameTransform), or leave them "
-            f"out. Episodes of a Minari dataset can be given as a list of dictionaries, too."
-        )
-
-
-def _check_observed_actions(data: TensorDictBase) -> None:
-    """Refuse what may be an observation called "action", or the action that came next."""
-    for key in leaf_keys(data):
-        following = join("next", key)
-        if as_tuple(key)[-1] != "action" or data.get(following, None) is None:
-            continue
-        raise ValueError(
-            f"The data has {following!r} beside {key!r}, and does not tell whether that is an "
-            f"observation or the action of the next step. Name the env, env=..., or leave it "
-            f"out, data.exclude({following!r}). An observation needs another name, as "
-            f"torchrl.envs.RenameTransform(in_keys=[{key!r}], "
-            f"out_keys=[{sibling(key, 'env_action')!r}]) gives it in the env."
-        )
 
 
 def _check_lengths(needed: dict[str, tuple], what: str, steps: int) -> None:
