@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, unravel_key
 from torchrl.envs import EnvBase
 
 from torchrl_wm._files import write_text
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
-from torchrl_wm.diagnostics.recording import positive, Recording
+from torchrl_wm.diagnostics.recording import (
+    as_rows,
+    check_env,
+    Episodes,
+    positive,
+    Recording,
+)
 from torchrl_wm.diagnostics.sections import DoesNotApply, SECTIONS, Study
 from torchrl_wm.diagnostics.video import Render
 from torchrl_wm.envs import WorldModelEnv
@@ -43,7 +49,7 @@ class Report:
 def write_report(
     path: str | os.PathLike,
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     *,
     policy: Callable | None = None,
     real_env: EnvBase | None = None,
@@ -70,7 +76,8 @@ def write_report(
         path: the file to write; one that is there is replaced, missing folders are made.
         env: an imagined env of batch size ``[]``. With ``decode=True`` decoded
             observations are compared.
-        episodes: recorded transitions, ``[*B, T]``, that the model was not trained on.
+        episodes: recorded transitions, ``[*B, T]``, or a list of such, that the model was not
+            trained on.
 
     Keyword Args:
         policy: acts in the imagined env, for the exploitation gap. With it goes
@@ -132,6 +139,8 @@ def write_report(
     ):
         positive(value, name)
     new_figure(1, 1)  # before anything is measured: is matplotlib there?
+    check_env(env, "write_report")
+    episodes = as_rows(episodes, "write_report")
     recording = Recording.of(env, episodes, "write_report")
     horizon = min(horizon, recording.longest_window())
     if horizon < 1:
