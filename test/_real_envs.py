@@ -93,3 +93,25 @@ class Unbounded(Reacher1D):
     """Its actions have no bounds."""
 
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+
+
+class LastAction(Reacher1D):
+    """Observes its last action, plus 5, under a name such as "action"."""
+
+    def __init__(self, name: str = "action") -> None:
+        self.name = name
+        spaces = {"place": gymnasium.spaces.Box(-9, 9, (1,))}
+        spaces[name] = gymnasium.spaces.Box(-9, 9, (1,))
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+        self.last = np.zeros(1, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.last = np.zeros(1, np.float32)
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.last = 5 + np.asarray(action, np.float32)
+        return super().step(action)
+
+    def _observation(self):
+        return {"place": self.state[:1].copy(), self.name: self.last.copy()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from _models import SpecEnv
+import torch
+from _models import make_model, SpecEnv
+from _real_envs import LastAction
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import RenameTransform, TransformedEnv
+from torchrl.envs import GymWrapper, RenameTransform, TransformedEnv
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models.building import build, BUILDERS
@@ -66,6 +68,33 @@ def test_actions_are_refused_too(builder) -> None:
 
 
 @pytest.mark.parametrize("builder", OWN)
+@pytest.mark.parametrize("key", ["action", ("robot", "action")])
+def test_an_observation_where_the_action_stands_is_refused(builder, key) -> None:
+    env = SpecEnv(extra_observations={key: (3,)}, action_key=key)
+    with pytest.raises(ValueError, match="RenameTransform.*env_action") as error:
+        make(builder, env)
+    assert repr(key) in str(error.value)
+    world_model, _ = make(builder, env, observation_keys=["observation"])
+    assert world_model.encoder.in_keys == ["observation"]
+    assert key in world_model.dynamics.in_keys
+
+
+@pytest.mark.parametrize("name", ["action", "next"])
+def test_an_env_whose_last_action_is_observed(name) -> None:
+    env = GymWrapper(LastAction(name))
+    with pytest.raises(ValueError, match=f"{name!r}.*RenameTransform") as error:
+        make("ensemble", env)
+    env = renamed_as_told(env, error)
+    world_model, _ = make("ensemble", env)
+    rollout = env.rollout(4)
+    torch.testing.assert_close(rollout["next", f"env_{name}"], 5 + rollout["action"])
+    imagined = WorldModelEnv(world_model, env).imagine(2, tensordict=rollout[:1])
+    torch.testing.assert_close(
+        imagined[f"env_{name}"][:, 0], rollout[f"env_{name}"][:1]
+    )
+
+
+@pytest.mark.parametrize("builder", OWN)
 def test_a_loss_reads_weights_that_the_model_does_not(builder) -> None:
     env = SpecEnv(extra_observations={"weight": (1,)})
     with pytest.raises(ValueError, match="'weight'"):
@@ -85,3 +114,9 @@ def test_a_latent_that_is_the_observation_may_be_called_so() -> None:
     assert world_model.latent_keys == ["latent"]
     spec = Composite(latent=Unbounded((6,)))
     assert WorldModelEnv(world_model, env).observation_spec["latent"] == spec["latent"]
+
+
+def test_a_model_by_hand_whose_encoder_reads_the_action_is_refused() -> None:
+    env = SpecEnv(extra_observations={"action": (6,)})
+    with pytest.raises(ValueError, match="encoder reads.*'action'.*RenameTransform"):
+        WorldModelEnv(make_model(observation="action"), env)

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from _env_kinds import drawn_transitions, env_of
-from _models import linear
+from _models import linear, SpecEnv
 from hypothesis import given, settings, strategies as st
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
@@ -27,6 +27,7 @@ from torchrl_wm.modules import (
     Normalizer,
     TerminationHead,
 )
+from torchrl_wm.modules.precision import coarse_dims
 
 
 def entry(key, size: int) -> Entry:
@@ -67,6 +68,64 @@ def test_rounding_noise_about_zero_is_constant() -> None:
     assert normalizer(torch.tensor([[1e-3]])).item() == pytest.approx(1e-3)
     small = 1e-9 * torch.randn(1000, 1)  # units may be small, though
     assert Normalizer(1).fit(small)(small).std() == pytest.approx(1, rel=0.01)
+
+
+def test_large_numbers_that_change_are_scaled() -> None:
+    time = 1.7e9 + torch.arange(2000, dtype=torch.float64)  # seconds since 1970
+    normalizer = Normalizer(2)
+    data = torch.stack([time, torch.sin(time)], -1).float()
+    out = normalizer.fit(data)(data)
+    torch.testing.assert_close(out.std(0), torch.ones(2), rtol=1e-3, atol=0)
+    assert torch.corrcoef(torch.stack([out[:, 0].double(), time]))[0, 1] > 0.99
+    last_digit = 1 + 2.0**-23 * (torch.rand(500, 1) < 0.5)  # what rounding does
+    assert Normalizer(1).fit(last_digit).std.item() == 1
+    large = Normalizer(1).fit(3e8 + 32.0 * (torch.rand(500, 1) < 0.5))
+    assert large.std.item() == pytest.approx(16, rel=0.05)  # rounding, or not
+    double = Normalizer(1).double().fit(1e9 + 5 * torch.rand(500, 1).double())
+    assert double.std.item() == pytest.approx(5 / 12**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("key", ["clock", ("agent", "clock")])
+def test_what_is_too_large_for_single_precision_is_named_once(key) -> None:
+    env = SpecEnv(observation=2, observation_key=key)
+    world_model, _ = make_ensemble_world_model(
+        env, members=2, hidden=(8,), termination="none"
+    )
+    time = 8e8 + 3 * torch.arange(401.0, dtype=torch.float64)
+    clock = torch.stack([torch.sin(time), time], -1).float()
+    batch = TensorDict(
+        {
+            key: clock[:-1],
+            "action": torch.rand(400, 2),
+            "next": {key: clock[1:], "reward": torch.rand(400, 1)},
+        },
+        [400],
+    )
+    with pytest.warns(UserWarning) as caught:
+        fit_normalizers(world_model, batch)
+    (message,) = {str(w.message) for w in caught}
+    assert message.startswith(f"{key!r} is too large") and "dims [1]" in message
+    assert "the mean 8e+08 and the spread 347," in message and "64 apart" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_normalizers(world_model, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_single_precision_serves_is_not_named(dtype) -> None:
+    steps = torch.arange(300, dtype=torch.float64)
+    jitter = torch.randn(300, dtype=torch.float64)
+    data = torch.stack(
+        [
+            0.02 * steps,  # a runner's position
+            20 + 5 * torch.sin(steps),  # a temperature
+            1 + 1e-9 * jitter,  # the norm of a quaternion
+            0.5 + (steps // 100) + 1e-13 * jitter,  # a goal, another in each episode
+            torch.full_like(steps, 3e9),
+        ],
+        -1,
+    ).to(dtype)
+    assert coarse_dims(data[:-1], data[1:]) == []
 
 
 def test_unfitted_is_the_identity_and_warns_once() -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_reacher
+from _models import SpecEnv
+from _real_envs import LastAction, make_reacher
 from tensordict import TensorDict
 from torchrl.data import (
+    Bounded,
+    Composite,
     LazyTensorStorage,
     ListStorage,
     ReplayBuffer,
     TensorDictReplayBuffer,
+    Unbounded,
 )
-from torchrl.envs import GymEnv, GymWrapper
+from torchrl.envs import GymEnv, GymWrapper, RenameTransform, TransformedEnv
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import load_world_model, save_world_model
@@ -81,6 +85,125 @@ def test_observations_that_are_dictionaries(tmp_path) -> None:
     assert (load_transitions(tmp_path / "data.npz") == data).all()
     world_model, _ = train_world_model(data, **SMALL)
     assert set(world_model.latent_keys) == {"place", ("body", "speed")}
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("action", "env_action"),
+        ("reward", "env_reward"),
+        ("done", "env_done"),
+        ("terminated", "env_terminated"),
+        ("truncated", "env_truncated"),
+        ("next", "env_next"),
+        ("step_count", "env_step_count"),
+        ("robot/action", "robot/env_action"),
+        ("robot/done", "robot/env_done"),
+        ("next/place", "env_next/place"),
+    ],
+)
+def test_observations_called_as_something_else_are_refused(
+    name, other, tmp_path
+) -> None:
+    arrays = line(5)
+    place = arrays.pop("observations")
+
+    def write(last: str) -> str:
+        observations = {"observations/speed": place, f"observations/{last}": place * 3}
+        np.savez(tmp_path / "data.npz", **arrays, **observations)
+        return tmp_path / "data.npz"
+
+    with pytest.raises(ValueError, match=f"'{name}'.*{other!r} for {name!r}"):
+        load_transitions(write(name))
+    data = load_transitions(write(other))
+    key = tuple(other.split("/"))
+    assert torch.equal(data["action"], torch.full((5, 2), 0.5))
+    assert data.get(key).flatten().tolist() == [0.0, 3, 6, 9, 12]
+    assert data.get(("next", *key)).flatten().tolist() == [3.0, 6, 9, 12, 15]
+    observed = RecordedEnv(data).observation_spec.keys(True, True)
+    assert {"speed", key[0] if len(key) == 1 else key} == set(observed)
+
+
+def test_an_env_says_which_of_its_entries_are_observations() -> None:
+    key = ("robot", "action")
+    env = SpecEnv(observation=1, observation_key=key)
+    arrays = line(5)
+    arrays["observations"] = {"robot": {"action": arrays["observations"]}}
+    data = load_transitions(arrays, env=env)
+    assert data[key].flatten().tolist() == [0.0, 1, 2, 3, 4]
+    rollout = data.exclude(("next", "action"))
+    with pytest.raises(ValueError, match=r"\('next', 'robot', 'action'\) beside"):
+        load_transitions(rollout)
+    assert (load_transitions(rollout, env=env) == data).all()
+
+
+def test_a_rollout_in_which_the_last_action_is_observed() -> None:
+    env = GymWrapper(LastAction())
+    with pytest.raises(ValueError, match=r"\('next', 'action'\).*RenameTransform"):
+        load_transitions(env.rollout(6))
+    with pytest.raises(ValueError, match="'action'.*RenameTransform.*'env_action'"):
+        load_transitions(env.rollout(6), env=env)
+    renamed = TransformedEnv(env, RenameTransform(["action"], ["env_action"]))
+    data = load_transitions(renamed.rollout(6))
+    torch.testing.assert_close(data["next", "env_action"], 5 + data["action"])
+    assert "env_action" in RecordedEnv(data).observation_spec.keys()
+
+
+def clocked(start: float = 1.7e9, steps: int = 120) -> list[dict[str, np.ndarray]]:
+    """Episodes that observe the time, in seconds since 1970."""
+    random, out = np.random.default_rng(0), []
+    for number in range(8):
+        time = start + (steps + 1) * number + np.arange(steps + 1.0)
+        actions = random.uniform(-1, 1, (steps, 1))
+        place = np.concatenate([[0.0], np.cumsum(0.1 * actions)])
+        out.append(
+            {
+                "observations": {"body": {"time": time, "place": place}},
+                "actions": actions,
+                "rewards": random.normal(size=steps),
+                "terminations": np.zeros(steps, bool),
+            }
+        )
+    return out
+
+
+def test_large_numbers_keep_the_digits_that_change() -> None:
+    data = load_transitions(clocked())
+    key = ("body", "time")
+    assert data[key].dtype is data.get(("next", *key)).dtype is torch.float64
+    assert torch.equal(data.get(("next", *key)), data[key] + 1)
+    assert data["body", "place"].dtype is data["action"].dtype is torch.float32
+    settings = {**SMALL, "steps": 150, "interval": 150, "hidden": (32, 32)}
+    settings.update(batch_size=128, learning_rate=3e-3, seed=0)
+    with pytest.warns(UserWarning, match=r"\('body', 'time'\) is too large"):
+        model, metrics = train_world_model(data, **settings)
+    since_start = clocked(start=0.0)
+    _, small = train_world_model(since_start, **settings)
+    assert metrics[-1]["held_out_error"] < 1.2 * small[-1]["held_out_error"] < 0.5
+    env = WorldModelEnv(model, RecordedEnv(data), start_states=data[:3])
+    imagined = env.imagine(4)
+    torch.testing.assert_close(
+        imagined.get(("next", *key)) - imagined[key],
+        torch.ones(1, 4, 1, dtype=torch.float64).reshape(imagined[key].shape),
+        atol=0.05,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_env_says_in_which_precision_large_numbers_stay(dtype, recwarn) -> None:
+    env = SpecEnv(action_spec=Bounded(-1.0, 1.0, (1,)))
+    extra = Composite(body={"place": Unbounded((1,)), "time": Unbounded((1,))})
+    extra["body", "time"] = Unbounded((1,), dtype=dtype)
+    env.observation_spec = extra
+    data = load_transitions(clocked(), env=env)
+    assert data["body", "time"].dtype is data["next", "body", "time"].dtype is dtype
+    named = ["('body', 'time') is too large" in str(w.message) for w in recwarn]
+    if dtype is torch.float64:
+        steps = data["next", "body", "time"] - data["body", "time"]
+        assert (steps == 1).all() and not any(named)
+    else:
+        assert any(named)
 
 
 def test_class_numbers_become_one_hot() -> None:

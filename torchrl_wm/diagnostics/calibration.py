@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict
 
 from torchrl_wm.diagnostics.one_step import (
     elite_members,
@@ -14,6 +14,7 @@ from torchrl_wm.diagnostics.one_step import (
     LOG_VAR,
     one_step_prediction,
 )
+from torchrl_wm.diagnostics.recording import Episodes
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.keys import join
 
@@ -23,7 +24,7 @@ _LEVELS = tuple(level / 20 for level in range(1, 20))
 @torch.no_grad()
 def calibration_curve(
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     *,
     levels: Sequence[float] = _LEVELS,
     targets: Sequence[NestedKey] | None = None,
@@ -40,8 +41,8 @@ def calibration_curve(
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``; padding is left out. Use ones that the
-            model was not trained on.
+        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out. Use
+            ones that the model was not trained on.
         levels: ``K`` nominal levels, in (0, 1).
         targets, loc, log_var: see :func:`one_step_prediction`.
 

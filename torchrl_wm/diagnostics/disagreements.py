@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 
 from torchrl_wm.diagnostics.one_step import (
     elite_members,
     gaussians,
     one_step_prediction,
 )
-from torchrl_wm.diagnostics.recording import Recording
+from torchrl_wm.diagnostics.recording import Episodes, Recording
 from torchrl_wm.diagnostics.statistics import rank_correlation
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.keys import join
 
 
 @torch.no_grad()
-def disagreement(
-    env: WorldModelEnv, episodes: TensorDictBase, **gaussian_keys
-) -> TensorDict:
+def disagreement(env: WorldModelEnv, episodes: Episodes, **gaussian_keys) -> TensorDict:
     """The members' disagreement along recorded episodes, and the error of their mean.
 
     Both are of one-step predictions, in units of the spread of the recorded changes
@@ -30,7 +28,8 @@ def disagreement(
 
     Args:
         env: an imagined env of batch size ``[]``, of a model that is an ensemble.
-        episodes: recorded transitions, ``[*B, T]``.
+        episodes: recorded transitions, ``[*B, T]``, or a list of such, of which ``*B`` is the
+            number of rows and ``T`` the longest length.
         gaussian_keys: ``targets``, ``loc`` and ``log_var``, see
             :func:`one_step_prediction`.
 
@@ -78,7 +77,7 @@ def disagreement(
             "Nothing that the model predicts changes in the episodes: there is no unit to measure "
             "disagreement in. Give more than one step."
         )
-    size, valid = episodes.batch_size, recording.valid
+    size, valid = recording.batch_size, recording.valid
     out = TensorDict({}, batch_size=[], device=valid.device)
     found = {}
     for name, value in (("disagreement", spread), ("error", error)):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict
 
 from torchrl_wm.diagnostics.recording import (
+    Episodes,
     imagine_particles,
     matching,
     positive,
@@ -21,7 +22,7 @@ from torchrl_wm.modules.keys import join, unique
 @torch.no_grad()
 def prediction_fan(
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     horizon: int,
     *,
     start: int = 0,
@@ -36,7 +37,8 @@ def prediction_fan(
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, time last.
+        episodes: recorded transitions, ``[*B, T]``, time last, or a list of such, of
+            which ``*B`` is the number of rows.
         horizon: ``H``.
         start: the step of the episodes, from 0 on, that is imagined from.
         particles: ``P``, how many futures are imagined for each of the ``*B`` starts.
@@ -103,7 +105,7 @@ def prediction_fan(
             f"The keys {lacking} are not among what can be compared: {list(real)}."
         )
     imagined = imagine_particles(env, windows, particles)  # [P, N, H]
-    size = (*episodes.batch_size[:-1], horizon)
+    size = (*recording.batch_size[:-1], horizon)
     out = TensorDict({}, batch_size=size, device=recording.steps.device)
     for key in unique(real if keys is None else keys):
         samples = imagined.get(join("next", key)).movedim(0, 2)  # [N, H, P, ...]

@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
 from torchrl_wm.diagnostics.recording import (
+    Episodes,
     FILTERED,
     imagine_particles,
     matching,
@@ -27,7 +28,7 @@ LOG_VAR: NestedKey = ("next", "log_var")
 @torch.no_grad()
 def one_step_prediction(
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     *,
     targets: Sequence[NestedKey] | None = None,
     loc: NestedKey = LOC,
@@ -43,7 +44,7 @@ def one_step_prediction(
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``; padding is left out.
+        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out.
         targets: the entries below "next" that the Gaussians are of, in the order in
             which their dims join them; by default what the dynamics say, else the
             latents. For ``GaussianHead(..., ("next", "reward"))``:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 
-from torchrl_wm.diagnostics.recording import imagine_windows, matching, Recording
+from torchrl_wm.diagnostics.recording import (
+    Episodes,
+    imagine_windows,
+    matching,
+    Recording,
+)
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.keys import join
 
@@ -13,7 +18,7 @@ from torchrl_wm.modules.keys import join
 @torch.no_grad()
 def open_loop_error(
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     horizon: int,
     *,
     stride: int = 1,
@@ -32,8 +37,8 @@ def open_loop_error(
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, time last, as rollouts and
-            collectors return them.
+        episodes: recorded transitions, ``[*B, T]``, time last, as rollouts and collectors
+            return them, or a list of such, of any lengths.
         horizon: ``H``.
         stride: the distance of the windows' starts, in steps.
         particles: how often each window is imagined; the mean is compared. Of a

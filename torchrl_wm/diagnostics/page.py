@@ -43,6 +43,7 @@ class ReportSection:
         good: whether that is good; None if it is neither, or both.
         pictures: matplotlib figures, or the bytes of PNG, GIF or JPEG files.
         numbers: what was measured, by name.
+        note: what the verdict does not speak of.
 
     Examples:
         >>> from torchrl_wm.diagnostics import ReportSection
@@ -57,6 +58,7 @@ class ReportSection:
     good: bool | None = None
     pictures: Sequence[Picture] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 def page(
@@ -106,6 +108,8 @@ def _section(section: ReportSection, anchor: str) -> list[str]:
     if section.verdict:
         kind = {True: " good", False: " bad", None: ""}[section.good]
         parts.append(f'<p class="verdict{kind}">{escape(section.verdict)}</p>')
+    if section.note:
+        parts.append(f'<p class="note">{escape(section.note)}</p>')
     for picture in section.pictures:
         parts.append(_image(picture, section.title))
     if section.numbers:

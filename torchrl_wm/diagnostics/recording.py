@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -17,6 +18,9 @@ from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
 
 Entries = dict[NestedKey, torch.Tensor]
+
+#: What diagnostics take: steps ``[*B, T]``, or a list of such, of different lengths.
+Episodes = Union[TensorDictBase, Sequence[TensorDictBase]]
 
 #: Where the next latents stand that a recurrent model filters from what was recorded.
 FILTERED = "_filtered"
@@ -36,31 +40,29 @@ class Recording:
         env: the imagined env.
         steps: the episodes, ``[N, T]``, on the env's device.
         keys: the observations that are compared; none if the latents are.
+        batch_size: of the episodes as they were given, ``[*B, T]``.
     """
 
     env: WorldModelEnv
     steps: TensorDictBase
     keys: list[NestedKey]
+    batch_size: torch.Size
 
     @classmethod
-    def of(cls, env: WorldModelEnv, episodes: TensorDictBase, name: str) -> Recording:
+    def of(cls, env: WorldModelEnv, episodes: Episodes, name: str) -> Recording:
         """Check what the diagnostic called ``name`` was given.
 
         Args:
             env: of batch size ``[]``.
-            episodes: ``[*B, T]``.
+            episodes: ``[*B, T]``, or a list of such.
 
         Raises:
-            TypeError: if ``env`` is no WorldModelEnv.
+            TypeError: if ``env`` is no WorldModelEnv, or the episodes are neither.
             ValueError: if it is batch-locked, or the episodes have no time dim.
             KeyError: if the episodes lack actions.
         """
         check_env(env, name)
-        if not episodes.batch_dims or not episodes.batch_size.numel():
-            raise ValueError(
-                f"{name} needs episodes of batch size [*B, T] with at least one step, time last, "
-                f"as rollouts return them; got {tuple(episodes.batch_size)}."
-            )
+        episodes = as_rows(episodes, name)
         missing = missing_from(episodes, env.action_keys)
         if missing:
             raise MissingEntryError(
@@ -79,7 +81,7 @@ class Recording:
                 filtered = model.observe(steps)
             steps = steps.copy().update(filtered.select(*model.latent_keys))
             steps.set(FILTERED, filtered.get("next").select(*model.latent_keys))
-        return cls(env, steps, keys)
+        return cls(env, steps, keys, episodes.batch_size)
 
     @property
     def valid(self) -> torch.Tensor:
@@ -176,6 +178,84 @@ class Recording:
         """The recorded rewards, ``[..., *feature]`` by key; none if there are none."""
         found = {k: steps.get(join("next", k), None) for k in self.env.reward_keys}
         return {key: value for key, value in found.items() if value is not None}
+
+
+def as_rows(episodes: Episodes, name: str) -> TensorDictBase:
+    """Episodes as one tensordict ``[*B, T]``.
+
+    Args:
+        episodes: that itself; or a list of tensordicts ``[*B, T]`` of any lengths, which
+            becomes rows ``[N, T]`` of the longest, padded as ``("collector", "mask")`` says.
+        name: the diagnostic that they are given to.
+
+    Raises:
+        TypeError: if they are neither.
+        ValueError: if there is no step, or one has no time dim or other shapes than the first.
+        KeyError: if one lacks entries that others have.
+    """
+    if isinstance(episodes, TensorDictBase):
+        _check_time(episodes, name)
+        return episodes
+    is_list = isinstance(episodes, (list, tuple))
+    others = (
+        [e for e in episodes if not isinstance(e, TensorDictBase)] if is_list else []
+    )
+    if not is_list or others:
+        what = (
+            f"a list with {type(others[0]).__name__}"
+            if others
+            else type(episodes).__name__
+        )
+        raise TypeError(
+            f"{name} takes recorded episodes as a tensordict [*B, T], or a list of tensordicts, "
+            f"got {what}. Arrays and buffers are read by "
+            f"torchrl_wm.trainers.load_transitions(data)."
+        )
+    if not episodes:
+        raise ValueError(f"{name} was given no episode: the list is empty.")
+    for number, episode in enumerate(episodes):
+        _check_time(episode, f"{name} of a list (episode {number})")
+    longest = max(episode.batch_size[-1] for episode in episodes)
+    rows = [_padded(episode, longest) for episode in episodes]
+    wanted = {key: rows[0].get(key).shape[2:] for key in leaf_keys(rows[0])}
+    for number, row in enumerate(rows):
+        found = {key: row.get(key).shape[2:] for key in leaf_keys(row)}
+        if found.keys() != wanted.keys():
+            raise MissingEntryError(
+                f"The episodes given to {name} have different entries: episode 0 and episode "
+                f"{number} do not share {sorted(found.keys() ^ wanted.keys(), key=str)}. Give "
+                f"all of them the same, episode.select(...)."
+            )
+        for key, shape in found.items():
+            if shape != wanted[key]:
+                raise ValueError(
+                    f"{key!r} has the shape {tuple(wanted[key])} per step in episode 0 of those "
+                    f"given to {name}, and {tuple(shape)} in episode {number}."
+                )
+    return torch.cat(rows)
+
+
+def _check_time(episodes: TensorDictBase, name: str) -> None:
+    if not episodes.batch_dims or not episodes.batch_size.numel():
+        raise ValueError(
+            f"{name} needs episodes of batch size [*B, T] with at least one step, time last, "
+            f"as rollouts return them; got {tuple(episodes.batch_size)}."
+        )
+
+
+def _padded(episode: TensorDictBase, length: int) -> TensorDictBase:
+    """An episode as rows ``[N, length]``: its last step again and again, masked out."""
+    rows = episode.reshape(-1, episode.batch_size[-1]).copy()
+    number, steps = rows.batch_size
+    mask = rows.get(("collector", "mask"), None)
+    if mask is None:
+        mask = torch.ones(number, steps, dtype=torch.bool, device=rows.device)
+    mask = mask.reshape(number, steps)
+    if steps < length:
+        last = rows[:, -1:].expand(number, length - steps)
+        rows = torch.cat([rows, last], 1)
+        mask = torch.cat([mask, mask.new_zeros(number, length - steps)], 1)
+    return rows.set(("collector", "mask"), mask)
 
 
 def check_env(env: WorldModelEnv, name: str) -> None:

@@ -8,14 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, unravel_key
 from torchrl.envs import EnvBase
 
 from torchrl_wm._files import write_text
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
-from torchrl_wm.diagnostics.recording import positive, Recording
-from torchrl_wm.diagnostics.sections import DoesNotApply, SECTIONS, Study
+from torchrl_wm.diagnostics.recording import (
+    as_rows,
+    check_env,
+    Episodes,
+    positive,
+    Recording,
+)
+from torchrl_wm.diagnostics.sections import SECTIONS
+from torchrl_wm.diagnostics.study import DoesNotApply, Study
+from torchrl_wm.diagnostics.unchanging import names_of, unchanging_dims
 from torchrl_wm.diagnostics.video import Render
 from torchrl_wm.envs import WorldModelEnv
 
@@ -30,6 +38,7 @@ class Report:
         measured: what the diagnostics returned, by section.
         verdicts: a sentence for each section.
         left_out: the sections that do not apply, and why.
+        constant: the dims that never change in the episodes, of which no verdict speaks.
     """
 
     path: Path
@@ -37,13 +46,14 @@ class Report:
     measured: TensorDict
     verdicts: dict[str, str]
     left_out: dict[str, str]
+    constant: tuple[str, ...] = ()
 
 
 @torch.no_grad()
 def write_report(
     path: str | os.PathLike,
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     *,
     policy: Callable | None = None,
     real_env: EnvBase | None = None,
@@ -64,13 +74,14 @@ def write_report(
     The file has its pictures in it and needs nothing else. Each section has a line on
     how to read it and a sentence on what its numbers say. A section that does not
     apply (no ensemble, no termination head, no policy) is left out, with a line that
-    says why.
+    says why. Dims that never change in the episodes are left out of what is said, and named.
 
     Args:
         path: the file to write; one that is there is replaced, missing folders are made.
         env: an imagined env of batch size ``[]``. With ``decode=True`` decoded
             observations are compared.
-        episodes: recorded transitions, ``[*B, T]``, that the model was not trained on.
+        episodes: recorded transitions, ``[*B, T]``, or a list of such, that the model was not
+            trained on.
 
     Keyword Args:
         policy: acts in the imagined env, for the exploitation gap. With it goes
@@ -132,6 +143,8 @@ def write_report(
     ):
         positive(value, name)
     new_figure(1, 1)  # before anything is measured: is matplotlib there?
+    check_env(env, "write_report")
+    episodes = as_rows(episodes, "write_report")
     recording = Recording.of(env, episodes, "write_report")
     horizon = min(horizon, recording.longest_window())
     if horizon < 1:
@@ -154,7 +167,7 @@ def write_report(
         policy_steps=policy_steps,
         policy_episodes=policy_episodes,
         render=render,
-        worst={},
+        constant=unchanging_dims(recording),
     )
     made, numbers, verdicts, left_out = list(sections), {}, {}, {}
     measured = TensorDict({}, batch_size=[])
@@ -182,7 +195,8 @@ def write_report(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(text, path)
-    return Report(path, numbers, measured, verdicts, left_out)
+    constant = tuple(names_of(study.constant, study.labels))
+    return Report(path, numbers, measured, verdicts, left_out, constant)
 
 
 def _facts(study: Study, windows: int) -> dict[str, str]:
@@ -190,9 +204,12 @@ def _facts(study: Study, windows: int) -> dict[str, str]:
     parameters = sum(p.numel() for p in model.parameters())
     steps = int(study.recording.valid.sum())
     used = -(-windows // study.stride)
+    constant = names_of(study.constant, study.labels)
+    never = {"constant, left out of verdicts": ", ".join(constant)}
     return {
         "model": f"{type(model.dynamics).__name__}, {parameters:,} parameters",
         "latents": ", ".join(name_of(key) for key in study.env.latent_keys),
         "recorded steps": f"{steps:,}",
         "horizon": f"{study.horizon} steps, about {used} windows, {study.particles} particles",
+        **(never if constant else {}),
     }

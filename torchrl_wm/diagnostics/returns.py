@@ -8,7 +8,13 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
-from torchrl_wm.diagnostics.recording import check_env, ends, positive
+from torchrl_wm.diagnostics.recording import (
+    as_rows,
+    check_env,
+    ends,
+    Episodes,
+    positive,
+)
 from torchrl_wm.diagnostics.terminations import real_terminations
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
@@ -20,7 +26,7 @@ from torchrl_wm.modules.modes import evaluation_mode
 def exploitation_gap(
     env: WorldModelEnv,
     policy: Callable,
-    real: EnvBase | TensorDictBase,
+    real: EnvBase | Episodes,
     horizon: int,
     *,
     episodes: int = 10,
@@ -42,7 +48,7 @@ def exploitation_gap(
         env: an imagined env of batch size ``[]``.
         policy: acts in the imagined env.
         real: the real env, in which the policy is run; or episodes that were
-            recorded with it, ``[*B, T]``. Rows may hold several episodes one after the
+            recorded with it, ``[*B, T]``, or a list of such. Rows may hold several episodes one after the
             other.
         horizon: ``H``.
 
@@ -84,8 +90,8 @@ def exploitation_gap(
     positive(horizon, "horizon")
     positive(episodes, "episodes")
     reward_key = _reward_key(env, reward_key)
-    if isinstance(real, TensorDictBase):
-        steps = real
+    if isinstance(real, (TensorDictBase, list, tuple)):
+        steps = as_rows(real, "exploitation_gap")
     elif isinstance(real, EnvBase):
         steps = _rolled_out(real, real_policy or policy, horizon, episodes)
     else:
@@ -156,10 +162,6 @@ def _episodes(
     env: WorldModelEnv, steps: TensorDictBase, reward_key: NestedKey, horizon: int
 ) -> tuple[TensorDictBase, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Starts ``[N]``, rewards and validity ``[N, H]``, and who terminated ``[N]``."""
-    if not steps.batch_dims or not steps.batch_size.numel():
-        raise ValueError(
-            f"Recorded episodes need a time dim, [*B, T], got {tuple(steps.batch_size)}."
-        )
     steps = steps.reshape(-1, steps.batch_size[-1])
     if env.device is not None:
         steps = steps.to(env.device)

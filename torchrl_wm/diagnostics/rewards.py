@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 
-from torchrl_wm.diagnostics.recording import imagine_windows, matching, Recording
+from torchrl_wm.diagnostics.recording import (
+    Episodes,
+    imagine_windows,
+    matching,
+    Recording,
+)
 from torchrl_wm.diagnostics.statistics import correlation
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
@@ -15,7 +20,7 @@ from torchrl_wm.modules.keys import join, leaf_keys
 @torch.no_grad()
 def reward_error(
     env: WorldModelEnv,
-    episodes: TensorDictBase,
+    episodes: Episodes,
     horizon: int,
     *,
     stride: int = 1,
@@ -29,7 +34,7 @@ def reward_error(
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions with rewards, ``[*B, T]``, time last.
+        episodes: recorded transitions with rewards, ``[*B, T]``, time last, or a list of such.
         horizon: ``H``.
         stride: the distance of the windows' starts, in steps.
         particles: how often each window is imagined; the mean is compared.
@@ -68,7 +73,7 @@ def reward_error(
     if not real:
         keys = [join("next", key) for key in env.reward_keys]
         raise MissingEntryError(
-            f"The episodes lack the rewards {keys}; they have {leaf_keys(episodes)}."
+            f"The episodes lack the rewards {keys}; they have {leaf_keys(windows)}."
         )
     imagined = imagine_windows(env, windows, list(real), particles)
     out = TensorDict({}, batch_size=[horizon], device=windows.device)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.envs import EnvBase
 
 from torchrl_wm.diagnostics.calibration import calibration_curve
 from torchrl_wm.diagnostics.disagreements import disagreement
@@ -26,7 +23,6 @@ from torchrl_wm.diagnostics.plots import (
     plot_prediction_fan,
     plot_reward_error,
 )
-from torchrl_wm.diagnostics.recording import Recording
 from torchrl_wm.diagnostics.returns import exploitation_gap
 from torchrl_wm.diagnostics.rewards import reward_error
 from torchrl_wm.diagnostics.statistics_plots import (
@@ -37,49 +33,25 @@ from torchrl_wm.diagnostics.statistics_plots import (
     plot_terminations,
     r_squared,
 )
+from torchrl_wm.diagnostics.study import DoesNotApply, Study
 from torchrl_wm.diagnostics.terminations import (
     predicts_terminations,
     termination_metrics,
 )
+from torchrl_wm.diagnostics.verdicts import (
+    beats_baselines,
+    confidence,
+    graded,
+    leading,
+    sentence,
+)
 from torchrl_wm.diagnostics.video import render_comparison
-from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.keys import join
 
 #: Entries of more dims than this are images, say: of them only means are drawn.
 MANY_DIMS = 128
 
 _FAN_STARTS, _FAN_PARTICLES, _VIDEO_STEPS, _VIDEO_HEIGHT = 30, 50, 100, 200
-
-
-class DoesNotApply(Exception):
-    """Why a section is left out."""
-
-
-@dataclass
-class Study:
-    """What a report is about, and how much of it is measured.
-
-    Args: those of :func:`~torchrl_wm.diagnostics.write_report`.
-    """
-
-    env: WorldModelEnv
-    episodes: TensorDictBase
-    recording: Recording
-    horizon: int
-    particles: int
-    stride: int
-    labels: Mapping[NestedKey, Sequence[str]]
-    policy: Callable | None
-    real_env: EnvBase | None
-    real_policy: Callable | None
-    policy_steps: int
-    policy_episodes: int
-    render: Any
-    worst: dict[NestedKey, list[int]]
-
-    def drawing(self, key: NestedKey) -> dict[str, Any]:
-        """The dims of an entry to draw, and their names."""
-        return {"dims": self.worst.get(key), "labels": self.labels.get(key)}
 
 
 Measured = tuple[ReportSection, TensorDictBase]
@@ -95,23 +67,34 @@ def open_loop(study: Study) -> Measured:
         particles=study.particles,
     )
     numbers, said, best = {}, [], []
-    for key in _keys(error, "persistence"):
-        share, persistence = _shares(error, key)
-        beats = _leading((share < persistence).tolist())
+    keys = _keys(error, "persistence")
+    varying = [key for key in keys if _varies(error, key, study).any()]
+    if not varying:
+        names = " and ".join(name_of(key) for key in keys)
+        do = "does" if len(keys) == 1 else "do"
+        raise DoesNotApply(f"{names} {do} not change in the episodes.")
+    for key in varying:
+        share, persistence = _shares(error, key, study)
+        beats = leading((share < persistence).tolist())
         numbers[f"{name_of(key)}: 1 step, share of the data's spread"] = float(share[0])
         numbers[f"{name_of(key)}: {len(share)} steps"] = float(share[-1])
         numbers[f"{name_of(key)}: beats persistence up to k"] = beats
-        beats_mean = _leading((share < 1).tolist())
+        beats_mean = leading((share < 1).tolist())
         numbers[f"{name_of(key)}: beats the mean up to k"] = beats_mean
         best.append(min(beats, beats_mean) / len(share))
-        said.append(f"{name_of(key)} {_beats(beats, beats_mean, len(share))}")
+        said.append(f"{name_of(key)} {beats_baselines(beats, beats_mean, len(share))}")
     for key in _drawn_first(error, study):
         spread = error.get(join("mean", key)).flatten(1)[-1]
         ratio = error.get(join("model", key)).flatten(1)[-1] / spread
-        order = ratio.nan_to_num(-1, posinf=-1).argsort(descending=True)
-        study.worst[key] = sorted(order[:MAX_DIMS].tolist())
+        ratio, varies = ratio.nan_to_num(-1, posinf=-1).cpu(), _varies(
+            error, key, study
+        )
+        order = ratio.where(varies, -1).argsort(descending=True)
+        if varies.any():
+            count = min(MAX_DIMS, int(varies.sum()))
+            study.worst[key] = sorted(order[:count].tolist())
     pictures = []
-    for key in _keys(error, "persistence"):
+    for key in varying:
         many = error.get(join("model", key))[0].numel() > MANY_DIMS
         kwargs = {} if many else {"per_dim": True, **study.drawing(key)}
         pictures.append(plot_open_loop_error(error, key, **kwargs))
@@ -127,6 +110,7 @@ def open_loop(study: Study) -> Measured:
         good=True if min(best) == 1 else False if min(best) == 0 else None,
         pictures=pictures,
         numbers=numbers,
+        note=study.note(keys),
     )
     return section, error
 
@@ -160,26 +144,31 @@ def fan(study: Study) -> Measured:
     for key in keys:
         quantiles = measured.get(join("quantiles", key)).flatten(3)  # [W, H, Q, D]
         real = measured.get(join("real", key)).flatten(2)
+        varies = study.varies(key, real.shape[-1]).to(real.device)
+        if not varies.any():
+            continue
+        pictures.append(plot_prediction_fan(measured, key, **study.drawing(key)))
+        quantiles, real = quantiles[..., varies], real[..., varies]
         low, high = quantiles[:, :, 0], quantiles[:, :, -1]
         hit = ((real >= low) & (real <= high)).float().mean()
         widths.append(float((high - low).mean() / real.std().clamp_min(1e-12)))
         inside.append(float(hit))
         numbers[f"{name_of(key)}: truth within the 90% fan"] = float(hit)
-        pictures.append(plot_prediction_fan(measured, key, **study.drawing(key)))
-    share = sum(inside) / len(inside)
-    if max(widths) < 1e-6:
+    share = sum(inside) / max(len(inside), 1)
+    if not inside:
+        verdict, good = "Nothing changes in the episodes.", None
+    elif max(widths) < 1e-6:
         verdict, good = (
             "All particles agree: this model predicts without noise, so that the fan says "
             "nothing about what it does not know.",
             None,
         )
     else:
+        study.fan = "wide" if share > 0.97 else "narrow" if share < 0.8 else ""
         tail = (
-            "about as often as it should be"
-            if 0.8 <= share <= 0.97
-            else "the fan is too wide"
-            if share > 0.97
-            else "the fan is too narrow"
+            f"the fan is too {study.fan}"
+            if study.fan
+            else "about as often as it should be"
         )
         verdict = f"The truth lies within the 90% fan {share:.0%} of the time: {tail}."
         good = True if 0.8 <= share <= 0.97 else False if share < 0.6 else None
@@ -193,6 +182,7 @@ def fan(study: Study) -> Measured:
         good=good,
         pictures=pictures,
         numbers=numbers,
+        note=study.note(keys),
     )
     return section, measured
 
@@ -214,13 +204,14 @@ def one_step(study: Study) -> Measured:
         before = prediction.get(join("start", key), None)
         if before is not None:
             real, mean = real - before.flatten(1), mean - before.flatten(1)
-        values = [r_squared(mean[:, d], real[:, d]) for d in range(real.shape[1])]
+        varies = study.varies(key, real.shape[1]).nonzero().flatten().tolist()
+        values = [r_squared(mean[:, d], real[:, d]) for d in varies]
         values = [value for value in values if not math.isnan(value)]
         if values:
             numbers[f"{name_of(key)}: lowest R²"] = min(values)
             numbers[f"{name_of(key)}: mean R²"] = sum(values) / len(values)
             scores.append((min(values), name_of(key)))
-        pictures.append(plot_one_step(prediction, key, **study.drawing(key)))
+            pictures.append(plot_one_step(prediction, key, **study.drawing(key)))
     verdict, good = "Nothing changes in the episodes.", None
     if scores:
         low, where = min(scores)
@@ -240,6 +231,7 @@ def one_step(study: Study) -> Measured:
         good=good,
         pictures=pictures,
         numbers=numbers,
+        note=study.note(keys),
     )
     return section, prediction
 
@@ -248,19 +240,26 @@ def calibration(study: Study) -> Measured:
     """Nominal against empirical coverage."""
     coverage = calibration_curve(study.env, study.episodes)
     level = coverage.get("level")
-    numbers, pictures, off, signed = {}, [], [], []
-    for key in coverage.get("mixture").keys(True, True):
+    numbers, pictures, off, signed = {}, [], [], {}
+    keys = list(coverage.get("mixture").keys(True, True))
+    for key in keys:
         difference = coverage.get(join("mixture", key)).flatten(1) - level
-        off.append(float(difference.abs().mean()))
-        signed.append(float(difference.mean()))
+        varies = study.varies(key, difference.shape[1]).to(difference.device)
+        if not varies.any():
+            continue
+        off.append(float(difference[:, varies].abs().mean()))
+        signed[name_of(key)] = float(difference[:, varies].mean())
         numbers[f"{name_of(key)}: mean distance from nominal"] = off[-1]
         if difference.shape[1] <= MANY_DIMS:
             pictures.append(plot_calibration(coverage, key, **study.drawing(key)))
-    mean, sign = sum(off) / len(off), sum(signed) / len(signed)
-    kind = "overconfident" if sign < 0 else "underconfident"
-    verdict = f"Coverage is off by {mean:.1%} on average: the model is {kind}."
-    if mean < 0.05:
-        verdict = f"Coverage is off by {mean:.1%} on average: well calibrated."
+    if not off:
+        raise DoesNotApply("nothing that the model predicts changes in the episodes.")
+    mean = sum(off) / len(off)
+    verdict = f"One step ahead, coverage is off by {mean:.1%} on average: " + (
+        "well calibrated."
+        if mean < 0.05
+        else f"{confidence(mean, signed, study.fan, study.horizon)}."
+    )
     section = ReportSection(
         "Calibration",
         how=(
@@ -272,6 +271,7 @@ def calibration(study: Study) -> Measured:
         good=True if mean < 0.05 else False if mean > 0.15 else None,
         pictures=pictures,
         numbers=numbers,
+        note=study.note(keys),
     )
     return section, coverage
 
@@ -315,8 +315,8 @@ def rewards(study: Study) -> Measured:
             "A planner compares sums of predicted rewards: their correlation with the real sums "
             "says whether it can tell good plans from bad ones."
         ),
-        verdict=_sentence(said),
-        good=_graded(low),
+        verdict=sentence(said),
+        good=graded(low),
         pictures=pictures,
         numbers=numbers,
     )
@@ -364,8 +364,8 @@ def terminations(study: Study) -> Measured:
             "One step ahead, at the head's own threshold. Ends that are missed let imagined "
             "episodes earn rewards that no real one gets; ends that are made up cut them short."
         ),
-        verdict=_sentence(said),
-        good=_graded(low),
+        verdict=sentence(said),
+        good=graded(low),
         pictures=pictures,
         numbers=numbers,
     )
@@ -381,8 +381,14 @@ def disagreements(study: Study) -> Measured:
         verdict = "Where the members disagree, they are wrong: disagreement is a good warning."
     elif rank > 0.2:
         verdict = "Disagreement says something about the error, but not much."
-    else:
+    elif not math.isnan(rank):
         verdict = "Disagreement says nothing about the error in these episodes."
+    else:
+        verdict = (
+            "All disagreements or all errors are equal: there is nothing to compare."
+        )
+    if not math.isnan(rank):
+        verdict += f" The rank correlation is {rank:.2f}."
     section = ReportSection(
         "Disagreement of the ensemble",
         how=(
@@ -390,7 +396,7 @@ def disagreements(study: Study) -> Measured:
             "units of the data's spread, and the rank correlation of the two. Low correlation is "
             "no fault where all errors are small."
         ),
-        verdict=f"{verdict} The rank correlation is {rank:.2f}.",
+        verdict=verdict,
         good=True if rank > 0.5 else None,
         pictures=[plot_disagreement(measured)],
         numbers={
@@ -398,6 +404,7 @@ def disagreements(study: Study) -> Measured:
             "median disagreement": float(measured["disagreement"][valid].median()),
             "median error": float(measured["error"][valid].median()),
         },
+        note=study.note(list(study.constant)),
     )
     return section, measured
 
@@ -502,42 +509,20 @@ def _drawn_first(error: TensorDictBase, study: Study) -> Iterator[NestedKey]:
             yield key
 
 
-def _shares(error: TensorDictBase, key: NestedKey) -> tuple[torch.Tensor, torch.Tensor]:
+def _varies(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor:
+    """The dims that change in the episodes, and in all windows, ``[D]`` bool."""
+    spread = error.get(join("mean", key)).flatten(1).cpu()
+    return (spread > 0).all(0) & study.varies(key, spread.shape[1])
+
+
+def _shares(
+    error: TensorDictBase, key: NestedKey, study: Study
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Errors as shares of the data's spread, means over the dims that vary, ``[H]`` each."""
     spread = error.get(join("mean", key)).flatten(1)
-    varies = (spread > 1e-9).all(0)
-    if not varies.any():
-        raise DoesNotApply(f"{name_of(key)} does not change in the episodes.")
+    varies = _varies(error, key, study).to(spread.device)
     out = []
     for name in ("model", "persistence"):
         values = error.get(join(name, key)).flatten(1)
         out.append((values[:, varies] / spread[:, varies]).mean(-1))
     return out[0], out[1]
-
-
-def _leading(flags: list[bool]) -> int:
-    """How many are True before the first that is not."""
-    return flags.index(False) if False in flags else len(flags)
-
-
-def _beats(persistence: int, mean: int, horizon: int) -> str:
-    if persistence == 0:
-        return "does not beat persistence, not even one step ahead"
-    if min(persistence, mean) == horizon:
-        return f"beats persistence and the mean at every step up to k = {horizon}"
-    if mean >= persistence:
-        return f"beats persistence up to k = {persistence} of {horizon}"
-    return (
-        f"beats persistence up to k = {persistence} of {horizon}, the data's mean only "
-        f"up to k = {mean}"
-    )
-
-
-def _graded(score: float) -> bool | None:
-    """Good, bad or neither: what most rows get right, and what a coin would."""
-    return True if score > 0.9 else False if score < 0.5 else None
-
-
-def _sentence(parts: list[str]) -> str:
-    text = "; ".join(parts)
-    return text[:1].upper() + text[1:] + "."

@@ -21,9 +21,11 @@ def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         tensor(-1.)
     """
     first, second = first.double(), second.double()
+    # The mean of what is constant may be off by a digit, and is no sign that it varies.
+    varies = (first != first[:1]).any(0) & (second != second[:1]).any(0)
     first, second = first - first.mean(0), second - second.mean(0)
     spread = first.pow(2).sum(0).sqrt() * second.pow(2).sum(0).sqrt()
-    spread = torch.where(spread > 0, spread, torch.nan)
+    spread = torch.where(varies & (spread > 0), spread, torch.nan)
     return ((first * second).sum(0) / spread).clamp(-1, 1).float()
 
 

@@ -105,14 +105,16 @@ def plot_calibration(
         coverage: what :func:`~torchrl_wm.diagnostics.calibration_curve` returned.
         key: the entry to draw: the mixture for each dim, on the left; each member,
             as the mean over the dims, on the right.
-        dims: the dims to draw; the first six by default.
+        dims: the dims to draw, and to take the mean of; the first six are drawn by default,
+            and the mean is that of all.
         labels: a name for each dim.
 
     Returns:
         A matplotlib figure. Below the diagonal a model is overconfident.
     """
     mixture = measured(coverage, join("mixture", key), key)
-    members = measured(coverage, join("members", key), key).flatten(2).mean(-1)
+    members = measured(coverage, join("members", key), key).flatten(2)
+    members = (members if dims is None else members[..., list(dims)]).mean(-1)
     chosen = choose_dims(key, mixture.shape[1:], dims, labels)
     level = measured(coverage, "level", "level").flatten()
     mixture = mixture.flatten(1)

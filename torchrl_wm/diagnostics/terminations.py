@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, set_interaction_type
 
-from torchrl_wm.diagnostics.recording import imagine_particles, Recording
+from torchrl_wm.diagnostics.recording import Episodes, imagine_particles, Recording
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
@@ -17,7 +17,7 @@ _ENDINGS = {"terminated", "terminated_logits", "continue_pred", "done"}
 
 
 @torch.no_grad()
-def termination_metrics(env: WorldModelEnv, episodes: TensorDictBase) -> TensorDict:
+def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
     """Precision and recall of predicted terminations, one step ahead.
 
     Predicted is what the imagined env would do: the head's decision at its own
@@ -26,7 +26,7 @@ def termination_metrics(env: WorldModelEnv, episodes: TensorDictBase) -> TensorD
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``; padding is left out.
+        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out.
 
     Returns:
         Batch size ``[]``, scalars; of an env with several done entries, each below its

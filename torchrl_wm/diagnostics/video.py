@@ -127,6 +127,11 @@ def render_comparison(
         >>> save_video("pendulum.gif", frames)  # doctest: +SKIP
     """
     check_env(env, "render_comparison")
+    if not isinstance(episode, TensorDictBase):
+        raise TypeError(
+            f"render_comparison shows one episode, a tensordict [T], got "
+            f"{type(episode).__name__}. Take one of a list: episodes[0]."
+        )
     if episode.batch_dims != 1 or not len(episode):
         raise ValueError(
             f"render_comparison shows one episode, [T], got {tuple(episode.batch_size)}. Take one: "

@@ -121,6 +121,7 @@ def make_layout(
     reference = _flatten(base_env.full_state_spec_unbatched)
     reference.update(_flatten(base_env.full_observation_spec_unbatched))
     action = base_env.full_action_spec_unbatched.clone()
+    _check_encoder(world_model, action)
     reward = base_env.full_reward_spec_unbatched.clone()
     done = base_env.full_done_spec_unbatched
     written = [strip_next(k) for k in world_model.step_module.out_keys if is_next(k)]
@@ -549,6 +550,20 @@ def _trace_decoder(
 
 
 # Checks --------------------------------------------------------------------
+
+
+def _check_encoder(world_model: WorldModel, action: Composite) -> None:
+    """An encoder that reads the action's entry would read what a policy wrote there."""
+    actions = unique(action.keys(True, True))
+    shared = [key for key in unique(world_model.encoder.in_keys) if key in actions]
+    if shared:
+        other = [sibling(key, f"env_{as_tuple(key)[-1]}") for key in shared]
+        raise ValueError(
+            f"The encoder reads {shared}, where the action of base_env stands. An observation of "
+            f"that name needs another one, in the model and in the env: "
+            f"torchrl.envs.TransformedEnv(base_env, torchrl.envs.RenameTransform("
+            f"in_keys={shared}, out_keys={other}))."
+        )
 
 
 def _check_rewards(world_model: WorldModel, layout: Layout) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -249,7 +249,8 @@ def read_specs(
 
     Raises:
         TypeError: if ``env`` is no TorchRL env.
-        ValueError: if a spec cannot be served; the message names it.
+        ValueError: if a spec cannot be served, or an observation has the key of an action;
+            the message names it.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -264,6 +265,8 @@ def read_specs(
             f"{type(env).__name__}. Wrap a Gymnasium env: torchrl.envs.GymWrapper(env)."
         )
     observations = _observations(env, observation_keys)
+    actions = _leaves(env.full_action_spec_unbatched)
+    _check_names(observations, actions)
     vectors, pixels = [], []
     for key, spec in observations.items():
         _check_numeric("observation", key, spec)
@@ -275,7 +278,6 @@ def read_specs(
             vectors.append(kind.from_spec(key, spec))
         else:
             pixels.append(pixel)
-    actions = _leaves(env.full_action_spec_unbatched)
     if not actions:
         raise ValueError("The env has no action: its action spec is empty.")
     for key, spec in actions.items():
@@ -354,6 +356,28 @@ def _observations(
             f"and observation_keys is {wanted!r}."
         )
     return found
+
+
+def _check_names(
+    observations: Mapping[NestedKey, TensorSpec],
+    actions: Mapping[NestedKey, TensorSpec],
+) -> None:
+    """Refuse observations that stand where a transition has something else."""
+    for key in observations:
+        names = as_tuple(key)
+        if names[0] == "next":
+            place, what, way = 0, "what comes after a step", ""
+        elif key in actions:
+            place, what = len(names) - 1, "the action, which a policy writes over it"
+            way = ", or leave it out with observation_keys=[...]"
+        else:
+            continue  # TorchRL itself refuses the names of rewards and ends
+        other = (*names[:place], f"env_{names[place]}", *names[place + 1 :])
+        raise ValueError(
+            f"The env has the observation {key!r}, where a transition has {what}. Rename it: "
+            f"torchrl.envs.TransformedEnv(env, torchrl.envs.RenameTransform(in_keys=[{key!r}], "
+            f"out_keys=[{unique([other])[0]!r}])){way}."
+        )
 
 
 def _check_numeric(kind: str, key: NestedKey, spec: TensorSpec) -> None:

@@ -16,18 +16,29 @@ from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.modules.precision import coarse_dims, EPS, warn_of_coarse
 from torchrl_wm.modules.world_model import WorldModel
 
 #: A spread this small, relative to the mean, is rounding: the dimension is constant.
-_CONSTANT = 1e-6
+_CONSTANT = EPS
+#: The same of numbers in double precision.
+_CONSTANT_DOUBLE = 1e-12
 #: So is one this small by itself, such as that of what computes to about zero.
 _ROUNDING = 1e-12
 
 
 class _Notice:
-    """Whether it was said that something is not fitted: once by all that share it."""
+    """What was said already: once by all that share it.
+
+    Attributes:
+        given: whether, that something is not fitted.
+        coarse: of which entries, that their numbers are too large.
+    """
 
     given = False
+
+    def __init__(self) -> None:
+        self.coarse: set[NestedKey] = set()
 
 
 class Normalizer(nn.Module):
@@ -97,7 +108,11 @@ class Normalizer(nn.Module):
                 f"values. Mask padding out, or look at what the env recorded."
             )
         mean, std = rows.mean(0), rows.std(0, unbiased=False)
-        constant = std <= (_CONSTANT * mean.abs()).clamp_min(_ROUNDING)
+        double = data.dtype is self.mean.dtype is torch.float64
+        share = _CONSTANT_DOUBLE if double else _CONSTANT
+        # A spread above 1 is never left to the networks: scaling does not blow it up.
+        least = (share * mean.abs()).clamp(_ROUNDING, 1.0)
+        constant = std <= least
         self.mean.copy_(mean)
         self.std.copy_(std.masked_fill(constant, 0.0 if self.freeze_constant else 1.0))
         self.fitted.fill_(True)
@@ -282,6 +297,9 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     A loss with ``delay_encoder=True`` follows: its target encoder normalises as the
     encoder does, whenever that was fitted.
 
+    An entry whose numbers are so large beside their changes that single precision holds
+    little of these (seconds since 1970) is named in a warning, once for a model.
+
     Args:
         model: the world model, or a component of one.
         batch: real transitions, ``[*B]``, with "next". What its
@@ -300,20 +318,43 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
         >>> fit_normalizers(world_model, env.rollout(100))
     """
     batch = valid_rows(batch)
+    read: list[NestedKey] = []
     for module in model.modules():
         if not isinstance(module, TensorDictModuleBase):
             continue
         network = getattr(module, "module", None)
         if hasattr(module, "fit_normalizers"):
             module.fit_normalizers(_data(model, batch, module.in_keys))
+            read += module.in_keys
         if hasattr(network, "fit_normalizer"):
             keys = unique(module.in_keys)
+            read += keys
             data = _data(model, batch, keys)
             network.fit_normalizer(*(data.get(key) for key in keys))
         if hasattr(network, "fit_output_normalizer"):
             keys = unique(module.out_keys)
             data = _data(model, batch, keys)
             network.fit_output_normalizer(*(data.get(key) for key in keys))
+    _check_precision(model, batch, unique(read))
+
+
+def _check_precision(
+    model: nn.Module, batch: TensorDictBase, keys: Sequence[NestedKey]
+) -> None:
+    """Name what is too large for the normalisers' dtype, once."""
+    normalizers = _normalizers(model)
+    if not normalizers or normalizers[0].mean.dtype is torch.float64:
+        return
+    said, batch = normalizers[0]._notice.coarse, batch.reshape(-1)
+    for key in keys:
+        value = batch.get(key, None)
+        if value is None or not value.is_floating_point() or key in said:
+            continue
+        following = batch.get(join("next", key), None)
+        dims = coarse_dims(value, following)
+        if dims:
+            said.add(key)
+            warn_of_coarse(key, dims, stacklevel=4)
 
 
 def with_statistics(

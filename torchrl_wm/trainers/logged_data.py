@@ -30,6 +30,12 @@ from torchrl_wm.trainers.logged_actions import (
     by_key,
     start_of,
 )
+from torchrl_wm.trainers.logged_entries import (
+    check_names,
+    check_observed_actions,
+    ENDS,
+    narrowed,
+)
 from torchrl_wm.trainers.logged_files import oldest_first, read
 from torchrl_wm.trainers.logged_minari import is_minari, minari_episodes, of_space
 
@@ -45,8 +51,6 @@ DataSource = Union[
 #: The names of arrays.
 NAMES = ("observations", "actions", "rewards", "terminations")
 OPTIONAL = ("truncations", "next_observations")
-#: What says that an episode ends.
-ENDS = ("done", "terminated", "truncated")
 
 
 def load_transitions(
@@ -75,7 +79,9 @@ def load_transitions(
               ``minari.MinariDataset``. Nothing is downloaded.
 
             Observations may be dictionaries of arrays, nested ones too; in an ``.npz`` file
-            their names are joined by slashes, ``observations/position``.
+            their names are joined by slashes, ``observations/position``. Names that mean
+            something else in a transition (``action``, ``reward``, ``done``, ...) are
+            refused.
 
     Keyword Args:
         env: the env that was recorded, whose specs the transitions are to have. Choices are
@@ -91,8 +97,10 @@ def load_transitions(
         Transitions ``[N]``, in the order of recording: the observations (an array under
         ``"observation"``, dictionaries under their own keys), ``"action"``, and below
         ``"next"`` the observations, ``"reward"``, ``"terminated"``, ``"truncated"`` and
-        ``"done"``, each ``[N, 1]``. What is float64 becomes float32. Entries of tensordicts
-        keep their keys.
+        ``"done"``, each ``[N, 1]``. What is float64 becomes float32, unless it is float64 in
+        ``env`` or, without one, float32 numbers are too far apart for it, as they are for
+        seconds since 1970; where ``env`` has such an entry in float32, a warning names it.
+        Entries of tensordicts keep their keys.
 
         Where a row, a dictionary or a buffer ends before its episode does, its last step is
         truncated, as is one before a step that begins an episode (``is_init``) or belongs to
@@ -102,7 +110,8 @@ def load_transitions(
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
         KeyError: if an array or entry is missing; the message names it.
-        ValueError: if lengths or shapes do not fit, or what is there is none of these.
+        ValueError: if lengths or shapes do not fit, an observation has the name of something
+            else, or what is there is none of these.
 
     .. note:: The folders of tensordicts may hold pickled objects, which run code when they are
        loaded. Load those that you trust.
@@ -142,9 +151,10 @@ def read_transitions(
     if isinstance(source, TensorDictBase):
         data = _flat(source)
     elif isinstance(source, Mapping):
-        data = _from_arrays(source, "the data")
+        data = _from_arrays(source, "the data", env is not None)
     elif isinstance(source, Sequence) and source:
-        parts = [_from_arrays(e, f"episode {n}") for n, e in enumerate(source)]
+        known = env is not None
+        parts = [_from_arrays(e, f"episode {n}", known) for n, e in enumerate(source)]
         data = torch.cat(parts)
     else:
         raise ValueError(
@@ -153,7 +163,9 @@ def read_transitions(
         )
     if not len(data):
         raise ValueError("The data holds no transition.")
-    data = data.apply(lambda x: x.float() if x.dtype is torch.float64 else x)
+    if env is None:  # whose specs would say what an entry is
+        check_observed_actions(data)
+    data = narrowed(data, env)
     if space is not None:
         actions, spec = of_space("action", data.get("action"), space)
         data.set("action", actions)
@@ -173,8 +185,10 @@ def read_transitions(
 # Arrays --------------------------------------------------------------------------
 
 
-def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
-    """The transitions of one dictionary, ``[N]``."""
+def _from_arrays(
+    arrays: Mapping[str, Any], what: str, known: bool = False
+) -> TensorDictBase:
+    """The transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
@@ -198,6 +212,7 @@ def _from_arrays(arrays: Mapping[str, Any], what: str) -> TensorDictBase:
         truncated = _ends("truncations", arrays["truncations"], what)
     actions = _tensor("actions", arrays["actions"])
     observations = _tree("observations", arrays["observations"])
+    check_names(observations, what, known)
     if "next_observations" in arrays:
         following = _tree("next_observations", arrays["next_observations"])
         needed = {"next_observations": (following, steps)}

@@ -18,7 +18,8 @@ from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.logged_actions import action_keys, action_specs
-from torchrl_wm.trainers.logged_data import DataSource, ENDS, read_transitions
+from torchrl_wm.trainers.logged_data import DataSource, read_transitions
+from torchrl_wm.trainers.logged_entries import ENDS
 
 
 class RecordedEnv(EnvBase):

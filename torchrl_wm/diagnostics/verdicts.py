@@ -1,0 +1,63 @@
+"""What a report says of numbers, in words."""
+
+from __future__ import annotations
+
+
+def leading(flags: list[bool]) -> int:
+    """How many are True before the first that is not."""
+    return flags.index(False) if False in flags else len(flags)
+
+
+def beats_baselines(persistence: int, mean: int, horizon: int) -> str:
+    """Up to which step predictions are better than persistence, and than the data's mean."""
+    if persistence == 0:
+        return "does not beat persistence, not even one step ahead"
+    if min(persistence, mean) == horizon:
+        return f"beats persistence and the mean at every step up to k = {horizon}"
+    if mean >= persistence:
+        return f"beats persistence up to k = {persistence} of {horizon}"
+    return (
+        f"beats persistence up to k = {persistence} of {horizon}, the data's mean only "
+        f"up to k = {mean}"
+    )
+
+
+def confidence(off: float, signed: dict[str, float], fan: str, horizon: int) -> str:
+    """What intervals that are off are like, and how that goes with the fan.
+
+    Args:
+        off: the mean distance from the nominal coverage.
+        signed: the mean difference from it, by entry: below zero the model is too sure.
+        fan: whether the fan is "narrow" or "wide".
+        horizon: of the fan.
+    """
+    sure = [name for name, value in signed.items() if value < 0]
+    sign = sum(signed.values()) / len(signed)
+    if abs(sign) < off / 2:
+        unsure = [name for name in signed if name not in sure]
+        if sure and unsure:
+            return f"too sure of {' and '.join(sure)}, not sure enough of {' and '.join(unsure)}"
+        return "too high at some levels or dims and too low at others"
+    kind = "narrow" if sign < 0 else "wide"
+    if fan and fan != kind:
+        over = (
+            "grow faster than the spread"
+            if fan == "narrow"
+            else "add up to less than it"
+        )
+        return (
+            f"the intervals are too {kind} there, unlike the fan over {horizon} steps, in which "
+            f"errors {over}"
+        )
+    return f"the model is {'overconfident' if sign < 0 else 'underconfident'}"
+
+
+def graded(score: float) -> bool | None:
+    """Good, bad or neither: what most rows get right, and what a coin would."""
+    return True if score > 0.9 else False if score < 0.5 else None
+
+
+def sentence(parts: list[str]) -> str:
+    """The parts one after the other, as a sentence."""
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."

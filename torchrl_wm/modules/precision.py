@@ -1,0 +1,69 @@
+"""Whether single precision is enough for what was recorded, such as the time of day in seconds."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from tensordict import NestedKey
+
+#: What single precision tells apart, relative to the number.
+EPS = torch.finfo(torch.float32).eps
+#: A spread, or a change over a step, of fewer distances than this is mostly rounding.
+_ENOUGH = 8
+#: Jitter of numbers in double precision: less than this, and than single precision tells apart.
+_JITTER = 1e-3
+
+
+def coarse_dims(
+    value: torch.Tensor, following: torch.Tensor | None = None
+) -> list[tuple[int, float, float]]:
+    """Dims whose spread, or change over a step, is no more than a few float32 distances.
+
+    Args:
+        value: ``[N, *feature]``, float32 or float64. What only jitters by its last digits is
+            constant, and not counted.
+        following: the values after the step, likewise.
+
+    Returns:
+        For each such dim its number in the flattened entry, its mean and its spread.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.modules.precision import coarse_dims
+        >>> time = 1.7e9 + torch.arange(2000, dtype=torch.float64)
+        >>> coarse_dims(torch.stack([time, time - time[0]], -1))[0][0]
+        0
+    """
+    rows = value.reshape(len(value), -1).double()
+    mean, spread = rows.mean(0), rows.std(0, unbiased=False)
+    distance = EPS * mean.abs()
+    noise = distance / 2
+    if value.dtype is torch.float64:
+        noise = noise.clamp_max(_JITTER)
+    unit = spread
+    if following is not None:
+        change = following.reshape(len(rows), -1).double() - rows
+        change = change.square().mean(0).sqrt()
+        unit = torch.where(change > noise, torch.minimum(spread, change), spread)
+    coarse = (spread > noise) & (unit < _ENOUGH * distance)
+    numbers = coarse.nonzero().flatten().tolist()
+    return [(dim, float(mean[dim]), float(spread[dim])) for dim in numbers]
+
+
+def warn_of_coarse(
+    key: NestedKey, dims: list[tuple[int, float, float]], stacklevel: int = 3
+) -> None:
+    """Say which dims of an entry :func:`coarse_dims` found, and what to do."""
+    if not dims:
+        return
+    _, mean, spread = dims[0]
+    distance = 2.0 ** (torch.tensor(abs(mean)).double().log2().floor()) * EPS
+    warnings.warn(
+        f"{key!r} is too large for single precision in the dims {[dim for dim, *_ in dims]}: the "
+        f"first of them has the mean {mean:.4g} and the spread {spread:.4g}, and the float32 "
+        f"numbers that a network reads are {float(distance):.3g} apart there, so that it hardly "
+        f"sees the entry change. Subtract an offset, such as the first value, where it is "
+        f"recorded.",
+        stacklevel=stacklevel,
+    )
