@@ -13,6 +13,7 @@ from torchrl.data import TensorSpec, Unbounded
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 from torchrl.envs.utils import _update_during_reset
 
+from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.envs.imagination import Imagination
 from torchrl_wm.envs.layout import composite, Layout, make_layout, read_decoded, rebatch
 from torchrl_wm.envs.start_states import make_sampler, StartStates
@@ -236,6 +237,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         return kernel
 
     def __getstate__(self) -> dict[str, Any]:
+        leave_out_collectors(self, self._start_states)
         # These hold on to networks, or to the env itself: a copy makes its own, and is eager.
         state = {**self.__dict__, **dict.fromkeys(("_kernel", "_compiler"))}
         for name in ("_wrapped", "_policy_program", "_compiled_step_and_maybe_reset"):
