@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.layout import Layout
+from torchrl_wm.envs.masks import masked_actions
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, unique
@@ -110,6 +111,16 @@ def check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> Non
         raise ValueError(
             f"reward_key={reward_key!r} is no reward of the env, whose steps write {rewards}. Pass "
             f"one of them, 'next' included: reward_key={_first(rewards)}."
+        )
+    model_env = isinstance(env, WorldModelEnv)
+    masked = env.step_kernel.layout.masked if model_env else masked_actions(env)
+    if join(action_key) in masked:
+        reference = "the reference env" if model_env else "the env"
+        raise TypeError(
+            f"Planners do not heed masks, and {reference}'s spec of {action_key!r} has one: some "
+            f"options would be taken that it forbids. If none is forbidden, take the mask off "
+            f"before the planner{' and its env are' if model_env else ' is'} made: "
+            f"env.full_action_spec[{action_key!r}].update_mask(None)."
         )
 
 
