@@ -33,8 +33,8 @@ def test_a_reward_key_that_is_none(planner_class, reward, given) -> None:
     with pytest.raises(ValueError) as error:
         planner_class(env, **SMALL, reward_key=given)
     message = str(error.value)
-    assert f"reward_key={given!r} is no reward" in message
-    assert f"Pass one of them, 'next' included: reward_key={right!r}." in message
+    assert f"no reward {given!r}; its steps write {[right]}." in message
+    assert f"Pass reward_key={right!r}, with 'next'." in message
     planner_class(env, **SMALL, reward_key=right)
 
 
@@ -43,8 +43,9 @@ def test_an_action_key_that_is_none() -> None:
     env = WorldModelEnv(make_model(action=key), SpecEnv(action_key=key))
     with pytest.raises(ValueError) as error:
         CEMPlanner(env, **SMALL, action_key="torque")
-    assert "action_key='torque' is no action" in str(error.value)
-    assert f"action_key={key!r}." in str(error.value)
+    assert f"no action 'torque'; it has {[key]}. Pass action_key={key!r}." in str(
+        error.value
+    )
     CEMPlanner(env, **SMALL, action_key=key)
 
 

@@ -103,14 +103,14 @@ def check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> Non
                 f"single action, by torchrl.envs.CatTensors for instance."
             )
         raise ValueError(
-            f"action_key={action_key!r} is no action of the env, which has {actions}. Pass one of "
-            f"them: action_key={_first(actions)}."
+            f"The env has no action {action_key!r}; it has {actions}. Pass "
+            f"action_key={_first(actions)}."
         )
     rewards = [join("next", key) for key in env.full_reward_spec.keys(True, True)]
     if join(reward_key) not in rewards:
         raise ValueError(
-            f"reward_key={reward_key!r} is no reward of the env, whose steps write {rewards}. Pass "
-            f"one of them, 'next' included: reward_key={_first(rewards)}."
+            f"The env has no reward {reward_key!r}; its steps write {rewards}. Pass "
+            f"reward_key={_first(rewards)}, with 'next'."
         )
     model_env = isinstance(env, WorldModelEnv)
     masked = env.step_kernel.layout.masked if model_env else masked_actions(env)
