@@ -19,12 +19,24 @@ if not find_spec("tyro"):  # so does the command line
     collect_ignore.append("torchrl_wm/cli")
 
 if find_spec("hypothesis"):
-    from hypothesis import settings
+    from hypothesis import HealthCheck, register_random, settings
 
-    # The first call into torch can take seconds, so a deadline would only be flaky.
-    settings.register_profile("local", deadline=None)
-    settings.register_profile("ci", deadline=None, derandomize=True)
+    # The first call into torch can take seconds, and more where the machine is busy: to
+    # judge examples, or the drawing of them, by the clock would only be flaky.
+    patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("local", **patient)
+    settings.register_profile("ci", **patient, derandomize=True)
     settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+    class TorchRandom:
+        """torch's random numbers begin anew with each example: one that fails fails again."""
+
+        seed = staticmethod(torch.manual_seed)
+        getstate = staticmethod(torch.get_rng_state)
+        setstate = staticmethod(torch.set_rng_state)
+
+    TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+    register_random(TORCH_RANDOM)
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import gymnasium
 import numpy as np
 from torchrl.envs import GymEnv, RenameTransform, TransformedEnv
-
 
 PETS = {
     "env": "Pendulum-v1",
@@ -115,3 +117,23 @@ class LastAction(Reacher1D):
 
     def _observation(self):
         return {"place": self.state[:1].copy(), self.name: self.last.copy()}
+
+
+class Stopping(gymnasium.Wrapper):
+    """Sends its own process a signal at one step, which no other process has to be in time for."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        name, _, step = os.environ.get("STOP_AT_STEP", "").partition(":")
+        if name and self.steps == int(step):
+            # One that the parent ignores, as shells do for what runs in the background, stays so.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.kill(os.getpid(), signal.Signals[name])
+        return super().step(action)
+
+
+def make_stopping():
+    """A pendulum; with ``STOP_AT_STEP=SIGINT:29`` in the environment, Ctrl-C at its 29th step."""
+    return Stopping(gymnasium.make("Pendulum-v1"))

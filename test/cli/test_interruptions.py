@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,18 @@ from torchrl_wm.trainers import PETSTrainer, RunFolder
 
 pytest.importorskip("tyro")
 
-SETTINGS = {**PETS, "trials": 4}
+HERE = Path(__file__).parents[1]
+SETTINGS = {**PETS, "env": "_real_envs:make_stopping", "trials": 4}
 
 
-def command(*words: str) -> subprocess.Popen:
-    """Start the command line in a process of its own."""
-    # A signal ignored by the parent, as by shells for what runs in the background, stays so.
-    return subprocess.Popen(
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
+    return subprocess.run(
         [sys.executable, "-m", "torchrl_wm.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
     )
 
 
@@ -40,22 +38,6 @@ def options() -> list[str]:
     return words
 
 
-def stop_midway(path: Path, how: int) -> tuple[int, str, str]:
-    """Start a run, and send it a signal after its second episode."""
-    process = command("train", "pets", "--run", str(path), *options())
-    try:
-        end = time.monotonic() + 300
-        while time.monotonic() < end and process.poll() is None:
-            if len(list((path / "checkpoints").glob("*.pt"))) >= 2:
-                break
-            time.sleep(0.01)
-        process.send_signal(how)
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
 def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
@@ -64,16 +46,18 @@ def without_times(rows: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(how, tmp_path) -> None:
     run = tmp_path / "run"
-    code, out, err = stop_midway(run, how)
-    episodes = len(RunFolder.open(run).metrics())
-    assert 2 <= episodes < 6, f"stopped too late to say anything: {out}{err}"
-    assert "Initialized" not in out + err and "Traceback" not in err
+    words = ["train", "pets", "--run", str(run), *options()]
+    # Episodes have 12 steps: in the midst of the third.
+    stopped = command(*words, STOP_AT_STEP=f"{how.name}:29")
+    assert len(RunFolder.open(run).metrics()) == 2, stopped.stderr
+    assert "Initialized" not in stopped.stdout + stopped.stderr
+    assert "Traceback" not in stopped.stderr
     if how == signal.SIGINT:
-        assert code == 130
-        assert "Saved up to step" in err
-        assert f"torchrl-wm train --resume {run}" in err
+        assert stopped.returncode == 130
+        assert "Saved up to step 24" in stopped.stderr
+        assert f"torchrl-wm train --resume {run}" in stopped.stderr
     else:
-        assert code == -signal.SIGKILL
+        assert stopped.returncode == -signal.SIGKILL
     from torchrl_wm.cli import main
 
     assert main(["train", "--resume", str(run), "--no-report"]) == 0

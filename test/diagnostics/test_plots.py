@@ -165,6 +165,10 @@ def test_what_was_not_measured(plot) -> None:
 
 
 def test_pyplot_is_left_alone() -> None:
+    def figures() -> list[int]:
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        return pyplot.get_fignums() if pyplot else []
+
+    before = figures()  # those of a notebook, if it ran in this process
     plot_reward_error(reward_error(observed_clock(), line(20, 3.0), 4))
-    if "matplotlib.pyplot" in sys.modules:
-        assert not sys.modules["matplotlib.pyplot"].get_fignums()
+    assert figures() == before

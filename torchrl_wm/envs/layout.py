@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.envs.decoding import as_observed, read_decoded, specs_to_round
 from torchrl_wm.envs.endings import ENDING_NAMES, Endings
+from torchrl_wm.envs.masks import masked_actions, without_masks
 from torchrl_wm.envs.tracing import undisturbed
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, strip_next, unique
@@ -45,6 +46,8 @@ class Layout:
         observed: the encoder's inputs, as far as the reference env has them.
         nested: dims that nested tensordicts have of their own, by their keys.
         dropped: entries of the reference env that are not part of this one.
+        masked: actions of which the reference env had masked options when its spec was
+            copied; here, all are allowed.
     """
 
     action: Composite
@@ -58,6 +61,7 @@ class Layout:
     observed: dict[NestedKey, TensorSpec]
     nested: dict[tuple[str, ...], torch.Size]
     dropped: set[NestedKey] = field(default_factory=set)
+    masked: list[NestedKey] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
@@ -120,7 +124,7 @@ def make_layout(
     )
     reference = _flatten(base_env.full_state_spec_unbatched)
     reference.update(_flatten(base_env.full_observation_spec_unbatched))
-    action = base_env.full_action_spec_unbatched.clone()
+    action = without_masks(base_env.full_action_spec_unbatched)
     _check_encoder(world_model, action)
     reward = base_env.full_reward_spec_unbatched.clone()
     done = base_env.full_done_spec_unbatched
@@ -147,6 +151,7 @@ def make_layout(
             reward,
             done,
         ),
+        masked=masked_actions(base_env),
     )
     _check_rewards(world_model, layout)
     _check_done_head(world_model, layout)

@@ -13,9 +13,11 @@ from torchrl.data import TensorSpec, Unbounded
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 from torchrl.envs.utils import _update_during_reset
 
+from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.envs.decoding import as_observed, read_decoded, specs_to_round
 from torchrl_wm.envs.imagination import Imagination
 from torchrl_wm.envs.layout import composite, Layout, make_layout, rebatch
+from torchrl_wm.envs.masks import warn_of_masks
 from torchrl_wm.envs.start_states import make_sampler, StartStates
 from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.modules import WorldModel
@@ -153,6 +155,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         }
         # Before anything is moved: what does not fit leaves the model as it is.
         layout = make_layout(world_model, base_env, device=present, **arguments)
+        warn_of_masks(layout.masked)
         # Moves the model as a whole. A start may be done: done_head decides.
         super().__init__(
             world_model,
@@ -240,6 +243,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         return kernel
 
     def __getstate__(self) -> dict[str, Any]:
+        leave_out_collectors(self, self._start_states)
         # These hold on to networks, or to the env itself: a copy makes its own, and is eager.
         state = {**self.__dict__, **dict.fromkeys(("_kernel", "_compiler"))}
         for name in ("_wrapped", "_policy_program", "_compiled_step_and_maybe_reset"):
@@ -263,7 +267,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
                 f"A component of the world model was replaced by one that changes the entries of "
                 f"the env: {changed}. Make a new WorldModelEnv."
             )
-        layout.dropped = self._layout.dropped
+        layout.dropped, layout.masked = self._layout.dropped, self._layout.masked
         return layout, self._make_kernel(layout)
 
     def __repr__(self) -> str:

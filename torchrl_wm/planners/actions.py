@@ -236,11 +236,6 @@ def action_space(
                 f"action_range bounds continuous actions, and {key!r} is a choice of "
                 f"{int(spec.space.n)}: leave it out."
             )
-        if getattr(spec, "mask", None) is not None:
-            raise TypeError(
-                f"Planners do not heed masks, and the spec of {key!r} has one: some options would "
-                f"be taken that it forbids."
-            )
         return ChoiceSpace(spec, device)
     if several or not spec.dtype.is_floating_point:
         raise TypeError(

@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.modules import MPCPlannerBase
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.modules.filtering import IS_INIT
 from torchrl_wm.modules.keys import join, unique
@@ -484,6 +485,7 @@ class MPCPlanner(MPCPlannerBase):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        leave_out_collectors(self.env)
         return {**self.__dict__, "_compiler": None, "_held": ()}
 
     # Details ---------------------------------------------------------------

@@ -6,12 +6,17 @@ from collections.abc import Callable
 from operator import index
 from typing import Any
 
-from tensordict import NestedKey, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.envs.layout import Layout
+from torchrl_wm.envs.masks import masked_actions
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import join, leaf_keys, unique
+from torchrl_wm.modules.wiring import written_keys
 
 
 def positive(name: str, value: Any) -> int:
@@ -98,10 +103,69 @@ def check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> Non
                 f"single action, by torchrl.envs.CatTensors for instance."
             )
         raise ValueError(
-            f"The env has no action {action_key!r}; it has {actions}. Pass action_key=."
+            f"The env has no action {action_key!r}; it has {actions}. Pass "
+            f"action_key={_first(actions)}."
         )
     rewards = [join("next", key) for key in env.full_reward_spec.keys(True, True)]
     if join(reward_key) not in rewards:
         raise ValueError(
-            f"The env has no reward {reward_key!r}; it has {rewards}. Pass reward_key=."
+            f"The env has no reward {reward_key!r}; its steps write {rewards}. Pass "
+            f"reward_key={_first(rewards)}, with 'next'."
         )
+    model_env = isinstance(env, WorldModelEnv)
+    masked = env.step_kernel.layout.masked if model_env else masked_actions(env)
+    if join(action_key) in masked:
+        reference = "the reference env" if model_env else "the env"
+        raise TypeError(
+            f"Planners do not heed masks, and {reference}'s spec of {action_key!r} has one: some "
+            f"options would be taken that it forbids. If none is forbidden, take the mask off "
+            f"before the planner{' and its env are' if model_env else ' is'} made: "
+            f"env.full_action_spec[{action_key!r}].update_mask(None)."
+        )
+
+
+def check_start(
+    model: WorldModel,
+    layout: Layout,
+    tensordict: TensorDictBase,
+    missing: list[NestedKey],
+) -> None:
+    """Refuse a state that lacks entries, and say of each kind where it comes from."""
+    if not missing:
+        return
+    # An encoder may write context, too.
+    encoded = {*layout.latent, *written_keys(model.encoder)}
+    latents = [key for key in missing if key in encoded]
+    others = [key for key in missing if key not in encoded]
+    context = [key for key in others if key in layout.context]
+    read = [key for key in others if key not in layout.context]
+    needs = []
+    if latents:
+        fix = (
+            "The model is recurrent: put its observer before the planner, which keeps them up to "
+            "date, TensorDictSequential(world_model.observer(), planner)"
+            if model.is_recurrent
+            else f"Give them, by world_model.encode(observations), or give the observations "
+            f"{unique(model.encoder.in_keys)}"
+        )
+        needs.append(f"starts from the latents {latents}. {fix}.")
+    if context:
+        shape = (*tensordict.batch_size, *layout.context[context[0]].shape)
+        needs.append(
+            f"needs {context}, which the model's step reads as constant context and no encoder "
+            f"makes. Set it beside the observations: tensordict[{context[0]!r}] = ..., of the "
+            f"shape {shape}."
+        )
+    if read:
+        needs.append(
+            f"needs the observations {read}, which its policy or its terminal value reads. Give "
+            f"them, or let world_model.decode(tensordict) make them of latents."
+        )
+    raise MissingEntryError(
+        f"The tensordict has {leaf_keys(tensordict)}, and the planner "
+        + " It ".join(needs)
+    )
+
+
+def _first(keys: list[NestedKey]) -> str:
+    return repr(keys[0]) if keys else "..."

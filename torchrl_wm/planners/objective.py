@@ -17,10 +17,10 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.layout import Layout
 from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.envs.unroll import ProgramActor
-from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import leaf_keys, missing_from, sibling, strip_next, unique
+from torchrl_wm.modules.keys import missing_from, sibling, strip_next, unique
 from torchrl_wm.modules.program import Program, to_tensordict, Values
 from torchrl_wm.modules.recurrence import where
+from torchrl_wm.planners.checks import check_start
 
 #: The names under which TorchRL's modules write values.
 _VALUE_NAMES = ("state_value", "state_action_value", "chosen_action_value")
@@ -170,7 +170,9 @@ class ModelObjective(Objective):
             recurrent = env.world_model.is_recurrent
             if not recurrent and not missing_from(tensordict, inputs):
                 state = env.world_model.encode(tensordict.copy())
-            self._check(tensordict, missing_from(state, needed))
+            check_start(
+                env.world_model, kernel.layout, tensordict, missing_from(state, needed)
+            )
         values = {key: state.get(key) for key in needed}
         if kernel.counter_key is not None:
             count = tensordict.get(kernel.counter_key, None)
@@ -198,22 +200,6 @@ class ModelObjective(Objective):
         modules = (self.policy, self.terminal_value)
         read = {key for m in modules for key in unique(getattr(m, "in_keys", []))}
         return {key: spec for key, spec in layout.decoded.items() if key in read}
-
-    def _check(self, tensordict: TensorDictBase, missing: list[NestedKey]) -> None:
-        if not missing:
-            return
-        model = self.env.world_model
-        fix = (
-            "The model is recurrent: put its observer before the planner, which keeps them up to "
-            "date, TensorDictSequential(world_model.observer(), planner)"
-            if model.is_recurrent
-            else f"Give them, by world_model.encode(observations), or give the observations "
-            f"{unique(model.encoder.in_keys)}"
-        )
-        raise MissingEntryError(
-            f"The planner starts from the latents {missing}, and the tensordict has "
-            f"{leaf_keys(tensordict)}. {fix}."
-        )
 
     def repeat(self, state: Values, times: int) -> Values:
         # Always copies: a model may work in place.
