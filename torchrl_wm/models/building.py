@@ -41,7 +41,7 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Blueprint:
     """What a ready-made model was made from, with which it can be made again.
 
     Args:
@@ -113,10 +113,10 @@ def build(
     specs = read_specs(env, observation_keys=getattr(config, "observation_keys", None))
     _check_names(BUILDERS[name], env, specs)
     with nullcontext() if env.device is None else torch.device(env.device):
-        return rebuild(Recipe(name, config, specs))
+        return rebuild(Blueprint(name, config, specs))
 
 
-def rebuild(recipe: Recipe) -> tuple[WorldModel, WorldModelLoss]:
+def rebuild(recipe: Blueprint) -> tuple[WorldModel, WorldModelLoss]:
     """The model and the loss of a recipe, newly initialised; the model keeps the recipe."""
     world_model, loss = BUILDERS[recipe.builder].wire(recipe.specs, recipe.config)
     world_model.__dict__["recipe"] = recipe

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchrl_wm._files import check_plain, read_plain, write_plain
-from torchrl_wm.models.building import BUILDERS, rebuild, Recipe, resolve_config
+from torchrl_wm.models.building import Blueprint, BUILDERS, rebuild, resolve_config
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.parts import has_its_parts
@@ -251,7 +251,7 @@ def _load_state(
 # Recipes -------------------------------------------------------------------
 
 
-def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
+def _plain_recipe(recipe: Blueprint) -> dict[str, Any]:
     """The recipe as plain data; of functions only the names."""
     if not is_dataclass(recipe.config):
         raise TypeError(
@@ -274,7 +274,7 @@ def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _recipe(data: Mapping[str, Any], path: Any) -> Recipe:
+def _recipe(data: Mapping[str, Any], path: Any) -> Blueprint:
     """The recipe of a file."""
     try:
         name, settings, specs = data["builder"], data["config"], data["specs"]
@@ -283,7 +283,7 @@ def _recipe(data: Mapping[str, Any], path: Any) -> Recipe:
                 f"the builder {name!r} is unknown; there are {sorted(BUILDERS)}"
             )
         config = resolve_config(BUILDERS[name].config, None, dict(settings))
-        return Recipe(name, config, EnvSpecs.from_plain(specs))
+        return Blueprint(name, config, EnvSpecs.from_plain(specs))
     except Exception as err:  # plain data of any kind may stand there
         raise _foreign_settings(path, err) from err
 
@@ -296,7 +296,7 @@ def _foreign_settings(path: Any, err: Exception) -> ValueError:
     )
 
 
-def _check_recipe(data: Any, own: Recipe | None, path: Any) -> None:
+def _check_recipe(data: Any, own: Blueprint | None, path: Any) -> None:
     """Refuse weights that were trained for something else, though they may fit by shape."""
     if data is None or own is None:
         return
