@@ -7,7 +7,7 @@ import signal
 
 import gymnasium
 import numpy as np
-from torchrl.envs import GymEnv, RenameTransform, TransformedEnv
+from torchrl.envs import GymEnv, GymWrapper, RenameTransform, TransformedEnv
 
 PETS = {
     "env": "Pendulum-v1",
@@ -91,6 +91,13 @@ def make_reacher():
     return Reacher1D()
 
 
+def draw_reacher(observation):
+    """A bar as high as the reacher is far from the origin."""
+    frame = np.zeros((10, 30), np.uint8)
+    frame[: int(abs(observation["place"][0]))] = 255
+    return frame
+
+
 class Unbounded(Reacher1D):
     """Its actions have no bounds."""
 
@@ -137,3 +144,37 @@ class Stopping(gymnasium.Wrapper):
 def make_stopping():
     """A pendulum; with ``STOP_AT_STEP=SIGINT:29`` in the environment, Ctrl-C at its 29th step."""
     return Stopping(gymnasium.make("Pendulum-v1"))
+
+
+class Ragged(gymnasium.Env):
+    """Its episodes have 3 to 9 steps, as the seed says; observes a place and the steps left."""
+
+    observation_space = gymnasium.spaces.Box(-99, 99, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(3, 10))
+        self.place = float(self.np_random.uniform(-1, 1))
+        return self._observation(), {}
+
+    def step(self, action):
+        self.place += 0.1 * float(action[0]) + 0.01 * float(self.np_random.normal())
+        self.left -= 1
+        return self._observation(), -abs(self.place), self.left == 0, False, {}
+
+    def _observation(self):
+        return np.array([self.place, self.left], np.float32)
+
+
+def make_nested_ragged() -> TransformedEnv:
+    """A ragged env whose entries are those of an agent."""
+    return TransformedEnv(
+        GymWrapper(Ragged()),
+        RenameTransform(
+            ["observation", "reward"],
+            [("agent", "observation"), ("agent", "reward")],
+            ["action"],
+            [("agent", "action")],
+        ),
+    )

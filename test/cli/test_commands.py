@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_train_leaves_a_whole_run(recipe, options, here, capsys) -> None:
     printed = re.findall(r"^  \w+ +(run/\S+)$", out, re.MULTILINE)
     assert len(printed) == 5
     assert all((here / path).exists() for path in printed)
+    assert re.search(r"In all \d+\.\d MB in run\.", out)
 
 
 @pytest.mark.parametrize("env", [[], ["--env", "Pendulum-v1"]], ids=["data", "env"])
@@ -124,9 +126,9 @@ def test_a_model_of_logged_arrays(env, here, capsys) -> None:
     short = "--steps 20 --interval 10 --members 2 --hidden 8 --held-out 0.25".split()
     assert main(["train", "model", "--data", "log.npz", *env, *short]) == 0
     out = capsys.readouterr().out
-    assert "A world model of 80 transitions" in out and "Held-out one-step error" in out
+    assert "A world model of 80 transitions" in out and "held out error" in out
     found = re.findall(r"^  \w+ +(runs/model-log-0/\S+)$", out, re.MULTILINE)
-    assert len(found) == 5 and all((here / path).exists() for path in found)
+    assert len(found) == 6 and all((here / path).exists() for path in found)
     model = load_world_model(here / "runs" / "model-log-0" / "model.pt")
     assert model.dynamics.ensemble.members == 2
     assert "<html" in (here / "runs" / "model-log-0" / "report.html").read_text()
@@ -142,9 +144,52 @@ def test_a_model_that_cannot_be_trained_leaves_nothing(here, capsys) -> None:
 
 
 def test_runs_go_on_with_the_settings_they_have(run, capsys) -> None:
-    assert main(["train", "--resume", run, "--trials", "9"]) == 2
+    for words, message in (
+        (["--noise-beta", "9"], "['noise_beta'].*start a new run"),
+        (["--trials", "1"], "trials=1 ends the run before the 2"),
+        (["--trials=soon"], "trials must be an int, got 'soon'"),
+        (["--checkpoint", "7"], "no checkpoint of step 7; there are"),
+        (["--device", "gpu"], "device='gpu' is unknown"),
+    ):
+        assert main(["train", "--resume", run, *words]) == 2
+        assert re.search(message.replace("[", r"\["), capsys.readouterr().err)
+
+
+def test_a_run_that_is_over_goes_on_with_a_later_end(here, capsys) -> None:
+    short = [*PETS, "--no-report", "--logger", "csv"]
+    assert main(["train", "pets", "--run", "whole", *short, "--trials", "4"]) == 0
+    assert main(["train", "pets", "--run", "run", *short]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--no-report"]) == 0
+    assert "To make it longer: torchrl-wm train --resume run --trials 4" in (
+        capsys.readouterr().out
+    )
+    assert main(["train", "--resume", "run", "--no-report", "--trials", "4"]) == 0
+    runs = [RunFolder.open(path) for path in ("whole", "run")]
+    for run in runs:
+        assert run.config["config"]["trials"] == 4
+    whole, longer = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
+        for run in runs
+    )
+    assert longer == whole and len(whole) == 6
+    assert main(["train", "--resume", "run", "--no-report", "--steps", "80"]) == 0
+    assert RunFolder.open("run").metrics()[-1]["step"] == 84
+
+
+def test_a_damaged_checkpoint_and_the_one_before(here, capsys) -> None:
+    assert main(["train", "pets", "--run", "run", "--no-report", *PETS]) == 0
+    rows = RunFolder.open("run").metrics()
+    (before, last) = RunFolder.open("run").saved()
+    (file,) = last.glob("components/*-learner/state.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert main(["train", "--resume", "run", "--no-report"]) == 2
     error = capsys.readouterr().err
-    assert "--trials" in error and "start a new run" in error
+    assert "damaged" in error and "--checkpoint 36" in error
+    assert main(["evaluate", "run", "--checkpoint", "36", "--episodes", "1"]) == 0
+    assert main(["train", "--resume", "run", "--no-report", "--checkpoint", "36"]) == 0
+    for one, two in zip(RunFolder.open("run").metrics(), rows, strict=True):
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
 def test_a_model_of_nothing(here, capsys) -> None:
@@ -158,8 +203,10 @@ def test_the_default_folder_and_one_that_exists(here, capsys) -> None:
     assert main(command) == 0
     assert (here / "runs" / "pets-Pendulum-v1-3" / "config.json").is_file()
     before = (here / "runs" / "pets-Pendulum-v1-3" / "metrics.csv").read_bytes()
-    assert main(command) == 2
+    assert main([*command, "--run", "runs/pets-Pendulum-v1-3"]) == 2
     assert "--resume runs/pets-Pendulum-v1-3" in capsys.readouterr().err
+    assert main(command) == 0  # again, beside the first
+    assert (here / "runs" / "pets-Pendulum-v1-3-2" / "config.json").is_file()
     after = (here / "runs" / "pets-Pendulum-v1-3" / "metrics.csv").read_bytes()
     assert before == after
 
@@ -204,6 +251,16 @@ def test_evaluate_repeats_itself_and_heeds_the_seed(run, capsys) -> None:
     )
 
 
+def test_evaluate_in_json(run, here, capsys) -> None:
+    capsys.readouterr()
+    words = ["evaluate", run, "--episodes", "2", "--json", "--video", "film.gif"]
+    assert main(words) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["steps"] == 48 and numbers["lengths"] == [12, 12]
+    assert numbers["mean"] == pytest.approx(sum(numbers["returns"]) / 2)
+    assert (here / "film.gif").read_bytes().startswith(b"GIF8")
+
+
 def test_looking_at_a_run_changes_nothing_of_it(run, here, capsys) -> None:
     def content() -> dict:
         files = (path for path in Path(run).rglob("*") if path.is_file())
@@ -236,7 +293,7 @@ def test_films_of_both_have_one_frame_for_each_step(run, here) -> None:
 def test_reading_a_run_that_goes_on_does_not_cut_its_metrics(here) -> None:
     settings = "--checkpoint-interval 3 --no-report --run run".split()
     assert main(["train", "pets", *PETS, *settings]) == 0
-    RunFolder.open("run").saved()[-1].unlink()  # as if killed after episode 4
+    shutil.rmtree(RunFolder.open("run").saved()[-1])  # as if killed after episode 4
     assert main(["evaluate", "run", "--episodes", "1"]) == 0
     assert len(RunFolder.open("run").metrics()) == 4
     assert PETSTrainer.resume("run").episodes == 3

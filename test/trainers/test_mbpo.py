@@ -8,13 +8,19 @@ import pytest
 import torch
 from _real_envs import make_nested, make_reacher, MBPO as SMALL, Reacher1D, Unbounded
 
-from torchrl_wm.trainers import MBPOConfig, MBPOTrainer
+from torchrl_wm.trainers import MBPOConfig, MBPOTrainer, Steps
 
 
 def trained(**settings) -> MBPOTrainer:
     trainer = MBPOTrainer(**{**SMALL, **settings})
     trainer.train()
     return trainer
+
+
+def last_step(trainer: MBPOTrainer) -> Steps:
+    """What the recipe was given last."""
+    one = torch.ones(1, dtype=torch.bool)
+    return Steps(trainer.data[-1:], trainer.collected_frames, one, one.long(), ~one)
 
 
 def test_a_run() -> None:
@@ -61,11 +67,12 @@ def test_only_the_newest_rounds_are_learned_from() -> None:
     trainer = trained(
         horizon_schedule=(20, 60, 3, 1), real_share=0.25, termination="none"
     )
-    trainer.draw_batches(None)
     known = trainer.imagined[:]["next", "observation"]
     assert len(known) > 40  # two rounds of 20 rollouts, each of one step by now
-    batches = [trainer.next_batch(None)["next", "observation"] for _ in range(2)]
-    drawn = torch.cat([batch[4:] for batch in batches])  # after the real ones
+    batches = list(trainer.recipe.batches(last_step(trainer)))
+    assert len(batches) == 2
+    # After the real ones.
+    drawn = torch.cat([batch["next", "observation"][4:] for batch in batches])
     at = (drawn.unsqueeze(1) == known).all(-1).int().argmax(1)
     cursor = trainer.imagined.write_count % 120
     assert ((cursor - 1 - at) % 120 < 40).all()
@@ -73,8 +80,7 @@ def test_only_the_newest_rounds_are_learned_from() -> None:
 
 def test_batches_mix_real_and_imagined_transitions() -> None:
     trainer = trained(real_share=0.25)
-    trainer.draw_batches(None)
-    batch = trainer.next_batch(None)
+    batch = next(trainer.recipe.batches(last_step(trainer)))
     assert batch.batch_size == (16,)
     real = trainer.data[:]["observation"]
     is_next_real = torch.tensor(
@@ -103,7 +109,7 @@ def test_targets_follow_after_each_update() -> None:
     trainer = MBPOTrainer(
         **{**SMALL, "steps": 20, "tau": 0.5, "learning_rate": 0.0, "real_share": 1.0}
     )
-    sac = trainer.loss_module
+    sac = trainer.sac
     values, targets = sac.qvalue_network_params, sac.target_qvalue_network_params
     targets.data.apply_(lambda target: target.add_(1.0))
     trainer.train()  # of its 30 steps, 20 random ones, those from the 20th on update twice
@@ -113,7 +119,7 @@ def test_targets_follow_after_each_update() -> None:
     ):
         expected = value + 0.5**updates
         torch.testing.assert_close(target, expected, rtol=0, atol=1e-6)
-    assert updates == trainer._optim_count
+    assert updates == trainer.counts.updates
 
 
 def test_policies_stay_within_the_bounds() -> None:

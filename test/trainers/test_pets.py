@@ -27,13 +27,13 @@ def test_a_run_goes_from_random_steps_to_planned_trials() -> None:
 
 def test_models_are_trained_within_trials_too() -> None:
     trainer = PETSTrainer(**SMALL, model_interval=5, first_model_steps=9)
-    fit, trainings = trainer.fit_model, []
+    fit, trainings = trainer.recipe.fit_model, []
 
-    def fit_model(steps) -> None:
+    def fit_model(steps):
         trainings.append((trainer.collected_frames, steps))
-        fit(steps)
+        return fit(steps)
 
-    trainer.fit_model = fit_model
+    trainer.recipe.fit_model = fit_model
     trainer.train()
     later = [(step, 6) for step in (29, 34, 36, 41, 46, 48)]
     assert trainings == [(24, 9), *later]
@@ -83,7 +83,7 @@ def test_the_return_is_the_envs_own() -> None:
 )
 def test_envs(env) -> None:
     trainer = trained(env=env, trials=1, random_steps=10)
-    assert trainer.planned_trials == 1
+    assert [row["random"] for row in trainer.metrics][-2:] == [1, 0]
 
 
 @pytest.mark.parametrize("planner", ["icem", "cem"])
@@ -165,7 +165,7 @@ def test_the_config_of_another_recipe() -> None:
 
 
 def test_episodes_that_never_end(monkeypatch) -> None:
-    monkeypatch.setattr("torchrl_wm.trainers.recipe.MAX_STEPS", 30)
+    monkeypatch.setattr("torchrl_wm.trainers.collecting.MAX_STEPS", 30)
     trainer = PETSTrainer(**{**SMALL, "max_episode_steps": 31, "random_steps": 40})
     with pytest.raises(RuntimeError, match="max_episode_steps"):
         trainer.train()

@@ -6,66 +6,95 @@ anything happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import tyro
 
-#: What ``train`` can train.
-RECIPES = ("pets", "mbpo", "model")
+from torchrl_wm._registry import find_recipe, recipe_names
+
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-
-
-def check_recipe(name: str) -> None:
-    """Refuse what ``train`` cannot train.
-
-    Raises:
-        ValueError: if there is no recipe of that name; the message lists those that there are.
-    """
-    if name not in RECIPES:
-        raise ValueError(
-            f"There is no recipe {name!r} to train. Valid choices are {sorted(RECIPES)}: "
-            f"torchrl-wm train --help."
-        )
+Checkpoint = Annotated[
+    int | None,
+    tyro.conf.arg(metavar="STEP", help_behavior_hint="(default: the newest)"),
+]
 
 
 def train(
     recipe: Annotated[
         str | None,
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="[{pets,mbpo,model}]", help_behavior_hint=""),
+        tyro.conf.arg(metavar="[RECIPE]", help_behavior_hint=""),
     ] = None,
     *,
     resume: Annotated[
         str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")
     ] = None,
+    checkpoint: Checkpoint = None,
+    device: Annotated[
+        str | None, tyro.conf.arg(help_behavior_hint="(default: that of the run)")
+    ] = None,
     report: bool = True,
     progress: bool = True,
-) -> Callable[[], None]:
+) -> Callable[[Mapping[str, Any]], None]:
     """Train a policy, or a world model from logged data.
 
-    torchrl-wm train pets --help, torchrl-wm train mbpo --help and torchrl-wm train model --help
-    list all settings.
-
     Args:
-        recipe: pets plans through an ensemble, mbpo learns a policy by SAC, model is a world model of logged data.
-        resume: the folder of a run that was interrupted, to go on from its last checkpoint.
+        recipe: what to train, see below.
+        resume: the folder of a run that was interrupted or is to be made longer, to go on from its last checkpoint.
+        checkpoint: the step of the checkpoint to go on from.
+        device: where the run goes on.
         report: write the report at the end.
         progress: show the progress.
     """
     if recipe is not None:
-        check_recipe(recipe)
+        find_recipe(recipe)
     if resume is None:
+        names = ", ".join(f"torchrl-wm train {name}" for name in recipe_names())
         raise ValueError(
-            "Say what to train: torchrl-wm train pets, torchrl-wm train mbpo or torchrl-wm train "
-            "model; or go on with a run: torchrl-wm train --resume RUN."
+            f"Say what to train: {names}; or go on with a run: torchrl-wm train --resume RUN."
         )
-    return partial(_training_resume, recipe, resume, report, progress)
+
+    def go(ends: Mapping[str, Any]) -> None:
+        from torchrl_wm.cli import training
+
+        given = dict(ends) if device is None else {**ends, "device": device}
+        training.resume(
+            resume,
+            recipe=recipe,
+            checkpoint=checkpoint,
+            report=report,
+            progress=progress,
+            **given,
+        )
+
+    return go
+
+
+def describe_train() -> str:
+    """What the help of ``train`` says of the recipes."""
+    # Paragraphs, as lines of one would be joined.
+    lines = [f"  {name}: {find_recipe(name).summary}" for name in recipe_names()]
+    return (
+        "Train a policy, or a world model from logged data. The recipes:\n\n"
+        + "\n\n".join(lines)
+        + "\n\ntorchrl-wm train RECIPE --help lists the settings of one. A run goes on by "
+        "torchrl-wm train --resume RUN, and ends later with one of its settings beside it: "
+        "--resume RUN --steps 50000."
+    )
 
 
 def evaluate(
-    run: Run, *, episodes: int = 10, seed: int = 0, progress: bool = True
+    run: Run,
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    checkpoint: Checkpoint = None,
+    video: Annotated[
+        str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+    ] = None,
+    json: bool = False,
+    progress: bool = True,
 ) -> Callable[[], None]:
     """Act with a run's policy, without exploration, and print the returns.
 
@@ -73,13 +102,24 @@ def evaluate(
         run: the folder of the run.
         episodes: how many real episodes.
         seed: the seed of how the episodes begin, and of what a planner draws.
+        checkpoint: the step of the checkpoint whose policy acts.
+        video: the film of the first episode to write, a .gif or an .mp4.
+        json: print one line of JSON with all numbers, and nothing else.
         progress: print each return when it is known.
     """
 
     def go() -> None:
         from torchrl_wm.cli import looking
 
-        looking.evaluate(run, episodes=episodes, seed=seed, progress=progress)
+        looking.evaluate(
+            run,
+            episodes=episodes,
+            seed=seed,
+            checkpoint=checkpoint,
+            video=video,
+            as_json=json,
+            progress=progress,
+        )
 
     return go
 
@@ -94,6 +134,7 @@ def report(
     episodes: int = 3,
     horizon: int = 20,
     seed: int = 0,
+    checkpoint: Checkpoint = None,
 ) -> Callable[[], None]:
     """Measure a run's world model on new episodes of its policy, and write a report, one HTML file.
 
@@ -103,12 +144,20 @@ def report(
         episodes: how many real episodes.
         horizon: how many steps ahead the model is measured.
         seed: the seed of how the episodes begin, and of what is imagined.
+        checkpoint: the step of the checkpoint whose model is measured.
     """
 
     def go() -> None:
         from torchrl_wm.cli import looking
 
-        looking.report(run, out=out, episodes=episodes, horizon=horizon, seed=seed)
+        looking.report(
+            run,
+            out=out,
+            episodes=episodes,
+            horizon=horizon,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
 
     return go
 
@@ -126,6 +175,13 @@ def play(
     seed: int = 0,
     fps: float = 20.0,
     height: int = 240,
+    render: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="MODULE:FUNCTION", help_behavior_hint="(default: known tasks)"
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
 ) -> Callable[[], None]:
     """Film a run's policy in the real env, beside what the model imagines where that can be drawn.
 
@@ -138,6 +194,8 @@ def play(
         seed: the seed of how the episode begins.
         fps: how many frames the film shows in a second.
         height: the height of the frames, in pixels; the real env alone is filmed as high as its renderer draws it.
+        render: a function of yours that draws an observation of the env, for films of an env of your own.
+        checkpoint: the step of the checkpoint whose policy is filmed.
     """
 
     def go() -> None:
@@ -152,6 +210,8 @@ def play(
             seed=seed,
             fps=fps,
             height=height,
+            render=render,
+            checkpoint=checkpoint,
         )
 
     return go
@@ -200,14 +260,6 @@ def demo(
         )
 
     return go
-
-
-def _training_resume(
-    recipe: str | None, path: str, report: bool, progress: bool
-) -> None:
-    from torchrl_wm.cli import training
-
-    training.resume(path, recipe=recipe, report=report, progress=progress)
 
 
 #: In the order in which they are listed.

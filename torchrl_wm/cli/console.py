@@ -60,6 +60,15 @@ def describe(err: BaseException) -> str:
     return f"{message}{place}"
 
 
+def was_interrupted(err: BaseException | None) -> bool:
+    """Whether an error is what other code made of Ctrl-C."""
+    while err is not None:
+        if isinstance(err, KeyboardInterrupt):
+            return True
+        err = err.__cause__ or err.__context__
+    return False
+
+
 def command(*words: object) -> str:
     """A command line of this program, to be copied."""
     return shlex.join(["torchrl-wm", *map(str, words)])

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from torchrl_wm.cli.console import Interrupted, list_paths, say
+from torchrl_wm.cli.runs import free
 from torchrl_wm.cli.training import paths, what_is_saved
 from torchrl_wm.trainers import (
     episode_return,
@@ -106,12 +107,3 @@ def run_demo(
 def counted(trials: int) -> str:
     """How many trials, in words."""
     return f"{trials} trial" + "s" * (trials > 1)
-
-
-def free(path: Path) -> Path:
-    """The path, or with the first number after it of which there is no folder yet."""
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found

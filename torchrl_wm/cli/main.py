@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
-from torchrl_wm.cli.console import complain, describe, ERRORS, Interrupted
+from torchrl_wm._registry import find_recipe
+from torchrl_wm.cli.console import (
+    complain,
+    describe,
+    ERRORS,
+    Interrupted,
+    was_interrupted,
+)
 
 DESCRIPTION = """Learn world models, act by them, and see how good they are.
 
@@ -33,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Its notes, such as that a storage is initialised, are not for people who run a command.
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
+    # So are warnings that other packages give of each other's ways; ours are.
+    for package in ("torchrl", "tensordict", "torch", "gymnasium"):
+        warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
     # Frames are drawn, no windows: without a display SDL complains as if something had failed.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
@@ -52,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("\nInterrupted.")
         return 130
     except ERRORS as err:
+        if was_interrupted(err):
+            complain("\nInterrupted.")
+            return 130
         if debug:
             traceback.print_exc()
         complain(f"torchrl-wm: error: {describe(err)}")
@@ -70,25 +85,29 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     from torchrl_wm.cli import commands
     from torchrl_wm.cli.options import OPTIONS
 
+    trains = bool(words) and words[0] == "train"
     resumes = any(word.split("=")[0] == "--resume" for word in words)
-    options = sorted(word for word in words if _is_setting(word))
-    if resumes and options:
-        raise ValueError(
-            f"--resume goes on with the settings in the folder's config.json, and takes none beside "
-            f"it: {options}. For other settings, such as more trials, start a new run."
-        )
     # The settings of a recipe are read from its config, whose import takes as long as torch's.
     # Hence only where they are asked for.
-    recipe = words[1] if len(words) > 1 and words[0] == "train" else None
-    if recipe in commands.RECIPES and not resumes:
+    recipe = words[1] if trains and words[1:] and words[1][0] != "-" else None
+    if recipe is not None and not resumes:
+        find_recipe(recipe)
         from torchrl_wm.cli import training
 
         prog = f"torchrl-wm train {recipe}"
         return tyro.cli(
-            training.RECIPES[recipe], prog=prog, args=words[2:], registry=OPTIONS
+            training.command_of(recipe), prog=prog, args=words[2:], registry=OPTIONS
         )
-    if recipe is not None and not recipe.startswith("-"):
-        commands.check_recipe(recipe)
+    if trains:
+        words, ends = _split_ends(words[1:])
+        go = tyro.cli(
+            commands.train,
+            prog="torchrl-wm train",
+            description=commands.describe_train(),
+            args=words,
+            registry=OPTIONS,
+        )
+        return lambda: go(ends)
     return tyro.extras.subcommand_cli_from_dict(
         commands.COMMANDS,
         prog="torchrl-wm",
@@ -98,8 +117,19 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     )
 
 
-def _is_setting(word: str) -> bool:
-    """Whether a word is an option that going on with a run does not have."""
-    known = ("resume", "report", "no-report", "progress", "no-progress", "help")
-    name = word.split("=")[0]
-    return name.startswith("--") and name[2:].replace("_", "-") not in known
+def _split_ends(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words of ``train --resume``, and the settings beside them, which end a run later."""
+    own = ("resume", "checkpoint", "device", "report", "no-report")
+    own = (*own, "progress", "no-progress", "help")
+    left, ends = list(words), {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not name.startswith("--") or name[2:].replace("_", "-") in own:
+            continue
+        at = left.index(word)
+        if not value:
+            value = left.pop(at + 1) if len(left) > at + 1 else ""
+        left.pop(at)
+        is_number = value.lstrip("-").isdigit()
+        ends[name[2:].replace("-", "_")] = int(value) if is_number else value
+    return left, ends

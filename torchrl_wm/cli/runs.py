@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from torchrl_wm.trainers import MBPOTrainer, PETSTrainer, RunFolder
-from torchrl_wm.trainers.recipe import RecipeTrainer
+from pathlib import Path
 
-TRAINERS: dict[str, type[RecipeTrainer]] = {
-    kind.algorithm: kind for kind in (PETSTrainer, MBPOTrainer)
-}
+from torchrl_wm.trainers import RecipeTrainer, resume_run, RunFolder
 
 
-def recipe_of(path: str) -> type[RecipeTrainer]:
-    """The trainer of a run's recipe.
-
-    Raises:
-        FileNotFoundError: if it is not the folder of a run.
-        ValueError: if it is one of a recipe that is not known.
-    """
-    algorithm = RunFolder.open(path).config.get("algorithm")
-    if algorithm not in TRAINERS:
-        raise ValueError(
-            f"{path!r} is a run of {algorithm!r}; this command serves runs of "
-            f"{sorted(TRAINERS)}."
-        )
-    return TRAINERS[algorithm]
-
-
-def open_run(path: str) -> RecipeTrainer:
-    """A run at its last checkpoint, to be looked at: nothing of it is changed.
+def open_run(path: str, checkpoint: int | None = None) -> RecipeTrainer:
+    """A run at a checkpoint, to be looked at: nothing of it is changed.
 
     Raises:
         FileNotFoundError: if it is not the folder of a run, or there is no checkpoint.
     """
-    kind = recipe_of(path)
     if not RunFolder.open(path).saved():
         raise FileNotFoundError(
             f"{path!r} has no checkpoint yet: its first one comes at the end of an episode. "
             f"torchrl-wm train --resume {path} goes on with it."
         )
-    return kind.resume(path)
+    # Wherever it was trained, it is looked at where there is something to look with.
+    return resume_run(path, checkpoint=checkpoint, device="auto")
+
+
+def free(path: Path) -> Path:
+    """The path, or with the first number after it of which there is no folder yet."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found

@@ -216,17 +216,30 @@ def _drawer(
     if pixels_key is not None:
         raise ValueError("Pass render or pixels_key, not both.")
     keys = _drawn_keys(env, real, imagined, observation_key)
+    return lambda steps, name: drawn_frames(draw, steps, keys)
 
-    def frames(steps: TensorDictBase, name: str) -> np.ndarray:
-        series = {key: _over_time(steps, key) for key in keys}
-        out = []
-        for time in range(len(steps) + 1):
-            shown = {name_of(key): value[time].numpy() for key, value in series.items()}
-            shown = next(iter(shown.values())) if len(shown) == 1 else shown
-            out.append(as_frame(draw(shown), None, "what render draws"))
-        return np.stack(out)
 
-    return frames
+def drawn_frames(
+    draw: Draw, steps: TensorDictBase, keys: list[NestedKey]
+) -> np.ndarray:
+    """Draw what steps ``[T]`` observe.
+
+    Args:
+        draw: a function from an observation to a frame, as :func:`observation_renderer` returns.
+        steps: recorded ones, on the CPU.
+        keys: the observations that it gets: an array of a single one, of several a dictionary
+            of arrays, nested keys joined by dots.
+
+    Returns:
+        ``[T + 1, height, width, 3]`` uint8: the start, and what follows each step.
+    """
+    series = {key: _over_time(steps, key) for key in keys}
+    out = []
+    for time in range(len(steps) + 1):
+        shown = {name_of(key): value[time].numpy() for key, value in series.items()}
+        shown = next(iter(shown.values())) if len(shown) == 1 else shown
+        out.append(as_frame(draw(shown), None, "what render draws"))
+    return np.stack(out)
 
 
 def _name_of(render: Render) -> str:

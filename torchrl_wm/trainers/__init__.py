@@ -1,42 +1,74 @@
-"""World models in TorchRL's Trainer: hooks, and whole recipes."""
+"""Runs: recipes from a real env to a trained policy, and what joins world models to TorchRL's Trainer."""
 
 from __future__ import annotations
 
+from torchrl_wm._registry import register_recipe
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import episode_return, run_episodes
+from torchrl_wm.trainers.films import film_policy
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
 from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
 from torchrl_wm.trainers.logged_data import load_transitions
-from torchrl_wm.trainers.mbpo import MBPOConfig, MBPOTrainer
 from torchrl_wm.trainers.model_training import RecordedEnv, train_world_model
-from torchrl_wm.trainers.pets import PETSConfig, PETSTrainer
 from torchrl_wm.trainers.pictures import (
-    film_policy,
     plot_learning_curve,
     save_prediction_fan,
     write_run_report,
 )
+from torchrl_wm.trainers.policies import load_policy, Policy
 from torchrl_wm.trainers.real_envs import make_real_env
+from torchrl_wm.trainers.recipe import Recipe
+from torchrl_wm.trainers.recipes import (
+    MBPO,
+    MBPOConfig,
+    ModelConfig,
+    ModelRecipe,
+    PETS,
+    PETSConfig,
+)
 from torchrl_wm.trainers.run_folder import RunFolder
+from torchrl_wm.trainers.runs import resume_run, start_run, trainer_class
+from torchrl_wm.trainers.settings import RunConfig
+from torchrl_wm.trainers.steps import Steps
+from torchrl_wm.trainers.trainer import RecipeTrainer
+from torchrl_wm.trainers.watching import watch
+
+PETSTrainer = trainer_class(PETS)
+MBPOTrainer = trainer_class(MBPO)
 
 __all__ = [
     "EpisodeSeeds",
     "ImaginedReplayHook",
+    "MBPO",
     "MBPOConfig",
     "MBPOTrainer",
+    "ModelConfig",
     "ModelLearner",
+    "ModelRecipe",
     "NonFiniteLossError",
+    "PETS",
     "PETSConfig",
     "PETSTrainer",
+    "Policy",
+    "Recipe",
+    "RecipeTrainer",
     "RecordedEnv",
+    "RunConfig",
     "RunFolder",
+    "Steps",
     "episode_return",
     "film_policy",
+    "load_policy",
     "load_transitions",
     "make_real_env",
     "plot_learning_curve",
+    "register_recipe",
+    "resume_run",
     "run_episodes",
     "save_prediction_fan",
+    "start_run",
     "train_world_model",
+    "trainer_class",
+    "watch",
     "write_run_report",
 ]

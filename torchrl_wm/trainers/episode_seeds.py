@@ -18,6 +18,8 @@ class EpisodeSeeds(Transform):
     Args:
         seed: the seed of the run.
         episode: the number of the episode that the next reset begins.
+        stride: how much is added to the number at each reset: of several envs each has
+            every ``stride``-th episode.
 
     Examples:
         >>> from torchrl.envs import GymEnv, TransformedEnv
@@ -29,15 +31,15 @@ class EpisodeSeeds(Transform):
         True
     """
 
-    def __init__(self, seed: int, episode: int = 0) -> None:
+    def __init__(self, seed: int, episode: int = 0, stride: int = 1) -> None:
         super().__init__()
-        self.seed, self.episode = seed, episode
+        self.seed, self.episode, self.stride = seed, episode, stride
         self._outer_state: torch.Tensor | None = None
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase) -> TensorDictBase:
         self._outer_state = torch.get_rng_state()
         self.parent.set_seed(episode_seed(self.seed, self.episode), static_seed=True)
-        self.episode += 1
+        self.episode += self.stride
         return tensordict
 
     def _reset(

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
+from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_wm._interrupts import check_interrupt
 from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.real_envs import episode_seeds
 
 #: The longest episode where nobody limits it.
 MAX_STEPS = 10_000
+
+
+@contextmanager
+def forked_random(seed: int | None = None) -> Iterator[None]:
+    """Leave all global random states as they were: torch's on all devices, NumPy's and Python's.
+
+    Args:
+        seed: the seed inside; the states go on from where they are if None.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            if seed is not None:
+                torch.manual_seed(seed)
+                np.random.seed(seed)
+                random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 @torch.no_grad()
@@ -31,7 +59,8 @@ def run_episodes(
 
     Args:
         env: a real env of batch size ``[]``.
-        policy: what acts; random actions if None.
+        policy: what acts, on the env's device or on one of its own, modules in eval mode; random
+            actions if None.
         episodes: how many.
 
     Keyword Args:
@@ -42,7 +71,7 @@ def run_episodes(
         exploration: how the policy acts.
 
     Returns:
-        The episodes, ``[T]`` each. The global random state is left as it was.
+        The episodes, ``[T]`` each. The global random states are left as they were.
 
     Examples:
         >>> from torchrl_wm.trainers import make_real_env, run_episodes
@@ -52,12 +81,31 @@ def run_episodes(
     """
     if first_episode is not None:
         episode_seeds(env).episode = first_episode
-    with torch.random.fork_rng(devices=[]), set_exploration_type(exploration):
+
+    def after_step(*args: Any) -> None:
+        check_interrupt()
+        if callback is not None:
+            callback(*args)
+
+    moves = _device_of(policy) not in (None, torch.device("cpu"))
+    is_module = isinstance(policy, nn.Module)
+    mode = evaluation_mode(policy) if is_module else nullcontext()
+    with forked_random(), set_exploration_type(exploration), mode:
         return [
-            env.rollout(max_steps, policy, callback=callback) for _ in range(episodes)
+            env.rollout(
+                max_steps, policy, callback=after_step, auto_cast_to_device=moves
+            )
+            for _ in range(episodes)
         ]
 
 
 def episode_return(env: EnvBase, episode: TensorDictBase) -> float:
     """The sum of an episode's rewards."""
     return episode.get(join("next", env.reward_key)).sum().item()
+
+
+def _device_of(policy: Any) -> torch.device | None:
+    """Return where a policy's parameters are."""
+    parameters = getattr(policy, "parameters", None)
+    first = next(parameters(), None) if callable(parameters) else None
+    return getattr(first, "device", None)

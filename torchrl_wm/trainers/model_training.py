@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchrl_wm.modules import with_propagation, WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.logged_actions import action_keys, action_specs
 from torchrl_wm.trainers.logged_data import DataSource, read_transitions
@@ -163,38 +165,100 @@ def train_world_model(
         )
     rows, known = read_transitions(data, env, action_spec)
     env = RecordedEnv(rows, action_spec=known) if env is None else env
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with forked_random(seed) if seed is not None else nullcontext():
+        training = ModelTraining(
+            rows,
+            env,
+            held_out=held_out,
+            seed=seed,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            **settings,
+        )
+        metrics = []
+        while training.learner.steps < steps:
+            row = training.advance(min(interval, steps - training.learner.steps))
+            metrics.append({"step": training.learner.steps, **row})
+            if on_row is not None:
+                on_row(metrics[-1])
+        return training.best_model(), metrics
+
+
+class ModelTraining:
+    """Trains an ensemble on logged data, and remembers its weights where the held-out error was least.
+
+    Args:
+        rows: transitions ``[N]``.
+        env: the env that was recorded, or what is known of it.
+
+    Keyword Args:
+        held_out, seed: see :func:`split_transitions`.
+        learning_rate, weight_decay, batch_size: see
+            :class:`~torchrl_wm.trainers.ModelLearner`.
+        device: where the model is trained.
+        settings: of :class:`~torchrl_wm.models.EnsembleConfig`, by name.
+    """
+
+    def __init__(
+        self,
+        rows: TensorDictBase,
+        env: EnvBase,
+        *,
+        held_out: float,
+        seed: int | None,
+        learning_rate: float,
+        weight_decay: float,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        **settings: Any,
+    ) -> None:
         train, test = split_transitions(rows, held_out, seed)
         ends = rows.get(("next", "terminated"), None)
         if "termination" not in settings and ends is not None and not ends.any():
             settings["termination"] = "none"
-        world_model, loss = make_ensemble_world_model(env, **settings)
-        _check_finite(rows, env, world_model)
-        learner = ModelLearner(
-            world_model,
+        self.world_model, loss = make_ensemble_world_model(env, **settings)
+        _check_finite(rows, env, self.world_model)
+        loss.to(device)
+        self.learner = ModelLearner(
+            self.world_model,
             loss,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             batch_size=batch_size,
         )
-        metrics, best, least = [], None, float("inf")
-        while learner.steps < steps:
-            losses = learner.fit(train, min(interval, steps - learner.steps))
-            row = {
-                "step": learner.steps,
-                **losses,
-                **held_out_errors(world_model, test),
-            }
-            metrics.append(row)
-            if on_row is not None:
-                on_row(row)
-            if row["held_out_error"] < least or best is None:
-                least = row["held_out_error"]
-                best = copy.deepcopy(world_model.state_dict())
-        world_model.load_state_dict(best)
-    return world_model, metrics
+        #: What is trained on, and what is held out.
+        self.train, self.test = train.to(device), test.to(device)
+        self._best: dict[str, Any] | None = None
+        self._least = float("inf")
+
+    def advance(
+        self, steps: int, on_step: Callable[[int, int], Any] | None = None
+    ) -> dict[str, float]:
+        """Make gradient steps; return the losses and the held-out errors after them."""
+        losses = self.learner.fit(self.train, steps, on_step)
+        errors = held_out_errors(self.world_model, self.test)
+        if errors["held_out_error"] < self._least or self._best is None:
+            self._least = errors["held_out_error"]
+            self._best = copy.deepcopy(self.world_model.state_dict())
+        return {**{name: float(value) for name, value in losses.items()}, **errors}
+
+    def best_model(self) -> WorldModel:
+        """Return the model with the best weights so far; training goes on with those it has."""
+        model = copy.deepcopy(self.world_model)
+        if self._best is not None:
+            model.load_state_dict(self._best)
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the model, its optimiser and the best weights."""
+        learner = self.learner.state_dict()
+        return {"learner": learner, "best": self._best, "least": self._least}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.learner.load_state_dict(state_dict["learner"])
+        self._best, self._least = state_dict["best"], state_dict["least"]
 
 
 def split_transitions(

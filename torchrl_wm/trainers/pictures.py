@@ -1,4 +1,4 @@
-"""What a run looks like: its learning curve, its report, a film of its policy."""
+"""What a run looks like: its learning curve, and its report."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from tensordict import pad, TensorDictBase
 from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm.diagnostics import (
-    observation_renderer,
     plot_prediction_fan,
     prediction_fan,
-    render_comparison,
     Report,
     ReportSection,
-    save_video,
     write_report,
 )
 from torchrl_wm.diagnostics.drawing import new_figure
-from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.modules import with_propagation
-from torchrl_wm.planners.base import MPCPlanner
-from torchrl_wm.trainers.evaluation import episode_return
-from torchrl_wm.trainers.real_envs import episode_seeds, rendered_frame
-from torchrl_wm.trainers.recipe import EVALUATION_EPISODES, RecipeTrainer
+from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.evaluation import episode_return, forked_random
+from torchrl_wm.trainers.films import found_render
+from torchrl_wm.trainers.real_envs import episode_seeds
+from torchrl_wm.trainers.trainer import EVALUATION_EPISODES, RecipeTrainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,14 +81,6 @@ def recorded_episodes(episodes: Sequence[TensorDictBase]) -> TensorDictBase:
     return torch.stack(padded)
 
 
-def diagnosed_env(trainer: RecipeTrainer) -> WorldModelEnv:
-    """The imagined env of a run as diagnostics want it, with all members asked."""
-    model = trainer.world_model
-    if hasattr(model.dynamics, "propagation"):
-        model = with_propagation(model, "ts1")
-    return WorldModelEnv(model, trainer.env, batch_size=[])
-
-
 def write_run_report(
     trainer: RecipeTrainer,
     path: str | os.PathLike | None = None,
@@ -110,7 +98,8 @@ def write_run_report(
     Keyword Args:
         episodes: how many real episodes the policy acts in for it.
         seed: of these episodes, and of what is imagined.
-        kwargs: for :func:`~torchrl_wm.diagnostics.write_report`.
+        kwargs: for :func:`~torchrl_wm.diagnostics.write_report`; ``render`` may be the name
+            of a function, ``"module:function"``, too.
 
     Returns:
         What was measured.
@@ -138,12 +127,15 @@ def write_run_report(
                 "path)."
             )
         path = trainer.run.path / "report.html"
-    if not trainer.learner.steps:
+    if not trainer.recipe.has_learnt:
         raise ValueError(
             "The run's model has not learnt anything: a report has nothing to measure. Train the "
-            "run first; with real_share=1 it has no model, and plot_learning_curve(trainer.metrics) "
-            "draws its returns."
+            "run first; without a model, plot_learning_curve(trainer.metrics) draws its "
+            "returns."
         )
+    kwargs["render"] = found_render(kwargs.get("render"))
+    if trainer.policy is None:
+        return _report_on_data(trainer, path, seed=seed, **kwargs)
     recorded = trainer.evaluate(episodes, seed=seed)
     returns = [episode_return(trainer.env, episode) for episode in recorded]
     config = trainer.config
@@ -165,7 +157,7 @@ def write_run_report(
         },
     )
     settings = {
-        "title": f"{trainer.algorithm} on {config.env}, seed {config.seed}",
+        "title": f"{trainer.recipe.title}, seed {config.seed}",
         "seed": seed,
         **kwargs,
     }
@@ -174,26 +166,49 @@ def write_run_report(
         settings["real_env"] = real_env = trainer.make_env()
         episode_seeds(real_env).seed = seed
         episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
-    if not isinstance(trainer.policy, MPCPlanner):
+    if trainer.recipe.acts_in_model:
         settings.setdefault("policy", _without_exploration(trainer))
+        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
     sections = [curve, *settings.pop("sections", ())]
     return write_report(
         path,
-        diagnosed_env(trainer),
+        trainer.recipe.diagnosed_env(),
         recorded_episodes(recorded),
         sections=sections,
         **settings,
     )
 
 
+def _report_on_data(
+    trainer: RecipeTrainer, path: str | os.PathLike, **settings: Any
+) -> Report:
+    """Write the report on a model that no policy belongs to, on the episodes that are held out."""
+    recipe = trainer.recipe
+    settings.setdefault("real_env", recipe.real_env)
+    settings.setdefault(
+        "title", f"A world model of {recipe.config.about}, on held-out episodes"
+    )
+    episodes = recorded_episodes(recipe.held_out_episodes())
+    return write_report(path, recipe.diagnosed_env(), episodes, **settings)
+
+
 def _without_exploration(trainer: RecipeTrainer) -> Callable:
     """The policy as evaluations run it, whatever the model around it does at random."""
+    exploration = trainer.recipe.evaluation_exploration
 
     def act(tensordict: TensorDictBase) -> TensorDictBase:
-        with set_exploration_type(trainer.evaluation_exploration):
+        with set_exploration_type(exploration), evaluation_mode(trainer.policy):
             return trainer.policy(tensordict)
 
     return act
+
+
+def _from_the_cpu(trainer: RecipeTrainer, policy: Callable) -> Callable:
+    """The policy for the real env, which is on the CPU whatever the device of the run."""
+    device = trainer.recipe.device
+    if device.type == "cpu":
+        return policy
+    return lambda tensordict: policy(tensordict.to(device)).to("cpu")
 
 
 def save_prediction_fan(
@@ -221,12 +236,11 @@ def save_prediction_fan(
         seed: of what is imagined.
         labels: a name for each dim of the observation.
     """
-    env = diagnosed_env(trainer)
+    env = trainer.recipe.diagnosed_env()
     horizon = min(horizon, len(episode))
     first = torch.linspace(0, len(episode) - horizon, starts).long().unique()
     windows = torch.stack([episode[int(i) : int(i) + horizon] for i in first])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with forked_random(seed):
         fan = prediction_fan(env, windows, horizon, particles=particles)
     key = next(iter(fan.get("real").keys(True, True)))
     figure = plot_prediction_fan(fan, key, labels=labels, max_starts=len(first))
@@ -234,84 +248,3 @@ def save_prediction_fan(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
-
-
-def film_policy(
-    trainer: RecipeTrainer,
-    path: str | os.PathLike,
-    *,
-    horizon: int = 50,
-    max_steps: int = 1000,
-    real_only: bool = False,
-    seed: int = 0,
-    fps: float = 20.0,
-    height: int | None = 240,
-    episode: TensorDictBase | None = None,
-) -> bool:
-    """Film an episode of a run's policy, what the model imagines beside it where that can be drawn.
-
-    The model imagines the same actions, and looks at the real state again every ``horizon``
-    steps.
-
-    Args:
-        trainer: the run.
-        path: ends in ``.gif`` or ``.mp4``.
-
-    Keyword Args:
-        horizon: for how many steps the model imagines without another look.
-        max_steps: the length of the film.
-        real_only: film the real env alone.
-        seed: of how the episode begins.
-        fps, height: of the film; the height of the env's own frames if None.
-        episode: a real episode ``[T]`` to show, in place of a fresh one. Not for films of the
-            real env alone, which are taken while the policy acts.
-
-    Returns:
-        Whether the imagined is beside the real.
-
-    Raises:
-        ValueError: if nothing can be drawn.
-    """
-    if horizon < 1 or max_steps < 1:
-        raise ValueError(
-            f"horizon and max_steps must be at least 1, got {horizon} and {max_steps}."
-        )
-    draw = None if real_only else observation_renderer(trainer.env)
-    if draw is None:
-        save_video(path, _real_frames(trainer, seed, max_steps), fps=fps)
-        return False
-    if episode is None:
-        (episode,) = trainer.evaluate(1, seed=seed)
-    env, frames = diagnosed_env(trainer), []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for window in episode[:max_steps].split(horizon):
-            part = render_comparison(env, window, render=draw, height=height)
-            # A window begins with what the one before ended with.
-            frames.append(part if not frames else part[1:])
-    save_video(path, np.concatenate(frames), fps=fps)
-    return True
-
-
-def _real_frames(trainer: RecipeTrainer, seed: int, max_steps: int) -> np.ndarray:
-    """The frames of an episode, as the real env's own renderer draws them."""
-    env, frames = trainer.make_env(render_mode="rgb_array"), []
-
-    def take(*_: Any) -> None:
-        if len(frames) <= max_steps:
-            frames.append(rendered_frame(env))
-
-    # Before each action; not by the rollout's callback, which misses both ends.
-    hook = trainer.policy.register_forward_pre_hook(take)
-    try:
-        trainer.evaluate(1, env, seed=seed)
-    finally:
-        hook.remove()
-    take()
-    if any(frame is None for frame in frames):
-        raise ValueError(
-            f"{trainer.config.env!r} has no renderer that gives frames. In Gymnasium that is a "
-            f"render() which returns [height, width, 3] uint8 for render_mode='rgb_array'; a "
-            f"factory gets render_mode if it has a parameter of that name."
-        )
-    return np.stack(frames)

@@ -3,75 +3,72 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torchrl_wm.trainers.recipe import RecipeTrainer
-
-#: What the bar shows of a row, the first ones first.
-_SHOWN = ("return", "evaluation_return", "loss_nll", "loss_done", "loss_qvalue")
 #: How many gradient steps pass before the bar is drawn again.
 _FITTING_INTERVAL = 50
+#: Of a row of the metrics, what stands elsewhere in the line.
+_ELSEWHERE = ("step", "seconds", "episode", "length", "random")
 
 
 class Progress:
-    """A bar over real steps with the time left, and a line for each row of the metrics.
+    """A bar over steps with the time left, and a line for each row of the metrics.
 
     Where nobody looks, as in a log file, there are the lines alone.
 
     Args:
-        trainer: whose progress it is.
+        title: stands before the bar.
 
     Raises:
         ImportError: if tqdm is missing.
     """
 
-    def __init__(self, trainer: RecipeTrainer) -> None:
+    def __init__(self, title: str) -> None:
         try:
             from tqdm.auto import tqdm
         except ImportError as err:
             raise ImportError(
                 "Progress bars need tqdm: pip install 'torchrl-wm[cli]', or pass progress=False."
             ) from err
-        self.trainer, self._tqdm, self._bar = trainer, tqdm, None
+        self._title, self._tqdm, self._bar = title, tqdm, None
         self._values: dict[str, str] = {}
-        trainer.acting.on_step = self.step
 
-    def step(self) -> None:
-        """A real step is about to be made."""
-        if self._bar is None:
-            trainer = self.trainer
-            self._bar = self._tqdm(
-                total=trainer.expected_steps,
-                initial=trainer.collected_frames,
-                unit="step",
-                desc=f"{trainer.algorithm} on {trainer.config.env}",
-                dynamic_ncols=True,
-                disable=None,  # where there is no terminal
-                leave=False,
-            )
-        self._bar.update()
+    def begin(self, done: int, expected: int | None) -> None:
+        """Show the bar, with the steps that are done already."""
+        self._bar = self._tqdm(
+            total=expected,
+            initial=done,
+            unit="step",
+            desc=self._title,
+            dynamic_ncols=True,
+            disable=None,  # where there is no terminal
+            leave=False,
+        )
 
-    def fitting(self, steps: int) -> Callable[[int], None]:
-        """What is to be called with each gradient step of the model."""
-
-        def show(step: int) -> None:
-            if self._bar is not None and step % _FITTING_INTERVAL == 0:
-                self._postfix(model=f"{step}/{steps}")
-
-        return show
-
-    def show(self, row: dict[str, Any]) -> None:
-        """Show a row of the metrics."""
-        values = {name: f"{row[name]:.4g}" for name in _SHOWN if name in row}
-        self._values.update(values)
+    def step(self, count: int = 1) -> None:
+        """Count steps that were made."""
         if self._bar is not None:
-            self._bar.total = max(self.trainer.expected_steps, self._bar.n)
+            self._bar.update(count)
+
+    def fitting(self, step: int, steps: int) -> None:
+        """Show a gradient step of a long training."""
+        if self._bar is not None and step % _FITTING_INTERVAL == 0:
+            self._postfix(model=f"{step}/{steps}")
+
+    def show(self, row: dict[str, Any], expected: int | None) -> None:
+        """Show a row of the metrics."""
+        values = {
+            name: f"{value:.4g}"
+            for name, value in row.items()
+            if name not in _ELSEWHERE
+        }
+        self._values.update(values)
+        if self._bar is not None and expected is not None:
+            self._bar.total = max(expected, self._bar.n)
         self._postfix()
-        name = f"episode {row['episode']}" if "episode" in row else "evaluation"
+        name = f", episode {row['episode']}" if "episode" in row else ""
         listed = [f"{key} {value}" for key, value in values.items()]
-        text = ", ".join([f"step {row['step']}, {name}", *listed])
+        text = ", ".join([f"step {row['step']}{name}", *listed])
         self._tqdm.write(f"{text} ({row['seconds']:.0f} s)", file=sys.stdout)
         sys.stdout.flush()
 

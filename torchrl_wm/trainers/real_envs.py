@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from tensordict import TensorDictBase
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -18,6 +20,7 @@ from torchrl.envs import (
     InitTracker,
     RewardSum,
     StepCounter,
+    Transform,
     TransformedEnv,
 )
 from torchrl_wm.trainers.env_checks import check_entries
@@ -37,6 +40,9 @@ def make_real_env(
     *,
     seed: int = 0,
     max_episode_steps: int | None = None,
+    action_repeat: int = 1,
+    first_episode: int = 0,
+    stride: int = 1,
     **kwargs: Any,
 ) -> TransformedEnv:
     """A real env as the recipes want it: float32, counted, its episodes seeded one by one.
@@ -55,6 +61,10 @@ def make_real_env(
         seed: each episode is seeded from it and its number
             (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
         max_episode_steps: a time limit, after which an episode is truncated.
+        action_repeat: for how many steps of the env an action is repeated. They count as one,
+            their rewards are summed, and the end of an episode ends them.
+        first_episode, stride: the number of the first episode, and what is added to it for
+            each later one.
         kwargs: for Gymnasium, such as ``render_mode``, and dm_control; a function gets those
             among them that it takes.
 
@@ -77,6 +87,8 @@ def make_real_env(
         raise ValueError(
             f"max_episode_steps must be at least 1, got {max_episode_steps}."
         )
+    if action_repeat < 1:
+        raise ValueError(f"action_repeat must be at least 1, got {action_repeat}.")
     base = _base_env(env, kwargs)
     if base.batch_size:
         raise ValueError(
@@ -84,10 +96,12 @@ def make_real_env(
             f"{tuple(base.batch_size)}. Give a single env."
         )
     check_entries(base)
+    repeat = [ActionRepeat(action_repeat)] if action_repeat > 1 else []
     return TransformedEnv(
         base,
         Compose(
-            EpisodeSeeds(seed),
+            EpisodeSeeds(seed, first_episode, stride),
+            *repeat,
             InitTracker(),
             DoubleToFloat(),
             StepCounter(max_episode_steps),
@@ -108,6 +122,52 @@ def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
                 "The env does not seed its episodes one by one. Make it with make_real_env(env)."
             )
         env = env.base_env
+
+
+class ActionRepeat(Transform):
+    """Repeats each action until the episode ends, and sums the rewards.
+
+    TorchRL's FrameSkipTransform steps on after an end, and loses it.
+
+    Args:
+        times: how often.
+    """
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def _step(
+        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
+    ) -> TensorDictBase:
+        env = self.parent
+        total = next_tensordict.get(env.reward_key)
+        for _ in range(self.times - 1):
+            ends = [next_tensordict.get(key, None) for key in env.done_keys]
+            if any(end.any() for end in ends if end is not None):
+                break
+            next_tensordict = env._step(tensordict)
+            total = total + next_tensordict.get(env.reward_key)
+        return next_tensordict.set(env.reward_key, total)
+
+
+def another(source: EnvSource) -> EnvSource:
+    """Return what makes one more env like another: a copy where an env itself was given.
+
+    Raises:
+        ValueError: if the env cannot be copied.
+    """
+    if not isinstance(source, (EnvBase, gymnasium.Env)):
+        return source
+    try:
+        return copy.deepcopy(source)
+    except Exception as err:  # whatever the env holds
+        raise ValueError(
+            f"Evaluations and num_envs above 1 need more envs like the one given, and this "
+            f"{type(source).__name__} cannot be copied ({type(err).__name__}: {err}). Give its name "
+            f"or a function that makes it as env=...; or leave them out: num_envs=1, "
+            f"evaluation_interval=0."
+        ) from err
 
 
 def rendered_frame(env: EnvBase) -> np.ndarray | None:

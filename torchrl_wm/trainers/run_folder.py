@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
+import shutil
+import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrl_wm._files import read_plain, write_plain, write_text
+import torch
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
+from torchrl.record.loggers import Logger
 
-#: What marks a checkpoint as one of ours.
-FORMAT = "torchrl_wm.run"
+from torchrl_wm._files import write_text
+from torchrl_wm.trainers.checkpoints import (
+    KEEP,
+    make_checkpoint,
+    MisfitError,
+    ReplayAdapter,
+)
+from torchrl_wm.trainers.loggers import check_loggers, make_loggers, MetricsTable
+
 #: Raised with each change that an older version cannot read.
-VERSION = 1
+VERSION = 2
 
-_NAME = re.compile(r"checkpoint_(\d+)\.pt")
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class RunFolder:
@@ -29,15 +39,15 @@ class RunFolder:
     ========================  ==================================================
     ``config.json``           the resolved settings
     ``metrics.csv``           a row for each episode or evaluation
-    ``tensorboard/``          the same as curves, where tensorboard is installed
-    ``checkpoints/*.pt``      the last checkpoints, read without running code
+    ``tensorboard/``          the same as curves, with other loggers their files
+    ``checkpoints/``          the last checkpoints, read without running code
+    ``replay/``               the transitions, which checkpoints append
     ========================  ==================================================
 
     Make one with :meth:`create`, and open one that is there with :meth:`open`.
 
     Args:
         path: the folder.
-        keep: how many checkpoints to keep.
 
     Examples:
         >>> import tempfile
@@ -45,18 +55,21 @@ class RunFolder:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = RunFolder.create(folder + "/run", {"algorithm": "pets"})
         ...     run.log({"step": 200, "return": -1200.0})
-        ...     path = run.save({"steps": 200}, number=200)
         ...     again = RunFolder.open(folder + "/run")
-        ...     again.config, again.load()["steps"], again.metrics()
-        ({'algorithm': 'pets'}, 200, [{'step': 200, 'return': -1200.0}])
+        ...     again.config["algorithm"], again.saved(), again.metrics()
+        ('pets', [], [{'step': 200, 'return': -1200.0}])
     """
 
-    def __init__(self, path: str | os.PathLike, *, keep: int = 2) -> None:
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
         self.config: dict[str, Any] = {}
-        self._rows: list[dict[str, Any]] = []
-        self._writer: Any = None
+        self._table: MetricsTable | None = None
+        self._loggers: list[Logger] | None = None
+        self._filmless: set[str] = set()
         self._purged_from: int | None = None
+        self._checkpoint = Checkpoint()
+        self._replay: list[ReplayAdapter] = []
+        self._loaded_step: int | None = None
 
     @staticmethod
     def check_free(path: str | os.PathLike) -> None:
@@ -68,37 +81,33 @@ class RunFolder:
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(
-                f"{str(path)!r} exists already. Go on with that run, if it is one of pets or mbpo, "
-                f"by --resume {path} (in Python: Trainer.resume({str(path)!r})); or remove it, or "
-                f"choose another folder."
+                f"{str(path)!r} exists already. If it is a run, go on with it by --resume {path} "
+                f"(in Python: resume_run({str(path)!r})); or remove it, or choose another folder."
             )
 
     @classmethod
-    def create(
-        cls, path: str | os.PathLike, config: Mapping[str, Any], *, keep: int = 2
-    ) -> RunFolder:
+    def create(cls, path: str | os.PathLike, config: Mapping[str, Any]) -> RunFolder:
         """Make a new folder.
 
         Raises:
             FileExistsError: if there is something in it already.
         """
         cls.check_free(path)
-        run = cls(path, keep=keep)
+        run = cls(path)
         run.checkpoints.mkdir(parents=True)
-        run.config = dict(config)
-        text = json.dumps(run.config, indent=2)
-        write_text(text + "\n", run.path / "config.json")
+        run.config = {"version": VERSION, "id": uuid.uuid4().hex[:12], **config}
+        run.write_config()
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, keep: int = 2) -> RunFolder:
+    def open(cls, path: str | os.PathLike) -> RunFolder:
         """Open the folder of a run.
 
         Raises:
             FileNotFoundError: if it is not the folder of a run.
-            ValueError: if its settings cannot be read.
+            ValueError: if its settings cannot be read, or another version wrote them.
         """
-        run = cls(path, keep=keep)
+        run = cls(path)
         file = run.path / "config.json"
         if not file.is_file():
             raise FileNotFoundError(
@@ -108,88 +117,125 @@ class RunFolder:
             run.config = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as err:
             raise ValueError(f"{str(file)!r} is damaged: {err}") from err
-        run._rows = run._read_rows()
+        version = run.config.get("version", 1) if isinstance(run.config, dict) else None
+        if version == 1:
+            raise ValueError(
+                f"{str(run.path)!r} is a run of an earlier torchrl_wm (format 1), whose checkpoints "
+                f"this one does not read (format {VERSION}). Look at it with the version that made "
+                f"it, or start a new run; its metrics.csv can be read as it is."
+            )
+        if version != VERSION:
+            raise ValueError(
+                f"{str(run.path)!r} is of the format {version!r}, and this torchrl_wm reads format "
+                f"{VERSION}. Update torchrl_wm."
+            )
         return run
+
+    def write_config(self) -> None:
+        """Write the settings, as they are now."""
+        text = json.dumps(self.config, indent=2)
+        write_text(text + "\n", self.path / "config.json")
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def size(self) -> int:
+        """The bytes of all that is in the folder."""
+        files = (file for file in self.path.rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in files)
+
     # Metrics ---------------------------------------------------------------
 
+    @property
+    def table(self) -> MetricsTable:
+        """The rows of ``metrics.csv``."""
+        if self._table is None:
+            self._table = MetricsTable(self.path)
+        return self._table
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The table and the loggers that the settings name."""
+        if self._loggers is None:
+            names, run_id = self._logger_names, self.config["id"]
+            others = make_loggers(names, self.path, run_id, self._purged_from)
+            self._loggers = [self.table, *others]
+        return self._loggers
+
+    @property
+    def _logger_names(self) -> list[str]:
+        return self.config.get("config", {}).get("logger", ())
+
+    def close(self) -> None:
+        """Write out what loggers hold back; the next row opens them again."""
+        for logger in self._loggers or ():
+            if logger is not self.table:
+                logger.close()
+        self._loggers, self._purged_from = None, None
+
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a row of numbers; ``step`` is where it stands in curves."""
-        names = self._names()
-        self._rows.append(dict(row))
-        if set(row) <= set(names):
-            with open(self.path / "metrics.csv", "a", newline="") as file:
-                csv.DictWriter(file, names).writerow(row)
-        else:
-            self._write_rows()
-        writer = self._tensorboard()
-        if writer is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    writer.add_scalar(name, value, row.get("step"))
-            writer.flush()
+        """Give a row of numbers to all loggers; ``step`` is where it stands in curves."""
+        values = {name: value for name, value in row.items() if name != "step"}
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        for logger in self.loggers:
+            logger.log_metrics(
+                values if logger is self.table else numbers, step=row.get("step")
+            )
+            logger.flush()
+
+    def log_film(self, name: str, frames: torch.Tensor, step: int) -> None:
+        """Give a film, uint8 ``[T, height, width, 3]``, to all loggers that can take one.
+
+        What a logger lacks for films is said once, in a warning.
+        """
+        video = frames.permute(0, 3, 1, 2).unsqueeze(0)
+        for logger in self.loggers:
+            kind = type(logger).__name__
+            if kind in self._filmless:
+                continue
+            try:
+                logger.log_video(name, video, step=step, fps=20)
+            except (ImportError, NotImplementedError) as err:
+                self._filmless.add(kind)
+                warnings.warn(f"{kind} gets no films: {err}", stacklevel=2)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows so far; what a row does not have is left out."""
-        return [dict(row) for row in self._rows]
+        return [dict(row) for row in self.table.rows]
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Let ``rows``, those of a checkpoint, be all there is."""
-        if self._rows != rows:
-            if len(rows) < len(self._rows):
-                self._purged_from = self._rows[len(rows)].get("step")
-            self._rows = [dict(row) for row in rows]
-            self._write_rows()
-
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(name for row in self._rows for name in row))
-
-    def _write_rows(self) -> None:
-        buffer = io.StringIO(newline="")
-        out = csv.DictWriter(buffer, self._names())
-        out.writeheader()
-        out.writerows(self._rows)
-        write_text(buffer.getvalue(), self.path / "metrics.csv")
-
-    def _read_rows(self) -> list[dict[str, Any]]:
-        file = self.path / "metrics.csv"
-        if not file.is_file():
-            return []
-        with open(file, newline="") as rows:
-            return [
-                {name: _number(value) for name, value in row.items() if value}
-                for row in csv.DictReader(rows)
-            ]
-
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return None
-            self._writer = SummaryWriter(
-                str(self.path / "tensorboard"), purge_step=self._purged_from
-            )
-        return self._writer
+        if len(rows) < len(self.table.rows):
+            self._purged_from = self.table.rows[len(rows)].get("step")
+        self.table.restore(rows)
 
     # Checkpoints -----------------------------------------------------------
 
-    def save(self, content: Mapping[str, Any], number: int) -> Path:
-        """Save a checkpoint of tensors and plain data, and remove old ones.
+    def bind(self, parts: Mapping[str, Any]) -> None:
+        """Let checkpoints hold these parts.
+
+        Args:
+            parts: by name; each with a ``state_dict`` of tensors and plain data, or a replay
+                buffer.
+        """
+        self._checkpoint, self._replay = make_checkpoint(parts, self.path / "replay")
+
+    def save(self, step: int) -> Path:
+        """Save a checkpoint of the parts, and remove old ones.
+
+        Args:
+            step: the number of the checkpoint.
 
         Raises:
             OSError: if it cannot be written, as on a full disk. The checkpoints from before
                 are as they were.
         """
-        path = self.checkpoints / f"checkpoint_{number:09d}.pt"
-        content = {"format": FORMAT, "version": VERSION, **content}
+        rotation = CheckpointRotation(self.checkpoints, keep_last=KEEP)
         try:
-            write_plain(content, path)
+            path = rotation.save(self._checkpoint, step=step)
         except (OSError, RuntimeError) as err:  # torch wraps what the disk says
             last = self.saved()
             kept = (
@@ -198,52 +244,99 @@ class RunFolder:
                 else "There is none yet"
             )
             raise OSError(
-                f"The checkpoint {str(path)!r} could not be written ({err}). {kept}. Make room, "
+                f"The checkpoint of step {step} could not be written ({err}). {kept}. Make room, "
                 f"and go on with --resume {self.path}."
             ) from err
-        for old in self.saved()[: -self.keep]:
-            old.unlink(missing_ok=True)
         return path
 
     def saved(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        found = self.checkpoints.glob("checkpoint_*.pt")
+        found = self.checkpoints.glob("checkpoint-*")
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
-    def load(self) -> dict[str, Any]:
-        """The newest checkpoint.
+    def load(self, step: int | None = None) -> None:
+        """Load a checkpoint into the parts. Nothing of the folder is changed.
+
+        Args:
+            step: the number of the checkpoint; the newest one if None.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it is damaged, somebody else's, or of a newer version.
+            ValueError: if it is damaged, of another version, or does not fit the parts.
         """
+        path = self._choose(step)
+        steps = [step_of(other) for other in self.saved()]
+        before = [other for other in steps if other < step_of(path)]
+        instead = ""
+        if before:
+            instead = (
+                f" Go on from the one before: --checkpoint {before[-1]} (in Python: "
+                f"checkpoint={before[-1]})."
+            )
+        try:
+            self._checkpoint.load(path, map_location="cpu")
+        except (AttributeError, CheckpointError, KeyError, OSError, ValueError) as err:
+            raise ValueError(self._why_not(path, err) + instead) from err
+        self._loaded_step = step_of(path)
+
+    def go_on(self) -> None:
+        """Forget what came after the checkpoint that was loaded, or all if none was.
+
+        Called before a run writes into its folder again.
+        """
+        check_loggers(self._logger_names)
+        self.write_config()  # the end may be another one now
+        last = -1 if self._loaded_step is None else self._loaded_step
+        for path in self.saved():
+            if step_of(path) > last:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # What a kill while writing left behind.
+        for left in self.checkpoints.glob(".checkpoint-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for name in ("config.json", "metrics.csv"):
+            for left in self.path.glob(f".{name}.*"):
+                left.unlink()
+        for adapter in self._replay:
+            adapter.drop_later()
+        if self._loaded_step is None:
+            shutil.rmtree(self.path / "replay", ignore_errors=True)
+
+    def _choose(self, step: int | None) -> Path:
         saved = self.saved()
         if not saved:
             raise FileNotFoundError(
-                f"{str(self.path)!r} has no checkpoint: the run ended before its first one. Start "
-                f"it anew in another folder."
+                f"{str(self.path)!r} has no checkpoint yet: the run ended before its first one. "
+                f"--resume {self.path} begins it again."
             )
-        path = saved[-1]
-        before = f" Remove it to go on from {saved[-2].name}." if len(saved) > 1 else ""
-        try:
-            content = read_plain(path, "checkpoint", "RunFolder.save(...)")
-        except ValueError as err:
-            raise ValueError(f"{err}{before}") from err
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is no checkpoint of a run.{before}")
-        version = content.get("version")
-        if not isinstance(version, int) or version > VERSION:
-            raise ValueError(
-                f"{str(path)!r} is of version {version!r} of the format, and this torchrl_wm "
-                f"reads versions up to {VERSION}. Update torchrl_wm."
+        if step is None:
+            return saved[-1]
+        for path in saved:
+            if step_of(path) == step:
+                return path
+        raise FileNotFoundError(
+            f"{str(self.path)!r} has no checkpoint of step {step}; there are "
+            f"{[step_of(path) for path in saved]}."
+        )
+
+    def _why_not(self, path: Path, err: Exception) -> str:
+        """Say what is wrong with a checkpoint."""
+        cause = err.__cause__
+        if isinstance(cause, MisfitError):
+            return (
+                f"The checkpoint in {str(self.path)!r} does not fit the run's config and env "
+                f"({cause})."
             )
-        return content
+        if "Unsupported newer" in str(err):
+            return f"{str(path)!r} is of a newer version. Update torchrl_wm and torchrl. ({err})"
+        if isinstance(err, CheckpointError) and err.result is not None:
+            if err.result.missing or err.result.incompatible and cause is None:
+                return (
+                    f"The checkpoint in {str(self.path)!r} does not fit the run's config and env "
+                    f"({err})."
+                )
+        return f"The checkpoint {str(path)!r} is damaged ({err})."
 
 
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def step_of(path: Path) -> int:
+    """Return the number of a checkpoint."""
+    return int(_NAME.fullmatch(path.name)[1])

@@ -1,0 +1,200 @@
+"""The recipes there are, by name. A recipe is imported where somebody asks for it, not before.
+
+Reading the list costs no import of torch: the command line's help is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any
+
+#: The entry point group in which other packages name their recipes.
+GROUP = "torchrl_wm.recipes"
+_PACKAGE = "torchrl_wm"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe by name.
+
+    Args:
+        name: what ``torchrl-wm train`` calls it.
+        target: the class, or ``"module:Class"``.
+        summary: one line for the help.
+        origin: who registers it, for errors.
+    """
+
+    name: str
+    target: Any
+    summary: str
+    origin: str
+
+    @property
+    def path(self) -> str:
+        """The class as ``"module:Class"``."""
+        return self.target if isinstance(self.target, str) else path_of(self.target)
+
+    def load(self) -> type:
+        """Return the class.
+
+        Raises:
+            ValueError: if it cannot be imported, or is no recipe.
+        """
+        found = self.target
+        if isinstance(found, str):
+            module, _, name = found.partition(":")
+            try:
+                found = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError) as err:
+                raise ValueError(
+                    f"The recipe {self.name!r} of {self.origin} cannot be imported from "
+                    f"{self.target!r} ({type(err).__name__}: {err})."
+                ) from err
+        _check(found, self.name)
+        _name(found, self.name)
+        return found
+
+
+_BUILT_IN = {
+    "pets": (
+        "torchrl_wm.trainers.recipes.pets:PETS",
+        "Learn an ensemble trial by trial, and act by planning through it.",
+    ),
+    "mbpo": (
+        "torchrl_wm.trainers.recipes.mbpo:MBPO",
+        "Learn a policy by SAC on short rollouts of a learned ensemble.",
+    ),
+    "model": (
+        "torchrl_wm.trainers.recipes.model:ModelRecipe",
+        "Learn a world model alone, from logged data.",
+    ),
+}
+#: What is registered in this process, beside the built-in recipes.
+_REGISTERED: dict[str, Entry] = {}
+
+
+def register_recipe(name: str, recipe: type | None = None) -> Any:
+    """Register a recipe under a name, for ``torchrl-wm train NAME`` and all that looks at its runs.
+
+    A package that is installed names its recipes in the entry point group
+    ``torchrl_wm.recipes`` in place of this call.
+
+    Args:
+        name: the name on the command line and in the folders of runs.
+        recipe: a subclass of :class:`~torchrl_wm.trainers.Recipe`. Without it the call is a
+            decorator.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: if another recipe has the name, or the recipe another name.
+        TypeError: if it is no recipe.
+
+    Examples:
+        >>> from torchrl_wm.trainers import PETS, register_recipe
+        >>> @register_recipe("my-pets")
+        ... class MyPETS(PETS):
+        ...     '''PETS with another planner.'''
+        >>> MyPETS.name
+        'my-pets'
+    """
+    if recipe is None:
+        return lambda found: register_recipe(name, found)
+    _check(recipe, name)
+    known = _REGISTERED.get(name) or _built_in(name)
+    if known is not None and known.path != path_of(recipe):
+        raise ValueError(
+            f"The recipe name {name!r} is taken by {known.path} of {known.origin}. Register "
+            f"{path_of(recipe)} under another name."
+        )
+    _name(recipe, name)
+    if known is None or known.origin != _PACKAGE:
+        summary = (recipe.__doc__ or "").strip().split("\n")[0]
+        _REGISTERED[name] = Entry(name, recipe, summary, recipe.__module__)
+    return recipe
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes, the built-in ones first."""
+    found = set(_REGISTERED) | {point.name for point in _points()}
+    return [*_BUILT_IN, *sorted(found - set(_BUILT_IN))]
+
+
+def find_recipe(name: str) -> Entry:
+    """Return the recipe of a name.
+
+    Raises:
+        ValueError: if there is none, or two packages register it.
+    """
+    found = [_REGISTERED.get(name), _built_in(name), *_installed(name)]
+    entries = {entry.path: entry for entry in found if entry is not None}
+    if len(entries) > 1:
+        listed = [f"{entry.path} of {entry.origin}" for entry in entries.values()]
+        raise ValueError(
+            f"The recipe name {name!r} is registered more than once: {listed}. Remove one of the "
+            f"packages, or have one of them choose another name."
+        )
+    if not entries:
+        names = recipe_names()
+        close = get_close_matches(name, names, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your own is "
+            f"registered by torchrl_wm.trainers.register_recipe, or by an installed package in "
+            f"the entry point group {GROUP!r}."
+        )
+    return next(iter(entries.values()))
+
+
+def path_of(kind: type) -> str:
+    """Return a class as ``"module:Class"``."""
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _built_in(name: str) -> Entry | None:
+    if name not in _BUILT_IN:
+        return None
+    target, summary = _BUILT_IN[name]
+    return Entry(name, target, summary, _PACKAGE)
+
+
+def _points() -> Any:
+    return entry_points(group=GROUP)
+
+
+def _installed(name: str) -> list[Entry]:
+    return [
+        Entry(name, point.value, f"From {_origin(point)}.", _origin(point))
+        for point in _points()
+        if point.name == name
+    ]
+
+
+def _origin(point: Any) -> str:
+    """The package that has an entry point."""
+    return point.dist.name if point.dist is not None else point.value
+
+
+def _name(recipe: type, name: str) -> None:
+    """Give a recipe its name, under which its runs are saved."""
+    own = vars(recipe).get("name") or name  # a subclass has a name of its own
+    if own != name:
+        raise ValueError(
+            f"The recipe {path_of(recipe)} has the name {own!r} already, and its runs are saved "
+            f"under it. Register a subclass of it as {name!r}."
+        )
+    recipe.name = name
+
+
+def _check(recipe: Any, name: str) -> None:
+    """Refuse what has not the parts of a recipe."""
+    missing = [part for part in ("config_class", "learn") if not hasattr(recipe, part)]
+    if not isinstance(recipe, type) or missing:
+        raise TypeError(
+            f"The recipe {name!r} must be a subclass of torchrl_wm.trainers.Recipe, got "
+            f"{recipe!r}, which has no {missing or 'class'}."
+        )

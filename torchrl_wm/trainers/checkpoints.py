@@ -1,0 +1,349 @@
+"""Checkpoints of runs, on TorchRL's Checkpoint: plain files, and replay that is appended.
+
+A checkpoint is a folder with a manifest and a file for each part. The transitions of a replay
+buffer stand beside the checkpoints, in files to which each checkpoint adds what came since
+the one before: what a checkpoint writes does not grow with what the replay holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter, GlobalRNGState
+from torchrl.data import ReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
+from torchrl.data.replay_buffers.writers import RoundRobinWriter
+
+from torchrl_wm._files import read_plain, write_plain
+from torchrl_wm.modules.keys import as_tuple, leaf_keys
+
+#: How many checkpoints a run keeps.
+KEEP = 2
+_WRITER = "a run"
+_SEGMENT = re.compile(r"rows_(\d+)_(\d+)_(\d+)\.pt")
+
+
+class MisfitError(ValueError):
+    """A part of a checkpoint is whole, and does not fit what it is loaded into."""
+
+
+class PlainAdapter(CheckpointAdapter):
+    """Saves the ``state_dict`` of a part as one file of tensors and plain data.
+
+    The file is written as a whole or not at all, its checksums are compared when it is read, and
+    nothing in it is executed.
+
+    Args:
+        name: the part's name, for errors.
+    """
+
+    adapter_id = "torchrl_wm.plain"
+
+    def __init__(self, name: str = "part") -> None:
+        self._name, self._is_readable = name, False
+
+    def save(
+        self, component: Any, path: Path, *, args: tuple, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Write ``component.state_dict()``.
+
+        Raises:
+            TypeError: if it holds something that could not be read again.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        write_plain(component.state_dict(), path / "state.pt")
+        if self._is_readable:
+            return
+        try:  # once: what is written can be anything, and what is read cannot
+            read_plain(path / "state.pt", "part of a checkpoint", _WRITER)
+        except ValueError as err:
+            found = re.search(r"GLOBAL (\S+)", str(err.__cause__))
+            raise TypeError(
+                f"The state_dict of the part {self._name!r} ({type(component).__name__}) holds "
+                f"a {found[1] if found else 'thing'} that could not be read again. Keep tensors, "
+                f"numbers, strings, and lists, tuples and dictionaries of them in it."
+            ) from err
+        self._is_readable = True
+
+    def load(
+        self,
+        component: Any,
+        path: Path,
+        *,
+        map_location: Any,
+        tensor_load_kwargs: Mapping[str, Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Read it into ``component``.
+
+        Raises:
+            ValueError: if the file is damaged.
+            MisfitError: if it does not fit.
+        """
+        state = read_plain(path / "state.pt", "part of a checkpoint", _WRITER)
+        try:
+            component.load_state_dict(state)
+        except (
+            AttributeError,
+            LookupError,
+            TypeError,
+            RuntimeError,
+            ValueError,
+        ) as err:
+            raise MisfitError(f"{type(err).__name__}: {err}") from err
+
+
+class ReplayAdapter(CheckpointAdapter):
+    """Appends the new transitions of a replay buffer to the files of a run.
+
+    All rows that were ever written are numbered. A buffer is restored from the last ones up to
+    a checkpoint's count, and a file is removed when no checkpoint needs its rows any more.
+    Emptying the buffer begins another series of files. Rows must not be changed in place.
+
+    Args:
+        folder: where the files are, those of all checkpoints.
+        buffer: the buffer.
+    """
+
+    adapter_id = "torchrl_wm.replay"
+
+    def __init__(self, folder: Path, buffer: ReplayBuffer) -> None:
+        self.folder = folder
+        #: ``(series, count)`` of the last checkpoints, the newest one last.
+        self._saved: list[tuple[int, int]] = []
+        self._series = 0
+        self._files: list[_Segment] | None = None
+        empty = buffer.empty
+
+        def empty_and_note(*args: Any, **kwargs: Any) -> None:
+            self._series += 1
+            empty(*args, **kwargs)
+
+        buffer.empty = empty_and_note
+
+    def save(
+        self, component: ReplayBuffer, path: Path, *, args: tuple, kwargs: Mapping
+    ) -> None:
+        """Write the rows since the last checkpoint, and the count of all."""
+        count, capacity = component.write_count, component.storage.max_size
+        cursor = component.writer.state_dict()["_cursor"]
+        series, last = self._saved[-1] if self._saved else (0, 0)
+        first = max(last if series == self._series else 0, count - len(component))
+        if first < count:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # The row that comes next will stand at the cursor.
+            at = (torch.arange(first, count) - count + cursor) % capacity
+            segment = _Segment(self._series, first, count)
+            entries = plain_entries(component.storage[at])
+            content = {"entries": entries, "size": count - first}
+            write_plain(content, self.folder / segment.name)
+            self._segments().append(segment)
+        self._saved = [*self._saved, (self._series, count)][-KEEP - 1 :]
+        # The checkpoint that this is a part of may still fail: keep what one more needs.
+        if len(self._saved) > KEEP:
+            self._remove_before(min(self._saved), capacity)
+        path.mkdir(parents=True, exist_ok=True)
+        content = {
+            "series": self._series,
+            "write_count": count,
+            "cursor": cursor,
+            "size": len(component),
+            "capacity": capacity,
+            "sampler": dict(component.sampler.state_dict()),
+        }
+        write_plain(content, path / "state.pt")
+
+    def load(
+        self,
+        component: ReplayBuffer,
+        path: Path,
+        *,
+        map_location: Any,
+        tensor_load_kwargs: Mapping[str, Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Read the rows of a checkpoint into a buffer.
+
+        Raises:
+            ValueError: if files are damaged or missing.
+            MisfitError: if the buffer has another capacity.
+        """
+        state = read_plain(path / "state.pt", "part of a checkpoint", _WRITER)
+        count, size, cursor = state["write_count"], state["size"], state["cursor"]
+        capacity = component.storage.max_size
+        if state["capacity"] != capacity:
+            raise MisfitError(
+                f"a replay buffer of {state['capacity']} rows, and the run's has {capacity}"
+            )
+        component.empty()
+        self._series = state["series"]
+        self._saved = [(self._series, count)]
+        if size:
+            rows = self._rows(count - size, count)
+            # A full buffer has its oldest row at the cursor.
+            rows = rows[(torch.arange(size) - cursor) % size]
+            component.sampler.extend(component.writer.extend(rows))
+        component.writer.load_state_dict({"_cursor": cursor, "_write_count": count})
+        component.sampler.load_state_dict(state["sampler"])
+
+    def drop_later(self) -> None:
+        """Remove what came after the checkpoint that was loaded, before the run goes on."""
+        last = self._saved[-1] if self._saved else (0, 0)
+        for segment in self._segments():
+            if segment.place > last:
+                (self.folder / segment.name).unlink(missing_ok=True)
+        for left in self.folder.glob(".rows_*"):  # of a kill while writing
+            left.unlink()
+        self._files = None
+
+    def _segments(self) -> list[_Segment]:
+        """The files in order; they are looked for once, as there can be thousands."""
+        if self._files is None:
+            found = (_SEGMENT.fullmatch(file.name) for file in self.folder.glob("*"))
+            self._files = sorted(
+                _Segment(*map(int, match.groups())) for match in found if match
+            )
+        return self._files
+
+    def _remove_before(self, oldest: tuple[int, int], capacity: int) -> None:
+        """Remove the files that hold nothing of a checkpoint or of those after it."""
+        series, count = oldest
+        files, number = self._segments(), 0
+        while number < len(files) and files[number].place <= (series, count - capacity):
+            (self.folder / files[number].name).unlink(missing_ok=True)
+            number += 1
+        del files[:number]
+
+    def _rows(self, first: int, end: int) -> TensorDictBase:
+        """The rows ``first`` to ``end`` of all that was written."""
+        parts, at = [], first
+        for segment in self._segments():
+            # One that goes on beyond the end is of a later checkpoint, or of none.
+            if segment.series != self._series or not (
+                segment.first <= at < segment.end <= end
+            ):
+                continue
+            file = self.folder / segment.name
+            content = read_plain(file, "file of a run's replay", _WRITER)
+            rows = from_plain_entries(content["entries"], [content["size"]])
+            parts.append(rows[at - segment.first :])
+            at = segment.end
+        if at < end:
+            raise ValueError(
+                f"The replay in {str(self.folder)!r} is damaged: the rows {at} to {end} are "
+                f"missing."
+            )
+        return torch.cat(parts)
+
+
+class _Segment(NamedTuple):
+    """A file with the rows ``first`` to ``end`` of a series."""
+
+    series: int
+    first: int
+    end: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Up to where it goes, to compare with checkpoints."""
+        return self.series, self.end
+
+    @property
+    def name(self) -> str:
+        return f"rows_{self.series:06d}_{self.first:012d}_{self.end:012d}.pt"
+
+
+class RandomState:
+    """The global random states as a part of a checkpoint, which are set when a run goes on."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states as they are now."""
+        return GlobalRNGState().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states of a checkpoint."""
+        self._loaded = state_dict
+
+    def restore(self) -> None:
+        """Set the states that were loaded, if any were."""
+        if self._loaded is not None:
+            # A run may go on without its GPUs, or with fewer.
+            on_gpus = self._loaded.pop("torch_cuda", [])[: torch.cuda.device_count()]
+            if on_gpus:
+                self._loaded["torch_cuda"] = on_gpus
+            GlobalRNGState().load_state_dict(self._loaded)
+            self._loaded = None
+
+
+def make_checkpoint(
+    parts: Mapping[str, Any], folder: Path
+) -> tuple[Checkpoint, list[ReplayAdapter]]:
+    """Return TorchRL's checkpoint of some parts, and what appends those that are replay buffers.
+
+    Args:
+        parts: by name; each with a ``state_dict``, or a replay buffer.
+        folder: where replay is appended.
+
+    Raises:
+        TypeError: if a part cannot be saved.
+    """
+    checkpoint, adapters = Checkpoint(), []
+    for name, part in parts.items():
+        check_part(name, part)
+        adapter: CheckpointAdapter = PlainAdapter(name)
+        if isinstance(part, ReplayBuffer):
+            adapter = ReplayAdapter(folder / name, part)
+            adapters.append(adapter)
+        checkpoint.register(name, part, adapter=adapter)
+    return checkpoint, adapters
+
+
+def check_part(name: str, part: Any) -> None:
+    """Refuse a part that no checkpoint can hold, before a run spends time on it.
+
+    Raises:
+        TypeError: if it has no state, or is a replay buffer that cannot be appended.
+    """
+    if not all(hasattr(part, does) for does in ("state_dict", "load_state_dict")):
+        raise TypeError(
+            f"The part {name!r} is a {type(part).__name__}, which has no state_dict and "
+            f"load_state_dict. Numbers are kept by torchrl_wm.trainers.recipe.Counts."
+        )
+    if not isinstance(part, ReplayBuffer):
+        return
+    if (
+        not isinstance(part.storage, TensorStorage)
+        or part.storage.ndim != 1
+        or not isinstance(part.writer, RoundRobinWriter)
+        or isinstance(part.sampler, PrioritizedSampler)
+    ):
+        raise TypeError(
+            f"The replay buffer {name!r} cannot be appended to checkpoints: it must keep its rows "
+            f"in a TensorStorage of one dim, in the order in which they come (RoundRobinWriter), "
+            f"and without priorities; it has a {type(part.storage).__name__}, a "
+            f"{type(part.writer).__name__} and a {type(part.sampler).__name__}. "
+            f"torchrl_wm.trainers.recipe.make_replay makes one."
+        )
+
+
+def plain_entries(rows: TensorDictBase) -> list:
+    """Return a tensordict as plain data: ``[[names, tensor], ...]``."""
+    return [[list(as_tuple(key)), rows.get(key).cpu()] for key in leaf_keys(rows)]
+
+
+def from_plain_entries(entries: list, batch_size: list[int]) -> TensorDict:
+    """Return the tensordict of :func:`plain_entries`."""
+    rows = TensorDict({}, batch_size=batch_size)
+    for names, value in entries:
+        rows.set(tuple(names), value)
+    return rows

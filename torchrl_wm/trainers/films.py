@@ -1,0 +1,209 @@
+"""Films of a run's policy, with what its model imagines beside the real where that can be drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensordict import NestedKey, TensorDictBase
+
+from torchrl_wm.diagnostics import observation_renderer, render_comparison, save_video
+from torchrl_wm.diagnostics.film import resized
+from torchrl_wm.diagnostics.video import drawn_frames, Render
+from torchrl_wm.models.specs import BOOKKEEPING
+from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.real_envs import load_object, rendered_frame
+from torchrl_wm.trainers.trainer import RecipeTrainer
+
+
+class Film(NamedTuple):
+    """A film of an episode.
+
+    Args:
+        frames: ``[T, height, width, 3]`` uint8; None if nothing draws them.
+        episode: the real episode, ``[T]``.
+        has_imagined: whether what is imagined stands beside the real.
+    """
+
+    frames: np.ndarray | None
+    episode: TensorDictBase
+    has_imagined: bool
+
+
+def film_policy(
+    trainer: RecipeTrainer,
+    path: str | os.PathLike,
+    *,
+    horizon: int = 50,
+    max_steps: int = 1000,
+    real_only: bool = False,
+    seed: int = 0,
+    fps: float = 20.0,
+    height: int | None = 240,
+    episode: TensorDictBase | None = None,
+    render: Render | None = None,
+) -> bool:
+    """Film an episode of a run's policy, what the model imagines beside it where that can be drawn.
+
+    The model imagines the same actions, and looks at the real state again every ``horizon``
+    steps. A run whose model has learnt nothing yet, or that has none, is filmed in the real env
+    alone.
+
+    Args:
+        trainer: the run.
+        path: ends in ``.gif`` or ``.mp4``.
+
+    Keyword Args:
+        horizon: for how many steps the model imagines without another look.
+        max_steps: the length of the film.
+        real_only: film the real env alone.
+        seed: of how the episode begins.
+        fps, height: of the film; the height of the env's own frames if None.
+        episode: a real episode ``[T]`` to show, in place of a fresh one. Not for what the real
+            env's own renderer draws, which is filmed while the policy acts.
+        render: draws observations, for an env of your own: a function
+            ``render(observation) -> frame``, or its name, ``"module:function"``. It gets what the
+            model predicts of one step, real or imagined: an array ``[*O]`` (of several
+            observations a dictionary of arrays, nested keys joined by dots), as the run's real
+            env gives it after its transforms. It returns ``[height, width, 3]`` or
+            ``[height, width]``, uint8, or floats in [0, 1]. By default pendulum, cart-pole and
+            MuJoCo's envs of Gymnasium are drawn from what they observe, and the real env alone
+            as it renders itself.
+
+    Returns:
+        Whether the imagined is beside the real.
+
+    Raises:
+        ValueError: if nothing can be drawn.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> from torchrl_wm.trainers import film_policy, MBPOTrainer
+        >>> def draw(observation):
+        ...     cos, sin, velocity = observation
+        ...     frame = np.zeros([21, 21], np.uint8)
+        ...     frame[int(10 - 9 * cos), int(10 - 9 * sin)] = 255
+        ...     return frame
+        >>> trainer = MBPOTrainer(env="Pendulum-v1", max_episode_steps=20)
+        >>> path = os.path.join(tempfile.mkdtemp(), "film.gif")
+        >>> film_policy(trainer, path, render=draw)  # it has learnt nothing yet
+        False
+    """
+    film = take_film(
+        trainer,
+        horizon=horizon,
+        max_steps=max_steps,
+        real_only=real_only,
+        seed=seed,
+        height=height,
+        episode=episode,
+        render=render,
+    )
+    if film.frames is None:
+        raise ValueError(
+            f"{trainer.config.env!r} has no renderer that gives frames. In Gymnasium that is a "
+            f"render() which returns [height, width, 3] uint8 for render_mode='rgb_array'; a "
+            f"factory gets render_mode if it has a parameter of that name. Or draw observations "
+            f"yourself: film_policy(..., render=f) with f(observation) -> [height, width, 3]."
+        )
+    save_video(path, film.frames, fps=fps)
+    return film.has_imagined
+
+
+def take_film(
+    trainer: RecipeTrainer,
+    *,
+    horizon: int = 50,
+    max_steps: int = 1000,
+    real_only: bool = False,
+    seed: int = 0,
+    height: int | None = 240,
+    episode: TensorDictBase | None = None,
+    render: Render | None = None,
+) -> Film:
+    """Return the film of :func:`film_policy`, with the episode that it shows."""
+    if horizon < 1 or max_steps < 1:
+        raise ValueError(
+            f"horizon and max_steps must be at least 1, got {horizon} and {max_steps}."
+        )
+    draw = _drawing(trainer, render)
+    recipe = trainer.recipe
+    is_imagined = draw is not None and not real_only and recipe.has_learnt
+    is_acted = not is_imagined and render is None
+    if recipe.policy is None and (is_acted or episode is None):
+        raise ValueError(
+            f"A run of {recipe.name!r} learns no policy: there is nothing to film. Show an episode "
+            f"beside what the model imagines, episode=... with render=...; or call "
+            f"torchrl_wm.diagnostics.render_comparison."
+        )
+    if is_acted:
+        return _real_film(trainer, seed, max_steps, height)
+    if episode is None:
+        (episode,) = trainer.evaluate(1, seed=seed)
+    shown = episode[:max_steps]
+    if not is_imagined:
+        frames = drawn_frames(draw, shown.cpu(), _observed_keys(trainer))
+        frames = frames if height is None else resized(frames, height)
+        return Film(frames, episode, False)
+    env, parts = recipe.diagnosed_env(), []
+    with forked_random(seed):
+        for window in shown.split(horizon):
+            part = render_comparison(env, window, render=draw, height=height)
+            # A window begins with what the one before ended with.
+            parts.append(part if not parts else part[1:])
+    return Film(np.concatenate(parts), episode, True)
+
+
+def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
+    """What draws observations: what the user gave, or what is known of the env."""
+    if render is None:
+        return observation_renderer(trainer.env)
+    draw = observation_renderer(found_render(render))
+    if draw is None:
+        raise ValueError(
+            f"Nothing is known that draws {render!r} from its observations. Give a function, "
+            f"render=f with f(observation) -> [height, width, 3]."
+        )
+    return draw
+
+
+def found_render(render: Render | None) -> Render | None:
+    """Return what draws: the function where its name was given, ``"module:function"``."""
+    if isinstance(render, str) and ":" in render:
+        return load_object(render)
+    return render
+
+
+def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
+    """The observations that the model predicts; all of the real env where there is no model."""
+    if trainer.recipe.world_model is not None:
+        return unique(trainer.recipe.diagnosed_env().observation_spec.keys(True, True))
+    keys = unique(trainer.env.observation_spec.keys(True, True))
+    return [key for key in keys if as_tuple(key)[-1] not in BOOKKEEPING]
+
+
+def _real_film(
+    trainer: RecipeTrainer, seed: int, max_steps: int, height: int | None
+) -> Film:
+    """The film of an episode, as the real env's own renderer draws it."""
+    env, frames = trainer.make_env(render_mode="rgb_array"), []
+
+    def take(*_: Any) -> None:
+        if len(frames) <= max_steps:
+            frames.append(rendered_frame(env))
+
+    # Before each action; not by the rollout's callback, which misses both ends.
+    hook = trainer.policy.register_forward_pre_hook(take)
+    try:
+        (episode,) = trainer.evaluate(1, env, seed=seed)
+    finally:
+        hook.remove()
+    take()
+    if any(frame is None for frame in frames):
+        return Film(None, episode, False)
+    shown = np.stack(frames)
+    return Film(shown if height is None else resized(shown, height), episode, False)

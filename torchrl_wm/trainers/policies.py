@@ -1,0 +1,356 @@
+"""Act with a trained run, on observations as Gymnasium's envs return them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import Compose, EnvBase, FrameSkipTransform, Transform, TransformedEnv
+from torchrl.envs.utils import set_exploration_type
+
+from torchrl_wm.modules.keys import unique
+from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.collecting import prepared
+from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
+from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.observations import HandedValues
+from torchrl_wm.trainers.real_envs import ActionRepeat
+from torchrl_wm.trainers.runs import resume_run
+from torchrl_wm.trainers.trainer import RecipeTrainer
+
+
+def load_policy(
+    run: str | os.PathLike,
+    *,
+    checkpoint: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    **given: Any,
+) -> Policy:
+    """Return what acts in a run, from its folder, which is left as it is.
+
+    Args:
+        run: the folder.
+
+    Keyword Args:
+        checkpoint: the step of the checkpoint; the newest one by default.
+        device: where to act: auto (a GPU if there is one), cpu, cuda, cuda:1.
+        seed: of what is drawn at random, as by a planner.
+        given: what the run was started with from Python: an env object, functions.
+
+    Raises:
+        FileNotFoundError: if it is not the folder of a run, or has no such checkpoint.
+        ValueError: if what it holds is damaged, or the run has no policy.
+
+    Examples:
+        >>> import gymnasium, tempfile
+        >>> from torchrl_wm.trainers import load_policy, start_run
+        >>> settings = dict(max_episode_steps=20, random_steps=20, trials=1, model_steps=5)
+        >>> settings.update(planning_horizon=3, num_candidates=20, top_k=5)
+        >>> folder = tempfile.mkdtemp() + "/run"
+        >>> start_run("pets", folder, env="Pendulum-v1", **settings).train()
+        >>> policy = load_policy(folder)
+        >>> env = gymnasium.make("Pendulum-v1")
+        >>> observation, _ = env.reset(seed=0)
+        >>> for _ in range(5):
+        ...     action = policy.act(observation)
+        ...     observation, *_ = env.step(action)
+        >>> policy.reset()  # before the first observation of the next episode
+        >>> action
+        array([...], dtype=float32)
+    """
+    with forked_random():
+        trainer = resume_run(run, checkpoint=checkpoint, device=device, **given)
+        if not trainer.run.saved():
+            trainer.load()  # says that there is none
+    return Policy(trainer, seed=seed)
+
+
+class Policy:
+    """What acts in a run, without exploration, on what Gymnasium's ``reset`` and ``step`` return.
+
+    It acts as evaluations do, and keeps from call to call what a policy hands on, such as a
+    planner's plan: call :meth:`reset` before the first observation of an episode. Observations
+    go the way that they take in the run, through all transforms of its real env. The global
+    random states are left as they were.
+
+    Args:
+        trainer: the run. In the midst of training, it acts as it has learnt so far.
+
+    Keyword Args:
+        seed: of what is drawn at random.
+
+    Attributes:
+        action_repeat: for how many calls an action is kept, as in the run. Set it to 1 to act
+            in an env that repeats actions itself.
+
+    Raises:
+        ValueError: if the run has no policy, or one that reads rewards.
+
+    Examples:
+        Several episodes at a time; those that ended begin anew:
+
+        >>> import gymnasium
+        >>> from torchrl_wm.trainers import MBPOTrainer, Policy
+        >>> policy = Policy(MBPOTrainer(env="Pendulum-v1"))
+        >>> envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make("Pendulum-v1")] * 3)
+        >>> observation, _ = envs.reset(seed=0)
+        >>> actions = policy.act(observation)
+        >>> observation, _, terminated, truncated, _ = envs.step(actions)
+        >>> policy.reset(terminated | truncated)
+        >>> actions.shape
+        (3, 1)
+    """
+
+    def __init__(self, trainer: RecipeTrainer, *, seed: int = 0) -> None:
+        policy, env = trainer.recipe.policy, trainer.env
+        if policy is None:
+            raise ValueError(
+                f"A run of {trainer.recipe.name!r} learns no policy: there is nothing that acts."
+            )
+        rewards = {*env.reward_keys, "episode_reward"} & {*unique(policy.in_keys)}
+        if rewards:
+            raise ValueError(
+                f"The policy of {trainer.recipe.name!r} reads {sorted(rewards)}, which no observation "
+                f"tells. Act by trainer.evaluate(episodes)."
+            )
+        self.trainer = trainer
+        self._policy, self._device = policy, trainer.recipe.device
+        # What the run puts around the real env, for the entries that the policy carries, too.
+        self._around = prepared(env, policy)
+        self._values = HandedValues(_innermost(self._around))
+        self.action_repeat = _repeats(self._around)
+        self._random = PrivateRandom(seed, self._device)
+        self._size: int | None = None
+        self._seats: list[Seat] = []
+        self._goes_on = False
+
+    @torch.no_grad()
+    def act(self, observation: Any) -> Any:
+        """Return an action for an observation, or actions for a batch of them.
+
+        Args:
+            observation: what ``reset`` or ``step`` returned of one Gymnasium env or of a vector
+                env, ``[N, ...]``: an array, or a dictionary or tuple of such.
+
+        Returns:
+            What ``step`` of the same env takes: an array of the action space's dtype, or an
+            int of a ``Discrete`` space; of a batch, as a vector env takes them.
+
+        Raises:
+            ValueError: if entries are missing, or have other shapes than in the run; or if
+                there are more or fewer than at the call before.
+        """
+        size, rows = self._values.split(observation)
+        if self._goes_on and size != self._size:
+            raise ValueError(
+                f"This is {_counted(size)}, and the call before had {_counted(self._size)}: it is not "
+                f"known whose plans go on. Call policy.reset() to begin anew."
+            )
+        read = [self._values.read(row) for row in rows]
+        if len(self._seats) != len(rows):
+            self._seats = [Seat(self._around) for _ in rows]
+        self._size, self._goes_on = size, True
+        asked = [number for number, seat in enumerate(self._seats) if not seat.kept]
+        if asked:
+            states = [self._seats[number].observe(read[number]) for number in asked]
+            for number, acted in zip(asked, self._acted(states)):
+                seat = self._seats[number]
+                action = seat.take(acted, self.action_repeat)
+                seat.action = self._values.action(action)
+        for seat in self._seats:
+            seat.kept -= 1
+        actions = [seat.action for seat in self._seats]
+        return copy.copy(actions[0]) if size is None else self._values.batch(actions)
+
+    def reset(self, mask: Any = None) -> None:
+        """Begin anew: the next observation is the first one of an episode.
+
+        Args:
+            mask: of a batch, where to begin anew, ``[N]`` bool; everywhere by default.
+        """
+        if mask is None:
+            self._goes_on = False
+            for seat in self._seats:
+                seat.begin()
+            return
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.ndim != 1:
+            raise ValueError(
+                f"mask says where a batch begins anew, [N] bool, got the shape {mask.shape} of "
+                f"{mask.dtype}. For a single env call policy.reset()."
+            )
+        if not self._goes_on:
+            return
+        if self._size != len(mask):
+            raise ValueError(
+                f"mask has {len(mask)} values, and the call before had {_counted(self._size)}."
+            )
+        for number in mask.nonzero()[0]:
+            self._seats[number].begin()
+
+    def _acted(self, states: list[TensorDictBase]) -> list[TensorDictBase]:
+        """The states with what the policy writes, together with the action."""
+        together = states[0].copy()
+        if self._size is not None:
+            # Some have begun just now: what a step leaves behind, they lack.
+            every = set.intersection(*({*s.keys(True, True)} for s in states))
+            together = torch.stack([state.select(*every) for state in states])
+        exploration = self.trainer.recipe.evaluation_exploration
+        with self._random.used(), set_exploration_type(exploration):
+            with evaluation_mode(self._policy):
+                acted = self._policy(together.to(self._device)).to("cpu")
+        return [acted] if self._size is None else list(acted.unbind(0))
+
+    def __repr__(self) -> str:
+        recipe = self.trainer.recipe
+        return f"Policy({recipe.name} on {recipe.config.about}, device={self._device})"
+
+
+class Seat:
+    """The real env of a run without the env: what goes on from step to step in one episode.
+
+    Args:
+        around: the real env, whose transforms are copied.
+    """
+
+    def __init__(self, around: EnvBase) -> None:
+        self._handed = HandedEnv(_innermost(around))
+        self._env: EnvBase = self._handed
+        for transforms in _layers(around):
+            copies = [copy.deepcopy(transform.clone()) for transform in transforms]
+            self._env = TransformedEnv(self._env, Compose(*copies), auto_unwrap=False)
+        self._acted: TensorDictBase | None = None
+        #: The action as the env takes it, and for how many more calls it is kept.
+        self.action: Any = None
+        self.kept = 0
+
+    def begin(self) -> None:
+        """Let the next observation be the first one of an episode."""
+        self._acted, self.kept = None, 0
+
+    def observe(self, observation: TensorDictBase) -> TensorDictBase:
+        """Return what the policy reads after an observation of the innermost env."""
+        env, self._handed.observation = self._env, observation
+        if self._acted is None:
+            return env.reset()
+        step = env.step(self._acted)
+        return env._post_step_mdp_hooks(step, env.step_mdp(step))[1]
+
+    def take(self, acted: TensorDictBase, times: int) -> torch.Tensor:
+        """Keep what the policy wrote; return the action that the innermost env gets."""
+        self._acted, self.kept = acted, times
+        env = self._env
+        while isinstance(env, TransformedEnv):
+            acted = env.transform.inv(acted)
+            env = env.base_env
+        return acted[env.action_key]
+
+
+class HandedEnv(EnvBase):
+    """An env with the specs of another, to which somebody hands the observations.
+
+    Args:
+        env: the other env.
+
+    Attributes:
+        observation: what the next step or reset gives.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        super().__init__(device=env.device, batch_size=[])
+        self.observation_spec = env.observation_spec.clone()
+        self.full_action_spec = env.full_action_spec.clone()
+        self.full_reward_spec = env.full_reward_spec.clone()
+        self.full_done_spec = env.full_done_spec.clone()
+        self.observation: TensorDictBase | None = None
+        self._on_reset = self.full_done_spec.zero()
+        self._on_step = self.full_reward_spec.zero().update(self._on_reset)
+
+    def _reset(
+        self, tensordict: TensorDictBase | None = None, **kwargs: Any
+    ) -> TensorDictBase:
+        return self.observation.copy().update(self._on_reset.clone())
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self.observation.copy().update(self._on_step.clone())
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Nothing is random here."""
+
+
+class PrivateRandom:
+    """Random states of one's own, of the CPU and of a device.
+
+    Args:
+        seed: what they begin with.
+        device: the device.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        with forked_random(seed):
+            self._states = self._now()
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Let torch draw from them."""
+        with forked_random():
+            torch.set_rng_state(self._states[0])
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(self._states[1], self._cuda)
+            yield
+            self._states = self._now()
+
+    def _now(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._cuda is not None:
+            states.append(torch.cuda.get_rng_state(self._cuda))
+        return states
+
+
+def _innermost(env: EnvBase) -> EnvBase:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env
+
+
+def _layers(env: EnvBase) -> list[list[Transform]]:
+    """The transforms around an env, the inner ones first, but those that seed and repeat."""
+    layers = []
+    while isinstance(env, TransformedEnv):
+        apart = (EpisodeSeeds, ActionRepeat, FrameSkipTransform)
+        layers.append([t for t in _flat(env.transform) if not isinstance(t, apart)])
+        env = env.base_env
+    return layers[::-1]
+
+
+def _repeats(env: EnvBase) -> int:
+    """How many steps of the env within are one of the run's."""
+    times = 1
+    while isinstance(env, TransformedEnv):
+        for transform in _flat(env.transform):
+            if isinstance(transform, ActionRepeat):
+                times *= transform.times
+            elif isinstance(transform, FrameSkipTransform):
+                times *= transform.frame_skip
+        env = env.base_env
+    return times * getattr(env, "wrapper_frame_skip", 1)
+
+
+def _flat(transform: Transform) -> Iterator[Transform]:
+    if isinstance(transform, Compose):
+        for part in transform:
+            yield from _flat(part)
+    else:
+        yield transform
+
+
+def _counted(size: int | None) -> str:
+    return "a single observation" if size is None else f"a batch of {size}"

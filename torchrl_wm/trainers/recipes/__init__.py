@@ -1,0 +1,9 @@
+"""The recipes that come with the package, one algorithm a file."""
+
+from __future__ import annotations
+
+from torchrl_wm.trainers.recipes.mbpo import MBPO, MBPOConfig
+from torchrl_wm.trainers.recipes.model import ModelConfig, ModelRecipe
+from torchrl_wm.trainers.recipes.pets import PETS, PETSConfig
+
+__all__ = ["MBPO", "MBPOConfig", "ModelConfig", "ModelRecipe", "PETS", "PETSConfig"]

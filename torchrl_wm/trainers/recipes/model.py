@@ -1,0 +1,197 @@
+"""A world model alone, from logged data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import EnvBase
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.models import save_world_model
+from torchrl_wm.trainers.logged_data import read_transitions
+from torchrl_wm.trainers.model_training import (
+    as_episodes,
+    held_out_errors,
+    ModelTraining,
+    RecordedEnv,
+)
+from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.recipe import Counts, Recipe
+from torchrl_wm.trainers.settings import AtLeast, Settings, slug, Within
+from torchrl_wm.trainers.steps import Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings):
+    """The settings of :class:`ModelRecipe`. Its steps are gradient steps.
+
+    Args:
+        data: an .npz file, the folder of a replay buffer, tensordict or Minari dataset, or
+            minari:ID of a local one.
+        env: the env that was recorded, named as for train pets; None to read its specs off the
+            data.
+        observation_keys: which observations to model, all of them if none is named; a slash
+            joins the names of nested ones.
+        steps: how many gradient steps to train for.
+        checkpoint_interval: how many looks at the held-out error pass between two checkpoints.
+        held_out: the share of the episodes that is not trained on.
+        interval: how many gradient steps pass between two looks at the held-out error.
+        members: how many networks the ensemble has.
+        elites: how many of the members predict; None for 5, or all of fewer.
+        hidden: the sizes of the hidden layers of each member.
+        learning_rate: the learning rate of the optimizer, AdamW.
+        weight_decay: the weight decay of the optimizer, AdamW.
+        batch_size: how many transitions a batch has.
+    """
+
+    data: str
+    env: str | None = None
+    observation_keys: tuple[str, ...] = ()
+    steps: Annotated[int, AtLeast(1)] = 2000
+    held_out: Annotated[float, Within(0, 1)] = 0.1
+    interval: Annotated[int, AtLeast(1)] = 200
+    members: Annotated[int, AtLeast(1)] = 7
+    elites: int | None = None
+    hidden: tuple[int, ...] = (200, 200, 200, 200)
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    batch_size: Annotated[int, AtLeast(1)] = 256
+
+    @property
+    def about(self) -> str:
+        return self.data
+
+    @property
+    def short_name(self) -> str:
+        # Without its folder and ending.
+        return slug(Path(self.data.removeprefix("minari:")).stem)
+
+
+class ModelRecipe(Recipe):
+    """Learn a world model alone, from logged data.
+
+    Args:
+        config: the settings.
+        env: the env that was recorded; None to read its specs off the data.
+
+    Attributes:
+        training: trains the ensemble, and has the data that is held out.
+        real_env: the env that was recorded, if it was given.
+    """
+
+    name = "model"
+    config_class = ModelConfig
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig, env: EnvBase | None) -> None:
+        rows, action_spec = read_transitions(config.data, env)
+        self.real_env = env
+        if env is None:
+            env = RecordedEnv(rows, action_spec=action_spec)
+        super().__init__(config, env)
+        keys = [tuple(name.split("/")) for name in config.observation_keys]
+        self.training = ModelTraining(
+            rows,
+            env,
+            held_out=config.held_out,
+            seed=config.seed,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            batch_size=config.batch_size,
+            device=self.device,
+            members=config.members,
+            elites=config.elites,
+            hidden=config.hidden,
+            observation_keys=keys or None,
+        )
+        self.world_model = self.training.world_model
+        self.parts = {"training": self.training}
+
+    @classmethod
+    def make_env(cls, config: ModelConfig, source: EnvSource | None) -> EnvBase | None:
+        """Return the env that was recorded, if it is known."""
+        source = config.env if source is None else source
+        return None if source is None else make_real_env(source)
+
+    def make_collector(self, source: EnvSource | None) -> GradientSteps:
+        """Return what counts gradient steps."""
+        return GradientSteps(self.config.interval, self.config.steps)
+
+    def learn(self, steps: Steps) -> dict[str, float]:
+        """Make as many gradient steps, and look at the held-out error."""
+        return self.training.advance(steps.count, self.on_fit)
+
+    def measures(self) -> dict[str, float]:
+        """Return the errors of the best model on the data that is held out."""
+        return held_out_errors(self.training.best_model(), self.training.test)
+
+    @property
+    def title(self) -> str:
+        rows = len(self.training.train) + len(self.training.test)
+        return f"A world model of {rows} transitions from {self.config.data}"
+
+    @property
+    def has_learnt(self) -> bool:
+        return self.training.learner.steps > 0
+
+    def diagnosed_env(self) -> WorldModelEnv:
+        """Return the imagined env of the best model."""
+        return WorldModelEnv(self.training.best_model(), self.env, batch_size=[])
+
+    def held_out_episodes(self) -> list[TensorDictBase]:
+        """Return the episodes that are not trained on."""
+        return as_episodes(self.training.test)
+
+    def finish(self, folder: Path) -> None:
+        """Save the best model."""
+        save_world_model(self.training.best_model(), folder / "model.pt")
+
+
+class GradientSteps:
+    """Counts gradient steps where there is no real env to act in.
+
+    Args:
+        interval: how many make a row of the metrics.
+        total: how many there are in all.
+    """
+
+    #: Read by TorchRL's Trainer.
+    init_random_frames = 0
+
+    def __init__(self, interval: int, total: int) -> None:
+        self.interval, self.total = interval, total
+        self._counts = Counts(done=0)
+        self.on_begin: Callable[[], None] = lambda: None
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"gradient_steps": self._counts}
+
+    def begin(self) -> None:
+        """Begin to count; nothing is to be done for it."""
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """Give empty steps, ``[interval]``."""
+        self.on_begin()
+        while self._counts.done < self.total:
+            number = min(self.interval, self.total - self._counts.done)
+            yield TensorDict({}, batch_size=[number])
+
+    def count(self, steps: TensorDictBase, total: int) -> Steps:
+        """Count the steps."""
+        self._counts.done = total
+        none = torch.zeros(len(steps), dtype=torch.bool)
+        return Steps(steps, total, none, none.long(), none)
+
+    def finished(self, steps: Steps, before: int) -> list[dict[str, Any]]:
+        """Return a row of the metrics, for the losses and errors."""
+        return [{}]
+
+    def shutdown(self) -> None:
+        """End; nothing is open."""

@@ -1,0 +1,125 @@
+"""A soft actor-critic (arXiv 1812.05905) for an env: TorchRL's loss and its networks."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torch.distributions import AffineTransform, ComposeTransform
+from torchrl.envs import EnvBase
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules.distributions.continuous import SafeTanhTransform
+from torchrl.objectives import SACLoss
+
+from torchrl_wm.trainers.env_checks import (
+    check_policy_action,
+    check_policy_observations,
+)
+
+
+def make_sac(
+    env: EnvBase,
+    observation_keys: list,
+    *,
+    hidden: tuple[int, ...],
+    alpha_init: float,
+    gamma: float,
+    device: torch.device,
+) -> tuple[ProbabilisticActor, SACLoss]:
+    """Return a squashed Gaussian policy with twin values, and TorchRL's loss for them.
+
+    Args:
+        env: the real env.
+        observation_keys: what policy and values read.
+
+    Keyword Args:
+        hidden: the sizes of the hidden layers.
+        alpha_init: the temperature to begin with.
+        gamma: the discount.
+        device: where they will be.
+
+    Raises:
+        ValueError: if the actions are not continuous and bounded, or entries are no vectors.
+    """
+    spec = env.full_action_spec_unbatched[env.action_key]
+    check_policy_action(env)
+    check_policy_observations(env, observation_keys)
+    observation_size = sum(
+        env.full_observation_spec_unbatched[key].shape.numel()
+        for key in observation_keys
+    )
+    size = spec.shape.numel()
+    cells = list(hidden)
+    actor_net = nn.Sequential(
+        MLP(observation_size, 2 * size, num_cells=cells, activation_class=nn.ReLU),
+        NormalParamExtractor(),
+    )
+    actor = ProbabilisticActor(
+        TensorDictModule(_Joined(actor_net), observation_keys, ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[env.action_key],
+        spec=spec,
+        distribution_class=SquashedNormal,
+        distribution_kwargs={
+            "low": spec.space.low.to(device),
+            "high": spec.space.high.to(device),
+        },
+        return_log_prob=False,
+    )
+    value_net = MLP(
+        observation_size + size, 1, num_cells=cells, activation_class=nn.ReLU
+    )
+    # Named, as TorchRL knows the value of an action by the key "action" alone.
+    value = ValueOperator(
+        _Joined(value_net),
+        in_keys=[*observation_keys, env.action_key],
+        out_keys=["state_action_value"],
+    )
+    sac = SACLoss(
+        actor, value, action_spec=spec, num_qvalue_nets=2, alpha_init=alpha_init
+    )
+    done_key, terminated_key = env.done_keys[0], env.done_keys[0]
+    for key in env.done_keys:
+        if (key if isinstance(key, str) else key[-1]) == "terminated":
+            terminated_key = key
+    sac.set_keys(
+        action=env.action_key,
+        reward=env.reward_key,
+        done=done_key,
+        terminated=terminated_key,
+    )
+    sac.make_value_estimator(gamma=gamma)
+    return actor, sac
+
+
+class SquashedNormal(TanhNormal):
+    """TorchRL's TanhNormal, without its looks at the bounds: each waits for a device.
+
+    Args:
+        loc, scale: of the normal distribution.
+        low, high: the bounds, on the same device.
+    """
+
+    def __init__(
+        self,
+        loc: torch.Tensor,
+        scale: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+    ) -> None:
+        self.tanh_loc, self._event_dims = False, 1
+        self.device, self.low, self.high = loc.device, low, high
+        stretched = AffineTransform(loc=(high + low) / 2, scale=(high - low) / 2)
+        self._t = ComposeTransform([SafeTanhTransform(), stretched])
+        self.update(loc, scale)
+
+
+class _Joined(nn.Module):
+    """A network over several inputs side by side."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        return self.network(torch.cat(values, -1))

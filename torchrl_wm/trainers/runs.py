@@ -1,0 +1,281 @@
+"""Runs from settings, and runs from folders."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from torchrl_wm._registry import find_recipe, path_of
+from torchrl_wm.trainers.loggers import check_loggers
+from torchrl_wm.trainers.real_envs import EnvSource
+from torchrl_wm.trainers.recipe import Recipe
+from torchrl_wm.trainers.run_folder import RunFolder
+from torchrl_wm.trainers.settings import Settings
+from torchrl_wm.trainers.trainer import RecipeTrainer
+from torchrl_wm.trainers.watching import watch
+
+
+class ConfiguredTrainer(RecipeTrainer):
+    """A trainer that puts its parts together from settings; a subclass says of which recipe.
+
+    Args:
+        config: the settings; the defaults of the recipe if None.
+
+    Keyword Args:
+        env: the real env, where ``config.env`` is not enough: an object, or a function
+            that makes one (see :func:`~torchrl_wm.trainers.make_real_env`).
+        run: the folder of the run; :meth:`start` makes one.
+        progress: show a progress bar.
+        given: what the recipe takes from Python (``reward_function``), and settings by name.
+
+    Raises:
+        TypeError: if the config is that of another recipe, or a setting is unknown.
+        ValueError: if a setting cannot be served.
+    """
+
+    recipe_class: ClassVar[type[Recipe]]
+
+    def __init__(
+        self,
+        config: Settings | None = None,
+        *,
+        env: EnvSource | None = None,
+        run: RunFolder | None = None,
+        progress: bool = False,
+        **given: Any,
+    ) -> None:
+        config, objects = self.configured(config, {**given, "env": env})
+        source = objects.pop("env", None)
+        torch.manual_seed(config.seed)
+        real_env = self.recipe_class.make_env(config, source)
+        recipe = self.recipe_class(config, real_env, **objects)
+        collector = recipe.make_collector(source)
+        super().__init__(recipe, collector, run=run, progress=progress)
+        watch(self)
+
+    @classmethod
+    def start(
+        cls, path: str | os.PathLike, config: Settings | None = None, **given: Any
+    ) -> ConfiguredTrainer:
+        """Make a run in a new folder; :meth:`train` runs it.
+
+        Args:
+            path: the folder; an empty one may be there already.
+            config: the settings.
+            given: as to the trainer itself.
+
+        Raises:
+            FileExistsError: if there is something in the folder already.
+            TypeError: if the run would be saved under the name of another recipe.
+        """
+        cls._check_registered()
+        RunFolder.check_free(path)
+        progress = given.pop("progress", False)
+        config, objects = cls.configured(config, given)
+        # Built first: what cannot be built leaves no folder behind.
+        trainer = cls(config, progress=progress, **objects)
+        check_loggers(config.logger)
+        content = {
+            "algorithm": cls.recipe_class.name,
+            "recipe": path_of(cls.recipe_class),
+            "config": asdict(config),
+            "given": sorted(objects),
+            # Where "module:function" was found, for whoever opens the run from elsewhere.
+            "python_path": _own_paths(),
+        }
+        trainer.attach(RunFolder.create(path, content))
+        return trainer
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike,
+        *,
+        checkpoint: int | None = None,
+        progress: bool = False,
+        **given: Any,
+    ) -> ConfiguredTrainer:
+        """Return a run as its newest checkpoint says; :meth:`train` goes on with it.
+
+        A run that was stopped before its first checkpoint begins again.
+
+        Args:
+            path: the run's folder.
+
+        Keyword Args:
+            checkpoint: the step of another checkpoint that the folder has.
+            progress: show a progress bar.
+            given: what the run was started with beside its config: an env object, functions;
+                a later end of the run, such as ``steps=50_000``; another ``device``.
+
+        Raises:
+            FileNotFoundError: if the folder is not one of a run, or has no such checkpoint.
+            ValueError: if what it holds is damaged, or of another recipe, or the run would end
+                earlier.
+        """
+        run = RunFolder.open(path)
+        cls._check_is_mine(run)
+        _use_paths(run.config.get("python_path", []))
+        config = cls.recipe_class.config_class.from_json(run.config["config"])
+        names = {field.name for field in fields(config)} - {"env"}
+        changes = {name: given.pop(name) for name in list(given) if name in names}
+        _, objects = cls.configured(config, given)
+        cls._check_given(run, objects)
+        device = {"device": changes.pop("device")} if "device" in changes else {}
+        config = replace(config, **device).lengthened(changes)
+        trainer = cls(config, run=run, progress=progress, **objects)
+        run.config["config"] = asdict(config)
+        if run.saved() or checkpoint is not None:
+            trainer.load(checkpoint)
+        return trainer
+
+    @classmethod
+    def configured(
+        cls, config: Settings | None, given: Mapping[str, Any]
+    ) -> tuple[Settings, dict[str, Any]]:
+        """Return the config with the settings among ``given``, and the other things given.
+
+        Raises:
+            TypeError: if ``config`` is that of another recipe, or a setting is unknown.
+        """
+        recipe = cls.recipe_class
+        settings = {name: value for name, value in given.items() if value is not None}
+        objects = {
+            name: settings.pop(name)
+            for name in ("env", *recipe.objects)
+            if name in settings
+        }
+        if isinstance(objects.get("env"), str):
+            settings["env"] = objects.pop("env")
+        # None is a value of a setting, and says of an object that there is none.
+        known = ("env", *recipe.objects)
+        settings.update(
+            {k: v for k, v in given.items() if v is None and k not in known}
+        )
+        return recipe.config_class.make(config, settings), objects
+
+    @classmethod
+    def _check_registered(cls) -> None:
+        """Refuse to save what :func:`resume_run` would open as something else."""
+        name, kind = cls.recipe_class.name, cls.recipe_class
+        registered = find_recipe(name).load() if name else None
+        if registered is not kind or cls is not trainer_class(kind):
+            raise TypeError(
+                f"A run of {cls.__name__} would be saved as {name!r}, which is "
+                f"{registered.__name__ if registered else 'no recipe'}, and be opened as that. "
+                f"Make a subclass of the recipe {kind.__name__}, and register it under a name of "
+                f"its own: torchrl_wm.trainers.register_recipe('my-{name}', ...)."
+            )
+
+    @classmethod
+    def _check_is_mine(cls, run: RunFolder) -> None:
+        algorithm, mine = run.config.get("algorithm"), cls.recipe_class
+        if algorithm != mine.name or run.config.get("recipe") != path_of(mine):
+            raise ValueError(
+                f"{str(run.path)!r} is a run of {algorithm!r} ({run.config.get('recipe')}), and "
+                f"this is {mine.name!r} ({path_of(mine)})."
+            )
+
+    @classmethod
+    def _check_given(cls, run: RunFolder, objects: Mapping[str, Any]) -> None:
+        """Refuse to go on without what no file can hold."""
+        missing = sorted(set(run.config.get("given", [])) - set(objects))
+        if missing:
+            raise ValueError(
+                f"The run in {str(run.path)!r} was started with {missing} from Python, which no "
+                f"file can hold. Give the same again: {cls.__name__}.resume(path, "
+                f"{', '.join(f'{name}=...' for name in missing)})."
+            )
+
+
+_TRAINERS: dict[type[Recipe], type[ConfiguredTrainer]] = {}
+
+
+def trainer_class(recipe: str | type[Recipe]) -> type[ConfiguredTrainer]:
+    """Return the trainer of a recipe.
+
+    Args:
+        recipe: its class, or its name.
+
+    Raises:
+        ValueError: if there is no recipe of that name.
+
+    Examples:
+        >>> from torchrl_wm.trainers import trainer_class
+        >>> trainer_class("pets").__name__
+        'PETSTrainer'
+    """
+    kind = find_recipe(recipe).load() if isinstance(recipe, str) else recipe
+    if kind not in _TRAINERS:
+        name = f"{kind.__name__}Trainer"
+        content = {"recipe_class": kind, "__doc__": kind.__doc__}
+        content["__module__"] = __name__
+        _TRAINERS[kind] = type(name, (ConfiguredTrainer,), content)
+    return _TRAINERS[kind]
+
+
+def start_run(
+    recipe: str, path: str | os.PathLike, config: Settings | None = None, **given: Any
+) -> ConfiguredTrainer:
+    """Make a run of a recipe in a new folder; its ``train()`` runs it.
+
+    Args:
+        recipe: the name.
+        path, config, given: see :meth:`ConfiguredTrainer.start`.
+
+    Examples:
+        >>> import tempfile
+        >>> from torchrl_wm.trainers import resume_run, start_run
+        >>> settings = dict(max_episode_steps=20, random_steps=20, trials=1, model_steps=5)
+        >>> settings.update(planning_horizon=3, num_candidates=20, top_k=5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     start_run("pets", folder + "/run", env="Pendulum-v1", **settings).train()
+        ...     again = resume_run(folder + "/run", trials=2)
+        ...     again.train()
+        >>> [row["step"] for row in again.metrics]
+        [20, 40, 60]
+    """
+    return trainer_class(recipe).start(path, config, **given)
+
+
+def resume_run(path: str | os.PathLike, **given: Any) -> ConfiguredTrainer:
+    """Return the run of a folder at its newest checkpoint; its ``train()`` goes on with it.
+
+    Args:
+        path: the folder.
+        given: see :meth:`ConfiguredTrainer.resume`.
+
+    Raises:
+        FileNotFoundError: if it is not the folder of a run.
+        ValueError: if its recipe is not known here, or another one has its name.
+    """
+    return trainer_of(path).resume(path, **given)
+
+
+def trainer_of(path: str | os.PathLike) -> type[ConfiguredTrainer]:
+    """Return the trainer of the recipe that the run of a folder is of."""
+    run = RunFolder.open(path)
+    _use_paths(run.config.get("python_path", []))
+    return trainer_class(run.config["algorithm"])
+
+
+def _own_paths() -> list[str]:
+    """Where modules of the user's are found: what is on the path and is no installation."""
+    return [
+        entry
+        for entry in map(os.path.abspath, sys.path)
+        if os.path.isdir(entry)
+        and not entry.startswith((sys.prefix, sys.base_prefix))
+        and "site-packages" not in entry
+    ]
+
+
+def _use_paths(paths: list[str]) -> None:
+    """Let modules be found where they were when the run was started."""
+    known = {os.path.abspath(entry) for entry in sys.path}
+    sys.path.extend(entry for entry in paths if entry not in known)

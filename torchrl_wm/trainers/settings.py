@@ -1,0 +1,338 @@
+"""Settings of runs: what they are, which values they take, and what is said of others."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    get_args,
+    get_origin,
+    get_type_hints,
+    Literal,
+    TypeVar,
+    Union,
+)
+
+import torch
+
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The least value of a setting, in its annotation: ``steps: Annotated[int, AtLeast(1)]``."""
+
+    value: float
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value below."""
+        if value < self.value:
+            raise ValueError(f"{name} must be at least {self.value}, got {value}.")
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a setting, ends included, in its annotation."""
+
+    low: float
+    high: float
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value outside."""
+        if not self.low <= value <= self.high:
+            raise ValueError(
+                f"{name} must lie between {self.low} and {self.high}, got {value}."
+            )
+
+
+def default_loggers() -> tuple[str, ...]:
+    """Return the loggers of a run for which none are named."""
+    return ("csv", "tensorboard") if find_spec("tensorboard") else ("csv",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings that every run has.
+
+    Args:
+        seed: the seed of networks, exploration and episodes.
+        device: where models and policies are: auto (a GPU if there is one), cpu, cuda, cuda:1.
+        steps: how many steps to make in all, to the end of the episode in which they are
+            reached; None for no such end.
+        checkpoint_interval: how many episodes pass between two checkpoints.
+        logger: where the metrics go beside metrics.csv: tensorboard, wandb or mlflow, or several
+            of them; csv for that file alone.
+    """
+
+    seed: Annotated[int, AtLeast(0)] = 0
+    device: str = "auto"
+    steps: Annotated[int, AtLeast(1)] | None = None
+    checkpoint_interval: Annotated[int, AtLeast(1)] = 1
+    logger: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = field(
+        default_factory=default_loggers
+    )
+
+    #: The settings that say when a run ends; a finished run goes on with a later end.
+    ENDS = ("steps",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.logger, str):
+            object.__setattr__(self, "logger", (self.logger,))
+        for name, hint in _hints(type(self)).items():
+            # Numbers of other libraries, which JSON does not take, become Python's.
+            object.__setattr__(self, name, checked(name, getattr(self, name), hint))
+        parse_device(self.device)
+
+    @property
+    def about(self) -> str:
+        """What the run is on, for its title and the name of its folder."""
+        return ""
+
+    @property
+    def short_name(self) -> str:
+        """What the run is on, as a part of a folder's name."""
+        return slug(self.about)
+
+    @classmethod
+    def from_json(cls: type[S], settings: Mapping[str, Any]) -> S:
+        """Return the settings that a file holds.
+
+        Raises:
+            ValueError: if there are settings that this class does not have.
+        """
+        unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"The run's config has the settings {unknown}, which {cls.__name__} of this "
+                f"torchrl_wm does not know."
+            )
+        return cls(**settings)
+
+    @classmethod
+    def make(cls: type[S], config: S | None, settings: Mapping[str, Any]) -> S:
+        """Return the settings, or those of ``config`` with some replaced.
+
+        Raises:
+            TypeError: if ``config`` is that of another recipe, or a setting is unknown.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(
+                f"config must be a {cls.__name__}, got {type(config).__name__}."
+            )
+        names = sorted(field.name for field in fields(cls))
+        for name in sorted(settings.keys() - set(names)):
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(
+                f"{cls.__name__} has no setting {name!r}.{hint} There are {names}."
+            )
+        return cls(**settings) if config is None else replace(config, **settings)
+
+    def lengthened(self: S, ends: Mapping[str, Any]) -> S:
+        """Return a copy that ends later.
+
+        Raises:
+            ValueError: if it would end earlier, or something else is changed.
+        """
+        others = sorted(set(ends) - set(self.ENDS))
+        if others:
+            raise ValueError(
+                f"A run goes on with the settings that it was started with, and only ends later "
+                f"({list(self.ENDS)}); got {others}. For other settings start a new run."
+            )
+        longer = replace(self, **ends)
+        for name in ends:
+            before, value = getattr(self, name), getattr(longer, name)
+            if before is not None and value is not None and value < before:
+                raise ValueError(
+                    f"{name}={value} ends the run before the {before} that it has: a run can only "
+                    f"be made longer."
+                )
+        return longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """The settings of every run that acts in a real env.
+
+    Args:
+        env: the real env: a Gymnasium id such as Pendulum-v1, a task such as
+            dm_control/cartpole/swingup, or module:function, a function of yours that makes it.
+        num_envs: how many real envs act at once.
+        collector: where the real envs run: single is this process, processes is one process
+            for each.
+        random_steps: how many steps to act at random first. Each episode that begins before
+            they are reached is random to its end.
+        random_hold: for how many steps a random action is kept. Actions drawn anew at each
+            step cancel out in tasks of many small steps, and go nowhere.
+        max_episode_steps: the most steps of an episode; None for the limit that the env has.
+        action_repeat: for how many steps of the env an action is repeated. They count as one
+            step, and their rewards are summed.
+        evaluation_interval: how many steps pass between two evaluations; 0 for none.
+        evaluation_episodes: how many episodes an evaluation has.
+        stop_return: the mean return of an evaluation that ends the run; None for no such end.
+        film_interval: how many steps pass between two films of the policy with measurements of
+            the model's open-loop error, which go to the loggers; 0 for none.
+    """
+
+    env: str = "Pendulum-v1"
+    num_envs: Annotated[int, AtLeast(1)] = 1
+    collector: Literal["single", "processes"] = "single"
+    random_steps: Annotated[int, AtLeast(1)] = 200
+    random_hold: Annotated[int, AtLeast(1)] = 1
+    max_episode_steps: Annotated[int, AtLeast(1)] | None = None
+    action_repeat: Annotated[int, AtLeast(1)] = 1
+    evaluation_interval: Annotated[int, AtLeast(0)] = 0
+    evaluation_episodes: Annotated[int, AtLeast(1)] = 5
+    stop_return: float | None = None
+    film_interval: Annotated[int, AtLeast(0)] = 0
+
+    ENDS = ("steps", "stop_return")
+
+    @property
+    def about(self) -> str:
+        return self.env
+
+
+def slug(text: str) -> str:
+    """Return a text as a part of a folder's name."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+
+
+def parse_device(name: str) -> torch.device | None:
+    """Return the device of a name, None for "auto".
+
+    Raises:
+        ValueError: if torch knows no such device.
+    """
+    if name == "auto":
+        return None
+    try:
+        return torch.device(name)
+    except RuntimeError as err:
+        raise ValueError(
+            f"device={name!r} is unknown. Give 'auto', 'cpu', 'cuda', 'cuda:1' or another device "
+            f"of torch."
+        ) from err
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a setting names; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: if there is none of that name here.
+    """
+    device = parse_device(name)
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device={name!r} is not on this machine: torch sees {count} CUDA devices. Give "
+            f"device='auto' or 'cpu'."
+        )
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as err:
+        raise ValueError(
+            f"device={name!r} is not on this machine ({err}). Give device='auto' or 'cpu'."
+        ) from err
+    return device
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """Return a setting as Python's own type, if its annotation allows it.
+
+    Raises:
+        ValueError: if it does not; the message says what is allowed.
+    """
+    if get_origin(hint) is Annotated:
+        hint, *bounds = get_args(hint)
+        value = checked(name, value, hint)
+        for bound in bounds:
+            if hasattr(bound, "check"):
+                bound.check(name, value)
+        return value
+    if get_origin(hint) in (UnionType, Union):
+        if value is None and NoneType in get_args(hint):
+            return None
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        return _checked_any(name, value, kinds)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(
+                f"Unknown {name} {value!r}. Valid choices are {list(get_args(hint))}."
+            )
+        return value
+    if get_origin(hint) is tuple:
+        return _checked_tuple(name, value, get_args(hint))
+    return _checked_plain(name, value, hint)
+
+
+def _checked_any(name: str, value: Any, kinds: list) -> Any:
+    """Return a setting of one of several types."""
+    for kind in kinds[:-1]:
+        try:
+            return checked(name, value, kind)
+        except ValueError:
+            continue
+    return checked(name, value, kinds[-1])
+
+
+def _checked_tuple(name: str, value: Any, kinds: tuple) -> tuple:
+    what = {int: "ints", float: "numbers"}.get(_bare(kinds[0]), "values")
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be a tuple of {what}, got {value!r}.")
+    if kinds[-1] is Ellipsis:
+        return tuple(_checked_item(name, item, kinds[0]) for item in value)
+    if len(value) != len(kinds):
+        raise ValueError(
+            f"{name} must be a tuple of {len(kinds)} {what}, got {value!r}."
+        )
+    return tuple(_checked_item(name, *pair) for pair in zip(value, kinds))
+
+
+def _checked_item(name: str, value: Any, kind: Any) -> Any:
+    named = (
+        get_origin(kind) is Literal
+    )  # "Unknown logger", not "Unknown each of logger"
+    return checked(name if named else f"Each of {name}", value, kind)
+
+
+def _checked_plain(name: str, value: Any, kind: type) -> Any:
+    kind = get_origin(kind) or kind  # what a dictionary holds is not looked at
+    if kind is Any:
+        return value
+    if kind is bool:
+        right = isinstance(value, bool)
+    elif kind is int:
+        right = isinstance(value, Integral) and not isinstance(value, bool)
+    elif kind is float:
+        right = isinstance(value, Real) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, kind)
+    if not right:
+        what = {bool: "a bool", int: "an int", float: "a number", str: "a string"}
+        raise ValueError(
+            f"{name} must be {what.get(kind, kind.__name__)}, got {value!r}."
+        )
+    if kind is float:
+        return value if isinstance(value, (int, float)) else float(value)
+    return int(value) if kind is int else value
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of the settings, bounds included."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {item.name: hints[item.name] for item in fields(kind)}

@@ -1,0 +1,404 @@
+"""The trainer of every recipe: collects, lets the recipe learn, evaluates and saves."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.trainers import Trainer
+
+from torchrl_wm._files import write_plain
+from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
+from torchrl_wm.trainers.checkpoints import check_part, RandomState
+from torchrl_wm.trainers.collecting import RealSteps
+from torchrl_wm.trainers.episode_seeds import episode_seed
+from torchrl_wm.trainers.evaluation import episode_return, forked_random, run_episodes
+from torchrl_wm.trainers.learning import check_transitions, NonFiniteLossError
+from torchrl_wm.trainers.progress import Progress
+from torchrl_wm.trainers.real_envs import episode_seeds
+from torchrl_wm.trainers.recipe import Recipe
+from torchrl_wm.trainers.run_folder import RunFolder
+from torchrl_wm.trainers.steps import Steps
+
+#: Episodes of evaluations are numbered from here on, so that they are none of the run's.
+EVALUATION_EPISODES = 1_000_000
+
+
+class RecipeTrainer(Trainer):
+    """A TorchRL Trainer that runs a recipe.
+
+    At each step of the real envs it puts the steps into the recipe's replay, lets the recipe
+    learn, evaluates and films where that is due, and records the episodes that ended. It knows
+    nothing of what the recipe is made of.
+
+    Checkpoints are saved when episodes end. On a CPU, a run that goes on from one gives the
+    same numbers, to the bit, as one that was not interrupted: each episode is seeded from the
+    seed and its number, and the actions since then bring an env back to where it was.
+
+    Args:
+        recipe: the algorithm.
+        collector: the steps of all real envs.
+
+    Keyword Args:
+        run: the folder of the run; nothing is kept without one.
+        progress: show a progress bar.
+
+    Attributes:
+        metrics: a row for each episode and each evaluation.
+        episodes: how many have been finished.
+        seconds: the wall time spent.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        collector: RealSteps,
+        *,
+        run: RunFolder | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.recipe, self.config, self.env = recipe, recipe.config, recipe.env
+        self.run = run
+        self.metrics: list[dict[str, Any]] = []
+        self.episodes, self.seconds = 0, 0.0
+        modules = [p for p in recipe.parts.values() if isinstance(p, nn.Module)]
+        super().__init__(
+            collector=collector,
+            total_frames=sys.maxsize,
+            frame_skip=1,
+            loss_module=nn.ModuleList(modules),
+            optim_steps_per_batch=1,
+            progress_bar=False,
+            auto_log_optim_steps=False,
+        )
+        self._losses: dict[str, Any] = {}
+        self._random = RandomState()
+        self._progress = Progress(recipe.title) if progress else None
+        self._evaluation_env: EnvBase | None = None
+        self._is_running, self._began = False, 0.0
+        self._steps: Steps | None = None
+        #: What a checkpoint holds, by name.
+        self._parts = self._all_parts()
+        recipe.on_fit = self._on_fit
+        # Each step, in this order; optim_steps between them.
+        self.register_op("batch_process", self.add_steps)
+        self.register_op("post_steps", self.end_steps)
+        if run is not None:
+            self.attach(run)
+
+    def __getattr__(self, name: str) -> Any:
+        # What a recipe has is to be had of its trainer: policy, world_model, imagined_env ...
+        recipe = self.__dict__.get("recipe")
+        if recipe is None or name.startswith("_") or not hasattr(recipe, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+        return getattr(recipe, name)
+
+    @property
+    def data(self) -> Any:
+        """The replay of real steps."""
+        return self.recipe.replay
+
+    @property
+    def new_steps(self) -> Steps:
+        """The real steps that were made last."""
+        return self._steps
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to its end; looked at when an episode ends."""
+        steps = self.config.steps
+        is_long_enough = steps is not None and self.collected_frames >= steps
+        return is_long_enough or self.has_reached or self.recipe.is_over(self.metrics)
+
+    @property
+    def has_reached(self) -> bool:
+        """Whether an evaluation reached ``stop_return``."""
+        level = getattr(self.config, "stop_return", None)
+        return level is not None and any(
+            row.get("evaluation_return", -math.inf) >= level for row in self.metrics
+        )
+
+    # Running ----------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run, or go on, to the end.
+
+        Ctrl-C is heeded between steps; what is in the run's folder is whole at any moment.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
+            RuntimeError: if it was interrupted before.
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        if self.is_over:
+            return
+        if self._is_running:
+            raise RuntimeError(
+                "This run was interrupted, and its collector is closed. Go on from its folder: "
+                f"{type(self).__name__}.resume(path), or start a new one."
+            )
+        self._is_running = True
+        self._began = time.monotonic() - self.seconds
+        if self.run is not None:
+            self.run.go_on()
+            self.run.restore(self.metrics)
+        if self._progress is not None:
+            self._progress.begin(self.collected_frames, self._expected_steps())
+        if not self.collected_frames:
+            self.collector.begin()
+        self.collector.on_begin = self._random.restore
+        try:
+            with deferred_interrupts():
+                super().train()
+                if self.run is not None:
+                    self.recipe.finish(self.run.path)
+            self._is_running = False
+        except NonFiniteLossError as err:
+            raise self._with_batch_saved(err) from err
+        finally:
+            self.collector.shutdown()
+            if self.run is not None:
+                self.run.close()
+            if self._progress is not None:
+                self._progress.close()
+
+    def add_steps(self, steps: TensorDictBase) -> TensorDictBase:
+        """Put the steps that were just made into the replay."""
+        total = self.collected_frames + len(steps)
+        if self.recipe.replay is not None:
+            rows = self.recipe.kept(steps)
+            check_transitions(rows, total)
+            self.recipe.replay.extend(rows)
+        self._steps = self.collector.count(steps, total)
+        if self._progress is not None:
+            self._progress.step(len(steps))
+        return steps
+
+    def optim_steps(self, batch: TensorDictBase) -> None:
+        """Let the recipe learn, once the random steps are over; then come "post_optim" hooks.
+
+        What such a hook records is in the checkpoint of this step.
+        """
+        if self.collected_frames >= getattr(self.config, "random_steps", 0):
+            self._losses.update(self.recipe.learn(self._steps))
+        self._post_optim_hook()
+
+    def end_steps(self) -> None:
+        """Evaluate and film where it is time to, record what ended, save, and stop at the end."""
+        steps = self._steps
+        interval = getattr(self.config, "evaluation_interval", 0)
+        is_evaluated = bool(interval) and steps.due(interval)
+        if is_evaluated:
+            returns = self.returns(self.config.evaluation_episodes)
+            self.record(
+                evaluation_return=sum(returns) / len(returns),
+                evaluation_least=min(returns),
+            )
+        before = self.episodes
+        rows = self.collector.finished(steps, before)
+        losses = (
+            {name: float(value) for name, value in self._losses.items()} if rows else {}
+        )
+        for row in rows:
+            self.episodes += 1
+            self.record(**row, **losses)
+        interval = self.config.checkpoint_interval
+        over = bool(rows) and self.is_over or is_evaluated and self.has_reached
+        if self.run is not None and (
+            over or self.episodes // interval > before // interval
+        ):
+            self.save()
+        if over:
+            self.request_stop()
+        check_interrupt()
+
+    def record(self, **row: Any) -> None:
+        """Add a row to the metrics, here and in the run's folder."""
+        self.seconds = time.monotonic() - self._began
+        row = {"step": self.collected_frames, "seconds": round(self.seconds, 2), **row}
+        self.metrics.append(row)
+        if self.run is not None:
+            self.run.log(row)
+        if self._progress is not None:
+            self._progress.show(row, self._expected_steps())
+
+    # Evaluating --------------------------------------------------------------
+
+    def returns(self, episodes: int, **kwargs: Any) -> list[float]:
+        """Return the returns of :meth:`iterate`'s episodes."""
+        found = self.iterate(episodes, **kwargs)
+        return [episode_return(self.env, episode) for episode in found]
+
+    def evaluate(
+        self, episodes: int, env: EnvBase | None = None, **kwargs: Any
+    ) -> list[TensorDictBase]:
+        """Return episodes of the policy without exploration, in an env of its own.
+
+        Args:
+            episodes: how many.
+            env: the real env; a new one by default.
+            kwargs: see :meth:`iterate`.
+        """
+        return list(self.iterate(episodes, env, **kwargs))
+
+    def iterate(
+        self,
+        episodes: int,
+        env: EnvBase | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Iterator[TensorDictBase]:
+        """Give the episodes of :meth:`evaluate`, one by one.
+
+        They begin as the seed and their number say, the same ones each time. All random states
+        are left as they were.
+
+        Args:
+            episodes: how many.
+            env: the real env; a new one by default.
+
+        Keyword Args:
+            seed: how the episodes begin, and what a planner draws: with it the same
+                episodes come each time. By default they begin as the run's seed says.
+        """
+        if env is None:
+            if self._evaluation_env is None:
+                self._evaluation_env = self.make_env()
+            env = self._evaluation_env
+        episode_seeds(env).seed = self.config.seed if seed is None else seed
+        for number in range(EVALUATION_EPISODES, EVALUATION_EPISODES + episodes):
+            drawn = None if seed is None else episode_seed(seed, number)
+            with forked_random(drawn):
+                (episode,) = run_episodes(
+                    env,
+                    self.policy,
+                    1,
+                    first_episode=number,
+                    exploration=self.recipe.evaluation_exploration,
+                )
+            yield episode
+
+    def make_env(self, **kwargs: Any) -> EnvBase:
+        """Return another real env of the run's, as the policy needs it.
+
+        Args:
+            kwargs: for Gymnasium, such as ``render_mode``.
+        """
+        return self.collector.make_env(**kwargs)
+
+    # Checkpoints -------------------------------------------------------------
+
+    def attach(self, run: RunFolder) -> None:
+        """Keep the run in a folder from here on."""
+        self.run = run
+        run.bind(self._parts)
+
+    def save(self) -> None:
+        """Save a checkpoint into the run's folder."""
+        self.run.save(self.collected_frames)
+
+    def load(self, step: int | None = None) -> None:
+        """Go back to a checkpoint of the run's folder.
+
+        Nothing is written: what the folder holds of the time after the checkpoint is
+        forgotten when :meth:`train` goes on.
+
+        Args:
+            step: the number of the checkpoint; the newest one if None.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, or one of another recipe.
+        """
+        self.run.load(step)
+
+    def _all_parts(self) -> dict[str, Any]:
+        """Return the parts of the recipe and those of the run; refuse what would be lost."""
+        recipe, parts = self.recipe, self.recipe.parts
+        own = {"trainer": _State(self), "random": self._random, **self.collector.parts}
+        taken = sorted(own.keys() & parts.keys())
+        if taken:
+            raise ValueError(
+                f"The parts {taken} of the recipe {recipe.name!r} have names of the run's own "
+                f"parts. Rename them."
+            )
+        replay = recipe.replay
+        if replay is not None and all(part is not replay for part in parts.values()):
+            raise ValueError(
+                f"The replay of the recipe {recipe.name!r} is none of its parts, and no checkpoint "
+                f"would hold it. Add it: self.parts = {{'replay': self.replay, ...}}."
+            )
+        for name, part in parts.items():
+            check_part(name, part)
+        return {**parts, **own}
+
+    def _expected_steps(self) -> int | None:
+        return self.recipe.expected_steps(self.metrics, self.collected_frames)
+
+    def _on_fit(self, step: int, steps: int) -> None:
+        check_interrupt()
+        if self._progress is not None:
+            self._progress.fitting(step, steps)
+
+    def _with_batch_saved(self, err: NonFiniteLossError) -> NonFiniteLossError:
+        if self.run is None:
+            return err
+        path = self.run.path / "bad_batch.pt"
+        try:
+            write_plain(err.batch.detach().cpu().to_dict(), path)
+        except OSError as reason:
+            return NonFiniteLossError(
+                f"{err} (The batch was not saved: {reason})", err.batch
+            )
+        return NonFiniteLossError(
+            f"{err} At real step {self.collected_frames}. The batch is in {str(path)!r} "
+            f"(torch.load reads it); the last checkpoint is untouched.",
+            err.batch,
+        )
+
+
+class _State:
+    """What a checkpoint holds of the trainer itself."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self._trainer
+        losses = {
+            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in trainer._losses.items()
+        }
+        return {
+            "recipe": trainer.recipe.name,
+            "collected_frames": trainer.collected_frames,
+            "episodes": trainer.episodes,
+            "seconds": trainer.seconds,
+            # The rows themselves are in metrics.csv: a checkpoint does not grow with the run.
+            "rows": len(trainer.metrics),
+            "losses": losses,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        trainer = self._trainer
+        if state_dict["recipe"] != trainer.recipe.name:
+            raise ValueError(
+                f"it is one of {state_dict['recipe']!r}, and this is {trainer.recipe.name!r}"
+            )
+        rows = trainer.run.metrics()
+        if len(rows) < state_dict["rows"]:
+            raise ValueError(
+                f"metrics.csv has {len(rows)} rows, and it was saved after {state_dict['rows']}"
+            )
+        trainer.metrics = rows[: state_dict["rows"]]
+        trainer.collected_frames = state_dict["collected_frames"]
+        trainer.episodes = state_dict["episodes"]
+        trainer.seconds = state_dict["seconds"]
+        trainer._losses = dict(state_dict["losses"])
