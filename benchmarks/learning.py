@@ -145,13 +145,12 @@ def train(name: str, seed: int) -> None:
     """Train one seed, and write its rows beside those of the others."""
     import torch
 
-    from torchrl_wm.trainers import MBPOTrainer, PETSTrainer
+    from torchrl_wm.trainers import trainer_class
 
     torch.set_num_threads(1)
     experiment = EXPERIMENTS[name]
-    kind = {"pets": PETSTrainer, "mbpo": MBPOTrainer}[experiment.recipe]
     began = time.monotonic()
-    trainer = kind(**experiment.settings, seed=seed)
+    trainer = trainer_class(experiment.recipe)(**experiment.settings, seed=seed)
     trainer.train()
     rows = [
         {"seed": seed, **row, "wall": round(time.monotonic() - began)}
