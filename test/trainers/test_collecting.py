@@ -253,9 +253,10 @@ def test_processes_give_what_one_process_gives(tmp_path) -> None:
     settings = {**MBPO, "num_envs": 2, "steps": 36, "evaluation_interval": 0}
     whole = MBPOTrainer(**settings)
     whole.train()
-    settings["collector"] = "processes"
+    own = {"env": lambda: Ragged()}  # which no other process finds by a name
+    settings.update(collector="processes", **own)
     interrupt(MBPOTrainer.start(tmp_path / "run", **settings), 14)
-    again = MBPOTrainer.resume(tmp_path / "run")
+    again = MBPOTrainer.resume(tmp_path / "run", **own)
     assert (again.collector.episodes.lengths > 0).any()
     again.train()
     assert_same(again, whole)
@@ -309,7 +310,12 @@ class Uncopyable(Ragged):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_envs": 2}, {"collector": "processes"}, {"evaluation_interval": 20}],
+    [
+        {"num_envs": 2},
+        {"collector": "processes"},
+        {"evaluation_interval": 20},
+        {"film_interval": 20},
+    ],
 )
 def test_an_env_that_cannot_be_copied(settings, tmp_path) -> None:
     with pytest.raises(ValueError, match="(?s)Uncopyable cannot be copied.*num_envs=1"):
@@ -318,6 +324,17 @@ def test_an_env_that_cannot_be_copied(settings, tmp_path) -> None:
     alone = PETSTrainer(**{**PETS, "env": Uncopyable(), "trials": 1})
     alone.train()
     assert alone.is_over
+
+
+def test_an_env_that_cannot_be_sent(tmp_path) -> None:
+    lock = threading.Lock()
+    settings = {**PETS, "env": lambda: (lock, Ragged())[1]}
+    with pytest.raises(
+        ValueError, match="(?s)other processes.*lock.*collector='single"
+    ):
+        PETSTrainer.start(tmp_path / "run", **settings, collector="processes")
+    assert not (tmp_path / "run").exists()
+    PETSTrainer(**settings, num_envs=2)
 
 
 @pytest.mark.parametrize("number", [1, 2])

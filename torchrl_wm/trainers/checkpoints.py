@@ -308,6 +308,40 @@ def make_checkpoint(
     return checkpoint, adapters
 
 
+def all_parts(
+    recipe: str,
+    parts: Mapping[str, Any],
+    replay: ReplayBuffer | None,
+    own: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the parts of a recipe and those of its run; refuse what would be lost.
+
+    Args:
+        recipe: the name of the recipe.
+        parts: those of the recipe.
+        replay: its replay, which must be one of them.
+        own: those of the run.
+
+    Raises:
+        TypeError: if a part has no state, or is a replay buffer that cannot be appended.
+        ValueError: if names are taken, or the replay is missing.
+    """
+    taken = sorted(own.keys() & parts.keys())
+    if taken:
+        raise ValueError(
+            f"The parts {taken} of the recipe {recipe!r} have names of the run's own parts. Rename "
+            f"them."
+        )
+    if replay is not None and all(part is not replay for part in parts.values()):
+        raise ValueError(
+            f"The replay of the recipe {recipe!r} is none of its parts, and no checkpoint would "
+            f"hold it. Add it: self.parts = {{'replay': self.replay, ...}}."
+        )
+    for name, part in parts.items():
+        check_part(name, part)
+    return {**parts, **own}
+
+
 def check_part(name: str, part: Any) -> None:
     """Refuse a part that no checkpoint can hold, before a run spends time on it.
 

@@ -163,10 +163,10 @@ def another(source: EnvSource) -> EnvSource:
         return copy.deepcopy(source)
     except Exception as err:  # whatever the env holds
         raise ValueError(
-            f"Evaluations and num_envs above 1 need more envs like the one given, and this "
+            f"Evaluations, films and num_envs above 1 need more envs like the one given, and this "
             f"{type(source).__name__} cannot be copied ({type(err).__name__}: {err}). Give its name "
             f"or a function that makes it as env=...; or leave them out: num_envs=1, "
-            f"evaluation_interval=0."
+            f"evaluation_interval=0, film_interval=0."
         ) from err
 
 

@@ -16,7 +16,7 @@ from torchrl.trainers import Trainer
 
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
-from torchrl_wm.trainers.checkpoints import check_part, RandomState
+from torchrl_wm.trainers.checkpoints import all_parts, RandomState
 from torchrl_wm.trainers.collecting import RealSteps
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, forked_random, run_episodes
@@ -85,7 +85,8 @@ class RecipeTrainer(Trainer):
         self._is_running, self._began = False, 0.0
         self._steps: Steps | None = None
         #: What a checkpoint holds, by name.
-        self._parts = self._all_parts()
+        own = {"trainer": _State(self), "random": self._random, **collector.parts}
+        self._parts = all_parts(recipe.name, recipe.parts, recipe.replay, own)
         recipe.on_fit = self._on_fit
         # Each step, in this order; optim_steps between them.
         self.register_op("batch_process", self.add_steps)
@@ -318,26 +319,6 @@ class RecipeTrainer(Trainer):
             ValueError: if it is damaged, or one of another recipe.
         """
         self.run.load(step)
-
-    def _all_parts(self) -> dict[str, Any]:
-        """Return the parts of the recipe and those of the run; refuse what would be lost."""
-        recipe, parts = self.recipe, self.recipe.parts
-        own = {"trainer": _State(self), "random": self._random, **self.collector.parts}
-        taken = sorted(own.keys() & parts.keys())
-        if taken:
-            raise ValueError(
-                f"The parts {taken} of the recipe {recipe.name!r} have names of the run's own "
-                f"parts. Rename them."
-            )
-        replay = recipe.replay
-        if replay is not None and all(part is not replay for part in parts.values()):
-            raise ValueError(
-                f"The replay of the recipe {recipe.name!r} is none of its parts, and no checkpoint "
-                f"would hold it. Add it: self.parts = {{'replay': self.replay, ...}}."
-            )
-        for name, part in parts.items():
-            check_part(name, part)
-        return {**parts, **own}
 
     def _expected_steps(self) -> int | None:
         return self.recipe.expected_steps(self.metrics, self.collected_frames)
