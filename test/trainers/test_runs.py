@@ -5,14 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from _real_envs import make_reacher, Reacher1D
 from _runs import assert_same, interrupt, MBPO, PETS, RECIPES, without_times
 
-from torchrl_wm.trainers import MBPOTrainer, NonFiniteLossError, PETSTrainer, RunFolder
+from torchrl_wm.trainers import (
+    MBPOTrainer,
+    NonFiniteLossError,
+    PETSTrainer,
+    resume_run,
+    RunFolder,
+    start_run,
+)
 
 
 @RECIPES
@@ -201,3 +210,26 @@ def test_a_run_that_was_interrupted_goes_on_from_its_folder(tmp_path) -> None:
     interrupt(trainer, 22)
     with pytest.raises(RuntimeError, match="MBPOTrainer.resume"):
         trainer.train()
+
+
+def test_a_later_end_that_is_no_end(tmp_path) -> None:
+    start_run("pets", tmp_path / "run", **PETS).train()
+    with pytest.raises(ValueError, match="has made 60 steps and is over with.*steps"):
+        resume_run(tmp_path / "run", steps=50)
+    again = resume_run(tmp_path / "run", steps=61)
+    again.train()
+    assert again.collected_frames == 72
+
+
+def test_a_folder_that_does_not_say_of_which_recipe_it_is(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"version": 2, "config": {}}')
+    with pytest.raises(ValueError, match="no 'algorithm'"):
+        resume_run(tmp_path)
+
+
+def test_the_seed_decides_what_numpy_and_python_draw() -> None:
+    drawn = []
+    for seed in (3, 3, 4):
+        PETSTrainer(**{**PETS, "seed": seed})
+        drawn.append((np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1] and drawn[0] != drawn[2]

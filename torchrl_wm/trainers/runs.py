@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from torchrl_wm._registry import find_recipe, path_of
@@ -51,7 +53,7 @@ class ConfiguredTrainer(RecipeTrainer):
     ) -> None:
         config, objects = self.configured(config, {**given, "env": env})
         source = objects.pop("env", None)
-        torch.manual_seed(config.seed)
+        _seed_all(config.seed)
         real_env = self.recipe_class.make_env(config, source)
         recipe = self.recipe_class(config, real_env, **objects)
         collector = recipe.make_collector(source)
@@ -132,6 +134,11 @@ class ConfiguredTrainer(RecipeTrainer):
         run.config["config"] = asdict(config)
         if run.saved() or checkpoint is not None:
             trainer.load(checkpoint)
+        if changes and trainer.is_over:
+            raise ValueError(
+                f"The run in {str(run.path)!r} has made {trainer.collected_frames} steps and is over "
+                f"with {changes}, too. Give a later end: {list(config.ENDS)}."
+            )
         return trainer
 
     @classmethod
@@ -261,7 +268,19 @@ def trainer_of(path: str | os.PathLike) -> type[ConfiguredTrainer]:
     """Return the trainer of the recipe that the run of a folder is of."""
     run = RunFolder.open(path)
     _use_paths(run.config.get("python_path", []))
+    if "algorithm" not in run.config:
+        raise ValueError(
+            f"{str(run.path / 'config.json')!r} does not say of which recipe the run is: it has no "
+            f"'algorithm'."
+        )
     return trainer_class(run.config["algorithm"])
+
+
+def _seed_all(seed: int) -> None:
+    """Seed what a recipe may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _own_paths() -> list[str]:
