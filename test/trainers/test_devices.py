@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrl_wm.trainers import make_real_env, MBPOTrainer, PETSTrainer, RunConfig
-from torchrl_wm.trainers.collecting import Acting, Episodes
+from torchrl_wm.trainers.collecting import Acting
+from torchrl_wm.trainers.episodes import Episodes
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import check_losses, NonFiniteLossError
 from torchrl_wm.trainers.recipe import make_replay
