@@ -113,6 +113,7 @@ class RealSteps:
         is_alone = config.num_envs == 1 and config.collector == "single"
         if not is_alone or config.evaluation_interval:
             another(source)  # refused now, not when the run has begun
+        check_device(policy, device)
         #: Where the envs are.
         self.episodes = Episodes(env, config.num_envs, carried_keys(policy))
         self.acting = Acting(policy, env, self.episodes, config.random_hold)
@@ -236,6 +237,20 @@ def prepared(env: EnvBase, policy: Any) -> EnvBase:
     # Zero at a reset of the whole env, of which it may have done flags of parts, too.
     primer = policy.make_tensordict_primer(reset_key=env.reset_keys[0])
     return TransformedEnv(env, primer.to("cpu"), auto_unwrap=False)
+
+
+def check_device(policy: TensorDictModuleBase, device: torch.device) -> None:
+    """Refuse a policy with tensors elsewhere: the collector would act with a copy of it.
+
+    Raises:
+        ValueError: if there are some.
+    """
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
+        if tensor.device.type != device.type:
+            raise ValueError(
+                f"The policy has {name!r} on {tensor.device}, and the run is on {device}. Move it "
+                f"when the recipe makes it: self.policy = policy.to(self.device)."
+            )
 
 
 def carried_keys(policy: Any) -> list:
