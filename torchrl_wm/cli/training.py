@@ -169,7 +169,12 @@ def paths(trainer: RecipeTrainer) -> dict[str, Path]:
 
 
 def _longer(trainer: RecipeTrainer) -> str:
-    """The command that makes a run longer."""
-    name = trainer.config.ENDS[-1]
-    now = getattr(trainer.config, name) or trainer.collected_frames
-    return command("train", "--resume", trainer.run.path, f"--{name}", 2 * now)
+    """The command that makes a run longer: twice as long, and with no return that ends it."""
+    options = []
+    for name in trainer.config.ENDS:
+        end = getattr(trainer.config, name)
+        if name == "stop_return":
+            options += ["--stop-return", "none"] if trainer.has_reached else []
+        elif end is not None:
+            options += [f"--{name.replace('_', '-')}", 2 * end]
+    return command("train", "--resume", trainer.run.path, *options)
