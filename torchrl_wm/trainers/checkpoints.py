@@ -47,9 +47,7 @@ class PlainAdapter(CheckpointAdapter):
     def __init__(self, name: str = "part") -> None:
         self._name, self._is_readable = name, False
 
-    def save(
-        self, component: Any, path: Path, *, args: tuple, kwargs: Mapping[str, Any]
-    ) -> None:
+    def save(self, component: Any, path: Path, **_: Any) -> None:
         """Write ``component.state_dict()``.
 
         Raises:
@@ -70,16 +68,7 @@ class PlainAdapter(CheckpointAdapter):
             ) from err
         self._is_readable = True
 
-    def load(
-        self,
-        component: Any,
-        path: Path,
-        *,
-        map_location: Any,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple,
-        kwargs: Mapping[str, Any],
-    ) -> None:
+    def load(self, component: Any, path: Path, **_: Any) -> None:
         """Read it into ``component``.
 
         Raises:
@@ -127,9 +116,7 @@ class ReplayAdapter(CheckpointAdapter):
 
         buffer.empty = empty_and_note
 
-    def save(
-        self, component: ReplayBuffer, path: Path, *, args: tuple, kwargs: Mapping
-    ) -> None:
+    def save(self, component: ReplayBuffer, path: Path, **_: Any) -> None:
         """Write the rows since the last checkpoint, and the count of all."""
         count, capacity = component.write_count, component.storage.max_size
         cursor = component.writer.state_dict()["_cursor"]
@@ -159,16 +146,7 @@ class ReplayAdapter(CheckpointAdapter):
         }
         write_plain(content, path / "state.pt")
 
-    def load(
-        self,
-        component: ReplayBuffer,
-        path: Path,
-        *,
-        map_location: Any,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple,
-        kwargs: Mapping[str, Any],
-    ) -> None:
+    def load(self, component: ReplayBuffer, path: Path, **_: Any) -> None:
         """Read the rows of a checkpoint into a buffer.
 
         Raises:

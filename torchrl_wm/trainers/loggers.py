@@ -103,10 +103,14 @@ class MetricsTable(Logger):
         if not self._path.is_file():
             return []
         with open(self._path, newline="") as rows:
-            return [
-                {name: _number(value) for name, value in row.items() if value}
-                for row in csv.DictReader(rows)
-            ]
+            found = list(csv.DictReader(rows))
+        for number, row in enumerate(found, start=1):
+            if None in row:  # what a cut leaves is shorter
+                raise ValueError(
+                    f"{str(self._path)!r} is damaged: row {number} has more values than there are "
+                    f"columns."
+                )
+        return [{k: _number(v) for k, v in row.items() if v} for row in found]
 
 
 class TensorBoard(TensorboardLogger):

@@ -78,6 +78,8 @@ class RecipeTrainer(Trainer):
             progress_bar=False,
             auto_log_optim_steps=False,
         )
+        # TorchRL's Trainer would step one itself; here that is the recipe's.
+        self.optimizer = getattr(recipe, "optimizer", None)
         self._losses: dict[str, Any] = {}
         self._random = RandomState()
         self._progress = Progress(recipe.title) if progress else None
@@ -138,13 +140,13 @@ class RecipeTrainer(Trainer):
             KeyboardInterrupt: after Ctrl-C.
         """
         if self.is_over:
+            self._finish()  # which a kill may have left out
             return
         if self._is_running:
             raise RuntimeError(
                 "This run was interrupted, and its collector is closed. Go on from its folder: "
                 f"{type(self).__name__}.resume(path), or start a new one."
             )
-        self._is_running = True
         self._began = time.monotonic() - self.seconds
         if self.run is not None:
             self.run.go_on()
@@ -154,11 +156,11 @@ class RecipeTrainer(Trainer):
         if not self.collected_frames:
             self.collector.begin()
         self.collector.on_begin = self._random.restore
+        self._is_running = True
         try:
             with deferred_interrupts():
                 super().train()
-                if self.run is not None:
-                    self.recipe.finish(self.run.path)
+                self._finish()
             self._is_running = False
         except NonFiniteLossError as err:
             raise self._with_batch_saved(err) from err
@@ -339,6 +341,10 @@ class RecipeTrainer(Trainer):
             check_part(name, part)
         return {**parts, **own}
 
+    def _finish(self) -> None:
+        if self.run is not None:
+            self.recipe.finish(self.run.path)
+
     def _expected_steps(self) -> int | None:
         return self.recipe.expected_steps(self.metrics, self.collected_frames)
 
@@ -395,7 +401,8 @@ class _State:
         rows = trainer.run.metrics()
         if len(rows) < state_dict["rows"]:
             raise ValueError(
-                f"metrics.csv has {len(rows)} rows, and it was saved after {state_dict['rows']}"
+                f"metrics.csv has {len(rows)} rows, and had {state_dict['rows']} when it was saved; "
+                f"put the file back as the run wrote it"
             )
         trainer.metrics = rows[: state_dict["rows"]]
         trainer.collected_frames = state_dict["collected_frames"]
