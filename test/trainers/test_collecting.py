@@ -309,7 +309,12 @@ class Uncopyable(Ragged):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_envs": 2}, {"collector": "processes"}, {"evaluation_interval": 20}],
+    [
+        {"num_envs": 2},
+        {"collector": "processes"},
+        {"evaluation_interval": 20},
+        {"film_interval": 20},
+    ],
 )
 def test_an_env_that_cannot_be_copied(settings, tmp_path) -> None:
     with pytest.raises(ValueError, match="(?s)Uncopyable cannot be copied.*num_envs=1"):

@@ -111,7 +111,7 @@ class RealSteps:
     ) -> None:
         self.config = config
         is_alone = config.num_envs == 1 and config.collector == "single"
-        if not is_alone or config.evaluation_interval:
+        if not is_alone or config.evaluation_interval or config.film_interval:
             another(source)  # refused now, not when the run has begun
         check_device(policy, device)
         #: Where the envs are.
@@ -202,17 +202,9 @@ class RealSteps:
         Args:
             kwargs: for Gymnasium, such as ``render_mode``.
         """
-        env = make_real_env(another(self._source), **self._settings(), **kwargs)
-        return prepared(env, self.acting.policy)
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings of each env."""
-        config = self.config
-        return {
-            "seed": config.seed,
-            "max_episode_steps": config.max_episode_steps,
-            "action_repeat": config.action_repeat,
-        }
+        env = another(self._source)
+        made = make_real_env(env, **self.config.env_settings, **kwargs)
+        return prepared(made, self.acting.policy)
 
     def _envs(self) -> EnvBase:
         config, number = self.config, len(self.episodes)
@@ -221,7 +213,7 @@ class RealSteps:
         if number == 1 and config.collector == "single":
             episode_seeds(self._env).episode = firsts[0]
             return self._env
-        common = {**self._settings(), "stride": number}
+        common = {**config.env_settings, "stride": number}
         settings = [
             {"env": another(self._source), "first_episode": first, **common}
             for first in firsts

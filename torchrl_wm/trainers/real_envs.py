@@ -168,10 +168,10 @@ def another(source: EnvSource) -> EnvSource:
         return copy.deepcopy(source)
     except Exception as err:  # whatever the env holds
         raise ValueError(
-            f"Evaluations and num_envs above 1 need more envs like the one given, and this "
+            f"Evaluations, films and num_envs above 1 need more envs like the one given, and this "
             f"{type(source).__name__} cannot be copied ({type(err).__name__}: {err}). Give its name "
             f"or a function that makes it as env=...; or leave them out: num_envs=1, "
-            f"evaluation_interval=0."
+            f"evaluation_interval=0, film_interval=0."
         ) from err
 
 
@@ -248,9 +248,8 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     except RuntimeError as err:
         raise _not_taken(name, gymnasium.make(name), err) from err
     inner = gymnasium_env(env)
-    if (
-        inner is not None
-    ):  # in place, as GymEnv alone knows which arguments are Gymnasium's
+    # In place, as GymEnv alone knows which arguments are Gymnasium's.
+    if inner is not None:
         env._env = as_torchrl_acts(inner)
     return env
 

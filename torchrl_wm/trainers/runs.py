@@ -62,14 +62,21 @@ class ConfiguredTrainer(RecipeTrainer):
 
     @classmethod
     def start(
-        cls, path: str | os.PathLike, config: Settings | None = None, **given: Any
+        cls,
+        path: str | os.PathLike,
+        config: Settings | None = None,
+        *,
+        progress: bool = False,
+        **given: Any,
     ) -> ConfiguredTrainer:
         """Make a run in a new folder; :meth:`train` runs it.
 
         Args:
             path: the folder; an empty one may be there already.
             config: the settings.
-            given: as to the trainer itself.
+
+        Keyword Args:
+            progress, given: as to the trainer itself.
 
         Raises:
             FileExistsError: if there is something in the folder already.
@@ -77,7 +84,6 @@ class ConfiguredTrainer(RecipeTrainer):
         """
         cls._check_registered()
         RunFolder.check_free(path)
-        progress = given.pop("progress", False)
         config, objects = cls.configured(config, given)
         # Built first: what cannot be built leaves no folder behind.
         trainer = cls(config, progress=progress, **objects)

@@ -85,7 +85,8 @@ class RecipeTrainer(Trainer):
         self._progress = Progress(recipe.title) if progress else None
         self._evaluation_env: EnvBase | None = None
         self._is_running, self._began = False, 0.0
-        self._steps: Steps | None = None
+        #: The real steps that were made last.
+        self.new_steps: Steps | None = None
         #: What a checkpoint holds, by name.
         self._parts = self._all_parts()
         recipe.on_fit = self._on_fit
@@ -106,11 +107,6 @@ class RecipeTrainer(Trainer):
     def data(self) -> Any:
         """The replay of real steps."""
         return self.recipe.replay
-
-    @property
-    def new_steps(self) -> Steps:
-        """The real steps that were made last."""
-        return self._steps
 
     @property
     def is_over(self) -> bool:
@@ -178,7 +174,7 @@ class RecipeTrainer(Trainer):
             rows = self.recipe.kept(steps)
             check_transitions(rows, total)
             self.recipe.replay.extend(rows)
-        self._steps = self.collector.count(steps, total)
+        self.new_steps = self.collector.count(steps, total)
         if self._progress is not None:
             self._progress.step(len(steps))
         return steps
@@ -189,12 +185,12 @@ class RecipeTrainer(Trainer):
         What such a hook records is in the checkpoint of this step.
         """
         if self.collected_frames >= getattr(self.config, "random_steps", 0):
-            self._losses.update(self.recipe.learn(self._steps))
+            self._losses.update(self.recipe.learn(self.new_steps))
         self._post_optim_hook()
 
     def end_steps(self) -> None:
         """Evaluate and film where it is time to, record what ended, save, and stop at the end."""
-        steps = self._steps
+        steps = self.new_steps
         interval = getattr(self.config, "evaluation_interval", 0)
         is_evaluated = bool(interval) and steps.due(interval)
         if is_evaluated:
