@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torchrl.trainers import Trainer
 
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
-from torchrl_wm.trainers.checkpoints import check_part, RandomState
+from torchrl_wm.trainers.checkpoints import check_part, RandomState, TrainerState
 from torchrl_wm.trainers.collecting import RealSteps
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, forked_random, run_episodes
@@ -320,7 +320,11 @@ class RecipeTrainer(Trainer):
     def _all_parts(self) -> dict[str, Any]:
         """Return the parts of the recipe and those of the run; refuse what would be lost."""
         recipe, parts = self.recipe, self.recipe.parts
-        own = {"trainer": _State(self), "random": self._random, **self.collector.parts}
+        own = {
+            "trainer": TrainerState(self),
+            "random": self._random,
+            **self.collector.parts,
+        }
         taken = sorted(own.keys() & parts.keys())
         if taken:
             raise ValueError(
@@ -364,44 +368,3 @@ class RecipeTrainer(Trainer):
             f"(torch.load reads it); the last checkpoint is untouched.",
             err.batch,
         )
-
-
-class _State:
-    """What a checkpoint holds of the trainer itself."""
-
-    def __init__(self, trainer: RecipeTrainer) -> None:
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        trainer = self._trainer
-        losses = {
-            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
-            for name, value in trainer._losses.items()
-        }
-        return {
-            "recipe": trainer.recipe.name,
-            "collected_frames": trainer.collected_frames,
-            "episodes": trainer.episodes,
-            "seconds": trainer.seconds,
-            # The rows themselves are in metrics.csv: a checkpoint does not grow with the run.
-            "rows": len(trainer.metrics),
-            "losses": losses,
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        trainer = self._trainer
-        if state_dict["recipe"] != trainer.recipe.name:
-            raise ValueError(
-                f"it is one of {state_dict['recipe']!r}, and this is {trainer.recipe.name!r}"
-            )
-        rows = trainer.run.metrics()
-        if len(rows) < state_dict["rows"]:
-            raise ValueError(
-                f"metrics.csv has {len(rows)} rows, and had {state_dict['rows']} when it was saved; "
-                f"put the file back as the run wrote it"
-            )
-        trainer.metrics = rows[: state_dict["rows"]]
-        trainer.collected_frames = state_dict["collected_frames"]
-        trainer.episodes = state_dict["episodes"]
-        trainer.seconds = state_dict["seconds"]
-        trainer._losses = dict(state_dict["losses"])
