@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.envs import EnvBase
