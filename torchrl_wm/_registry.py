@@ -196,5 +196,5 @@ def _check(recipe: Any, name: str) -> None:
     if not isinstance(recipe, type) or missing:
         raise TypeError(
             f"The recipe {name!r} must be a subclass of torchrl_wm.trainers.Recipe, got "
-            f"{recipe!r}, which has no {missing or 'class'}."
+            f"{recipe!r}, which {f'has no {missing}' if missing else 'is no class'}."
         )

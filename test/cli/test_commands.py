@@ -131,6 +131,14 @@ def test_a_model_of_logged_arrays(env, here, capsys) -> None:
     assert len(found) == 6 and all((here / path).exists() for path in found)
     model = load_world_model(here / "runs" / "model-log-0" / "model.pt")
     assert model.dynamics.ensemble.members == 2
+    # A kill between the last checkpoint and the model.
+    (here / "runs" / "model-log-0" / "model.pt").unlink()
+    assert main(["train", "--resume", "runs/model-log-0", "--no-report"]) == 0
+    again = load_world_model(here / "runs" / "model-log-0" / "model.pt")
+    for mine, theirs in zip(again.parameters(), model.parameters()):
+        assert torch.equal(mine, theirs)
+    assert main(["evaluate", "runs/model-log-0", "--video", "film.gif"]) == 2
+    assert "no policy to film" in capsys.readouterr().err
     assert "<html" in (here / "runs" / "model-log-0" / "report.html").read_text()
 
 
@@ -148,6 +156,7 @@ def test_runs_go_on_with_the_settings_they_have(run, capsys) -> None:
         (["--noise-beta", "9"], "['noise_beta'].*start a new run"),
         (["--trials", "1"], "trials=1 ends the run before the 2"),
         (["--trials=soon"], "trials must be an int, got 'soon'"),
+        (["--env", "CartPole-v1"], "['env'].*start a new run"),
         (["--checkpoint", "7"], "no checkpoint of step 7; there are"),
         (["--device", "gpu"], "device='gpu' is unknown"),
     ):
@@ -175,6 +184,25 @@ def test_a_run_that_is_over_goes_on_with_a_later_end(here, capsys) -> None:
     assert longer == whole and len(whole) == 6
     assert main(["train", "--resume", "run", "--no-report", "--steps", "80"]) == 0
     assert RunFolder.open("run").metrics()[-1]["step"] == 84
+
+
+def test_a_run_that_reached_its_return_is_made_longer_as_it_says(here, capsys) -> None:
+    goal = ["--evaluation-interval", "25", "--stop-return", "-1e6", "--logger", "csv"]
+    train = ["train", "mbpo", "--run", "run", "--no-report", *MBPO, *goal]
+    assert main(train) == 0
+    assert main(["train", "--resume", "run", "--no-report"]) == 0
+    steps = RunFolder.open("run").config["config"]["steps"]
+    longer = f"train --resume run --steps {2 * steps} --stop-return none"
+    assert f"To make it longer: torchrl-wm {longer}\n" in capsys.readouterr().out
+    # A negative number with a fraction is one, too.
+    end = ["--stop-return", "-0.5", "--no-report"]
+    assert main(["train", "--resume", "run", *end]) == 0
+    config = RunFolder.open("run").config["config"]
+    assert (config["stop_return"], config["steps"]) == (-0.5, steps)
+    over = RunFolder.open("run").metrics()[-1]["step"]
+    assert over >= steps
+    assert main([*longer.split(), "--no-report"]) == 0
+    assert RunFolder.open("run").metrics()[-1]["step"] >= 2 * steps
 
 
 def test_a_damaged_checkpoint_and_the_one_before(here, capsys) -> None:

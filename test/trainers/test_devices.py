@@ -9,16 +9,18 @@ import pytest
 import torch
 from _runs import interrupt, MBPO, PETS, RECIPES
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictParams, TensorDictSequential
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.modules import EGreedyModule, MLP, QValueActor
 
 from torchrl_wm.trainers import make_real_env, MBPOTrainer, PETSTrainer, RunConfig
-from torchrl_wm.trainers.collecting import Acting
+from torchrl_wm.trainers.collecting import Acting, RealSteps
 from torchrl_wm.trainers.episodes import Episodes
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import check_losses, NonFiniteLossError
 from torchrl_wm.trainers.recipe import make_replay
+from torchrl_wm.trainers.recipes.mbpo import sample_newest
 
 
 class Waits(TorchDispatchMode):
@@ -116,6 +118,30 @@ def test_what_acts_mixes_random_actions_in_on_the_policys_device() -> None:
         seen = TensorDict({"observation": torch.zeros(3, 3)}, [3], device="meta")
         assert acting(seen)["action"].device.type == "meta"
         assert acting(seen)["action"].shape == (3, 1)
+
+
+def test_a_policy_that_is_elsewhere_in_part() -> None:
+    env = make_real_env("CartPole-v1")
+    spec = env.action_spec
+    values = QValueActor(MLP(4, 2, num_cells=[8]), spec=spec).to("meta")
+    exploring = EGreedyModule(spec)
+    policy = TensorDictSequential(values, exploring)
+    config = RunConfig(env="CartPole-v1")
+    with pytest.raises(
+        ValueError, match=r"'module\.1\.eps.* on cpu.*on meta.*policy\.to"
+    ):
+        RealSteps(config, "CartPole-v1", env, policy, torch.device("meta"))
+    RealSteps(config, "CartPole-v1", env, policy.to("meta"), torch.device("meta"))
+
+
+def test_the_newest_rows_on_a_device() -> None:
+    replay = make_replay(10, "meta")
+    replay.extend(TensorDict({"x": torch.zeros(8, 2)}, [8]))
+    assert sample_newest(replay, 5, 3)["x"].shape == (5, 2)
+    replay = make_replay(4)
+    for row in range(6):
+        replay.extend(TensorDict({"x": torch.tensor([row])}, [1]))
+    assert sample_newest(replay, 200, 2)["x"].unique().tolist() == [4, 5]
 
 
 def test_replay_on_a_device() -> None:

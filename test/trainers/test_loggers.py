@@ -162,6 +162,22 @@ def test_a_row_that_was_cut_off_is_forgotten(tmp_path) -> None:
     assert RunFolder.open(tmp_path / "run").metrics() == again.metrics
 
 
+def test_a_table_that_was_edited(tmp_path) -> None:
+    trainer = start_run("pets", tmp_path / "run", **{**PETS, "trials": 1})
+    trainer.train()
+    path = tmp_path / "run" / "metrics.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    for cut, message in (
+        ([*lines[:2], lines[2].strip() + ",7\n", *lines[3:]], "row 2 has more values"),
+        (lines[:-1], f"has {len(lines) - 2} rows, and had {len(lines) - 1}"),
+    ):
+        path.write_text("".join(cut))
+        with pytest.raises(ValueError, match=message):
+            resume_run(tmp_path / "run")
+    path.write_text("".join(lines))
+    assert resume_run(tmp_path / "run").metrics == trainer.metrics
+
+
 # TensorBoard ----------------------------------------------------------------
 
 

@@ -194,6 +194,33 @@ def test_what_a_run_was_given_from_python_must_be_given_again(tmp_path) -> None:
     PETSTrainer.resume(tmp_path / "run", env=make_reacher, reward_function=reward)
 
 
+def test_a_run_goes_on_in_its_own_env(tmp_path) -> None:
+    MBPOTrainer.start(tmp_path / "run", **MBPO)
+    MBPOTrainer.resume(tmp_path / "run", env="Pendulum-v1")
+    with pytest.raises(ValueError, match=r"\['env'\]. For other settings start a new"):
+        MBPOTrainer.resume(tmp_path / "run", env="MountainCarContinuous-v0")
+
+
+def test_a_trainer_has_what_its_recipe_has() -> None:
+    trainer = MBPOTrainer(**MBPO)
+    assert trainer.optimizer is trainer.recipe.optimizer
+    assert trainer.imagined is trainer.recipe.imagined
+    with pytest.raises(AttributeError, match="MBPOTrainer has no attribute 'planner'"):
+        trainer.planner
+
+
+def test_modules_are_found_where_they_were(tmp_path, monkeypatch) -> None:
+    """In a folder beside Python's own, as /usr/src/app is with a Python in /usr."""
+    app, installed = tmp_path / "src" / "app", tmp_path / "lib" / "site-packages"
+    for path in (app, installed):
+        path.mkdir(parents=True)
+        monkeypatch.syspath_prepend(str(path))
+    monkeypatch.setattr("sys.base_prefix", str(tmp_path))
+    paths = MBPOTrainer.start(tmp_path / "run", **MBPO).run.config["python_path"]
+    assert str(app) in paths and str(installed) not in paths
+    assert os.path.dirname(os.__file__) not in paths
+
+
 def test_a_run_that_reached_its_goal_is_saved_and_over(tmp_path) -> None:
     settings = {**MBPO, "stop_return": -1e6, "evaluation_interval": 25}
     trainer = MBPOTrainer.start(tmp_path / "run", **settings)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from torchrl_wm.cli.console import Interrupted, list_paths, say
+from torchrl_wm.cli.console import list_paths, say
 from torchrl_wm.cli.runs import free
-from torchrl_wm.cli.training import paths, what_is_saved
+from torchrl_wm.cli.training import paths, saying_what_is_saved
 from torchrl_wm.trainers import (
     episode_return,
     film_policy,
@@ -68,7 +68,7 @@ def run_demo(
         f"{counted(trials)} in which the actions are planned through an ensemble, which learns from all "
         f"steps so far."
     )
-    try:
+    with saying_what_is_saved(trainer):
         trainer.train()
         say(
             "Acting once more, to compare what happens with what the model imagines ..."
@@ -93,8 +93,6 @@ def run_demo(
             seed=seed,
             episode=episode,
         )
-    except KeyboardInterrupt:
-        raise Interrupted(what_is_saved(trainer)) from None
     first, last = trainer.metrics[0]["return"], episode_return(trainer.env, episode)
     say(
         f"Return at random {first:.0f}, after {counted(trials)} {last:.0f}. Done in "

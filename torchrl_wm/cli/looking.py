@@ -30,6 +30,8 @@ def evaluate(
     """Print the returns of the policy."""
     positive(episodes, "--episodes")
     trainer = open_run(path, checkpoint)
+    if video is not None:
+        _check_acts(trainer, path)
     steps = trainer.collected_frames
     if trainer.policy is None:
         numbers = {"steps": steps, **trainer.recipe.measures()}

@@ -130,6 +130,17 @@ def _split_ends(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not value:
             value = left.pop(at + 1) if len(left) > at + 1 else ""
         left.pop(at)
-        is_number = value.lstrip("-").isdigit()
-        ends[name[2:].replace("-", "_")] = int(value) if is_number else value
+        ends[name[2:].replace("-", "_")] = _value(value)
     return left, ends
+
+
+def _value(word: str) -> Any:
+    """A setting as it was written: nothing, a number or a word."""
+    if word.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word

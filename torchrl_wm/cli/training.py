@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +107,7 @@ def resume(
 def finish(trainer: RecipeTrainer, report: bool) -> None:
     """Run to the end, write the report, and say where all is."""
     began = time.monotonic()
-    try:
+    with saying_what_is_saved(trainer):
         trainer.train()
         over = f"Done in {time.monotonic() - began:.0f} s: {done(trainer)}"
         if report and trainer.recipe.has_learnt:  # else there is no model to report on
@@ -114,10 +115,6 @@ def finish(trainer: RecipeTrainer, report: bool) -> None:
             write_run_report(trainer)
         else:
             say(f"{over}.")
-    except (KeyboardInterrupt, *ERRORS) as err:
-        if not was_interrupted(err):
-            raise
-        raise Interrupted(what_is_saved(trainer)) from None
     list_paths(paths(trainer))
     say(f"In all {trainer.run.size / 1e6:.1f} MB in {trainer.run.path}.")
 
@@ -134,6 +131,17 @@ def done(trainer: RecipeTrainer) -> str:
         f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()
     ]
     return ", ".join(words)
+
+
+@contextmanager
+def saying_what_is_saved(trainer: RecipeTrainer) -> Iterator[None]:
+    """Let Ctrl-C end with what it leaves, whatever other code makes of it."""
+    try:
+        yield
+    except (KeyboardInterrupt, *ERRORS) as err:
+        if not was_interrupted(err):
+            raise
+        raise Interrupted(what_is_saved(trainer)) from None
 
 
 def what_is_saved(trainer: RecipeTrainer) -> str:
@@ -169,7 +177,12 @@ def paths(trainer: RecipeTrainer) -> dict[str, Path]:
 
 
 def _longer(trainer: RecipeTrainer) -> str:
-    """The command that makes a run longer."""
-    name = trainer.config.ENDS[-1]
-    now = getattr(trainer.config, name) or trainer.collected_frames
-    return command("train", "--resume", trainer.run.path, f"--{name}", 2 * now)
+    """The command that makes a run longer: twice as long, and with no return that ends it."""
+    options = []
+    for name in trainer.config.ENDS:
+        end = getattr(trainer.config, name)
+        if name == "stop_return":
+            options += ["--stop-return", "none"] if trainer.has_reached else []
+        elif end is not None:
+            options += [f"--{name.replace('_', '-')}", 2 * end]
+    return command("train", "--resume", trainer.run.path, *options)

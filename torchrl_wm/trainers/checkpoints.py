@@ -47,9 +47,7 @@ class PlainAdapter(CheckpointAdapter):
     def __init__(self, name: str = "part") -> None:
         self._name, self._is_readable = name, False
 
-    def save(
-        self, component: Any, path: Path, *, args: tuple, kwargs: Mapping[str, Any]
-    ) -> None:
+    def save(self, component: Any, path: Path, **_: Any) -> None:
         """Write ``component.state_dict()``.
 
         Raises:
@@ -70,16 +68,7 @@ class PlainAdapter(CheckpointAdapter):
             ) from err
         self._is_readable = True
 
-    def load(
-        self,
-        component: Any,
-        path: Path,
-        *,
-        map_location: Any,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple,
-        kwargs: Mapping[str, Any],
-    ) -> None:
+    def load(self, component: Any, path: Path, **_: Any) -> None:
         """Read it into ``component``.
 
         Raises:
@@ -127,9 +116,7 @@ class ReplayAdapter(CheckpointAdapter):
 
         buffer.empty = empty_and_note
 
-    def save(
-        self, component: ReplayBuffer, path: Path, *, args: tuple, kwargs: Mapping
-    ) -> None:
+    def save(self, component: ReplayBuffer, path: Path, **_: Any) -> None:
         """Write the rows since the last checkpoint, and the count of all."""
         count, capacity = component.write_count, component.storage.max_size
         cursor = component.writer.state_dict()["_cursor"]
@@ -159,16 +146,7 @@ class ReplayAdapter(CheckpointAdapter):
         }
         write_plain(content, path / "state.pt")
 
-    def load(
-        self,
-        component: ReplayBuffer,
-        path: Path,
-        *,
-        map_location: Any,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple,
-        kwargs: Mapping[str, Any],
-    ) -> None:
+    def load(self, component: ReplayBuffer, path: Path, **_: Any) -> None:
         """Read the rows of a checkpoint into a buffer.
 
         Raises:
@@ -283,6 +261,53 @@ class RandomState:
                 self._loaded["torch_cuda"] = on_gpus
             GlobalRNGState().load_state_dict(self._loaded)
             self._loaded = None
+
+
+class TrainerState:
+    """What a checkpoint holds of a run's trainer itself.
+
+    Args:
+        trainer: a :class:`~torchrl_wm.trainers.RecipeTrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and the losses that the next row of the metrics has."""
+        trainer = self._trainer
+        losses = {
+            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in trainer._losses.items()
+        }
+        return {
+            "recipe": trainer.recipe.name,
+            "collected_frames": trainer.collected_frames,
+            "episodes": trainer.episodes,
+            "seconds": trainer.seconds,
+            # The rows themselves are in metrics.csv: a checkpoint does not grow with the run.
+            "rows": len(trainer.metrics),
+            "losses": losses,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, with the rows of the metrics until then."""
+        trainer = self._trainer
+        if state_dict["recipe"] != trainer.recipe.name:
+            raise ValueError(
+                f"it is one of {state_dict['recipe']!r}, and this is {trainer.recipe.name!r}"
+            )
+        rows = trainer.run.metrics()
+        if len(rows) < state_dict["rows"]:
+            raise ValueError(
+                f"metrics.csv has {len(rows)} rows, and had {state_dict['rows']} when it was saved; "
+                f"put the file back as the run wrote it"
+            )
+        trainer.metrics = rows[: state_dict["rows"]]
+        trainer.collected_frames = state_dict["collected_frames"]
+        trainer.episodes = state_dict["episodes"]
+        trainer.seconds = state_dict["seconds"]
+        trainer._losses = dict(state_dict["losses"])
 
 
 def make_checkpoint(

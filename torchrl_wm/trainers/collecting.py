@@ -116,6 +116,7 @@ class RealSteps:
             another(source)  # refused now, not when the run has begun
         if config.collector == "processes":
             _pickled(source)
+        check_device(policy, device)
         #: Where the envs are.
         self.episodes = Episodes(env, config.num_envs, carried_keys(policy))
         self.acting = Acting(policy, env, self.episodes, config.random_hold)
@@ -204,17 +205,9 @@ class RealSteps:
         Args:
             kwargs: for Gymnasium, such as ``render_mode``.
         """
-        env = make_real_env(another(self._source), **self._settings(), **kwargs)
-        return prepared(env, self.acting.policy)
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings of each env."""
-        config = self.config
-        return {
-            "seed": config.seed,
-            "max_episode_steps": config.max_episode_steps,
-            "action_repeat": config.action_repeat,
-        }
+        env = another(self._source)
+        made = make_real_env(env, **self.config.env_settings, **kwargs)
+        return prepared(made, self.acting.policy)
 
     def _envs(self) -> EnvBase:
         config, number = self.config, len(self.episodes)
@@ -223,7 +216,7 @@ class RealSteps:
         if number == 1 and config.collector == "single":
             episode_seeds(self._env).episode = firsts[0]
             return self._env
-        common = {**self._settings(), "stride": number}
+        common = {**config.env_settings, "stride": number}
         settings = [{"first_episode": first, **common} for first in firsts]
         for each in settings:
             each["env"] = another(self._source)
@@ -241,6 +234,20 @@ def prepared(env: EnvBase, policy: Any) -> EnvBase:
     # Zero at a reset of the whole env, of which it may have done flags of parts, too.
     primer = policy.make_tensordict_primer(reset_key=env.reset_keys[0])
     return TransformedEnv(env, primer.to("cpu"), auto_unwrap=False)
+
+
+def check_device(policy: TensorDictModuleBase, device: torch.device) -> None:
+    """Refuse a policy with tensors elsewhere: the collector would act with a copy of it.
+
+    Raises:
+        ValueError: if there are some.
+    """
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
+        if tensor.device.type != device.type:
+            raise ValueError(
+                f"The policy has {name!r} on {tensor.device}, and the run is on {device}. Move it "
+                f"when the recipe makes it: self.policy = policy.to(self.device)."
+            )
 
 
 def carried_keys(policy: Any) -> list:

@@ -200,9 +200,10 @@ def _real_film(
     hook = trainer.policy.register_forward_pre_hook(take)
     try:
         (episode,) = trainer.evaluate(1, env, seed=seed)
+        take()
     finally:
         hook.remove()
-    take()
+        env.close()  # a run makes many films, and renderers hold on to what they draw with
     if any(frame is None for frame in frames):
         return Film(None, episode, False)
     shown = np.stack(frames)

@@ -48,10 +48,21 @@ def as_torchrl_acts(env: gymnasium.Env) -> gymnasium.Env:
 
 def gymnasium_env(env: EnvBase) -> gymnasium.Env | None:
     """The Gymnasium env within a TorchRL env; None if there is none."""
+    inner = wrapped_env(env)
+    return inner if isinstance(inner, gymnasium.Env) else None
+
+
+def wrapped_env(env: EnvBase) -> Any:
+    """What a TorchRL env wraps, of whatever library; None if it wraps nothing."""
+    # Not getattr: batched envs ask their workers.
+    return innermost(env).__dict__.get("_env")
+
+
+def innermost(env: EnvBase) -> EnvBase:
+    """The env within all transforms."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    inner = env.__dict__.get("_env", None)
-    return inner if isinstance(inner, gymnasium.Env) else None
+    return env
 
 
 def own_action_space(env: EnvBase) -> gymnasium.Space | None:

@@ -18,9 +18,10 @@ from torchrl.data import (
     TensorSpec,
     Unbounded,
 )
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, unique
+from torchrl_wm.trainers.gym_actions import wrapped_env
 
 #: More options than this are quantities rather than choices.
 _MOST_OPTIONS = 1000
@@ -172,9 +173,7 @@ def _blocks(key: NestedKey, rows: torch.Tensor) -> list[int] | None:
 
 def start_of(env: EnvBase) -> Any:
     """The number of the first option in an env's Gymnasium space; TorchRL's is 0."""
-    while isinstance(env, TransformedEnv):
-        env = env.base_env
-    return start_of_space(getattr(env.__dict__.get("_env"), "action_space", None))
+    return start_of_space(getattr(wrapped_env(env), "action_space", None))
 
 
 def start_of_space(space: Any) -> Any:

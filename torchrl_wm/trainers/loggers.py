@@ -18,9 +18,6 @@ from torchrl.record.loggers import get_logger, Logger, TensorboardLogger
 from torchrl_wm._files import write_text
 from torchrl_wm.diagnostics import save_video
 
-#: What a logger needs to be installed.
-_NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-
 
 class MetricsTable(Logger):
     """A TorchRL logger that keeps a table, ``metrics.csv``: a row for each call of ``log_metrics``.
@@ -103,10 +100,14 @@ class MetricsTable(Logger):
         if not self._path.is_file():
             return []
         with open(self._path, newline="") as rows:
-            return [
-                {name: _number(value) for name, value in row.items() if value}
-                for row in csv.DictReader(rows)
-            ]
+            found = list(csv.DictReader(rows))
+        for number, row in enumerate(found, start=1):
+            if None in row:  # what a cut leaves is shorter
+                raise ValueError(
+                    f"{str(self._path)!r} is damaged: row {number} has more values than there are "
+                    f"columns."
+                )
+        return [{k: _number(v) for k, v in row.items() if v} for row in found]
 
 
 class TensorBoard(TensorboardLogger):
@@ -141,10 +142,9 @@ def check_loggers(names: Sequence[str]) -> None:
         ImportError: if one is not.
     """
     for name in names:
-        package = _NEEDS.get(name)
-        if package is not None and not find_spec(package):
+        if name != "csv" and not find_spec(name):
             raise ImportError(
-                f"The logger {name!r} needs {package}: pip install {package}. Or choose another: "
+                f"The logger {name!r} needs {name}: pip install {name}. Or choose another: "
                 f"logger='csv', on the command line --logger csv."
             )
 
@@ -208,9 +208,8 @@ def _mlflow(folder: Path, run_id: str) -> Logger:
             os.environ["MLFLOW_RUN_ID"] = begun[0].info.run_id  # read by start_run
     tags = {"torchrl_wm_run": run_id}
     logger = MLFlowLogger(folder.name, database, tags, artifact_location=artifacts)
-    logger.close = (
-        mlflow.end_run
-    )  # TorchRL's leaves the run open, and no other can begin
+    # TorchRL's leaves the run open, and no other can begin.
+    logger.close = mlflow.end_run
     return logger
 
 

@@ -273,6 +273,8 @@ def split_transitions(
         share: how much to hold out.
         seed: the same split comes with it each time.
     """
+    if not 0 < share < 1:
+        raise ValueError(f"held_out must be a share between 0 and 1, got {share}.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     done = _ends(rows)
     number = done.long().cumsum(0) - done.long()  # of the episode of each step

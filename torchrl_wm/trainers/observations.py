@@ -18,6 +18,7 @@ from torchrl_wm.trainers.gym_actions import (
     gymnasium_env,
     own_action_space,
     TorchRLActions,
+    wrapped_env,
 )
 
 #: What an observation consists of: dictionaries, lists (of a Tuple space), and shapes; None where
@@ -102,7 +103,7 @@ class HandedValues:
 
 
 def _layout_of(env: EnvBase) -> Layout:
-    inner = env.__dict__.get("_env", None)
+    inner = wrapped_env(env)
     if isinstance(inner, gymnasium.Env):
         return _layout_of_space(inner.observation_space)
     specs = getattr(inner, "observation_spec", None)

@@ -19,6 +19,7 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.collecting import prepared
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.gym_actions import innermost
 from torchrl_wm.trainers.observations import HandedValues
 from torchrl_wm.trainers.real_envs import ActionRepeat
 from torchrl_wm.trainers.runs import resume_run
@@ -124,7 +125,7 @@ class Policy:
         self._policy, self._device = policy, trainer.recipe.device
         # What the run puts around the real env, for the entries that the policy carries, too.
         self._around = prepared(env, policy)
-        self._values = HandedValues(_innermost(self._around))
+        self._values = HandedValues(innermost(self._around))
         self.action_repeat = _repeats(self._around)
         self._random = PrivateRandom(seed, self._device)
         self._size: int | None = None
@@ -221,7 +222,7 @@ class Seat:
     """
 
     def __init__(self, around: EnvBase) -> None:
-        self._handed = HandedEnv(_innermost(around))
+        self._handed = HandedEnv(innermost(around))
         self._env: EnvBase = self._handed
         for transforms in _layers(around):
             copies = [copy.deepcopy(transform.clone()) for transform in transforms]
@@ -313,12 +314,6 @@ class PrivateRandom:
         if self._cuda is not None:
             states.append(torch.cuda.get_rng_state(self._cuda))
         return states
-
-
-def _innermost(env: EnvBase) -> EnvBase:
-    while isinstance(env, TransformedEnv):
-        env = env.base_env
-    return env
 
 
 def _layers(env: EnvBase) -> list[list[Transform]]:

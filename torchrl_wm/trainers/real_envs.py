@@ -23,10 +23,15 @@ from torchrl.envs import (
     Transform,
     TransformedEnv,
 )
+
 from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
-
-from torchrl_wm.trainers.gym_actions import as_torchrl_acts, check_start, gymnasium_env
+from torchrl_wm.trainers.gym_actions import (
+    as_torchrl_acts,
+    check_start,
+    gymnasium_env,
+    wrapped_env,
+)
 
 #: What a recipe takes for an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
@@ -172,9 +177,7 @@ def another(source: EnvSource) -> EnvSource:
 
 def rendered_frame(env: EnvBase) -> np.ndarray | None:
     """What a real env shows now, ``[height, width, 3]`` uint8; None if it shows nothing."""
-    while isinstance(env, TransformedEnv):
-        env = env.base_env
-    inner = env.__dict__.get("_env", None)
+    inner = wrapped_env(env)
     if isinstance(inner, gymnasium.Env):
         frame = inner.render() if inner.render_mode is not None else None
     elif hasattr(inner, "physics"):  # dm_control
@@ -245,9 +248,8 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     except RuntimeError as err:
         raise _not_taken(name, gymnasium.make(name), err) from err
     inner = gymnasium_env(env)
-    if (
-        inner is not None
-    ):  # in place, as GymEnv alone knows which arguments are Gymnasium's
+    # In place, as GymEnv alone knows which arguments are Gymnasium's.
+    if inner is not None:
         env._env = as_torchrl_acts(inner)
     return env
 

@@ -73,12 +73,8 @@ class Recipe:
             config: the settings.
             source: the env or what makes it, where ``config.env`` is not enough.
         """
-        return make_real_env(
-            config.env if source is None else source,
-            seed=config.seed,
-            max_episode_steps=config.max_episode_steps,
-            action_repeat=config.action_repeat,
-        )
+        source = config.env if source is None else source
+        return make_real_env(source, **config.env_settings)
 
     def make_collector(self, source: EnvSource | None) -> Any:
         """Return what gives the steps of a run: those of the real envs."""

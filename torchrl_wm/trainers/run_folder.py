@@ -320,20 +320,19 @@ class RunFolder:
 
     def _why_not(self, path: Path, err: Exception) -> str:
         """Say what is wrong with a checkpoint."""
-        cause = err.__cause__
-        if isinstance(cause, MisfitError):
-            return (
-                f"The checkpoint in {str(self.path)!r} does not fit the run's config and env "
-                f"({cause})."
-            )
         if "Unsupported newer" in str(err):
             return f"{str(path)!r} is of a newer version. Update torchrl_wm and torchrl. ({err})"
-        if isinstance(err, CheckpointError) and err.result is not None:
-            if err.result.missing or err.result.incompatible and cause is None:
-                return (
-                    f"The checkpoint in {str(self.path)!r} does not fit the run's config and env "
-                    f"({err})."
-                )
+        cause, result = err.__cause__, getattr(err, "result", None)
+        reason = cause if isinstance(cause, MisfitError) else None
+        if result is not None and (
+            result.missing or result.incompatible and cause is None
+        ):
+            reason = reason or err
+        if reason is not None:
+            return (
+                f"The checkpoint in {str(self.path)!r} does not fit the run's config and env "
+                f"({reason})."
+            )
         return f"The checkpoint {str(path)!r} is damaged ({err})."
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -62,14 +64,21 @@ class ConfiguredTrainer(RecipeTrainer):
 
     @classmethod
     def start(
-        cls, path: str | os.PathLike, config: Settings | None = None, **given: Any
+        cls,
+        path: str | os.PathLike,
+        config: Settings | None = None,
+        *,
+        progress: bool = False,
+        **given: Any,
     ) -> ConfiguredTrainer:
         """Make a run in a new folder; :meth:`train` runs it.
 
         Args:
             path: the folder; an empty one may be there already.
             config: the settings.
-            given: as to the trainer itself.
+
+        Keyword Args:
+            progress, given: as to the trainer itself.
 
         Raises:
             FileExistsError: if there is something in the folder already.
@@ -77,7 +86,6 @@ class ConfiguredTrainer(RecipeTrainer):
         """
         cls._check_registered()
         RunFolder.check_free(path)
-        progress = given.pop("progress", False)
         config, objects = cls.configured(config, given)
         # Built first: what cannot be built leaves no folder behind.
         trainer = cls(config, progress=progress, **objects)
@@ -124,10 +132,17 @@ class ConfiguredTrainer(RecipeTrainer):
         cls._check_is_mine(run)
         _use_paths(run.config.get("python_path", []))
         config = cls.recipe_class.config_class.from_json(run.config["config"])
-        names = {field.name for field in fields(config)} - {"env"}
-        changes = {name: given.pop(name) for name in list(given) if name in names}
-        _, objects = cls.configured(config, given)
+        objects = {**given}
+        changes = {
+            field.name: objects.pop(field.name)
+            for field in fields(config)
+            if field.name in objects
+            and (field.name != "env" or isinstance(objects["env"], str))
+        }
+        _, objects = cls.configured(config, objects)
         cls._check_given(run, objects)
+        if "env" in changes and changes["env"] == config.env:
+            changes.pop("env")
         device = {"device": changes.pop("device")} if "device" in changes else {}
         config = replace(config, **device).lengthened(changes)
         trainer = cls(config, run=run, progress=progress, **objects)
@@ -150,21 +165,13 @@ class ConfiguredTrainer(RecipeTrainer):
         Raises:
             TypeError: if ``config`` is that of another recipe, or a setting is unknown.
         """
-        recipe = cls.recipe_class
-        settings = {name: value for name, value in given.items() if value is not None}
-        objects = {
-            name: settings.pop(name)
-            for name in ("env", *recipe.objects)
-            if name in settings
-        }
+        names = ("env", *cls.recipe_class.objects)
+        settings = {name: given[name] for name in given if name not in names}
+        # None is a value of a setting, and says of an object that there is none.
+        objects = {name: given[name] for name in names if given.get(name) is not None}
         if isinstance(objects.get("env"), str):
             settings["env"] = objects.pop("env")
-        # None is a value of a setting, and says of an object that there is none.
-        known = ("env", *recipe.objects)
-        settings.update(
-            {k: v for k, v in given.items() if v is None and k not in known}
-        )
-        return recipe.config_class.make(config, settings), objects
+        return cls.recipe_class.config_class.make(config, settings), objects
 
     @classmethod
     def _check_registered(cls) -> None:
@@ -285,12 +292,15 @@ def _seed_all(seed: int) -> None:
 
 def _own_paths() -> list[str]:
     """Where modules of the user's are found: what is on the path and is no installation."""
+    # Not by Python's own prefix: with /usr that would be /usr/src/app, too.
+    library = sysconfig.get_path("stdlib")
+    installed = ("site-packages", "dist-packages")
     return [
         entry
         for entry in map(os.path.abspath, sys.path)
         if os.path.isdir(entry)
-        and not entry.startswith((sys.prefix, sys.base_prefix))
-        and "site-packages" not in entry
+        and not Path(entry).is_relative_to(library)
+        and not {*Path(entry).parts}.intersection(installed)
     ]
 
 

@@ -197,6 +197,12 @@ class RunConfig(Settings):
     ENDS = ("steps", "stop_return")
 
     @property
+    def env_settings(self) -> dict[str, Any]:
+        """What :func:`~torchrl_wm.trainers.make_real_env` takes of the settings."""
+        names = ("seed", "max_episode_steps", "action_repeat")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def about(self) -> str:
         return self.env
 
@@ -300,9 +306,8 @@ def _checked_tuple(name: str, value: Any, kinds: tuple) -> tuple:
 
 
 def _checked_item(name: str, value: Any, kind: Any) -> Any:
-    named = (
-        get_origin(kind) is Literal
-    )  # "Unknown logger", not "Unknown each of logger"
+    # "Unknown logger", not "Unknown each of logger".
+    named = get_origin(kind) is Literal
     return checked(name if named else f"Each of {name}", value, kind)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.envs import EnvBase
@@ -16,7 +15,7 @@ from torchrl.trainers import Trainer
 
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
-from torchrl_wm.trainers.checkpoints import all_parts, RandomState
+from torchrl_wm.trainers.checkpoints import all_parts, RandomState, TrainerState
 from torchrl_wm.trainers.collecting import RealSteps
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, forked_random, run_episodes
@@ -78,14 +77,17 @@ class RecipeTrainer(Trainer):
             progress_bar=False,
             auto_log_optim_steps=False,
         )
+        # TorchRL's Trainer would step one itself; here that is the recipe's.
+        self.optimizer = getattr(recipe, "optimizer", None)
         self._losses: dict[str, Any] = {}
         self._random = RandomState()
         self._progress = Progress(recipe.title) if progress else None
         self._evaluation_env: EnvBase | None = None
         self._is_running, self._began = False, 0.0
-        self._steps: Steps | None = None
+        #: The real steps that were made last.
+        self.new_steps: Steps | None = None
         #: What a checkpoint holds, by name.
-        own = {"trainer": _State(self), "random": self._random, **collector.parts}
+        own = {"trainer": TrainerState(self), "random": self._random, **collector.parts}
         self._parts = all_parts(recipe.name, recipe.parts, recipe.replay, own)
         recipe.on_fit = self._on_fit
         # Each step, in this order; optim_steps between them.
@@ -105,11 +107,6 @@ class RecipeTrainer(Trainer):
     def data(self) -> Any:
         """The replay of real steps."""
         return self.recipe.replay
-
-    @property
-    def new_steps(self) -> Steps:
-        """The real steps that were made last."""
-        return self._steps
 
     @property
     def is_over(self) -> bool:
@@ -139,13 +136,13 @@ class RecipeTrainer(Trainer):
             KeyboardInterrupt: after Ctrl-C.
         """
         if self.is_over:
+            self._finish()  # which a kill may have left out
             return
         if self._is_running:
             raise RuntimeError(
                 "This run was interrupted, and its collector is closed. Go on from its folder: "
                 f"{type(self).__name__}.resume(path), or start a new one."
             )
-        self._is_running = True
         self._began = time.monotonic() - self.seconds
         if self.run is not None:
             self.run.go_on()
@@ -155,11 +152,11 @@ class RecipeTrainer(Trainer):
         if not self.collected_frames:
             self.collector.begin()
         self.collector.on_begin = self._random.restore
+        self._is_running = True
         try:
             with deferred_interrupts():
                 super().train()
-                if self.run is not None:
-                    self.recipe.finish(self.run.path)
+                self._finish()
             self._is_running = False
         except NonFiniteLossError as err:
             raise self._with_batch_saved(err) from err
@@ -177,7 +174,7 @@ class RecipeTrainer(Trainer):
             rows = self.recipe.kept(steps)
             check_transitions(rows, total)
             self.recipe.replay.extend(rows)
-        self._steps = self.collector.count(steps, total)
+        self.new_steps = self.collector.count(steps, total)
         if self._progress is not None:
             self._progress.step(len(steps))
         return steps
@@ -188,12 +185,12 @@ class RecipeTrainer(Trainer):
         What such a hook records is in the checkpoint of this step.
         """
         if self.collected_frames >= getattr(self.config, "random_steps", 0):
-            self._losses.update(self.recipe.learn(self._steps))
+            self._losses.update(self.recipe.learn(self.new_steps))
         self._post_optim_hook()
 
     def end_steps(self) -> None:
         """Evaluate and film where it is time to, record what ended, save, and stop at the end."""
-        steps = self._steps
+        steps = self.new_steps
         interval = getattr(self.config, "evaluation_interval", 0)
         is_evaluated = bool(interval) and steps.due(interval)
         if is_evaluated:
@@ -320,6 +317,10 @@ class RecipeTrainer(Trainer):
         """
         self.run.load(step)
 
+    def _finish(self) -> None:
+        if self.run is not None:
+            self.recipe.finish(self.run.path)
+
     def _expected_steps(self) -> int | None:
         return self.recipe.expected_steps(self.metrics, self.collected_frames)
 
@@ -343,43 +344,3 @@ class RecipeTrainer(Trainer):
             f"(torch.load reads it); the last checkpoint is untouched.",
             err.batch,
         )
-
-
-class _State:
-    """What a checkpoint holds of the trainer itself."""
-
-    def __init__(self, trainer: RecipeTrainer) -> None:
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        trainer = self._trainer
-        losses = {
-            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
-            for name, value in trainer._losses.items()
-        }
-        return {
-            "recipe": trainer.recipe.name,
-            "collected_frames": trainer.collected_frames,
-            "episodes": trainer.episodes,
-            "seconds": trainer.seconds,
-            # The rows themselves are in metrics.csv: a checkpoint does not grow with the run.
-            "rows": len(trainer.metrics),
-            "losses": losses,
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        trainer = self._trainer
-        if state_dict["recipe"] != trainer.recipe.name:
-            raise ValueError(
-                f"it is one of {state_dict['recipe']!r}, and this is {trainer.recipe.name!r}"
-            )
-        rows = trainer.run.metrics()
-        if len(rows) < state_dict["rows"]:
-            raise ValueError(
-                f"metrics.csv has {len(rows)} rows, and it was saved after {state_dict['rows']}"
-            )
-        trainer.metrics = rows[: state_dict["rows"]]
-        trainer.collected_frames = state_dict["collected_frames"]
-        trainer.episodes = state_dict["episodes"]
-        trainer.seconds = state_dict["seconds"]
-        trainer._losses = dict(state_dict["losses"])

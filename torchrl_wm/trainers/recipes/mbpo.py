@@ -207,5 +207,7 @@ def sample_newest(buffer: ReplayBuffer, number: int, among: int) -> TensorDictBa
     """Return ``number`` transitions, with replacement, of the ``among`` that were written last."""
     if among >= len(buffer):
         return buffer.sample(number)
-    last = buffer.write_count - 1
-    return buffer[(last - torch.randint(among, (number,))) % len(buffer)]
+    # Not by buffer[...], which looks at its indices on the CPU and waits for them.
+    storage = buffer.storage
+    back = torch.randint(among, (number,), device=storage.device)
+    return storage[(buffer.write_count - 1 - back) % len(buffer)]

@@ -179,8 +179,9 @@ class GradientSteps:
     def __iter__(self) -> Iterator[TensorDictBase]:
         """Give empty steps, ``[interval]``."""
         self.on_begin()
-        while self._counts.done < self.total:
-            number = min(self.interval, self.total - self._counts.done)
+        while (done := self._counts.done) < self.total:
+            # To the next multiple of the interval: a run that is made longer looks where others do.
+            number = min(self.interval - done % self.interval, self.total - done)
             yield TensorDict({}, batch_size=[number])
 
     def count(self, steps: TensorDictBase, total: int) -> Steps:
