@@ -6,6 +6,7 @@ Reading the list costs no import of torch: the command line's help is quick.
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -45,14 +46,7 @@ class Entry:
         """
         found = self.target
         if isinstance(found, str):
-            module, _, name = found.partition(":")
-            try:
-                found = getattr(importlib.import_module(module), name)
-            except (ImportError, AttributeError) as err:
-                raise ValueError(
-                    f"The recipe {self.name!r} of {self.origin} cannot be imported from "
-                    f"{self.target!r} ({type(err).__name__}: {err})."
-                ) from err
+            found = _imported(found, f"The recipe {self.name!r} of {self.origin}")
         _check(found, self.name)
         _name(found, self.name)
         return found
@@ -124,12 +118,22 @@ def recipe_names() -> list[str]:
     return [*_BUILT_IN, *sorted(found - set(_BUILT_IN))]
 
 
-def find_recipe(name: str) -> Entry:
+def find_recipe(name: str, path: str | None = None) -> Entry:
     """Return the recipe of a name.
+
+    Args:
+        name: the name, or ``"module:Class"`` of a module that registers it.
+        path: where a run says that its recipe is, ``"module:Class"``: its module is imported, and
+            so registers the recipe, if nobody else has.
 
     Raises:
         ValueError: if there is none, or two packages register it.
     """
+    if ":" in name:
+        return _of_module(name)
+    if path is not None and name not in recipe_names():
+        with suppress(ImportError):
+            importlib.import_module(path.partition(":")[0])
     found = [_REGISTERED.get(name), _built_in(name), *_installed(name)]
     entries = {entry.path: entry for entry in found if entry is not None}
     if len(entries) > 1:
@@ -143,11 +147,35 @@ def find_recipe(name: str) -> Entry:
         close = get_close_matches(name, names, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your own is "
-            f"registered by torchrl_wm.trainers.register_recipe, or by an installed package in "
-            f"the entry point group {GROUP!r}."
+            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your "
+            f"own is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
+            f"(torchrl-wm train module:Class) or import, or by an installed package in the entry "
+            f"point group {GROUP!r}."
         )
     return next(iter(entries.values()))
+
+
+def _of_module(name: str) -> Entry:
+    """The recipe that ``"module:Class"`` registers."""
+    kind = _imported(name, "The recipe")
+    _check(kind, name)
+    if getattr(kind, "name", None) not in recipe_names():
+        raise ValueError(
+            f"{name!r} is registered under no name. Decorate it: "
+            f"@torchrl_wm.trainers.register_recipe('its-name')."
+        )
+    return find_recipe(kind.name)
+
+
+def _imported(path: str, what: str) -> Any:
+    """What ``"module:Class"`` stands for; ``what`` it is, for the error."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as err:
+        raise ValueError(
+            f"{what} cannot be imported from {path!r} ({type(err).__name__}: {err})."
+        ) from err
 
 
 def path_of(kind: type) -> str:

@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +279,39 @@ def test_evaluate_repeats_itself_and_heeds_the_seed(run, capsys) -> None:
     assert float(std) == pytest.approx(
         abs(numbers[0] - numbers[1]) / 2**0.5, rel=1e-3
     )
+
+
+OWN_RECIPE = """
+from torchrl_wm.trainers import PETS, register_recipe
+
+
+@register_recipe("calm-pets")
+class CalmPETS(PETS):
+    '''PETS that plans for the mean of the members.'''
+"""
+
+
+def test_a_recipe_in_a_module_of_ones_own(here, capsys) -> None:
+    (here / "my_recipe_module.py").write_text(OWN_RECIPE)
+    words = ["train", "my_recipe_module:CalmPETS", "--run", "run", "--no-report", *PETS]
+    assert main(words) == 0
+    assert "calm-pets on Pendulum-v1" in capsys.readouterr().out
+    # Another process knows its name from the folder alone, wherever it is.
+    (here / "elsewhere").mkdir()
+    for words in (
+        ["evaluate", str(here / "run"), "--episodes", "1"],
+        ["train", "--resume", str(here / "run"), "--trials", "3", "--no-report"],
+    ):
+        outcome = subprocess.run(
+            [sys.executable, "-m", "torchrl_wm", *words],
+            cwd=here / "elsewhere",
+            capture_output=True,
+            text=True,
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        assert "calm-pets" in outcome.stdout or "step 60" in outcome.stdout
+    assert main(["train", "my_recipe_module:Nothing"]) == 2
+    assert "my_recipe_module:Nothing" in capsys.readouterr().err
 
 
 def test_evaluate_in_json(run, here, capsys) -> None:

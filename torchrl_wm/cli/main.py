@@ -91,7 +91,7 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     # Hence only where they are asked for.
     recipe = words[1] if trains and words[1:] and words[1][0] != "-" else None
     if recipe is not None and not resumes:
-        find_recipe(recipe)
+        recipe = find_recipe(recipe).name
         from torchrl_wm.cli import training
 
         prog = f"torchrl-wm train {recipe}"

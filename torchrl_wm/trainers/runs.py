@@ -280,7 +280,8 @@ def trainer_of(path: str | os.PathLike) -> type[ConfiguredTrainer]:
             f"{str(run.path / 'config.json')!r} does not say of which recipe the run is: it has no "
             f"'algorithm'."
         )
-    return trainer_class(run.config["algorithm"])
+    entry = find_recipe(run.config["algorithm"], run.config.get("recipe"))
+    return trainer_class(entry.name)
 
 
 def _seed_all(seed: int) -> None:
