@@ -9,6 +9,8 @@ import gymnasium
 from gymnasium import spaces
 from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_wm import _upstream
+
 
 class TorchRLActions(gymnasium.ActionWrapper):
     """A Gymnasium env that takes actions as TorchRL's wrappers hand them out.
@@ -50,7 +52,7 @@ def gymnasium_env(env: EnvBase) -> gymnasium.Env | None:
     """The Gymnasium env within a TorchRL env; None if there is none."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    inner = env.__dict__.get("_env", None)
+    inner = _upstream.wrapped_env(env)
     return inner if isinstance(inner, gymnasium.Env) else None
 
 

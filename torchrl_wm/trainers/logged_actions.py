@@ -20,6 +20,7 @@ from torchrl.data import (
 )
 from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_wm import _upstream
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, unique
 
 #: More options than this are quantities rather than choices.
@@ -174,7 +175,7 @@ def start_of(env: EnvBase) -> Any:
     """The number of the first option in an env's Gymnasium space; TorchRL's is 0."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    return start_of_space(getattr(env.__dict__.get("_env"), "action_space", None))
+    return start_of_space(getattr(_upstream.wrapped_env(env), "action_space", None))
 
 
 def start_of_space(space: Any) -> Any:

@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite
 from torchrl.envs import EnvBase
 
+from torchrl_wm import _upstream
 from torchrl_wm.trainers.gym_actions import (
     gymnasium_env,
     own_action_space,
@@ -102,7 +103,7 @@ class HandedValues:
 
 
 def _layout_of(env: EnvBase) -> Layout:
-    inner = env.__dict__.get("_env", None)
+    inner = _upstream.wrapped_env(env)
     if isinstance(inner, gymnasium.Env):
         return _layout_of_space(inner.observation_space)
     specs = getattr(inner, "observation_spec", None)

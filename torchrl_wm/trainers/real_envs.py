@@ -23,6 +23,7 @@ from torchrl.envs import (
     Transform,
     TransformedEnv,
 )
+from torchrl_wm import _upstream
 from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 
@@ -174,7 +175,7 @@ def rendered_frame(env: EnvBase) -> np.ndarray | None:
     """What a real env shows now, ``[height, width, 3]`` uint8; None if it shows nothing."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    inner = env.__dict__.get("_env", None)
+    inner = _upstream.wrapped_env(env)
     if isinstance(inner, gymnasium.Env):
         frame = inner.render() if inner.render_mode is not None else None
     elif hasattr(inner, "physics"):  # dm_control
@@ -248,7 +249,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     if (
         inner is not None
     ):  # in place, as GymEnv alone knows which arguments are Gymnasium's
-        env._env = as_torchrl_acts(inner)
+        _upstream.set_wrapped_env(env, as_torchrl_acts(inner))
     return env
 
 
