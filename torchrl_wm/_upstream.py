@@ -356,12 +356,12 @@ def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
     """Return the parameters and buffers of a module, without those of its submodules."""
     try:
-        held = (*module._parameters.values(), *module._buffers.values())
+        held = (module._parameters, module._buffers)
     except AttributeError:
         options = {"recurse": False, "remove_duplicate": False}
-        named = (*module.named_parameters(**options), *module.named_buffers(**options))
-        held = [tensor for _, tensor in named]
-    return [tensor for tensor in held if tensor is not None]
+        named = module.named_parameters(**options), module.named_buffers(**options)
+        held = tuple(map(dict, named))
+    return [value for part in held for value in part.values() if value is not None]
 
 
 def new_tensordict(
