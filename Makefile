@@ -47,7 +47,7 @@ canary: ## Try the newest tensordict, torchrl and gymnasium that pip finds; repo
 	done
 	@$(CANARY)/bin/python -m pip --disable-pip-version-check check || true
 	@$(CANARY)/bin/python -m pip --disable-pip-version-check list | \
-		grep -E "^(torch|tensordict|torchrl|gymnasium) "
+		grep -E "^(torch|tensordict|torchrl|gymnasium) " || true
 	OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) \
 		--dist loadfile --continue-on-collection-errors $(CANARY_TESTS) \
 		&& echo "canary: all tests pass" || echo "canary: some tests fail; see above"

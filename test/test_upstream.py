@@ -358,7 +358,7 @@ def test_every_name_has_its_reason_and_is_used() -> None:
     for place, why, without in entries:
         name = place.partition(":")[2].rpartition(".")[2]
         assert why and without, place
-        beyond_the_table = source.replace(place, "") + rest
+        beyond_the_table = source.replace(place, "", 1) + rest
         assert name in beyond_the_table, f"{place} is not used"
     listed = {entry.place.partition(":")[2].rpartition(".")[2] for entry in entries}
     names = {
@@ -678,7 +678,7 @@ def test_a_wrapped_env_that_is_not_found_is_an_error() -> None:
     _upstream.set_wrapped_env(env, _upstream.wrapped_env(other))
     assert "CartPole" in repr(_upstream.wrapped_env(env))
     env.__dict__["_inner"] = env.__dict__.pop("_env")
-    with pytest.raises(_upstream.UpstreamError, match="GymEnv._env"):
+    with pytest.raises(_upstream.UpstreamError, match="GymWrapper._env"):
         _upstream.wrapped_env(env)
 
 

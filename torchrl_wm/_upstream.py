@@ -9,6 +9,7 @@ Elsewhere an :class:`UpstreamError` names the installed version and the one to i
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ NAMES = (
     Private("torchrl.envs:EnvBase._step_proc_data", _STEP, _LOOP),
     Private(
         "torchrl.envs:EnvBase._post_step_mdp_hooks",
-        "env hooks between two steps",
+        "an env may change what the policy reads next",
         f"{_LOOP}; a policy of a run that is used without the env raises an error",
     ),
     Private(
@@ -231,6 +232,8 @@ STEP_METHODS = ("_reset_proc_data", "_step_proc_data", "_assert_tensordict_shape
 #: The entries of an env's ``__dict__`` that no pickle takes.
 COMPILED_STEP = "_compiled_step_and_maybe_reset"
 COLLECTOR = "_collector"
+#: What wraps policies, for the error that says that it is not there.
+POLICY_WRAPPER = "torchrl.envs.utils:_make_compatible_policy"
 _STEP_NAMES = (*STEP_METHODS, "_post_step_mdp_hooks")
 
 
@@ -238,19 +241,15 @@ class UpstreamError(RuntimeError):
     """The installed version of a package lacks what this one needs of it."""
 
 
-def missing(name: str, package: str, need: str) -> UpstreamError:
-    """Return the error for a private name that is not there.
-
-    Args:
-        name: the name, as a user may find it.
-        package: the package that should have it, as pip calls it.
-        need: what needs it.
-    """
-    asked = [r for r in _requirements() if r.startswith(package)]
-    known = asked[0].split(";")[0] if asked else f"an earlier {package}"
+def missing(place: str) -> UpstreamError:
+    """Return the error for a name of :data:`NAMES` or :data:`REPLACED` that is not there."""
+    why = next(entry.why for entry in (*NAMES, *REPLACED) if entry.place == place)
+    package, name = place.split(".")[0].split(":")[0], place.partition(":")[2]
+    asked = [r for r in _requirements() if re.match(rf"{package}\b(?!-)", r)]
+    known = asked[0].split(";")[0].strip() if asked else package
     return UpstreamError(
-        f"{package} {metadata.version(package)} has no {name}, which {need} needs. Install a "
-        f"version that torchrl-wm was tested with, pip install '{known}', or a newer torchrl-wm."
+        f"{package} {metadata.version(package)} has no {name}. torchrl_wm needs it: {why}. "
+        f"Install a version that it was tested with, pip install '{known}', or a newer torchrl-wm."
     )
 
 
@@ -275,12 +274,11 @@ def check_replaced(owner: type) -> None:
     Raises:
         UpstreamError: if nobody would call the package's method.
     """
-    for place, why, without in REPLACED:
-        module, _, name = place.partition(":")
-        kind, _, name = name.partition(".")
+    for place, _, without in REPLACED:
+        kind, _, name = place.partition(":")[2].partition(".")
         if kind == owner.__name__ and without == "an error":
             if not hasattr(owner, name):
-                raise missing(f"{kind}.{name}", module.split(".")[0], f"{why!r}")
+                raise missing(place)
 
 
 # Modules ---------------------------------------------------------------------------------
@@ -423,15 +421,14 @@ def following_root(env: Any, step: Any) -> Any:
     try:
         hooks = env._post_step_mdp_hooks
     except AttributeError:
-        need = "a policy that is used without its env"
-        raise missing("EnvBase._post_step_mdp_hooks", "torchrl", need) from None
+        raise missing("torchrl.envs:EnvBase._post_step_mdp_hooks") from None
     following = env.step_mdp(step)
     return following if hooks is None else hooks(step, following)[1]
 
 
 def compatible_policy(policy: Callable, observation_spec: Any, env: Any) -> Any | None:
     """Return a policy that takes tensordicts, as TorchRL wraps it; None if it cannot be made."""
-    make = _find("torchrl.envs.utils", "_make_compatible_policy")
+    make = _find(*POLICY_WRAPPER.split(":"))
     if make is None:
         return None
     return make(policy, observation_spec, env=env, fast_wrap=True)
@@ -446,7 +443,7 @@ def wrapped_env(env: Any) -> Any | None:
     # Not getattr: batched envs ask their workers, and start them.
     inner = env.__dict__.get("_env")
     if inner is None and _wraps(env):
-        raise missing(f"{type(env).__name__}._env", "torchrl", "its env")
+        raise missing("torchrl.envs.libs.gym:GymWrapper._env")
     return inner
 
 
@@ -493,7 +490,7 @@ def cursor(writer: Any) -> int | None:
     if isinstance(found, int):
         return found
     if isinstance(writer, RoundRobinWriter):
-        raise missing("RoundRobinWriter._cursor", "torchrl", "the order of a replay")
+        raise missing("torchrl.data:RoundRobinWriter._cursor")
     return None
 
 
@@ -501,8 +498,7 @@ def set_cursor(writer: Any, cursor: int, write_count: int) -> None:
     """Let a writer go on at a row, after so many rows."""
     state = {"_cursor": cursor, "_write_count": write_count}
     if state.keys() != writer.state_dict().keys():
-        need = "a replay's checkpoint"
-        raise missing(f"writer state {sorted(state)}", "torchrl", need)
+        raise missing("torchrl.data:RoundRobinWriter._write_count")
     writer.load_state_dict(state)
 
 
@@ -511,8 +507,7 @@ def run_post_optim(trainer: Any) -> None:
     try:
         run = trainer._post_optim_hook
     except AttributeError:
-        need = "a recipe's trainer"
-        raise missing("Trainer._post_optim_hook", "torchrl", need) from None
+        raise missing("torchrl.trainers:Trainer._post_optim_hook") from None
     run()
 
 
@@ -521,6 +516,5 @@ def unregister(trainer: Any, name: str) -> Any | None:
     try:
         modules = trainer._modules
     except AttributeError:
-        need = "registering a part again"
-        raise missing("Trainer._modules", "torchrl", need) from None
+        raise missing("torchrl.trainers:Trainer._modules") from None
     return modules.pop(name, None)

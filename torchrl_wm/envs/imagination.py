@@ -478,8 +478,7 @@ class Imagination(EnvBase):
             return ProgramActor(program, size, device)
         compatible = self._compatible(policy)
         if compatible is None:
-            name, what = "envs.utils._make_compatible_policy", "a policy without keys"
-            raise _upstream.missing(name, "torchrl", what)
+            raise _upstream.missing(_upstream.POLICY_WRAPPER)
         policy = compatible
         known: set[NestedKey] = set()
 

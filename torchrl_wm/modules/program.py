@@ -151,19 +151,24 @@ def is_decomposable(module: nn.Module) -> bool:
             is ProbabilisticTensorDictSequential.get_dist_params
             # The type of sampling is set for its deterministic part.
             and all(
-                is_plain(leaf) for child in module.det_part for leaf in _leaves(child)
+                is_plain(leaf)
+                for child in _children(module)[:-1]
+                for leaf in _leaves(child)
             )
             and _upstream.draws_sample(module)
         )
     return forward is TensorDictSequential.forward and module.inplace in (None, True)
 
 
+def _children(sequential: TensorDictSequential) -> list[nn.Module]:
+    """The modules that a sequential runs, in order, whether they have names or not."""
+    held = sequential.module
+    return list(held.children() if isinstance(held, nn.ModuleDict) else held)
+
+
 def _leaves(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, TensorDictSequential) and is_decomposable(module):
-        children = module.module
-        if isinstance(children, nn.ModuleDict):
-            children = children.children()
-        return [leaf for child in children for leaf in _leaves(child)]
+        return [leaf for child in _children(module) for leaf in _leaves(child)]
     return [module]
 
 
