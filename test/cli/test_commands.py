@@ -291,7 +291,8 @@ class CalmPETS(PETS):
 """
 
 
-def test_a_recipe_in_a_module_of_ones_own(here, capsys) -> None:
+def test_a_recipe_in_a_module_of_ones_own(here, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torchrl_wm._registry._REGISTERED", {})
     (here / "my_recipe_module.py").write_text(OWN_RECIPE)
     words = ["train", "my_recipe_module:CalmPETS", "--run", "run", "--no-report", *PETS]
     assert main(words) == 0

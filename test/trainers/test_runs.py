@@ -241,7 +241,7 @@ def test_a_run_that_was_interrupted_goes_on_from_its_folder(tmp_path) -> None:
 
 def test_a_later_end_that_is_no_end(tmp_path) -> None:
     start_run("pets", tmp_path / "run", **PETS).train()
-    with pytest.raises(ValueError, match="has made 60 steps and is over with.*steps"):
+    with pytest.warns(UserWarning, match="has made 60 steps and is over with.*steps"):
         resume_run(tmp_path / "run", steps=50)
     again = resume_run(tmp_path / "run", steps=61)
     again.train()
@@ -260,3 +260,19 @@ def test_the_seed_decides_what_numpy_and_python_draw() -> None:
         PETSTrainer(**{**PETS, "seed": seed})
         drawn.append((np.random.rand(), random.random()))
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2]
+
+
+def test_a_run_that_ends_before_it_learns_says_so() -> None:
+    with pytest.warns(UserWarning, match="steps=10, before.*random_steps=20"):
+        MBPOTrainer(**{**MBPO, "steps": 10})
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path) -> None:
+    first = start_run("pets", tmp_path / "run", **PETS)
+    first.run.go_on()  # as at the beginning of its training
+    with pytest.raises(RuntimeError, match=f"going on in process {os.getpid()}"):
+        resume_run(tmp_path / "run").train()
+    first.run.close()
+    again = resume_run(tmp_path / "run")
+    again.train()
+    assert again.collected_frames == 60

@@ -197,3 +197,8 @@ def test_settings_do_not_change() -> None:
     with pytest.raises(AttributeError):
         config.seed = 3
     assert replace(config, seed=3).seed == 3
+
+
+def test_a_return_that_nobody_looks_at() -> None:
+    with pytest.raises(ValueError, match="evaluation_interval"):
+        RunConfig(stop_return=-100.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -11,13 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from torchrl_wm._registry import find_recipe
-from torchrl_wm.cli.console import (
-    complain,
-    describe,
-    ERRORS,
-    Interrupted,
-    was_interrupted,
-)
+from torchrl_wm.cli.console import complain, describe, Interrupted, was_interrupted
 
 DESCRIPTION = """Learn world models, act by them, and see how good they are.
 
@@ -42,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Its notes, such as that a storage is initialised, are not for people who run a command.
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # if it is imported already
     # So are warnings that other packages give of each other's ways; ours are.
     for package in ("torchrl", "tensordict", "torch", "gymnasium"):
         warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
@@ -63,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("\nInterrupted.")
         return 130
-    except ERRORS as err:
+    except Exception as err:  # whatever an env or a library raises
         if was_interrupted(err):
             complain("\nInterrupted.")
             return 130

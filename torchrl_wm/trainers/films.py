@@ -108,7 +108,8 @@ def film_policy(
             f"{trainer.config.env!r} has no renderer that gives frames. In Gymnasium that is a "
             f"render() which returns [height, width, 3] uint8 for render_mode='rgb_array'; a "
             f"factory gets render_mode if it has a parameter of that name. Or draw observations "
-            f"yourself: film_policy(..., render=f) with f(observation) -> [height, width, 3]."
+            f"yourself: film_policy(..., render=f) with f(observation) -> [height, width, 3], on the "
+            f"command line torchrl-wm play RUN --render module:function."
         )
     save_video(path, film.frames, fps=fps)
     return film.has_imagined

@@ -127,6 +127,11 @@ def write_run_report(
                 "path)."
             )
         path = trainer.run.path / "report.html"
+    if trainer.world_model is None:
+        raise ValueError(
+            f"The recipe {trainer.recipe.name!r} has no world model to report on. "
+            f"plot_learning_curve(trainer.metrics) draws its returns."
+        )
     if not trainer.recipe.has_learnt:
         raise ValueError(
             "The run's model has not learnt anything: a report has nothing to measure. Train the "

@@ -197,6 +197,8 @@ def load_object(name: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     try:
+        if module.startswith(".") or "/" in module:
+            raise ImportError("this is a path, not the name of a module")
         found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -304,7 +306,7 @@ def _dm_control(name: str, kwargs: dict[str, Any]) -> EnvBase:
         raise ImportError(
             "dm_control's tasks need dm_control: pip install 'torchrl-wm[dm-control]'."
         ) from err
-    except ValueError as err:
+    except (ValueError, RuntimeError) as err:
         raise ValueError(
             f"There is no dm_control task {name!r} ({err}). Give 'dm_control/<domain>/<task>', "
             f"such as 'dm_control/cartpole/swingup'."

@@ -10,7 +10,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
@@ -24,6 +24,11 @@ from torchrl_wm.trainers.checkpoints import (
     ReplayAdapter,
 )
 from torchrl_wm.trainers.loggers import check_loggers, make_loggers, MetricsTable
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 #: Raised with each change that an older version cannot read.
 VERSION = 2
@@ -67,6 +72,7 @@ class RunFolder:
         self._loggers: list[Logger] | None = None
         self._filmless: set[str] = set()
         self._purged_from: int | None = None
+        self._locked: TextIO | None = None
         self._checkpoint = Checkpoint()
         self._replay: list[ReplayAdapter] = []
         self._loaded_step: int | None = None
@@ -175,6 +181,35 @@ class RunFolder:
             if logger is not self.table:
                 logger.close()
         self._loggers, self._purged_from = None, None
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
+
+    def _lock(self) -> None:
+        """Keep other processes from writing into the folder until this one closes it, or ends.
+
+        Raises:
+            RuntimeError: if another one writes into it.
+        """
+        if (
+            fcntl is None or self._locked is not None
+        ):  # there are no such locks on Windows
+            return
+        file = open(self.path / ".lock", "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            file.seek(0)
+            process = file.read().strip() or "another one"
+            file.close()
+            raise RuntimeError(
+                f"The run in {str(self.path)!r} is going on in process {process}. Wait for its end, "
+                f"or stop it first."
+            ) from err
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._locked = file
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Give a row of numbers to all loggers; ``step`` is where it stands in curves."""
@@ -285,6 +320,7 @@ class RunFolder:
         Called before a run writes into its folder again.
         """
         check_loggers(self._logger_names)
+        self._lock()
         self.write_config()  # the end may be another one now
         last = -1 if self._loaded_step is None else self._loaded_step
         for path in self.saved():

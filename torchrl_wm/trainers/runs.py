@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import sysconfig
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -59,6 +60,13 @@ class ConfiguredTrainer(RecipeTrainer):
         real_env = self.recipe_class.make_env(config, source)
         recipe = self.recipe_class(config, real_env, **objects)
         collector = recipe.make_collector(source)
+        random_steps = getattr(config, "random_steps", 0)
+        if config.steps is not None and config.steps < random_steps:
+            warnings.warn(
+                f"The run ends after steps={config.steps}, before the random ones do "
+                f"(random_steps={random_steps}): it will learn nothing.",
+                stacklevel=2,
+            )
         super().__init__(recipe, collector, run=run, progress=progress)
         watch(self)
 
@@ -150,9 +158,10 @@ class ConfiguredTrainer(RecipeTrainer):
         if run.saved() or checkpoint is not None:
             trainer.load(checkpoint)
         if changes and trainer.is_over:
-            raise ValueError(
+            warnings.warn(
                 f"The run in {str(run.path)!r} has made {trainer.collected_frames} steps and is over "
-                f"with {changes}, too. Give a later end: {list(config.ENDS)}."
+                f"with {changes}, too. Give a later end: {list(config.ENDS)}.",
+                stacklevel=2,
             )
         return trainer
 

@@ -124,7 +124,8 @@ class Settings:
         """
         if config is not None and not isinstance(config, cls):
             raise TypeError(
-                f"config must be a {cls.__name__}, got {type(config).__name__}."
+                f"config must be a {cls.__name__}, got {type(config).__name__}. All else goes by "
+                f"name, as env=..., run=..., members=3."
             )
         names = sorted(field.name for field in fields(cls))
         for name in sorted(settings.keys() - set(names)):
@@ -195,6 +196,14 @@ class RunConfig(Settings):
     film_interval: Annotated[int, AtLeast(0)] = 0
 
     ENDS = ("steps", "stop_return")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_return is not None and not self.evaluation_interval:
+            raise ValueError(
+                f"stop_return={self.stop_return} is looked at in evaluations, and there are none: "
+                f"give evaluation_interval=..., in steps."
+            )
 
     @property
     def env_settings(self) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class RecipeTrainer(Trainer):
         What such a hook records is in the checkpoint of this step.
         """
         if self.collected_frames >= getattr(self.config, "random_steps", 0):
-            self._losses.update(self.recipe.learn(self.new_steps))
+            self._losses.update(self.recipe.learn(self.new_steps) or {})
         _upstream.run_post_optim(self)
 
     def end_steps(self) -> None:

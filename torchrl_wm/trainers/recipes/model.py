@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ class ModelConfig(Settings):
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5
     batch_size: Annotated[int, AtLeast(1)] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data.startswith("minari:") and os.path.exists(self.data):
+            # A run is opened from elsewhere, too.
+            object.__setattr__(self, "data", os.path.abspath(self.data))
 
     @property
     def about(self) -> str:
