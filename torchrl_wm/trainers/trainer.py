@@ -16,7 +16,7 @@ from torchrl.trainers import Trainer
 from torchrl_wm import _upstream
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
-from torchrl_wm.trainers.checkpoints import all_parts, RandomState, TrainerState
+from torchrl_wm.trainers.checkpoints import all_parts
 from torchrl_wm.trainers.collecting import RealSteps
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, forked_random, run_episodes
@@ -25,6 +25,7 @@ from torchrl_wm.trainers.progress import Progress
 from torchrl_wm.trainers.real_envs import episode_seeds
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.run_folder import RunFolder
+from torchrl_wm.trainers.run_state import RandomState, TrainerState
 from torchrl_wm.trainers.steps import Steps
 
 #: Episodes of evaluations are numbered from here on, so that they are none of the run's.
