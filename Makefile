@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CANARY := .venv-canary
+CANARY_TESTS ?= test
 WORKERS ?= 2
 BIN := $(VENV)/bin
 VERSION := $(shell sed -n 's/^__version__ *= *"\(.*\)"/\1/p' torchrl_wm/__init__.py)
@@ -17,7 +19,7 @@ SOURCES := torchrl_wm test conftest.py docs/conf.py $(wildcard examples benchmar
 PROSE := docs $(wildcard *.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format docs bench clean
+.PHONY: help venv demo test canary lint format docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +33,24 @@ demo: $(call stamp,cli) ## Run the demo: learn a world model of the pendulum and
 # threads that share a core wait for each other.
 test: $(call stamp,test) ## Run the tests, the doctests and the snippets of README and docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+
+# An environment of its own, made anew: there is no other way to the newest of everything. The
+# packages are installed one by one, without what each asks of the others, so that pip cannot
+# stay at the versions that pyproject.toml allows. What is found is reported and fails nothing.
+canary: ## Try the newest tensordict, torchrl and gymnasium that pip finds; report, never fail
+	rm -rf $(CANARY)
+	$(PYTHON) -m venv $(CANARY)
+	$(CANARY)/bin/python -m pip --disable-pip-version-check install --quiet -e ".[test]"
+	for name in tensordict torchrl gymnasium; do \
+		$(CANARY)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade \
+			--no-deps $$name || echo "canary: the newest $$name could not be installed"; \
+	done
+	@$(CANARY)/bin/python -m pip --disable-pip-version-check check || true
+	@$(CANARY)/bin/python -m pip --disable-pip-version-check list | \
+		grep -E "^(torch|tensordict|torchrl|gymnasium) " || true
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) \
+		--dist loadfile --continue-on-collection-errors $(CANARY_TESTS) \
+		&& echo "canary: all tests pass" || echo "canary: some tests fail; see above"
 
 # pyupgrade can only rewrite, so it is given a copy, and fails if it would have.
 lint: $(call stamp,lint) ## Check formatting, style and spelling; change nothing
@@ -57,7 +77,7 @@ bench: $(call stamp,bench) ## Measure what imagination, plans, ensembles and the
 	$(BIN)/python benchmarks/export.py
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(CANARY) build dist docs/_build *.egg-info .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

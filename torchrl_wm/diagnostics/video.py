@@ -12,6 +12,7 @@ from gymnasium import spaces
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torchrl.envs import EnvBase
 
+from torchrl_wm import _upstream
 from torchrl_wm.diagnostics.drawing import name_of
 from torchrl_wm.diagnostics.film import captioned, GAP, resized, separated
 from torchrl_wm.diagnostics.recording import check_env, Recording
@@ -255,8 +256,8 @@ def _innermost(env: EnvBase) -> Any:
     """What a TorchRL env wraps in the end, or that env itself."""
     while hasattr(env, "base_env"):
         env = env.base_env
-    # Not getattr: batched envs ask their workers.
-    return env.__dict__.get("_env", env)
+    inner = _upstream.wrapped_env(env)
+    return env if inner is None else inner
 
 
 def _pixels_key(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from torchrl_wm import _upstream
+
 
 class CollectorRef(weakref.ref):
     """A weak reference to a collector; a copy or a pickle of it is None: another env is not collected."""
@@ -26,9 +28,9 @@ def leave_out_collectors(*held: Any) -> None:
     """
     for owner in held:
         for part in owner.modules() if isinstance(owner, nn.Module) else ():
-            reference = part.__dict__.get("_collector")
+            reference = part.__dict__.get(_upstream.COLLECTOR)
             if type(reference) is weakref.ref:
                 collector = reference()
-                part.__dict__["_collector"] = (
+                part.__dict__[_upstream.COLLECTOR] = (
                     None if collector is None else CollectorRef(collector)
                 )

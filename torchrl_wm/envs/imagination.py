@@ -8,14 +8,13 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.base import _is_leaf_nontensor
+from tensordict import is_leaf_nontensor, NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.nn.utils import skip_existing
 from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import _make_compatible_policy
 
+from torchrl_wm import _upstream
 from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.envs.unroll import (
     Act,
@@ -36,9 +35,7 @@ from torchrl_wm.modules.program import Program, to_tensordict, Values
 _AS_WRITTEN = (
     "_step",
     "_reset",
-    "_reset_proc_data",
-    "_step_proc_data",
-    "_assert_tensordict_shape",
+    *_upstream.STEP_METHODS,
     "reset",
     "maybe_reset",
     "any_done",
@@ -180,10 +177,13 @@ class Imagination(EnvBase):
             return f"the policy, {type(policy).__name__}, may do more than it says"
         if self._reads_nested(program, tensordict):
             return "the policy reads whole nested tensordicts"
+        unknown = _upstream.unknown_step(EnvBase)
+        if unknown is not None:
+            return f"TorchRL's envs have no {unknown}, which the fast path relies on"
         overridden = self._overridden()
         if overridden is not None:
             return f"{type(self).__name__} overrides {overridden}"
-        if self._post_step_mdp_hooks is not None or self.run_type_checks:
+        if _upstream.has_step_hooks(self) or self.run_type_checks:
             return "hooks or type checks are set"
         if skip_existing():
             return "existing entries are to be skipped"
@@ -455,8 +455,8 @@ class Imagination(EnvBase):
             return policy
         given, compatible = self.__dict__.get("_wrapped", (None, None))
         if given is not policy:
-            compatible = _make_compatible_policy(
-                policy, self.observation_spec, env=self, fast_wrap=True
+            compatible = _upstream.compatible_policy(
+                policy, self.observation_spec, self
             )
             self.__dict__["_wrapped"] = policy, compatible
         return compatible
@@ -476,7 +476,10 @@ class Imagination(EnvBase):
             and not self._reads_nested(program, start)
         ):
             return ProgramActor(program, size, device)
-        policy = self._compatible(policy)
+        compatible = self._compatible(policy)
+        if compatible is None:
+            raise _upstream.missing(_upstream.POLICY_WRAPPER)
+        policy = compatible
         known: set[NestedKey] = set()
 
         def act(values: Values, step: int) -> None:
@@ -638,7 +641,7 @@ def _only_tensors(tensordict: TensorDictBase, origin: str) -> Values:
     if values is None:
         others = [
             key
-            for key, value in tensordict.items(True, True, is_leaf=_is_leaf_nontensor)
+            for key, value in tensordict.items(True, True, is_leaf=is_leaf_nontensor)
             if not isinstance(value, torch.Tensor)
         ]
         raise TypeError(

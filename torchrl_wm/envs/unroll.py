@@ -10,9 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.base import _is_leaf_nontensor
+from tensordict import (
+    is_leaf_nontensor,
+    NestedKey,
+    TensorDict,
+    TensorDictBase,
+    unravel_key,
+)
 
+from torchrl_wm import _upstream
 from torchrl_wm.envs.endings import Endings
 from torchrl_wm.envs.step import autocasts, StepKernel
 from torchrl_wm.modules.keys import is_next, join, strip_next
@@ -328,12 +334,12 @@ def _build(
             path,
         )
     source.update(nodes)
-    return TensorDict._new_unsafe(source, batch_size=size, device=device, names=names)
+    return _upstream.new_tensordict(source, size, device, names)
 
 
 def _is_no_tensordict(kind: type) -> bool:
     """Whether entries of this kind count as leaves: else no tensors and tensorclasses go unseen."""
-    return _is_leaf_nontensor(kind) or not issubclass(kind, TensorDictBase)
+    return is_leaf_nontensor(kind) or not issubclass(kind, TensorDictBase)
 
 
 def _nodes(

@@ -11,8 +11,8 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torchrl.data import TensorSpec, Unbounded
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
-from torchrl.envs.utils import _update_during_reset
 
+from torchrl_wm import _upstream
 from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.envs.decoding import as_observed, read_decoded, specs_to_round
 from torchrl_wm.envs.imagination import Imagination
@@ -142,6 +142,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         decode: bool = False,
         check_finite: bool = False,
     ) -> None:
+        _upstream.check_replaced(EnvBase)
         _check_arguments(world_model, base_env, max_steps)
         batch_size = _as_size(batch_size, base_env.batch_size)
         sampler = None if start_states is None else make_sampler(start_states)
@@ -163,9 +164,6 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             batch_size=batch_size,
             allow_done_after_reset=True,
         )
-        # TorchRL keeps the lock on the class; ours depends on the instance. With
-        # a batch size, only a locked env gets partial steps right.
-        self.__dict__["_batch_locked"] = len(batch_size) > 0
         # Not registered: the source's parameters are not the env's.
         self.__dict__["_start_states"] = start_states
         self.__dict__["_sampler"] = sampler
@@ -182,6 +180,11 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         self.__dict__["_layout"] = layout
         self.__dict__["_compiler"] = None
         self.__dict__["_kernel"] = self._make_kernel(layout)
+
+    @property
+    def batch_locked(self) -> bool:
+        """Whether the env takes its own batch size alone: only such an env steps rows partly."""
+        return len(self.batch_size) > 0
 
     # Construction --------------------------------------------------------
 
@@ -246,7 +249,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         leave_out_collectors(self, self._start_states)
         # These hold on to networks, or to the env itself: a copy makes its own, and is eager.
         state = {**self.__dict__, **dict.fromkeys(("_kernel", "_compiler"))}
-        for name in ("_wrapped", "_policy_program", "_compiled_step_and_maybe_reset"):
+        for name in ("_wrapped", "_policy_program", _upstream.COMPILED_STEP):
             state.pop(name, None)
         return state
 
@@ -507,10 +510,8 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             # The caller's tensordict is not written to: what it has and an
             # imagined start must not have would survive.
             return tensordict_reset
-        merged = tensordict.copy()
-        self._reset_check_done(merged, tensordict_reset)
         rows = self._rows_to_reset(tensordict)
-        merged = _update_during_reset(tensordict_reset, merged, self.reset_keys)
+        merged = super()._reset_proc_data(tensordict.copy(), tensordict_reset)
         if rows is not None:
             for key in (*self.state_spec.keys(True, True), *self._layout.predicted):
                 new, old = tensordict_reset.get(key), merged.get(key)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.utils import seeding
 
 from torchrl_wm.export.rendering import Renderer
 from torchrl_wm.export.resolve import (
@@ -209,7 +208,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         self.action_space = self._source.action_space
         self._renderer = Renderer(self._source, render_fn, render_env)
         if self._first_seed is not None:
-            self._np_random, self._np_random_seed = seeding.np_random(self._first_seed)
+            super().reset(seed=self._first_seed)
         self._state: Any = None
         self._observation: Any = None
         self._elapsed = 0

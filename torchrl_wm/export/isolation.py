@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchrl_wm import _upstream
 
 _CPU = torch.default_generator
 _get_state, _set_state = _CPU.get_state, _CPU.set_state
-_set_grad = torch._C._set_grad_enabled
+_set_grad = _upstream.grad_setter()
 #: Longer containers hold data, through which no reset should have to look.
 _MOST = 1000
 

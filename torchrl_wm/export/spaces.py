@@ -14,14 +14,15 @@ from gymnasium import spaces
 from tensordict import TensorDictBase
 from torchrl.data import (
     Binary,
+    Bounded,
     Categorical,
     MultiCategorical,
     MultiOneHot,
     OneHot,
     TensorSpec,
+    Unbounded,
 )
 from torchrl.data.utils import numpy_to_torch_dtype_dict
-from torchrl.envs.libs.gym import _torchrl_to_gym_spec_transform
 
 from torchrl_wm.export.trees import tensor_to_numpy
 
@@ -72,10 +73,10 @@ def leaves_of(space: spaces.Space, path: str = "") -> list[tuple[str, spaces.Spa
 
 
 def space_of_spec(spec: TensorSpec) -> spaces.Space:
-    """The space of a spec without batch dims, by TorchRL's own conversion.
+    """The space of a spec without batch dims.
 
-    What the conversion loses is put back: dtypes, the shape of discrete specs, and
-    that an unbounded entry has no bounds.
+    Beyond TorchRL's own conversion, dtypes and the shape of discrete specs are kept, and an
+    unbounded entry has no bounds.
     """
     if isinstance(spec, (MultiCategorical, MultiOneHot)):
         return spaces.MultiDiscrete([int(n) for n in spec.nvec])
@@ -87,25 +88,27 @@ def space_of_spec(spec: TensorSpec) -> spaces.Space:
         shape = spec.shape[:-1] if isinstance(spec, OneHot) else spec.shape
         if shape.numel() > 1:
             return spaces.MultiDiscrete(np.full(tuple(shape), spec.space.n))
-    if spec.dtype is torch.bfloat16 and not is_option:  # numpy has none
+        return spaces.Discrete(int(spec.space.n))
+    if not isinstance(spec, (Bounded, Unbounded)):
+        raise NotImplementedError(
+            f"There is no Gymnasium space for a {type(spec).__name__}; there is one for Bounded, "
+            f"Unbounded, Binary, Categorical and OneHot, and MultiCategorical and MultiOneHot."
+        )
+    low, high = spec.space.low, spec.space.high
+    if spec.dtype.is_floating_point:
         end = torch.finfo(spec.dtype).max
-        bounds = (spec.space.low.float(), spec.space.high.float())
         low, high = (
             torch.where(bound.abs() >= end, bound.sign() * torch.inf, bound)
-            for bound in bounds
+            for bound in (low, high)
         )
-        return spaces.Box(low.numpy(force=True), high.numpy(force=True))
-    space = _torchrl_to_gym_spec_transform(spec, categorical_action_encoding=True)
-    if not isinstance(space, spaces.Box):
-        return space
+    if spec.dtype is torch.bfloat16:  # numpy has none
+        low, high = low.float(), high.float()
     dtype = _TORCH_TO_NUMPY.get(spec.dtype, np.dtype(np.float32))
-    low, high = space.low, space.high
-    if np.issubdtype(dtype, np.floating):
-        end = np.finfo(dtype).max
-        low, high = np.where(low <= -end, -np.inf, low), np.where(
-            high >= end, np.inf, high
-        )
-    return spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype.type)
+    low, high = (
+        np.broadcast_to(bound.numpy(force=True), tuple(spec.shape)).astype(dtype)
+        for bound in (low, high)
+    )
+    return spaces.Box(low, high, dtype=dtype.type)
 
 
 class Reader:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 
@@ -130,7 +129,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         self.action_space = batched(self.single_action_space, self.num_envs)
         self._renderer = Renderer(self._source, render_fn, render_env)
         if self._first_seed is not None:
-            self._np_random, self._np_random_seed = seeding.np_random(self._first_seed)
+            super().reset(seed=self._first_seed)
         self._state: Any = None
         self._observation: Any = None
         self._elapsed = np.zeros(self.num_envs, np.int64)

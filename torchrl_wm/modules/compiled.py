@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchrl_wm import _upstream
+
 Result = TypeVar("Result")
 
 
@@ -46,7 +48,7 @@ class GraphMaker:
         """
         try:
             return call()
-        except torch._dynamo.exc.BackendCompilerFailed as err:
+        except _upstream.backend_errors() as err:
             self.failed = True
             warnings.warn(
                 f"{self.what} could not be compiled and stays eager ({type(err).__name__}: "
@@ -55,7 +57,7 @@ class GraphMaker:
                 stacklevel=4,
             )
             return None
-        except torch._dynamo.exc.TorchDynamoException:
+        except _upstream.tracing_errors():
             if eager is not None:
                 eager()
             raise

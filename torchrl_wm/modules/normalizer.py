@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
+from torchrl_wm import _upstream
 from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
@@ -68,6 +69,7 @@ class Normalizer(nn.Module):
     """
 
     def __init__(self, features: int, *, freeze_constant: bool = False) -> None:
+        _upstream.check_replaced(nn.Module)
         super().__init__()
         self.freeze_constant = freeze_constant
         self.register_buffer("mean", torch.zeros(features))

@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.base import _is_leaf_nontensor
+from tensordict import (
+    is_leaf_nontensor,
+    NestedKey,
+    TensorDict,
+    TensorDictBase,
+    unravel_key,
+)
 from tensordict.nn import (
     CompositeDistribution,
     InteractionType,
@@ -26,6 +31,8 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 from torchrl.modules import SafeProbabilisticModule
 
+from torchrl_wm import _upstream
+from torchrl_wm._upstream import has_hooks
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, unique
 
@@ -109,13 +116,10 @@ def is_plain(module: nn.Module) -> bool:
     return (
         isinstance(module, TensorDictModule)
         and kind.forward is TensorDictModule.forward
-        and kind._call_module is TensorDictModule._call_module
-        and kind._write_to_tensordict is TensorDictModule._write_to_tensordict
-        and module._kwargs is None
+        and _upstream.only_calls(module, TensorDictModule)
         and module.inplace is True
         and module.method is None
         and not module.method_kwargs
-        and not module._get_kwargs
         and not module.strict
         and module.out_keys == module.out_keys_source
         and not has_hooks(module)
@@ -124,27 +128,18 @@ def is_plain(module: nn.Module) -> bool:
 
 def _signature(module: nn.Module) -> tuple:
     """What a program depends on; a network is compared by identity."""
-    network = module._modules.get("module", module.__dict__.get("module"))
+    network = _upstream.submodules(module).get("module", module.__dict__.get("module"))
     own = module.__dict__
     method = own.get("method"), bool(own.get("method_kwargs"))
     keys = tuple(module.in_keys), tuple(module.out_keys)
     return (type(module), has_hooks(module), id(network), *method, *keys)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
-    )
-
-
 def is_decomposable(module: nn.Module) -> bool:
     """Whether a sequential does nothing but run its modules in order."""
-    if has_hooks(module) or module._select_before_return or module.partial_tolerant:
+    if has_hooks(module) or _upstream.leaves_out_entries(module):
+        return False
+    if module.partial_tolerant:
         return False
     forward = type(module).forward
     if isinstance(module, ProbabilisticTensorDictSequential):
@@ -156,16 +151,24 @@ def is_decomposable(module: nn.Module) -> bool:
             is ProbabilisticTensorDictSequential.get_dist_params
             # The type of sampling is set for its deterministic part.
             and all(
-                is_plain(leaf) for child in module.det_part for leaf in _leaves(child)
+                is_plain(leaf)
+                for child in _children(module)[:-1]
+                for leaf in _leaves(child)
             )
-            and module._requires_sample
+            and _upstream.draws_sample(module)
         )
     return forward is TensorDictSequential.forward and module.inplace in (None, True)
 
 
+def _children(sequential: TensorDictSequential) -> list[nn.Module]:
+    """The modules that a sequential runs, in order, whether they have names or not."""
+    held = sequential.module
+    return list(held.children() if isinstance(held, nn.ModuleDict) else held)
+
+
 def _leaves(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, TensorDictSequential) and is_decomposable(module):
-        return [leaf for child in module._module_iter() for leaf in _leaves(child)]
+        return [leaf for child in _children(module) for leaf in _leaves(child)]
     return [module]
 
 
@@ -175,8 +178,7 @@ def _is_sampling(module: nn.Module) -> bool:
         type(module).forward
         in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward)
         and module.num_samples is None
-        and module._generator is None
-        and module._generator_key is None
+        and not _upstream.has_generator(module)
     )
 
 
@@ -191,7 +193,7 @@ def _writes_a_sample(module: ProbabilisticTensorDictModule) -> bool:
         and isinstance(drawn, type)
         and not issubclass(drawn, CompositeDistribution)
         and kind.get_dist is ProbabilisticTensorDictModule.get_dist
-        and kind._dist_sample is ProbabilisticTensorDictModule._dist_sample
+        and _upstream.draws_as(module, ProbabilisticTensorDictModule)
     )
 
 
@@ -304,7 +306,7 @@ def _write(
         if not isinstance(value, torch.Tensor):
             value = TensorDict.from_any(value)
         if isinstance(value, TensorDictBase):
-            for name, part in value.items(True, True, is_leaf=_is_leaf_nontensor):
+            for name, part in value.items(True, True, is_leaf=is_leaf_nontensor):
                 name = unravel_key((*as_tuple(key), *as_tuple(name)))
                 values[name] = _fitting(name, part, module, batch_size, device)
         else:
@@ -353,7 +355,7 @@ def _through_tensordict(module: nn.Module) -> Step:
         out = module(to_tensordict(shown, batch_size, device))
         # What such a module writes beyond its out_keys is kept, as in a tensordict.
         written = out.select(*out_keys) if narrow else out
-        for key, value in written.items(True, True, is_leaf=_is_leaf_nontensor):
+        for key, value in written.items(True, True, is_leaf=is_leaf_nontensor):
             key = unravel_key(key)
             values[key] = _fitting(key, value, module, batch_size, device)
 
@@ -375,7 +377,7 @@ def _sampling(module: ProbabilisticTensorDictModule) -> Step:
             # Asked for once: the module would compute it twice.
             sample = getattr(dist, "deterministic_sample", None)
         if sample is None:
-            sample = module._dist_sample(dist, interaction_type=mode)
+            sample = _upstream.draw(module, dist, mode)
         _write(values, sample, out_keys, module, batch_size, device)
 
     return step

@@ -6,14 +6,15 @@ entries there are.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey
-from torchrl.modules.tensordict_module.rnn import _maybe_warm_scan_backward, _scan
 
+from torchrl_wm import _upstream
 from torchrl_wm.modules.compiled import GraphMaker
 from torchrl_wm.modules.program import Values
 from torchrl_wm.modules.transition import Place, Transition
@@ -161,6 +162,8 @@ class FlatStep:
         at: Place,
     ) -> None:
         self.transition, self.at = transition, at
+        # Looked up here, as a graph cannot.
+        self._scan, _ = _upstream.scan_functions() or (None, None)
         self.state_keys, self.input_keys = state_keys, input_keys
         self.out_keys = out_keys
 
@@ -187,7 +190,7 @@ class FlatStep:
                 [value.clone() for value in out],
             )
 
-        return _scan(body, state, steps, dim=0)[1]
+        return self._scan(body, state, steps, dim=0)[1]
 
     def loop(self, step: Advance, state: Tensors, steps: Tensors) -> Tensors:
         """All steps, ``[T, *B, ...]``, by ``step``."""
@@ -216,8 +219,17 @@ class RolloutCompiler:
     ) -> None:
         if scope not in ("step", "scan"):
             raise ValueError(f"scope must be 'step' or 'scan', got {scope!r}.")
+        functions = _upstream.scan_functions()
+        if scope == "scan" and functions is None:
+            warnings.warn(
+                "The installed torchrl has no scan that is known here: steps are compiled one by "
+                "one, with the same result. scope='step' says so without a warning.",
+                stacklevel=3,
+            )
+            scope = "step"
+        self._warm = functions[1] if scope == "scan" else None
         for device in devices if scope == "scan" else ():
-            _maybe_warm_scan_backward(device)
+            self._warm(device)
         self.scope = scope
         self._graphs = GraphMaker(options, "The rollout", "world_model.eager_rollout()")
         self._transition: Transition | None = None
@@ -251,7 +263,7 @@ class RolloutCompiler:
         keys = tuple(state), inputs.keys(), tuple(first)
         step, compiled = self._get(transition, keys, at)
         if self.scope == "scan":
-            _maybe_warm_scan_backward(start[0].device)
+            self._warm(start[0].device)
             outs = self._graphs.attempt(lambda: compiled(start, steps))
         else:
             outs = self._graphs.attempt(lambda: step.loop(compiled, start, steps))

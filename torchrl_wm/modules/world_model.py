@@ -11,6 +11,7 @@ from tensordict.nn import dispatch, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.filtering import begin, observe_sequence, observe_step
 from torchrl_wm.modules.initial_state import InitialState, InitialStateLike
@@ -141,6 +142,7 @@ class WorldModel(TensorDictModuleBase):
         posterior: TensorDictModuleBase | None = None,
         initial_state: InitialStateLike | None = None,
     ) -> None:
+        _upstream.check_replaced(nn.Module)
         super().__init__()
         given = (encoder, dynamics, reward_head, done_head, decoder, posterior)
         for name, module in zip(self.component_names, given):
@@ -159,7 +161,7 @@ class WorldModel(TensorDictModuleBase):
     @property
     def components(self) -> dict[str, nn.Module]:
         """The components that the model has, by name, in the order they run."""
-        modules = self._modules
+        modules = _upstream.submodules(self)
         return {
             name: modules[name]
             for name in self.component_names

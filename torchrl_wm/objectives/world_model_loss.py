@@ -21,7 +21,9 @@ from tensordict import (
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 from torchrl.objectives import LossModule
+from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 
+from torchrl_wm import _upstream
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.entries import check_numbers
 from torchrl_wm.modules.errors import MissingEntryError
@@ -318,7 +320,7 @@ class WorldModelLoss(LossModule):
         delayed = {name for term in self.terms for name in term.delayed}
         if self.delay_encoder:
             delayed.add("encoder")
-        has_update = self._has_update_associated.get(name)
+        has_update = _upstream.update_flags(self).get(name)
         with warnings.catch_warnings():
             # Modules of terms cannot be annotated here.
             warnings.filterwarnings("ignore", ".*part of the annotations")
@@ -326,8 +328,8 @@ class WorldModelLoss(LossModule):
                 module, name, create_target_params=renew and name in delayed
             )
         if not renew:
-            self._has_update_associated[name] = has_update
-            targets = self._modules.get(f"target_{name}_params")
+            _upstream.update_flags(self)[name] = has_update
+            targets = _upstream.submodules(self).get(f"target_{name}_params")
             if targets is not None and _parameters(tensors):
                 floats = [t for t in tensors if t.is_floating_point()]
                 # Of a module: what TensorDictParams itself calls `to` makes another one.
@@ -554,7 +556,10 @@ class WorldModelLoss(LossModule):
         }
         size = tensordict.batch_size if self.reduction == "none" else ()
         out = TensorDict(losses, batch_size=size)
-        self._clear_weakrefs(tensordict, out)
+        if torch.compiler.is_compiling():
+            # A graph cannot give back what holds weak references.
+            tensordict.clear_refs_for_compile_()
+            out.clear_refs_for_compile_()
         return out
 
     def _compare(
@@ -664,7 +669,7 @@ class WorldModelLoss(LossModule):
 
     def valid(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         """Where the batch's masks say that samples are valid, ``[*B]``; None without a mask."""
-        masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
+        masks = [tensordict.get(key, None) for key in self._mask_keys()]
         masks = [mask for mask in masks if mask is not None]
         if not masks:
             if self.loss_mask_key not in (None, "auto"):
@@ -678,8 +683,15 @@ class WorldModelLoss(LossModule):
             tensordict.batch_size, dtype=torch.bool, device=masks[0].device
         )
         for mask in masks:
-            valid = valid & self._expand_loss_mask(mask.bool(), valid)
+            valid = valid & _per_sample(mask.bool(), valid.shape)
         return valid
+
+    def _mask_keys(self) -> tuple[NestedKey, ...]:
+        """The entries that may say which samples are valid, as TorchRL's losses take them."""
+        key = self.loss_mask_key
+        if key is None:
+            return ()
+        return AUTO_LOSS_MASK_KEYS if key == "auto" else (key,)
 
     def _weights(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         """The weights of the samples, ``[*B]``, or None."""
@@ -703,12 +715,21 @@ class WorldModelLoss(LossModule):
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
     """The parameters and buffers of a module, in order."""
     return [
-        tensor
-        for part in module.modules()
-        for tensors in (part._parameters, part._buffers)
-        for tensor in tensors.values()
-        if tensor is not None
+        tensor for part in module.modules() for tensor in _upstream.own_tensors(part)
     ]
+
+
+def _per_sample(mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """A mask ``[*B]``, ``[*B, 1]`` or of the first dims of ``*B``, as ``[*B]``."""
+    while mask.ndim > len(size) and mask.shape[-1] == 1:
+        mask = mask.squeeze(-1)
+    if mask.ndim > len(size):
+        raise ValueError(
+            f"A mask says of each sample whether it is valid, {tuple(size)} or {(*size, 1)}; this "
+            f"one has the shape {tuple(mask.shape)}. Reduce it, or name another entry: "
+            f"loss.set_keys(mask=...)."
+        )
+    return mask.reshape(mask.shape + (1,) * (len(size) - mask.ndim)).expand(size)
 
 
 def _parameters(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

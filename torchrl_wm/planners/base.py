@@ -198,7 +198,7 @@ class MPCPlanner(MPCPlannerBase):
             raise ValueError(f"act_on must be 'mean' or 'best', got {act_on!r}.")
         super().__init__(env, action_key)
         # TorchRL registers the env twice, which doubles its state dict.
-        del self._modules["env"]
+        del self.env
         self.__dict__["env"] = env
         self.action_spec = env.full_action_spec_unbatched[action_key]
         self.action_key = action_key

@@ -8,10 +8,10 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules.planners.common import _mask_post_done_reward, _planning_done_keys
 
 from torchrl_wm.planners.actions import Proposal
 from torchrl_wm.planners.base import MPCPlanner, Population, Search
+from torchrl_wm.planners.objective import done_keys, rewards_until_end
 
 
 class MPPIPlanner(MPCPlanner):
@@ -105,10 +105,7 @@ class MPPIPlanner(MPCPlanner):
         actions = actions.repeat_interleave(particles, 0)
         starts = self.objective.repeat(state, number * particles)
         imagined = self.objective.imagine(starts, actions)
-        done_keys = _planning_done_keys(self.env)
-        reward = _mask_post_done_reward(
-            imagined, self.reward_key, done_keys, time_dim=1
-        )
+        reward = rewards_until_end(imagined, self.reward_key, done_keys(self.env))
         self.advantage_module(imagined.set(self.reward_key, reward))
         advantage = imagined.get("advantage")[:, 0]
         values = advantage.reshape(rows, number, particles).mean(-1)

@@ -11,13 +11,19 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
-from torchrl.modules.planners.common import _planning_done_keys
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.layout import Layout
 from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.envs.unroll import ProgramActor
-from torchrl_wm.modules.keys import missing_from, sibling, strip_next, unique
+from torchrl_wm.modules.keys import (
+    as_tuple,
+    join,
+    missing_from,
+    sibling,
+    strip_next,
+    unique,
+)
 from torchrl_wm.modules.program import Program, to_tensordict, Values
 from torchrl_wm.modules.recurrence import where
 from torchrl_wm.planners.checks import check_start
@@ -358,7 +364,7 @@ class EnvObjective(Objective):
 
     def _ended(self, step: TensorDictBase, name: str) -> torch.Tensor:
         ended = torch.zeros(step.batch_size, dtype=torch.bool, device=step.device)
-        for key in _planning_done_keys(self.env):
+        for key in done_keys(self.env):
             flag = step.get(sibling(key, name), None)
             if flag is not None:
                 ended = ended | flag.flatten(1).all(-1)
@@ -371,6 +377,31 @@ class EnvObjective(Objective):
             steps.append(step)
             state = self.env.step_mdp(step)
         return torch.stack(steps, 1).refine_names(..., "time")
+
+
+def done_keys(env: EnvBase) -> list[NestedKey]:
+    """Return the ``done`` entries of a step that end a trajectory, as TorchRL's planners do.
+
+    A group of done entries that has an ancestor is heard only through it.
+    """
+    keys = [key for key in map(as_tuple, env.done_keys) if key[-1] == "done"]
+    groups = [key[:-1] for key in keys]
+
+    def has_ancestor(group: tuple[str, ...]) -> bool:
+        return any(len(o) < len(group) and group[: len(o)] == o for o in groups)
+
+    return [join("next", key) for key in keys if not has_ancestor(key[:-1])]
+
+
+def rewards_until_end(
+    steps: TensorDictBase, reward_key: NestedKey, done_keys: Sequence[NestedKey]
+) -> torch.Tensor:
+    """Return the rewards of steps ``[R, T]``, with zeros after the step that ended each row."""
+    reward = steps.get(reward_key)
+    if not done_keys:
+        return reward
+    done = torch.stack([steps[key].expand_as(reward) for key in done_keys]).any(0)
+    return torch.where(done.cumsum(1) > done, torch.zeros_like(reward), reward)
 
 
 def value_key(module: TensorDictModuleBase) -> NestedKey:

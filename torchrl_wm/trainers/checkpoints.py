@@ -19,6 +19,7 @@ from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
+from torchrl_wm import _upstream
 from torchrl_wm._files import read_plain, write_plain
 from torchrl_wm.modules.keys import as_tuple, leaf_keys
 
@@ -119,7 +120,7 @@ class ReplayAdapter(CheckpointAdapter):
     def save(self, component: ReplayBuffer, path: Path, **_: Any) -> None:
         """Write the rows since the last checkpoint, and the count of all."""
         count, capacity = component.write_count, component.storage.max_size
-        cursor = component.writer.state_dict()["_cursor"]
+        cursor = _upstream.cursor(component.writer)
         series, last = self._saved[-1] if self._saved else (0, 0)
         first = max(last if series == self._series else 0, count - len(component))
         if first < count:
@@ -168,7 +169,7 @@ class ReplayAdapter(CheckpointAdapter):
             # A full buffer has its oldest row at the cursor.
             rows = rows[(torch.arange(size) - cursor) % size]
             component.sampler.extend(component.writer.extend(rows))
-        component.writer.load_state_dict({"_cursor": cursor, "_write_count": count})
+        _upstream.set_cursor(component.writer, cursor, count)
         component.sampler.load_state_dict(state["sampler"])
 
     def drop_later(self) -> None:

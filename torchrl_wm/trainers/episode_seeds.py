@@ -7,6 +7,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import Transform
 
+from torchrl_wm import _upstream
+
 
 class EpisodeSeeds(Transform):
     """Seeds each episode of an env from ``(seed, number of the episode)``.
@@ -32,6 +34,7 @@ class EpisodeSeeds(Transform):
     """
 
     def __init__(self, seed: int, episode: int = 0, stride: int = 1) -> None:
+        _upstream.check_replaced(Transform)
         super().__init__()
         self.seed, self.episode, self.stride = seed, episode, stride
         self._outer_state: torch.Tensor | None = None

@@ -9,6 +9,8 @@ import gymnasium
 from gymnasium import spaces
 from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_wm import _upstream
+
 
 class TorchRLActions(gymnasium.ActionWrapper):
     """A Gymnasium env that takes actions as TorchRL's wrappers hand them out.
@@ -54,8 +56,7 @@ def gymnasium_env(env: EnvBase) -> gymnasium.Env | None:
 
 def wrapped_env(env: EnvBase) -> Any:
     """What a TorchRL env wraps, of whatever library; None if it wraps nothing."""
-    # Not getattr: batched envs ask their workers.
-    return innermost(env).__dict__.get("_env")
+    return _upstream.wrapped_env(innermost(env))
 
 
 def innermost(env: EnvBase) -> EnvBase:

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
 
+from torchrl_wm import _upstream
 from torchrl_wm.models import EnvSpecs, read_specs
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.filtering import episode_begins
@@ -330,8 +331,8 @@ def _content(buffer: ReplayBuffer) -> Any:
     if not len(buffer):
         raise ValueError("The data holds no transition: the replay buffer is empty.")
     data = buffer[:]
-    cursor = getattr(buffer.writer, "_cursor", None)
-    if not isinstance(data, TensorDictBase) or not isinstance(cursor, int):
+    cursor = _upstream.cursor(buffer.writer)
+    if not isinstance(data, TensorDictBase) or cursor is None:
         return data
     time = buffer.dim_extend
     data = oldest_first(data, time, cursor)

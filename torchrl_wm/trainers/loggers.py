@@ -132,7 +132,7 @@ class TensorBoard(TensorboardLogger):
             height=height, width=width, colorspace=3, encoded_image_string=content
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self.experiment._get_file_writer().add_summary(summary, step)
+        self.experiment.file_writer.add_summary(summary, step)
 
 
 def check_loggers(names: Sequence[str]) -> None:

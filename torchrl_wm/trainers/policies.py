@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, FrameSkipTransform, Transform, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
+from torchrl_wm import _upstream
 from torchrl_wm.modules.keys import unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.collecting import prepared
@@ -242,7 +243,7 @@ class Seat:
         if self._acted is None:
             return env.reset()
         step = env.step(self._acted)
-        return env._post_step_mdp_hooks(step, env.step_mdp(step))[1]
+        return _upstream.following_root(env, step)
 
     def take(self, acted: TensorDictBase, times: int) -> torch.Tensor:
         """Keep what the policy wrote; return the action that the innermost env gets."""

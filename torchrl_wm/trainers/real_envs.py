@@ -24,6 +24,7 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from torchrl_wm import _upstream
 from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.gym_actions import (
@@ -252,7 +253,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     inner = gymnasium_env(env)
     # In place, as GymEnv alone knows which arguments are Gymnasium's.
     if inner is not None:
-        env._env = as_torchrl_acts(inner)
+        _upstream.set_wrapped_env(env, as_torchrl_acts(inner))
     return env
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.trainers import Trainer
 
+from torchrl_wm import _upstream
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
 from torchrl_wm.trainers.checkpoints import all_parts
@@ -187,7 +188,7 @@ class RecipeTrainer(Trainer):
         """
         if self.collected_frames >= getattr(self.config, "random_steps", 0):
             self._losses.update(self.recipe.learn(self.new_steps) or {})
-        self._post_optim_hook()
+        _upstream.run_post_optim(self)
 
     def end_steps(self) -> None:
         """Evaluate and film where it is time to, record what ended, save, and stop at the end."""

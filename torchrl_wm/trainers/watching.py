@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.trainers import TrainerHookBase
 
+from torchrl_wm import _upstream
 from torchrl_wm.diagnostics import open_loop_error
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.trainers.evaluation import forked_random
@@ -67,7 +68,7 @@ class Watching(TrainerHookBase):
     def register(self, trainer: RecipeTrainer, name: str = "watching") -> None:
         """Have the trainer call it, in place of one that was registered under the name before."""
         self._trainer = trainer
-        before = trainer._modules.pop(name, None)
+        before = _upstream.unregister(trainer, name)
         if before is not None:
             before.interval = 0
         trainer.register_module(name, self)

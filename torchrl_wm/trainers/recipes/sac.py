@@ -11,6 +11,7 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.modules.distributions.continuous import SafeTanhTransform
 from torchrl.objectives import SACLoss
 
+from torchrl_wm import _upstream
 from torchrl_wm.trainers.env_checks import (
     check_policy_action,
     check_policy_observations,
@@ -59,7 +60,9 @@ def make_sac(
         in_keys=["loc", "scale"],
         out_keys=[env.action_key],
         spec=spec,
-        distribution_class=SquashedNormal,
+        distribution_class=(
+            SquashedNormal if _upstream.is_known_tanh(TanhNormal) else TanhNormal
+        ),
         distribution_kwargs={
             "low": spec.space.low.to(device),
             "high": spec.space.high.to(device),
@@ -107,10 +110,10 @@ class SquashedNormal(TanhNormal):
         low: torch.Tensor,
         high: torch.Tensor,
     ) -> None:
-        self.tanh_loc, self._event_dims = False, 1
+        self.tanh_loc = False
         self.device, self.low, self.high = loc.device, low, high
         stretched = AffineTransform(loc=(high + low) / 2, scale=(high - low) / 2)
-        self._t = ComposeTransform([SafeTanhTransform(), stretched])
+        _upstream.set_tanh(self, ComposeTransform([SafeTanhTransform(), stretched]), 1)
         self.update(loc, scale)
 
 
