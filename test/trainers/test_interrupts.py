@@ -63,7 +63,7 @@ def stop_until_it_is_over(name, path, settings, times):
 runs, how, times, longest = json.loads(sys.argv[1])
 draw, stopped = random.Random(0), {}
 for name, path, settings in runs:
-    for number in range(20):  # a run may be over before it was stopped so often
+    for number in range(200):  # a run may be over before it was stopped so often
         left = times - sum(stopped.get(path, []))
         if left:
             ended = stop_until_it_is_over(name, f"{path}-{number}", settings, left)
