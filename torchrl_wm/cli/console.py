@@ -8,17 +8,6 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-#: What ends a command with a message in place of a traceback.
-ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -13,7 +13,6 @@ import tyro
 from torchrl_wm._registry import find_recipe
 from torchrl_wm.cli.console import (
     command,
-    ERRORS,
     Interrupted,
     list_paths,
     say,
@@ -138,7 +137,7 @@ def saying_what_is_saved(trainer: RecipeTrainer) -> Iterator[None]:
     """Let Ctrl-C end with what it leaves, whatever other code makes of it."""
     try:
         yield
-    except (KeyboardInterrupt, *ERRORS) as err:
+    except (KeyboardInterrupt, Exception) as err:
         if not was_interrupted(err):
             raise
         raise Interrupted(what_is_saved(trainer)) from None

@@ -191,9 +191,8 @@ class RunFolder:
         Raises:
             RuntimeError: if another one writes into it.
         """
-        if (
-            fcntl is None or self._locked is not None
-        ):  # there are no such locks on Windows
+        # There are no such locks on Windows.
+        if fcntl is None or self._locked is not None:
             return
         file = open(self.path / ".lock", "a+")
         try:
