@@ -32,7 +32,7 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.envs import compiler
 from torchrl_wm.models import make_ensemble_world_model
-from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
+from torchrl_wm.modules.blocks.ensemble_dynamics import PROPAGATIONS
 
 # Graphs are captured as for a compiler, and run without one: what is tested is
 # that there is one graph, not what inductor makes of it.

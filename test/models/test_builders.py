@@ -31,7 +31,7 @@ from torchrl_wm.models import (
     MLPConfig,
 )
 from torchrl_wm.modules import fit_normalizers
-from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
+from torchrl_wm.modules.blocks.ensemble_dynamics import PROPAGATIONS
 from torchrl_wm.modules.keys import join
 
 MAKE = {

@@ -9,7 +9,7 @@ from _small_models import MAKE
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.modules import with_propagation
-from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
+from torchrl_wm.modules.blocks.ensemble_dynamics import PROPAGATIONS
 
 #: What keeps the networks of each small, of images and of terminations.
 SETTINGS = {

@@ -19,7 +19,7 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 LOC: NestedKey = ("next", "loc")
 LOG_VAR: NestedKey = ("next", "log_var")

@@ -13,9 +13,9 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import episode_begins
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.modules.world_model.filtering import episode_begins
 
 Entries = dict[NestedKey, torch.Tensor]
 

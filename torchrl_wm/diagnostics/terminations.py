@@ -10,7 +10,7 @@ from torchrl_wm.diagnostics.recording import Episodes, imagine_particles, Record
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 #: What a head writes that says when an episode ends.
 _ENDINGS = {"terminated", "terminated_logits", "continue_pred", "done"}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchrl_wm.modules.compiled import GraphMaker
+from torchrl_wm.modules.world_model.compiling import GraphMaker
 
 Run = TypeVar("Run", bound=Callable)
 

@@ -17,14 +17,14 @@ from torchrl.data import (
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, strip_next, unique
-from torchrl_wm.modules.program import to_tensordict, Values
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 #: The greatest float64 that an int64 can hold.
 _MOST = 2.0**63 - 1024
 
 
-def decoder_inputs(world_model: WorldModel, state: Values) -> Values:
+def decoder_inputs(world_model: WorldModel, state: FlatTensors) -> FlatTensors:
     """What the decoder reads of latents and context, at the root or below "next".
 
     Raises:
@@ -44,20 +44,18 @@ def decoder_inputs(world_model: WorldModel, state: Values) -> Values:
 
 def read_decoded(
     world_model: WorldModel,
-    state: Values,
+    state: FlatTensors,
     keys: list[NestedKey],
-    batch_size: torch.Size,
-    device: torch.device | None,
-) -> Values:
+    at: Placement,
+) -> FlatTensors:
     """The observations that latents stand for, by key.
 
     Args:
         state: latents and context by flat key, ``[*B, ...]``.
         keys: the observations wanted.
-        batch_size: ``*B``.
-        device: where they are.
+        at: their batch size and device.
     """
-    work = to_tensordict(decoder_inputs(world_model, state), batch_size, device)
+    work = to_tensordict(decoder_inputs(world_model, state), at)
     out = world_model.decode(work)
     place = {strip_next(k): k for k in written_keys(world_model.decoder)}
     return {key: out.get(place[key]) for key in keys}

@@ -28,7 +28,8 @@ from torchrl_wm.envs.unroll import (
 )
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys, unique
-from torchrl_wm.modules.program import Program, to_tensordict, Values
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.program import Program
 
 #: What the fast path does in place of these methods is what they do as they were written
 #: for WorldModelEnv.
@@ -482,9 +483,9 @@ class Imagination(EnvBase):
         policy = compatible
         known: set[NestedKey] = set()
 
-        def act(values: Values, step: int) -> None:
+        def act(values: FlatTensors, step: int) -> None:
             shown = self.step_kernel.with_nested_dims(
-                to_tensordict(values, size, device)
+                to_tensordict(values, Placement(size, device))
             )
             shown.update(policy(shown))
             values.update(_only_tensors(shown, "the policy wrote"))
@@ -503,7 +504,7 @@ class Imagination(EnvBase):
         self,
         size: torch.Size,
         device: torch.device | None,
-        values: Values,
+        values: FlatTensors,
         step: int,
     ) -> None:
         lead = () if self.batch_locked else size
@@ -546,7 +547,7 @@ class Imagination(EnvBase):
         actions: torch.Tensor | TensorDictBase,
         batch_size: torch.Size,
         horizon: int,
-    ) -> Values:
+    ) -> FlatTensors:
         """The given actions by key, ``[*B, H, *A]``, checked."""
         keys = self._layout.action_keys
         if not isinstance(actions, TensorDictBase):
@@ -561,7 +562,7 @@ class Imagination(EnvBase):
                 f"actions has {unknown}, which are no actions of the env: it takes {keys}. "
                 f"Leave them out: actions.select(*{keys})."
             )
-        flat: Values = {}
+        flat: FlatTensors = {}
         for key in keys:
             expected = (*batch_size, horizon, *self._layout.action[key].shape)
             value = actions.get(key, None)
@@ -629,7 +630,7 @@ def _has_leftovers(start: TensorDictBase, reward_keys: Iterable[NestedKey]) -> b
     return any(start.get(key, None) is not None for key in reward_keys)
 
 
-def _only_tensors(tensordict: TensorDictBase, origin: str) -> Values:
+def _only_tensors(tensordict: TensorDictBase, origin: str) -> FlatTensors:
     """The entries of a tensordict by flat key.
 
     Raises:
@@ -651,5 +652,5 @@ def _only_tensors(tensordict: TensorDictBase, origin: str) -> Values:
     return values
 
 
-def _any_done(predicted: Values) -> bool:
+def _any_done(predicted: FlatTensors) -> bool:
     return bool(predicted["done"].any())

@@ -17,8 +17,9 @@ from torchrl_wm.envs.masks import masked_actions, without_masks
 from torchrl_wm.envs.tracing import undisturbed
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, strip_next, unique
-from torchrl_wm.modules.running import run_components
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.flat import Placement
+from torchrl_wm.modules.world_model.run_components import run_components
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 _CHANGE = (
     "Change the component's output, or give the spec: observation_spec=Composite(...)."
@@ -531,7 +532,9 @@ def _trace_decoder(
     dims: int,
 ) -> dict[NestedKey, TensorSpec]:
     state = {key: stepped.get(key) for key in layout.state}
-    values = read_decoded(world_model, state, keys, stepped.batch_size, stepped.device)
+    values = read_decoded(
+        world_model, state, keys, Placement(stepped.batch_size, stepped.device)
+    )
     known = {**reference, **explicit}
     fitting = {
         key: _to(known[key], value.device)

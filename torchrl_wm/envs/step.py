@@ -20,8 +20,9 @@ from torchrl_wm.modules.keys import (
     strip_next,
     unique,
 )
-from torchrl_wm.modules.program import Program, to_tensordict, Values
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.program import Program
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 
 class StepKernel:
@@ -119,30 +120,26 @@ class StepKernel:
         if self.counter_key is not None:
             keys = [*keys, self.counter_key]
         values = {key: tensordict.get(key, None) for key in keys}
-        size, device = tensordict.batch_size, tensordict.device
-        out = to_tensordict(self.predict(values, size, device), size, device)
+        at = Placement(tensordict.batch_size, tensordict.device)
+        out = to_tensordict(self.predict(values, at), at)
         return self.with_nested_dims(out)
 
     def predict(
         self,
-        values: Values,
-        batch_size: torch.Size,
-        device: torch.device | None,
-        endings: Values | None = None,
-        again: bool = False,
+        values: FlatTensors,
+        at: Placement,
+        endings: FlatTensors | None = None,
         decode: bool = True,
         check_finite: bool = True,
         check_rounded: bool = False,
-    ) -> Values:
+    ) -> FlatTensors:
         """Predict one step, on tensors alone.
 
         Args:
             values: latents, action and context by flat key, ``[*B, ...]``; not
                 modified.
-            batch_size: ``*B``.
-            device: where the state is.
+            at: the batch size ``*B`` and the device of the state.
             endings: the done entries, where they are known beforehand.
-            again: whether outputs of this shape were checked before.
             decode: whether to decode the observations that the env carries.
             check_finite: False passes over the kernel's own check.
             check_rounded: raise where a decoded observation is NaN or infinite and would
@@ -151,17 +148,18 @@ class StepKernel:
         Returns:
             The ``"next"`` entries by flat key, without the "next".
         """
+        batch_size, device, _ = at
         work = {key: values[key] for key in self.inputs}
-        self.program(work, batch_size, device, again)
+        self.program(work, at)
         layout = self.layout
         if not self._is_checked:
             self._require(place for _, place in self._predicted if place not in work)
-        out: Values = {key: work[place] for key, place in self._predicted}
+        out: FlatTensors = {key: work[place] for key, place in self._predicted}
         for key in layout.context:
             out[key] = values[key]
         if self._decode is not None and decode:
             reads = decoder_inputs(self.world_model, {k: out[k] for k in layout.state})
-            self._decode(reads, batch_size, device)
+            self._decode(reads, at._replace(trusted=False))
             if not self._is_checked:
                 self._require(place for _, place in self._decoded if place not in reads)
             for key, place in self._decoded:
@@ -213,7 +211,7 @@ class StepKernel:
                 f"which the env carries. Make a new WorldModelEnv."
             )
 
-    def _check_shapes(self, out: Values, batch_size: torch.Size) -> None:
+    def _check_shapes(self, out: FlatTensors, batch_size: torch.Size) -> None:
         """Refuse predictions of a network that was replaced by one that does not fit."""
         for key, spec in self._specs.items():
             value = out.get(key)
@@ -228,14 +226,18 @@ class StepKernel:
                     f"new WorldModelEnv."
                 )
 
-    def _round(self, values: Values, out: Values, dims: int, check: bool) -> None:
+    def _round(
+        self, values: FlatTensors, out: FlatTensors, dims: int, check: bool
+    ) -> None:
         """Show decoded floats as the real env shows its observations."""
         if check and self.rounded:
             self._check_finite(values, {key: out[key] for key in self.rounded}, dims)
         for key, spec in self.rounded.items():
             out[key] = as_observed(out[key], spec)
 
-    def _check_finite(self, values: Values, predicted: Values, dims: int) -> None:
+    def _check_finite(
+        self, values: FlatTensors, predicted: FlatTensors, dims: int
+    ) -> None:
         bad = {
             key: ~value.isfinite()
             for key, value in predicted.items()
@@ -286,7 +288,7 @@ class StepKernel:
             f"TensorDictSequential(world_model.encoder, planner)."
         )
 
-    def check_actions(self, values: Values, batch_size: torch.Size) -> None:
+    def check_actions(self, values: FlatTensors, batch_size: torch.Size) -> None:
         """Refuse actions that are not there, or of another shape or float type than their spec's."""
         dims = len(batch_size)
         for key, spec in self._action_specs.items():

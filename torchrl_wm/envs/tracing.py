@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torchrl_wm.modules.blocks.normalizer import without_warnings
 
 from torchrl_wm.modules.modes import evaluation_mode
-from torchrl_wm.modules.normalizer import without_warnings
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from torchrl_wm import _upstream
 from torchrl_wm.envs.endings import Endings
 from torchrl_wm.envs.step import autocasts, StepKernel
 from torchrl_wm.modules.keys import is_next, join, strip_next
-from torchrl_wm.modules.program import Program, Values
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
+from torchrl_wm.modules.world_model.program import Program
 
 #: Writes actions into the values of a step, given its number.
-Act = Callable[[Values, int], None]
+Act = Callable[[FlatTensors, int], None]
 
 
 @dataclass
@@ -41,14 +42,14 @@ class Trace:
     next: dict[NestedKey, list[torch.Tensor]]
 
     @classmethod
-    def of(cls, root: Values, next_: Values) -> Trace:
+    def of(cls, root: FlatTensors, next_: FlatTensors) -> Trace:
         """The trace of one step, which has the keys of all that follow."""
         return cls(
             {key: [value] for key, value in root.items()},
             {key: [value] for key, value in next_.items()},
         )
 
-    def append(self, root: Values, next_: Values) -> None:
+    def append(self, root: FlatTensors, next_: FlatTensors) -> None:
         """Add a step."""
         for columns, values in ((self.root, root), (self.next, next_)):
             for key, column in columns.items():
@@ -61,11 +62,11 @@ class Trace:
 def unroll(
     kernel: StepKernel,
     act: Act,
-    values: Values,
+    values: FlatTensors,
     steps: int,
     batch_size: torch.Size,
     device: torch.device | None,
-    stop: Callable[[Values], bool] | None = None,
+    stop: Callable[[FlatTensors], bool] | None = None,
 ) -> Trace:
     """Make ``steps`` steps, or fewer if ``stop`` says so.
 
@@ -93,7 +94,9 @@ def unroll(
     left = kernel.layout.reward_keys
     left = [key for key in values.keys() - given if is_next(key) or key in left]
     kernel.check_actions(values, batch_size)
-    predicted = kernel.predict(values, batch_size, device, endings)
+    at = Placement(batch_size, device)
+    predicted = kernel.predict(values, at, endings)
+    at = at._replace(trusted=True)
     trace = Trace.of(values, predicted)
     straight = kernel.is_straight and not autocasts(device)
     if straight and not left and getattr(act, "is_straight", False):
@@ -108,7 +111,7 @@ def unroll(
         for key in left:
             del values[key]
         act(values, step)
-        predicted = kernel.predict(values, batch_size, device, endings, again=True)
+        predicted = kernel.predict(values, at, endings)
         trace.append(values, predicted)
     return trace
 
@@ -117,19 +120,20 @@ def _go_on(
     kernel: StepKernel,
     policy: Program,
     trace: Trace,
-    values: Values,
+    values: FlatTensors,
     moving: list[NestedKey],
     steps: int,
     batch_size: torch.Size,
     device: torch.device | None,
-    stop: Callable[[Values], bool] | None,
+    stop: Callable[[FlatTensors], bool] | None,
 ) -> Trace:
     """The steps after the first, where they are networks and nothing else.
 
     Root and "next" entries share one dictionary, and nothing is copied on the way.
     """
     endings = kernel.layout.endings
-    runs = (*policy.again, *kernel.program.again)
+    runs = (*policy.trusted, *kernel.program.trusted)
+    at = Placement(batch_size, device, trusted=True)
     places = {
         key: key if key in kernel.layout.context else join("next", key)
         for key in trace.next
@@ -145,7 +149,7 @@ def _go_on(
         for key, place in moves:
             values[key] = values[place]
         for run in runs:
-            run(values, batch_size, device)
+            run(values, at)
         if endings.can_end:
             flags = endings.read(values, batch_size, device, None)
             for key, flag in flags.items():
@@ -177,15 +181,15 @@ class ProgramActor:
         program = self.program
         return program.is_known and not any(is_next(key) for key in program.reads)
 
-    def __call__(self, values: Values, step: int) -> None:
-        self.program(values, self.batch_size, self.device, again=step > 0)
+    def __call__(self, values: FlatTensors, step: int) -> None:
+        self.program(values, Placement(self.batch_size, self.device, step > 0))
 
 
-def replay(actions: Values, dim: int) -> Act:
+def replay(actions: FlatTensors, dim: int) -> Act:
     """What takes given actions, ``[*B, H, ...]`` by key, one after the other."""
     sequences = {key: value.unbind(dim) for key, value in actions.items()}
 
-    def act(values: Values, step: int) -> None:
+    def act(values: FlatTensors, step: int) -> None:
         for key, sequence in sequences.items():
             values[key] = sequence[step]
 
@@ -198,9 +202,9 @@ def imagined(
     horizon: int,
     batch_size: torch.Size,
     device: torch.device | None,
-    values: Values,
-    actions: Values | None,
-) -> tuple[Values, Values, torch.Tensor]:
+    values: FlatTensors,
+    actions: FlatTensors | None,
+) -> tuple[FlatTensors, FlatTensors, torch.Tensor]:
     """A full horizon on tensors alone, which compiles to one graph.
 
     Args:
@@ -239,7 +243,7 @@ def stacked(
     endings: Endings,
     batch_size: torch.Size,
     device: torch.device | None,
-) -> tuple[Values, Values]:
+) -> tuple[FlatTensors, FlatTensors]:
     """Root and "next" entries of all steps, ``[*B, T, ...]`` by flat key.
 
     Done entries that are never True and were left out on the way are added.
@@ -255,8 +259,8 @@ def stacked(
 
 
 def assemble(
-    root: Values,
-    next_: Values,
+    root: FlatTensors,
+    next_: FlatTensors,
     start: TensorDictBase | None,
     kernel: StepKernel,
     batch_size: torch.Size,
@@ -288,7 +292,7 @@ def assemble(
 
 
 def _build(
-    flat: Values,
+    flat: FlatTensors,
     size: torch.Size,
     device: torch.device | None,
     names: list[str | None],
@@ -308,7 +312,7 @@ def _build(
         nodes: nested tensordicts that are there already.
     """
     source: dict[str, torch.Tensor | TensorDict] = {}
-    below: dict[str, Values] = {}
+    below: dict[str, FlatTensors] = {}
     for key, value in flat.items():
         if isinstance(key, str):
             source[key] = value
@@ -355,11 +359,11 @@ def _nodes(
     return found
 
 
-def flat_values(tensordict: TensorDictBase) -> Values | None:
+def flat_values(tensordict: TensorDictBase) -> FlatTensors | None:
     """The entries by flat key; None if some are no tensors, or the container is special."""
     if type(tensordict) is not TensorDict or tensordict.is_locked:
         return None
-    values: Values = {}
+    values: FlatTensors = {}
     for key, value in tensordict.items(True, True, is_leaf=_is_no_tensordict):
         if not isinstance(value, torch.Tensor):
             return None

@@ -23,8 +23,8 @@ from torchrl_wm.envs.step import StepKernel, widened
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, unique
-from torchrl_wm.modules.program import Values
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 _COUNTER_KEY = "imagined_step"
 
@@ -412,7 +412,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         if absent:
             latents = {key: state[key] for key in layout.state}
             decoded = read_decoded(
-                world_model, latents, absent, given.batch_size, self.device
+                world_model, latents, absent, Placement(given.batch_size, self.device)
             )
             rounded = specs_to_round(world_model.decoder, layout.decoded)
             for key, value in decoded.items():
@@ -573,7 +573,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
 
     def _flat_start(
         self, given: TensorDictBase | None, heeds_done: bool
-    ) -> Values | None:
+    ) -> FlatTensors | None:
         """What :meth:`reset` makes of flat latents, as a dictionary; None for all else.
 
         Where ``heeds_done`` is False, done entries that are never True are left out.
@@ -585,7 +585,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             or (self.batch_locked and given.batch_size != self.batch_size)
         ):
             return None
-        values: Values = dict(given.items())
+        values: FlatTensors = dict(given.items())
         others = values.keys() - layout.state.keys()
         if len(values) - len(others) != len(layout.state) or "_reset" in others:
             return None

@@ -20,7 +20,7 @@ from torchrl_wm.export.sources import first_moment, Moment, Start
 from torchrl_wm.export.spaces import checked_space, Checker, Reader, space_of_spec
 from torchrl_wm.export.trees import tensor_to_numpy
 from torchrl_wm.modules.keys import as_tuple, unique
-from torchrl_wm.modules.program import Values
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
 
 
 class WorldModelSource:
@@ -129,7 +129,7 @@ class WorldModelSource:
             fresh = self._merged(mask, fresh, start.state, whole)
         return first_moment(self.rows, fresh, self._observation(fresh), {})
 
-    def _first(self, start: TensorDictBase | None, count: int) -> Values:
+    def _first(self, start: TensorDictBase | None, count: int) -> FlatTensors:
         env, layout = self.env, self.env._layout
         if start is not None:
             values = env._state_from(start, layout)
@@ -233,8 +233,8 @@ class WorldModelSource:
         return tensor
 
     def _merged(
-        self, mask: np.ndarray, fresh: Values, state: Values, whole: bool
-    ) -> Values:
+        self, mask: np.ndarray, fresh: FlatTensors, state: FlatTensors, whole: bool
+    ) -> FlatTensors:
         """The fresh rows where ``mask``, else those of ``state``."""
         where = torch.from_numpy(mask).to(self.device)
         out = {}
@@ -250,11 +250,11 @@ class WorldModelSource:
 
     # Stepping ------------------------------------------------------------
 
-    def step(self, state: Values, action: Any) -> Moment:
+    def step(self, state: FlatTensors, action: Any) -> Moment:
         """Predict one step; see :class:`~torchrl_wm.export.sources.Source`."""
         kernel = self.env.step_kernel
-        again = kernel.program is self._program
-        if not again:  # a component was replaced
+        trusted = kernel.program is self._program
+        if not trusted:  # a component was replaced
             self.isolation.refresh()
             self._program = kernel.program
         values = dict(state)
@@ -262,10 +262,8 @@ class WorldModelSource:
         with self.isolation:
             predicted = kernel.predict(
                 values,
-                self.size,
-                self.env.device,
+                Placement(self.size, self.env.device, trusted),
                 self._never,
-                again,
                 check_rounded=True,
             )
         group, rows = self._done, self.rows
@@ -285,7 +283,7 @@ class WorldModelSource:
             {},
         )
 
-    def _observation(self, values: Values) -> Any:
+    def _observation(self, values: FlatTensors) -> Any:
         if self.rows is None:
             values = {key: values[key][0] for key in self._observed}
         if self._numbered:
@@ -297,19 +295,21 @@ class WorldModelSource:
             return self.read(values[key])
         return self.read({_name(key): values[key] for key in self._observed})
 
-    def _write_actions(self, values: Values, action: Any) -> None:
+    def _write_actions(self, values: FlatTensors, action: Any) -> None:
         several = isinstance(self.action_space, spaces.Dict)
         for key, spec in self._actions.items():
             array = action[_name(key)] if several else action
             tensor = torch.as_tensor(np.asarray(array), device=self.device)
             values[key] = from_numbers(tensor, spec, self.count, key)
 
-    def shown(self, state: Values, index: int | None = None) -> dict[str, torch.Tensor]:
+    def shown(
+        self, state: FlatTensors, index: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """A copy of latents and context by name: of one env, or of all."""
         picked = slice(None) if index is None else index
         return {_name(k): state[k][picked].clone() for k in self.env._layout.state}
 
-    def state_of(self, state: Values) -> dict[str, np.ndarray]:
+    def state_of(self, state: FlatTensors) -> dict[str, np.ndarray]:
         """The latents as numpy arrays of their own, by name."""
         out = {}
         for key in self.env._layout.latent:

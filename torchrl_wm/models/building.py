@@ -14,8 +14,8 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.blocks.normalizer import share_notice
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
-from torchrl_wm.modules.normalizer import share_notice
 from torchrl_wm.modules.parts import remember_parts
 from torchrl_wm.objectives import WorldModelLoss
 

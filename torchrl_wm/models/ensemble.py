@@ -27,7 +27,7 @@ from torchrl_wm.modules import (
     with_propagation,
     WorldModel,
 )
-from torchrl_wm.modules.ensemble_dynamics import Propagation
+from torchrl_wm.modules.blocks.ensemble_dynamics import Propagation
 from torchrl_wm.modules.keys import join, sibling
 from torchrl_wm.objectives import DoneTerm, GaussianNLLTerm, WorldModelLoss
 

@@ -12,7 +12,7 @@ from torchrl import data
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_wm.modules.entries import Entry
+from torchrl_wm.modules.blocks.entries import Entry
 
 #: Kinds of specs; each before those whose class it derives from.
 _KINDS: dict[str, type[TensorSpec]] = {

@@ -12,7 +12,7 @@ from torchrl.data import Bounded, Composite, NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models.reference import ActionEntry, SpecEntry, SpecsOnlyEnv
-from torchrl_wm.modules.entries import Entry
+from torchrl_wm.modules.blocks.entries import Entry
 from torchrl_wm.modules.keys import as_tuple, sibling, unique
 
 #: What transforms write beside the observations, and no model is to predict.

@@ -24,8 +24,8 @@ from torchrl_wm.modules import (
     TwoHotHead,
     WorldModel,
 )
+from torchrl_wm.modules.blocks.latent import NormedLinear
 from torchrl_wm.modules.keys import join, suffixed
-from torchrl_wm.modules.latent import NormedLinear
 from torchrl_wm.objectives import ConsistencyTerm, DoneTerm, TwoHotTerm, WorldModelLoss
 
 _LATENT = "latent"

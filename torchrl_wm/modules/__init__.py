@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from torchrl_wm.modules.ensemble import (
+from torchrl_wm.modules.blocks.ensemble import (
     DrawnMember,
     EnsembleLinear,
     EnsembleMLP,
     GaussianEnsemble,
 )
-from torchrl_wm.modules.ensemble_dynamics import (
+from torchrl_wm.modules.blocks.ensemble_dynamics import (
     EnsembleDynamics,
     SampleMember,
     with_propagation,
 )
-from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
-from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.gaussian import BoundedLogVar
-from torchrl_wm.modules.heads import (
+from torchrl_wm.modules.blocks.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.blocks.gaussian import BoundedLogVar
+from torchrl_wm.modules.blocks.heads import (
     ContinueHead,
     FunctionHead,
     GaussianHead,
     TerminationHead,
 )
-from torchrl_wm.modules.initial_state import InitialState
-from torchrl_wm.modules.latent import NormedLinear, NormedMLP, SimNorm
-from torchrl_wm.modules.normalizer import (
+from torchrl_wm.modules.blocks.latent import NormedLinear, NormedMLP, SimNorm
+from torchrl_wm.modules.blocks.normalizer import (
     DenormalizedNetwork,
     fit_normalizers,
     NormalizedNetwork,
     Normalizer,
 )
-from torchrl_wm.modules.observer import Observer
-from torchrl_wm.modules.pixels import PixelDecoder, PixelEncoder
-from torchrl_wm.modules.q_ensemble import QEnsemble
-from torchrl_wm.modules.rssm import ContinuationModel, RSSMDynamics, RSSMPosteriorHead
-from torchrl_wm.modules.two_hot import SymlogTwoHot, TwoHotHead
-from torchrl_wm.modules.world_model import WorldModel
+from torchrl_wm.modules.blocks.pixels import PixelDecoder, PixelEncoder
+from torchrl_wm.modules.blocks.q_ensemble import QEnsemble
+from torchrl_wm.modules.blocks.rssm import (
+    ContinuationModel,
+    RSSMDynamics,
+    RSSMPosteriorHead,
+)
+from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot, TwoHotHead
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.world_model.initial_state import InitialState
+from torchrl_wm.modules.world_model.observer import Observer
+from torchrl_wm.modules.world_model.world_model import WorldModel
 
 __all__ = [
     "BoundedLogVar",

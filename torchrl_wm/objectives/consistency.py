@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.objectives.terms import (
     check_distance,
     DISTANCES,

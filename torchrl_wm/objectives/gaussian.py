@@ -10,9 +10,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.gaussian import BoundedLogVar
+from torchrl_wm.modules.blocks.gaussian import BoundedLogVar
 from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, unique
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.objectives.terms import LossTerm, read_label
 
 

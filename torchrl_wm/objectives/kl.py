@@ -9,7 +9,7 @@ from torch.distributions import kl_divergence, Normal
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, suffixed
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.objectives.terms import LossTerm
 
 

@@ -30,7 +30,7 @@ from torchrl_wm.modules.keys import (
     strip_next,
     unique,
 )
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 if TYPE_CHECKING:
     from torchrl_wm.objectives.world_model_loss import WorldModelLoss

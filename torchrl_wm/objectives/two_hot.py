@@ -8,7 +8,7 @@ from torch import nn
 
 from torchrl_wm.modules import TwoHotHead, WorldModel
 from torchrl_wm.modules.keys import join, suffixed
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.objectives.terms import (
     label_key,
     LossTerm,

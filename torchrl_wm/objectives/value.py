@@ -10,7 +10,7 @@ from torch import nn
 from torchrl_wm.modules import QEnsemble, WorldModel
 from torchrl_wm.modules.keys import join, unique
 from torchrl_wm.modules.modes import evaluation_mode
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.objectives.terms import DoneTerm, LossTerm, per_sample, read_label
 
 

@@ -25,9 +25,9 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 
 from torchrl_wm import _upstream
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.entries import check_numbers
+from torchrl_wm.modules.blocks.entries import check_numbers
+from torchrl_wm.modules.blocks.normalizer import with_statistics
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import episode_begins, IS_INIT, predict_sequence
 from torchrl_wm.modules.keys import (
     as_tuple,
     is_next,
@@ -36,8 +36,12 @@ from torchrl_wm.modules.keys import (
     missing_from,
     unique,
 )
-from torchrl_wm.modules.normalizer import with_statistics
-from torchrl_wm.modules.running import run_components
+from torchrl_wm.modules.world_model.filtering import (
+    episode_begins,
+    IS_INIT,
+    predict_sequence,
+)
+from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,

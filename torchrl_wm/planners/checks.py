@@ -16,7 +16,7 @@ from torchrl_wm.envs.masks import masked_actions
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, unique
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 
 def positive(name: str, value: Any) -> int:

@@ -24,8 +24,9 @@ from torchrl_wm.modules.keys import (
     strip_next,
     unique,
 )
-from torchrl_wm.modules.program import Program, to_tensordict, Values
-from torchrl_wm.modules.recurrence import where
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.program import Program
+from torchrl_wm.modules.world_model.recurrence import where
 from torchrl_wm.planners.checks import check_start
 
 #: The names under which TorchRL's modules write values.
@@ -164,7 +165,7 @@ class ModelObjective(Objective):
                 self.program = program
         return (kernel, kernel.program, self.value, self.program)
 
-    def start(self, tensordict: TensorDictBase) -> Values:
+    def start(self, tensordict: TensorDictBase) -> FlatTensors:
         env = self.env
         kernel = self.kernel
         specs = {**kernel.layout.state, **self._read_observations(kernel.layout)}
@@ -207,7 +208,7 @@ class ModelObjective(Objective):
         read = {key for m in modules for key in unique(getattr(m, "in_keys", []))}
         return {key: spec for key, spec in layout.decoded.items() if key in read}
 
-    def repeat(self, state: Values, times: int) -> Values:
+    def repeat(self, state: FlatTensors, times: int) -> FlatTensors:
         # Always copies: a model may work in place.
         rows = {key: value.repeat_interleave(times, 0) for key, value in state.items()}
         if times == 1:
@@ -222,7 +223,7 @@ class ModelObjective(Objective):
             rows[member] = elites[drawn]
         return rows
 
-    def stepper(self, state: Values) -> Step:
+    def stepper(self, state: FlatTensors) -> Step:
         kernel, device = self.kernel, self.env.device
         layout, size = kernel.layout, _rows(state)
         endings = layout.endings
@@ -233,14 +234,12 @@ class ModelObjective(Objective):
         if kernel.counter_key is not None:
             moving.append(kernel.counter_key)
 
-        def advance(state: Values, action: torch.Tensor, step: int) -> tuple:
+        def advance(state: FlatTensors, action: torch.Tensor, step: int) -> tuple:
             values = {**state, self.action_key: action}
             predicted = kernel.predict(
                 values,
-                size,
-                device,
+                Placement(size, device, trusted=step > 0),
                 never,
-                step > 0,
                 decode=bool(observed),
                 check_finite=False,
             )
@@ -257,30 +256,32 @@ class ModelObjective(Objective):
 
         return advance
 
-    def actor(self, state: Values) -> Callable[[Values, int], Values]:
+    def actor(self, state: FlatTensors) -> Callable[[FlatTensors, int], FlatTensors]:
         size = _rows(state)
         if self.program is not None:
             write = ProgramActor(self.program, size, self.env.device)
         else:
             write = self.env.actor(self.policy, size)
 
-        def act(state: Values, step: int) -> Values:
+        def act(state: FlatTensors, step: int) -> FlatTensors:
             values = dict(state)
             write(values, step)
             return values
 
         return act
 
-    def select(self, rows: torch.Tensor, new: Values, old: Values) -> Values:
+    def select(
+        self, rows: torch.Tensor, new: FlatTensors, old: FlatTensors
+    ) -> FlatTensors:
         return where(rows, new, old)
 
-    def evaluate(self, state: Values) -> torch.Tensor:
+    def evaluate(self, state: FlatTensors) -> torch.Tensor:
         values = dict(state)
-        self.value(values, _rows(values), self.env.device)
+        self.value(values, Placement(_rows(values), self.env.device))
         return values[self.value_key]
 
-    def imagine(self, state: Values, actions: torch.Tensor) -> TensorDictBase:
-        start = to_tensordict(state, actions.shape[:1], self.env.device)
+    def imagine(self, state: FlatTensors, actions: torch.Tensor) -> TensorDictBase:
+        start = to_tensordict(state, Placement(actions.shape[:1], self.env.device))
         return self.env.imagine(actions.shape[1], tensordict=start, actions=actions)
 
 
@@ -423,7 +424,7 @@ def value_key(module: TensorDictModuleBase) -> NestedKey:
     )
 
 
-def _rows(state: Values) -> torch.Size:
+def _rows(state: FlatTensors) -> torch.Size:
     return next(iter(state.values())).shape[:1]
 
 

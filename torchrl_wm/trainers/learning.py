@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
 from torchrl_wm.modules import EnsembleDynamics, fit_normalizers, WorldModel
-from torchrl_wm.modules.normalizer import valid_rows
+from torchrl_wm.modules.blocks.normalizer import valid_rows
 from torchrl_wm.objectives import GaussianNLLTerm, WorldModelLoss
 
 #: How many batches to draw from a buffer at once: to draw one by one takes longer than a step.

@@ -15,7 +15,6 @@ from torchrl.envs import EnvBase
 from torchrl_wm import _upstream
 from torchrl_wm.models import EnvSpecs, read_specs
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import episode_begins
 from torchrl_wm.modules.keys import (
     as_tuple,
     join,
@@ -24,6 +23,7 @@ from torchrl_wm.modules.keys import (
     sibling,
     unique,
 )
+from torchrl_wm.modules.world_model.filtering import episode_begins
 from torchrl_wm.trainers.logged_actions import (
     action_keys,
     as_choices,

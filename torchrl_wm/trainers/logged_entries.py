@@ -11,6 +11,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.models import read_specs
 from torchrl_wm.models.specs import BOOKKEEPING
+from torchrl_wm.modules.blocks.precision import coarse_dims, warn_of_coarse
 from torchrl_wm.modules.keys import (
     as_tuple,
     is_next,
@@ -19,7 +20,6 @@ from torchrl_wm.modules.keys import (
     sibling,
     strip_next,
 )
-from torchrl_wm.modules.precision import coarse_dims, warn_of_coarse
 
 #: What says that an episode ends.
 ENDS = ("done", "terminated", "truncated")

@@ -24,7 +24,7 @@ from torchrl_wm.modules import (
     SampleMember,
     with_propagation,
 )
-from torchrl_wm.modules.ensemble_dynamics import PROPAGATIONS
+from torchrl_wm.modules.blocks.ensemble_dynamics import PROPAGATIONS
 
 OBS, ACTION, MEMBERS = 3, 2, 5
 KEYS = ["observation", ("robot", "state")]

@@ -12,13 +12,13 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from torchrl_wm.modules.ensemble import GaussianEnsemble
-from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.blocks.ensemble import GaussianEnsemble
+from torchrl_wm.modules.blocks.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.blocks.normalizer import Normalizer, valid_rows
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, sibling
-from torchrl_wm.modules.normalizer import Normalizer, valid_rows
 from torchrl_wm.modules.parts import has_its_parts, remember_parts
-from torchrl_wm.modules.world_model import WorldModel
+from torchrl_wm.modules.world_model.world_model import WorldModel
 
 Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
 PROPAGATIONS: tuple[str, ...] = ("ts1", "tsinf", "expectation", "mean")

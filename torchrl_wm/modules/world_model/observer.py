@@ -9,12 +9,16 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
-
-from torchrl_wm.modules.filtering import check_observable, IS_INIT, observe_step
 from torchrl_wm.modules.keys import as_tuple, is_next, missing_from, unique
 
+from torchrl_wm.modules.world_model.filtering import (
+    check_observable,
+    IS_INIT,
+    observe_step,
+)
+
 if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model import WorldModel
+    from torchrl_wm.modules.world_model.world_model import WorldModel
 
 
 class Observer(TensorDictModuleBase):

@@ -15,9 +15,9 @@ import torch
 from tensordict import NestedKey
 
 from torchrl_wm import _upstream
-from torchrl_wm.modules.compiled import GraphMaker
-from torchrl_wm.modules.program import Values
-from torchrl_wm.modules.transition import Place, Transition
+from torchrl_wm.modules.world_model.compiling import GraphMaker
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
+from torchrl_wm.modules.world_model.transition import Transition
 
 Scope = Literal["step", "scan"]
 Tensors = list[torch.Tensor]
@@ -38,10 +38,10 @@ class Inputs:
         begun: the latents that an episode would begin with.
     """
 
-    context: Values
-    encoded: Values | None = None
+    context: FlatTensors
+    encoded: FlatTensors | None = None
     begins: torch.Tensor | None = None
-    begun: Values | None = None
+    begun: FlatTensors | None = None
 
     def keys(self) -> tuple[tuple[NestedKey, ...] | None, ...]:
         """The keys of all parts."""
@@ -75,8 +75,8 @@ class Inputs:
 
 
 def advance(
-    transition: Transition, state: Values, now: Inputs, at: Place
-) -> tuple[Values, Values]:
+    transition: Transition, state: FlatTensors, now: Inputs, at: Placement
+) -> tuple[FlatTensors, FlatTensors]:
     """One step.
 
     Returns:
@@ -95,7 +95,7 @@ def advance(
     return following, {k: value for k, value in values.items() if k not in given}
 
 
-def where(mask: torch.Tensor, new: Values, old: Values) -> Values:
+def where(mask: torch.Tensor, new: FlatTensors, old: FlatTensors) -> FlatTensors:
     """``new`` in the rows of ``mask``, ``[*B]``, else ``old``; the entries of ``old``."""
     out = {}
     for key, value in old.items():
@@ -106,11 +106,11 @@ def where(mask: torch.Tensor, new: Values, old: Values) -> Values:
 
 def unroll_time(
     transition: Transition,
-    state: Values,
+    state: FlatTensors,
     inputs: Inputs,
-    at: Place,
+    at: Placement,
     compiler: RolloutCompiler | None = None,
-) -> Values:
+) -> FlatTensors:
     """All steps, one after the other.
 
     Args:
@@ -128,7 +128,7 @@ def unroll_time(
     steps = inputs.unbind(dim)
     first = Inputs(steps[0].context, steps[0].encoded)
     state, out = advance(transition, state, first, at)
-    at = at._replace(again=True)
+    at = at._replace(trusted=True)
     if compiler is not None and len(steps) > 1:
         rest = compiler(transition, state, out, inputs, at)
         if rest is not None:
@@ -159,7 +159,7 @@ class FlatStep:
         state_keys: tuple[NestedKey, ...],
         input_keys: tuple[tuple[NestedKey, ...] | None, ...],
         out_keys: tuple[NestedKey, ...],
-        at: Place,
+        at: Placement,
     ) -> None:
         self.transition, self.at = transition, at
         # Looked up here, as a graph cannot.
@@ -238,11 +238,11 @@ class RolloutCompiler:
     def __call__(
         self,
         transition: Transition,
-        state: Values,
-        first: Values,
+        state: FlatTensors,
+        first: FlatTensors,
         inputs: Inputs,
-        at: Place,
-    ) -> Values | None:
+        at: Placement,
+    ) -> FlatTensors | None:
         """The steps after the first, ``[*B, T - 1, ...]``; None where they stay eager.
 
         Args:
@@ -272,7 +272,7 @@ class RolloutCompiler:
         return {key: value.movedim(0, dim) for key, value in zip(first, outs)}
 
     def _get(
-        self, transition: Transition, keys: tuple, at: Place
+        self, transition: Transition, keys: tuple, at: Placement
     ) -> tuple[FlatStep, Callable]:
         if transition is not self._transition:
             self._transition, self._compiled = transition, {}

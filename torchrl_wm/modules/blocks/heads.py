@@ -10,8 +10,8 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from torchrl_wm.modules.entries import Entry
-from torchrl_wm.modules.gaussian import BoundedLogVar
+from torchrl_wm.modules.blocks.entries import Entry
+from torchrl_wm.modules.blocks.gaussian import BoundedLogVar
 from torchrl_wm.modules.keys import as_tuple, join, sibling
 from torchrl_wm.modules.modes import draws
 

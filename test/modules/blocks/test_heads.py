@@ -258,7 +258,7 @@ def test_what_a_function_gives_is_checked() -> None:
 
 def test_heads_leave_a_plain_module_plain() -> None:
     """Hooks and forwards of their own would cost imagination its fast path."""
-    from torchrl_wm.modules.program import is_plain
+    from torchrl_wm.modules.world_model.program import is_plain
 
     assert is_plain(TerminationHead(Fixed(), [("next", "latent")]))
     assert is_plain(GaussianHead(nn.Linear(4, 2), ["x"], "y"))

@@ -27,7 +27,7 @@ from torchrl_wm.modules import (
     Normalizer,
     TerminationHead,
 )
-from torchrl_wm.modules.precision import coarse_dims
+from torchrl_wm.modules.blocks.precision import coarse_dims
 
 
 def entry(key, size: int) -> Entry:

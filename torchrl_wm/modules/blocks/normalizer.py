@@ -13,12 +13,12 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from torchrl_wm import _upstream
-from torchrl_wm.modules.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.blocks.entries import Entry, JoinEntries, SplitEntries
+from torchrl_wm.modules.blocks.precision import coarse_dims, EPS, warn_of_coarse
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
-from torchrl_wm.modules.precision import coarse_dims, EPS, warn_of_coarse
-from torchrl_wm.modules.world_model import WorldModel
+from torchrl_wm.modules.world_model.world_model import WorldModel
 
 #: A spread this small, relative to the mean, is rounding: the dimension is constant.
 _CONSTANT = EPS

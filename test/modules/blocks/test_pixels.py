@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from torchrl_wm.modules import PixelDecoder, PixelEncoder
-from torchrl_wm.modules.pixels import default_multipliers
+from torchrl_wm.modules.blocks.pixels import default_multipliers
 
 
 def arranged(shape: tuple[int, int, int], layout: str) -> tuple[int, ...]:

@@ -12,10 +12,10 @@ from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 from torchrl.modules import RSSMPrior
 
-from torchrl_wm.modules.entries import JoinEntries
+from torchrl_wm.modules.blocks.entries import JoinEntries
 from torchrl_wm.modules.keys import as_tuple, is_next, join, strip_next, unique
-from torchrl_wm.modules.wiring import written_keys
-from torchrl_wm.modules.world_model import WorldModel
+from torchrl_wm.modules.world_model.wiring import written_keys
+from torchrl_wm.modules.world_model.world_model import WorldModel
 
 #: What TorchRL's Gaussian prior casts to on its way into the GRU.
 _FLOAT = torch.float32

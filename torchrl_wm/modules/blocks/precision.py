@@ -30,7 +30,7 @@ def coarse_dims(
 
     Examples:
         >>> import torch
-        >>> from torchrl_wm.modules.precision import coarse_dims
+        >>> from torchrl_wm.modules.blocks.precision import coarse_dims
         >>> time = 1.7e9 + torch.arange(2000, dtype=torch.float64)
         >>> coarse_dims(torch.stack([time, time - time[0]], -1))[0][0]
         0

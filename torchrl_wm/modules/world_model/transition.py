@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-import torch
 from tensordict import NestedKey
 from torch import nn
 
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, strip_next, unique
-from torchrl_wm.modules.program import Program, Values
-from torchrl_wm.modules.running import describe
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
+from torchrl_wm.modules.world_model.program import Program
+from torchrl_wm.modules.world_model.run_components import describe
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model import WorldModel
-
-
-class Place(NamedTuple):
-    """Where a step happens.
-
-    Args:
-        batch_size: ``*B``.
-        device: where what is written belongs; None leaves it where it is.
-        again: whether outputs of this shape were checked before.
-    """
-
-    batch_size: torch.Size
-    device: torch.device | None
-    again: bool = False
+    from torchrl_wm.modules.world_model.world_model import WorldModel
 
 
 class Transition:
@@ -68,7 +54,9 @@ class Transition:
             and (self._correct is None or self._correct.is_current())
         )
 
-    def predict(self, state: Values, context: Values, at: Place) -> Values:
+    def predict(
+        self, state: FlatTensors, context: FlatTensors, at: Placement
+    ) -> FlatTensors:
         """Run the dynamics.
 
         Args:
@@ -84,8 +72,8 @@ class Transition:
         return values
 
     def correct(
-        self, values: Values, encoded: Values, at: Place
-    ) -> tuple[Values, Values]:
+        self, values: FlatTensors, encoded: FlatTensors, at: Placement
+    ) -> tuple[FlatTensors, FlatTensors]:
         """Correct a prediction by the observation that it should have led to.
 
         Args:
@@ -123,11 +111,11 @@ def _below_next(key: NestedKey) -> bool:
 
 
 def _run(
-    name: str, module: nn.Module, program: Program, values: Values, at: Place
+    name: str, module: nn.Module, program: Program, values: FlatTensors, at: Placement
 ) -> None:
     """Run a component's program, and name the component where it fails."""
-    if at.again:
-        program(values, at.batch_size, at.device, again=True)
+    if at.trusted:
+        program(values, at)
         return
     missing = [key for key in unique(module.in_keys) if key not in values]
     if missing:
@@ -135,7 +123,7 @@ def _run(
             f"{name} reads {missing}, and there are {sorted(values, key=str)}."
         )
     try:
-        program(values, at.batch_size, at.device)
+        program(values, at)
     except Exception as err:
         raise RuntimeError(
             f"{name} failed on {describe(values, module.in_keys)} (batch size "

@@ -11,9 +11,9 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 
-from torchrl_wm.modules.ensemble import EnsembleLinear
-from torchrl_wm.modules.entries import Entry, JoinEntries
-from torchrl_wm.modules.two_hot import SymlogTwoHot
+from torchrl_wm.modules.blocks.ensemble import EnsembleLinear
+from torchrl_wm.modules.blocks.entries import Entry, JoinEntries
+from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot
 
 Reduce = Literal["mean", "min"]
 

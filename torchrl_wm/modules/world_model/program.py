@@ -35,9 +35,9 @@ from torchrl_wm import _upstream
 from torchrl_wm._upstream import has_hooks
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
 
-Values = dict[NestedKey, torch.Tensor]
-Step = Callable[[Values, torch.Size, "torch.device | None"], None]
+Step = Callable[[FlatTensors, Placement], None]
 
 
 class Program:
@@ -70,8 +70,8 @@ class Program:
         #: The modules in order, as functions for inputs like those of a call before:
         #: outputs are not checked again. One that has another shape than before shows
         #: when it is stacked.
-        self.again: list[Step] = [
-            _direct_again(module) if simple else step
+        self.trusted: list[Step] = [
+            _direct_trusted(module) if simple else step
             for module, simple, step in zip(self.modules, plain, self._steps)
         ]
 
@@ -91,23 +91,19 @@ class Program:
 
     def __call__(
         self,
-        values: Values,
-        batch_size: torch.Size,
-        device: torch.device | None,
-        again: bool = False,
+        values: FlatTensors,
+        at: Placement,
     ) -> None:
         """Run the modules; what they write goes into ``values``.
 
         Args:
             values: what is read, by flat key (``("next", "latent")``, not nested
                 dictionaries), each ``[*B, ...]``.
-            batch_size: ``*B``.
-            device: where what is written belongs; None leaves it where it is.
-            again: whether inputs are like those of a call before, so that outputs
-                need no check.
+            at: where it happens. Where that is ``trusted``, inputs are like those of a
+                call before, and outputs are not checked.
         """
-        for step in self.again if again else self._steps:
-            step(values, batch_size, device)
+        for step in self.trusted if at.trusted else self._steps:
+            step(values, at)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -210,13 +206,11 @@ def _direct(module: TensorDictModule) -> Step:
     in_keys, out_keys = list(module.in_keys), list(module.out_keys)
     single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
 
-    def step(
-        values: Values, batch_size: torch.Size, device: torch.device | None
-    ) -> None:
+    def step(values: FlatTensors, at: Placement) -> None:
         try:
             inputs = [values[key] for key in in_keys]
         except KeyError:
-            inputs = [_get(values, key, batch_size, device) for key in in_keys]
+            inputs = [_get(values, key, at) for key in in_keys]
         try:
             out = network(*inputs)
         except Exception as err:
@@ -229,63 +223,59 @@ def _direct(module: TensorDictModule) -> Step:
         if (
             single is not None
             and type(out) is torch.Tensor
-            and out.shape[: len(batch_size)] == batch_size
-            and (device is None or out.device == device)
+            and out.shape[: len(at.batch_size)] == at.batch_size
+            and (at.device is None or out.device == at.device)
         ):
             values[single] = out
             return
-        _write(values, out, out_keys, module, batch_size, device)
+        _write(values, out, out_keys, module, at)
 
     return step
 
 
-def _direct_again(module: TensorDictModule) -> Step:
+def _direct_trusted(module: TensorDictModule) -> Step:
     network = module.module
     in_keys, out_keys = list(module.in_keys), list(module.out_keys)
     single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
 
-    def step(
-        values: Values, batch_size: torch.Size, device: torch.device | None
-    ) -> None:
+    def step(values: FlatTensors, at: Placement) -> None:
         try:
             inputs = [values[key] for key in in_keys]
         except KeyError:
-            inputs = [_get(values, key, batch_size, device) for key in in_keys]
+            inputs = [_get(values, key, at) for key in in_keys]
         out = network(*inputs)
         if single is not None and type(out) is torch.Tensor:
             values[single] = out
         else:
-            _write(values, out, out_keys, module, batch_size, device)
+            _write(values, out, out_keys, module, at)
 
     return step
 
 
 def _get(
-    values: Values,
+    values: FlatTensors,
     key: NestedKey,
-    batch_size: torch.Size,
-    device: torch.device | None,
+    at: Placement,
 ) -> torch.Tensor | TensorDict | None:
     """What a network reads, as from a tensordict: an entry, those below a key, or None."""
     if key in values:
         return values[key]
     below = _below(values, key)
-    return to_tensordict(below, batch_size, device).get(key) if below else None
+    return to_tensordict(below, at).get(key) if below else None
 
 
-def _below(values: Values, key: NestedKey) -> Values:
+def _below(values: FlatTensors, key: NestedKey) -> FlatTensors:
     """The entries below a key, which names a nested tensordict."""
     path = as_tuple(key)
     return {k: v for k, v in values.items() if as_tuple(k)[: len(path)] == path}
 
 
 def _write(
-    values: Values,
+    values: FlatTensors,
     out,
     out_keys: Sequence[NestedKey],
     module: nn.Module,
-    batch_size: torch.Size,
-    device: torch.device | None,
+    at: Placement,
 ) -> None:
     """Write outputs as a TensorDictModule does, into a dictionary."""
     if out is None:
@@ -308,17 +298,16 @@ def _write(
         if isinstance(value, TensorDictBase):
             for name, part in value.items(True, True, is_leaf=is_leaf_nontensor):
                 name = unravel_key((*as_tuple(key), *as_tuple(name)))
-                values[name] = _fitting(name, part, module, batch_size, device)
+                values[name] = _fitting(name, part, module, at)
         else:
-            values[key] = _fitting(key, value, module, batch_size, device)
+            values[key] = _fitting(key, value, module, at)
 
 
 def _fitting(
     key: NestedKey,
     value,
     module: nn.Module,
-    batch_size: torch.Size,
-    device: torch.device | None,
+    at: Placement,
 ) -> torch.Tensor:
     """One output, checked, and where it belongs."""
     if isinstance(value, (bool, int, float, np.generic, np.ndarray)):
@@ -329,11 +318,12 @@ def _fitting(
             f"policies that act in them write tensors: leave the entry out of out_keys, or call "
             f"it '_'."
         )
-    if value.shape[: len(batch_size)] != batch_size:
+    if value.shape[: len(at.batch_size)] != at.batch_size:
         raise RuntimeError(
             f"{key!r} was written with the shape {tuple(value.shape)}, which does not begin "
-            f"with the batch size {tuple(batch_size)}, by {module}."
+            f"with the batch size {tuple(at.batch_size)}, by {module}."
         )
+    device = at.device
     return value if device is None or value.device == device else value.to(device)
 
 
@@ -344,20 +334,18 @@ def _through_tensordict(module: nn.Module) -> Step:
     # to show them all that is there.
     narrow = isinstance(module, ProbabilisticTensorDictModule) and _is_sampling(module)
 
-    def step(
-        values: Values, batch_size: torch.Size, device: torch.device | None
-    ) -> None:
+    def step(values: FlatTensors, at: Placement) -> None:
         shown = values
         if narrow:
             shown = {}
             for key in in_keys:
                 shown.update(_below(values, key))
-        out = module(to_tensordict(shown, batch_size, device))
+        out = module(to_tensordict(shown, at))
         # What such a module writes beyond its out_keys is kept, as in a tensordict.
         written = out.select(*out_keys) if narrow else out
         for key, value in written.items(True, True, is_leaf=is_leaf_nontensor):
             key = unravel_key(key)
-            values[key] = _fitting(key, value, module, batch_size, device)
+            values[key] = _fitting(key, value, module, at)
 
     return step
 
@@ -366,9 +354,7 @@ def _sampling(module: ProbabilisticTensorDictModule) -> Step:
     """What a sampling module does, without the tensordict."""
     out_keys = list(module.out_keys)
 
-    def step(
-        values: Values, batch_size: torch.Size, device: torch.device | None
-    ) -> None:
+    def step(values: FlatTensors, at: Placement) -> None:
         dist = module.get_dist(values)
         mode = interaction_type()
         mode = module.default_interaction_type if mode is None else mode
@@ -378,16 +364,6 @@ def _sampling(module: ProbabilisticTensorDictModule) -> Step:
             sample = getattr(dist, "deterministic_sample", None)
         if sample is None:
             sample = _upstream.draw(module, dist, mode)
-        _write(values, sample, out_keys, module, batch_size, device)
+        _write(values, sample, out_keys, module, at)
 
     return step
-
-
-def to_tensordict(
-    values: Values, batch_size: torch.Size, device: torch.device | None
-) -> TensorDict:
-    """A tensordict with these entries, nested where the keys are."""
-    out = TensorDict({}, batch_size=batch_size, device=device)
-    for key, value in values.items():
-        out.set(key, value)
-    return out

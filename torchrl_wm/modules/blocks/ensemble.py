@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_wm.modules.gaussian import BoundedLogVar
+from torchrl_wm.modules.blocks.gaussian import BoundedLogVar
 from torchrl_wm.modules.modes import draws
 
 

@@ -21,20 +21,20 @@ from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
-from torchrl_wm.modules.program import to_tensordict, Values
-from torchrl_wm.modules.recurrence import (
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.recurrence import (
     contiguous,
     Inputs,
     RolloutCompiler,
     unroll_time,
     where,
 )
-from torchrl_wm.modules.running import run_components
-from torchrl_wm.modules.transition import Place, Transition
-from torchrl_wm.modules.wiring import written_keys
+from torchrl_wm.modules.world_model.run_components import run_components
+from torchrl_wm.modules.world_model.transition import Transition
+from torchrl_wm.modules.world_model.wiring import written_keys
 
 if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model import WorldModel
+    from torchrl_wm.modules.world_model.world_model import WorldModel
 
 IS_INIT = "is_init"
 
@@ -132,7 +132,7 @@ def observe_step(world_model: WorldModel, tensordict: TensorDictBase) -> TensorD
             )
         return tensordict.update(fresh.select(*latents))
     encoded = world_model.encoder(tensordict.select(*inputs))
-    at = Place(tensordict.batch_size, tensordict.device)
+    at = Placement(tensordict.batch_size, tensordict.device)
     before, context = values_of(tensordict, latents), values_of(
         tensordict, step.context
     )
@@ -186,10 +186,10 @@ def observe_sequence(
         restart,
         begun,
     )
-    at = Place(tensordict.batch_size[:-1], tensordict.device)
+    at = Placement(tensordict.batch_size[:-1], tensordict.device)
     filtered = unroll_time(step, state, given, at, compiler_of(world_model))
     return tensordict.copy().update(
-        to_tensordict(filtered, tensordict.batch_size, tensordict.device)
+        to_tensordict(filtered, Placement(tensordict.batch_size, tensordict.device))
     )
 
 
@@ -210,10 +210,12 @@ def predict_sequence(
     step = transition_of(world_model)
     state = first_latents(world_model, tensordict)
     given = Inputs(values_of(tensordict, step.context))
-    at = Place(tensordict.batch_size[:-1], tensordict.device)
+    at = Placement(tensordict.batch_size[:-1], tensordict.device)
     steps = unroll_time(step, state, given, at, compiler_of(world_model))
     kept = tensordict.select(*keep).apply(contiguous)  # heads see it beside the steps
-    return kept.update(to_tensordict(steps, tensordict.batch_size, tensordict.device))
+    return kept.update(
+        to_tensordict(steps, Placement(tensordict.batch_size, tensordict.device))
+    )
 
 
 def compiler_of(world_model: WorldModel) -> RolloutCompiler | None:
@@ -221,7 +223,7 @@ def compiler_of(world_model: WorldModel) -> RolloutCompiler | None:
     return world_model.__dict__.get("_rollout_compiler")
 
 
-def first_latents(world_model: WorldModel, tensordict: TensorDictBase) -> Values:
+def first_latents(world_model: WorldModel, tensordict: TensorDictBase) -> FlatTensors:
     """The latents that a sequence starts from, ``[*B, ...]`` by key.
 
     What the encoder writes is encoded; the other latents are those given at the
@@ -246,10 +248,10 @@ def first_latents(world_model: WorldModel, tensordict: TensorDictBase) -> Values
 def episode_begins(
     tensordict: TensorDictBase, done: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Place episodes begin, in the shape of the batch; None where nothing says so.
+    """Return where episodes begin, in the shape of the batch; None if nothing says so.
 
     ``is_init`` says so; without it, in a sequence, a ``done`` one step before.
-    Place only agents have such entries, an episode begins when it does for all.
+    Where only agents have such entries, an episode begins when it does for all.
 
     Args:
         tensordict: ``[*B]``, or ``[*B, T]`` with "next".
@@ -323,7 +325,7 @@ def _begun(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBas
     return begun
 
 
-def values_of(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Values:
+def values_of(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> FlatTensors:
     """Entries of a tensordict, by flat key.
 
     Raises:
@@ -332,7 +334,7 @@ def values_of(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Values:
     return {key: tensordict[key] for key in keys}
 
 
-def _below_next(values: Values) -> Values:
+def _below_next(values: FlatTensors) -> FlatTensors:
     return {join("next", key): value for key, value in values.items()}
 
 

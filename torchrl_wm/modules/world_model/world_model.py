@@ -13,12 +13,16 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.filtering import begin, observe_sequence, observe_step
-from torchrl_wm.modules.initial_state import InitialState, InitialStateLike
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
-from torchrl_wm.modules.observer import Observer
-from torchrl_wm.modules.recurrence import RolloutCompiler, Scope
-from torchrl_wm.modules.wiring import (
+from torchrl_wm.modules.world_model.filtering import (
+    begin,
+    observe_sequence,
+    observe_step,
+)
+from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
+from torchrl_wm.modules.world_model.observer import Observer
+from torchrl_wm.modules.world_model.recurrence import RolloutCompiler, Scope
+from torchrl_wm.modules.world_model.wiring import (
     check_component,
     check_posterior,
     check_wiring,
