@@ -1,6 +1,6 @@
 """The house rules that a machine can check: imports point one way, and no prints.
 
-    cli -> trainers -> {models, planners, export, diagnostics} -> {envs, objectives} -> modules
+    cli -> trainers -> export -> {models, planners, diagnostics} -> {envs, objectives} -> modules
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "torchrl_wm"
 LAYERS = (
     {"cli"},
     {"trainers"},
-    {"models", "planners", "export", "diagnostics"},
+    {"export"},
+    {"models", "planners", "diagnostics"},
     {"envs", "objectives"},
     {"modules"},
 )
@@ -28,6 +29,8 @@ FLOOR = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in lay
 # __main__, which is the command line under another name.
 ROOT = "__init__"
 MAIN = "__main__"
+#: The functions that import what a string names.
+IMPORTERS = ("import_module", "__import__", "resolve_name")
 
 
 def floor_of(part: str) -> int | None:
@@ -70,8 +73,8 @@ def imported_names(path: Path, package: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Call) and node.args:
             name = getattr(node.func, "attr", getattr(node.func, "id", None))
             target = getattr(node.args[0], "value", None)
-            if name in ("import_module", "__import__") and isinstance(target, str):
-                yield node.lineno, target
+            if name in IMPORTERS and isinstance(target, str):
+                yield node.lineno, target.replace(":", ".")
 
 
 def imported_part(name: str, package: Path) -> str | None:
@@ -173,6 +176,7 @@ def build(root: Path, files: dict[str, str]) -> Path:
         ("trainers/deep/a.py", "from ...diagnostics import x\nfrom ..b import y"),
         ("cli/a.py", "import house.trainers"),
         ("__init__.py", "from house.envs import x\nfrom .cli import y"),
+        ("export/a.py", "def f():\n    from house.models import x"),
         ("modules/a.py", "import torch\nfrom household import x\nimport houses"),
         ("_utils.py", "import torch"),
     ],
@@ -196,6 +200,8 @@ def test_checker_accepts(tmp_path, file, source):
         ("trainers/a.py", "def f():\n    from house.cli import x", "cli"),
         ("envs/a.py", "if TYPE_CHECKING:\n    import house.planners", "planners"),
         ("envs/a.py", "importlib.import_module('house.export')", "export"),
+        ("envs/a.py", "pkgutil.resolve_name('house.export:x')", "export"),
+        ("models/a.py", "from house.export import x", "export"),
         ("envs/a.py", "from house import WorldModel", "top of the package"),
         ("envs/a.py", "import house", "top of the package"),
         ("_utils.py", "from .modules import x", "modules"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, Union
 
 import gymnasium
@@ -262,11 +261,10 @@ def _form(entry: Entry) -> str:
 
 
 def load(path: str | Path) -> WorldModel:
-    """The world model that was saved at ``path``.
+    """Load the world model that was saved at ``path``.
 
     Raises:
         FileNotFoundError: if nothing is there.
-        ImportError: if this version cannot load models.
     """
     path = Path(path)
     if not path.exists():
@@ -274,15 +272,9 @@ def load(path: str | Path) -> WorldModel:
             f"There is no saved world model at {str(path)!r}. Pass the path given to "
             f"torchrl_wm.models.save_world_model, or the model itself."
         )
-    # By name, as Gymnasium finds entry points: packages of one layer do not import
-    # each other, and only a path needs this one.
-    try:
-        load_world_model = resolve_name("torchrl_wm.models:load_world_model")
-    except (ImportError, AttributeError) as err:
-        raise ImportError(
-            f"Cannot load {str(path)!r}: torchrl_wm.models.load_world_model is missing from this "
-            f"version. Load the model yourself, and pass it with base_env."
-        ) from err
+    # Only a path needs the builders, which take a while to import.
+    from torchrl_wm.models import load_world_model
+
     return load_world_model(path)
 
 
