@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
+
+from torchrl_wm._checks import did_you_mean
 
 #: The entry point group in which other packages name their recipes.
 GROUP = "torchrl_wm.recipes"
@@ -144,10 +145,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
         )
     if not entries:
         names = recipe_names()
-        close = get_close_matches(name, names, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your "
+            f"There is no recipe {name!r}.{did_you_mean(name, names)} Valid choices are {sorted(names)}. A recipe of your "
             f"own is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
             f"(torchrl-wm train module:Class) or import, or by an installed package in the entry "
             f"point group {GROUP!r}."
