@@ -1,4 +1,4 @@
-"""The state of a search: the candidates of an iteration, and how far the search has come."""
+"""The state of a search: its proposal, its best plan and the candidates of an iteration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Population(NamedTuple):
 
 
 class Search(NamedTuple):
-    """How far a search has come.
+    """The state of a search between two iterations.
 
     Args:
         proposal: the distribution of the next candidates.
