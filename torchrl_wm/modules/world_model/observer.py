@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
+
 from torchrl_wm.modules.keys import as_tuple, is_next, missing_from, unique
-
-from torchrl_wm.modules.world_model.filtering import (
-    check_observable,
-    IS_INIT,
-    observe_step,
-)
-
-if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model.world_model import WorldModel
+from torchrl_wm.modules.world_model.filtering import IS_INIT
 
 
 class Observer(TensorDictModuleBase):
@@ -31,7 +24,8 @@ class Observer(TensorDictModuleBase):
     :meth:`make_tensordict_primer`, so that the env knows them.
 
     Args:
-        world_model: the model; its components are shared, not copied.
+        world_model: the :class:`~torchrl_wm.WorldModel`; its components are shared, not
+            copied.
 
     Examples:
         >>> import torch
@@ -67,9 +61,9 @@ class Observer(TensorDictModuleBase):
         torch.Size([5, 8])
     """
 
-    def __init__(self, world_model: WorldModel) -> None:
+    def __init__(self, world_model: TensorDictModuleBase) -> None:
         super().__init__()
-        check_observable(world_model)
+        world_model.filter.check_observable()
         self.world_model = world_model
         before = [k for k in unique(world_model.dynamics.in_keys) if not is_next(k)]
         self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
@@ -77,7 +71,7 @@ class Observer(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update the latents in ``tensordict``, ``[*B]``, by its observation."""
-        return observe_step(self.world_model, tensordict)
+        return self.world_model.filter.observe_step(tensordict)
 
     def make_tensordict_primer(
         self, observations: TensorDictBase | None = None, **kwargs: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase, TensorDictSequential
@@ -14,20 +14,27 @@ from torch.nn.parameter import is_lazy
 from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
-from torchrl_wm.modules.world_model.filtering import (
-    begin,
-    observe_sequence,
-    observe_step,
-)
+from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
+from torchrl_wm.modules.world_model.filtering import Filter
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
 from torchrl_wm.modules.world_model.observer import Observer
-from torchrl_wm.modules.world_model.recurrence import RolloutCompiler, Scope
 from torchrl_wm.modules.world_model.wiring import (
     check_component,
     check_posterior,
     check_wiring,
     written_keys,
 )
+
+
+class _Wiring(NamedTuple):
+    """What follows from the components of a world model."""
+
+    #: The components and the initial state that the rest was made for.
+    parts: dict[str, nn.Module | None]
+    forward: TensorDictSequential
+    step: TensorDictSequential
+    latents: list[NestedKey]
+    filter: Filter
 
 
 class WorldModel(TensorDictModuleBase):
@@ -153,12 +160,11 @@ class WorldModel(TensorDictModuleBase):
             if module is not None or name in ("encoder", "dynamics", "reward_head"):
                 check_component(name, module)
             self.register_module(name, module)
-        _ = self._sequences  # checks the wiring
-        self.initial_state = (
-            None if initial_state is None else InitialState(initial_state)
-        )
-        if self.initial_state is not None:
-            self.initial_state.check(self.latent_keys, written_keys(self.encoder))
+        self.register_module("initial_state", None)
+        latents = self._wiring.latents  # checks the wiring
+        if initial_state is not None:
+            self.initial_state = InitialState(initial_state)
+            self.initial_state.check(latents, written_keys(encoder))
 
     # Components and keys -------------------------------------------------
 
@@ -175,7 +181,7 @@ class WorldModel(TensorDictModuleBase):
     @property
     def in_keys(self) -> list[NestedKey]:
         """What :meth:`forward` reads."""
-        keys = self._sequences["forward"].in_keys
+        keys = self._wiring.forward.in_keys
         if self.initial_state is None:
             return keys
         supplied = self.initial_state.keys()
@@ -190,7 +196,7 @@ class WorldModel(TensorDictModuleBase):
     @property
     def out_keys(self) -> list[NestedKey]:
         """What :meth:`forward` writes."""
-        return self._sequences["forward"].out_keys
+        return self._wiring.forward.out_keys
 
     @out_keys.setter
     def out_keys(self, value) -> None:
@@ -199,64 +205,75 @@ class WorldModel(TensorDictModuleBase):
     @property
     def step_in_keys(self) -> list[NestedKey]:
         """The root keys that :meth:`step` reads: latents, action and context."""
-        return self._sequences["step"].in_keys
+        return self.step_module.in_keys
 
     @property
     def latent_keys(self) -> list[NestedKey]:
         """The latents: root keys that :meth:`step` reads and writes under "next"."""
-        step = self._sequences["step"]
-        written = set(unique(step.out_keys))
-        return [
-            key
-            for key in unique(step.in_keys)
-            if not is_next(key) and join("next", key) in written
-        ]
+        return list(self._wiring.latents)
 
     @property
     def step_module(self) -> TensorDictSequential:
         """One imagined step as a module: dynamics, reward head and done head."""
-        return self._sequences["step"]
+        return self._wiring.step
 
     @property
-    def _sequences(self) -> dict[str, TensorDictSequential]:
-        # Rebuilt when a component was replaced. They are kept outside of the
-        # registered modules, where they would repeat every tensor.
-        components = self.components
-        cached = self.__dict__.get("_sequence_cache")
-        if cached is None or not _same(cached[0], components):
-            for name, module in components.items():
-                check_component(name, module)
-            ahead = {k: v for k, v in components.items() if k != "posterior"}
-            check_wiring(ahead)
-            if "posterior" in components:
-                check_posterior(self.posterior, self.encoder, self.dynamics)
-            step = [components[k] for k in self.step_names if k in components]
-            cached = (
-                components,
-                {
-                    "forward": TensorDictSequential(*ahead.values()),
-                    "step": TensorDictSequential(*step),
-                },
-            )
-            self.__dict__["_sequence_cache"] = cached
-        return cached[1]
+    def filter(self) -> Filter:
+        """How observations become latents over time; another one when a component is replaced."""
+        return self._wiring.filter
+
+    #: What :attr:`_wiring` made last. A tuple is no module, and so is not registered: its
+    #: modules would repeat every tensor.
+    _last_wiring: _Wiring | None = None
+
+    @property
+    def _wiring(self) -> _Wiring:
+        """What follows from the components, made and checked anew when one was replaced."""
+        made, parts = self._last_wiring, dict(self.components)
+        parts["initial_state"] = self.initial_state
+        if made is None or not _same(made.parts, parts):
+            later_steps = None if made is None else made.filter.later_steps
+            made = self._last_wiring = self._wire(parts, later_steps)
+        return made
+
+    def _wire(
+        self, parts: dict[str, nn.Module | None], later_steps: FilterCompiler | None
+    ) -> _Wiring:
+        """Check the components and connect them."""
+        components = {k: v for k, v in parts.items() if k != "initial_state"}
+        for name, module in components.items():
+            check_component(name, module)
+        ahead = {k: v for k, v in components.items() if k != "posterior"}
+        check_wiring(ahead)
+        if "posterior" in components:
+            check_posterior(self.posterior, self.encoder, self.dynamics)
+        step = TensorDictSequential(
+            *(components[name] for name in self.step_names if name in components)
+        )
+        written = set(unique(step.out_keys))
+        latents = [
+            key
+            for key in unique(step.in_keys)
+            if not is_next(key) and join("next", key) in written
+        ]
+        return _Wiring(
+            parts,
+            TensorDictSequential(*ahead.values()),
+            step,
+            latents,
+            Filter(components, self.initial_state, latents, later_steps),
+        )
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         # They hold on to networks and to what was compiled: a copy makes its own.
-        held = (
-            "_sequence_cache",
-            "_transition_cache",
-            "_rollout_compiler",
-            "_followers",
-        )
-        for name in held:
+        for name in ("_last_wiring", "_followers"):
             state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        _ = self._sequences  # so that a compiled call finds them
+        _ = self._wiring  # so that a compiled call finds it
 
     def _apply(self, fn: Callable, recurse: bool = True) -> WorldModel:
         """As any module's; what holds the model's tensors, such as a loss, follows."""
@@ -284,7 +301,7 @@ class WorldModel(TensorDictModuleBase):
             predictions under ``"next"`` (where they replace what stood there).
         """
         if self.initial_state is None:
-            return self._sequences["forward"](tensordict)
+            return self._wiring.forward(tensordict)
         tensordict = self.step(self.encode(tensordict))
         return tensordict if self.decoder is None else self.decoder(tensordict)
 
@@ -295,7 +312,7 @@ class WorldModel(TensorDictModuleBase):
         (corrected by the posterior, if there is one), unless they are there
         already.
         """
-        return begin(self, tensordict)
+        return self.filter.encode(tensordict)
 
     def observe(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Filter real observations into latents.
@@ -353,8 +370,8 @@ class WorldModel(TensorDictModuleBase):
         """
         named = tensordict.batch_dims and tensordict.names[-1] == "time"
         if named or tensordict.get("next", None) is not None:
-            return observe_sequence(self, tensordict)
-        return observe_step(self, tensordict)
+            return self.filter.observe_sequence(tensordict)
+        return self.filter.observe_step(tensordict)
 
     def compile_rollout(self, scope: Scope = "step", **kwargs: Any) -> WorldModel:
         """Compile the steps through time of :meth:`observe` and of multi-step losses.
@@ -412,12 +429,12 @@ class WorldModel(TensorDictModuleBase):
             torch.Size([2, 5, 4])
         """
         devices = {value.device for value in (*self.parameters(), *self.buffers())}
-        self.__dict__["_rollout_compiler"] = RolloutCompiler(scope, kwargs, devices)
+        self.filter.later_steps = FilterCompiler(scope, kwargs, devices)
         return self
 
     def eager_rollout(self) -> WorldModel:
         """Undo :meth:`compile_rollout`."""
-        self.__dict__["_rollout_compiler"] = None
+        self.filter.later_steps = None
         return self
 
     def observer(self) -> Observer:
@@ -427,10 +444,7 @@ class WorldModel(TensorDictModuleBase):
     @property
     def is_recurrent(self) -> bool:
         """Whether latents depend on more than the latest observation."""
-        if self.posterior is not None:
-            return True
-        encoded = set(written_keys(self.encoder))
-        return any(key not in encoded for key in self.latent_keys)
+        return self.filter.is_recurrent
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Predict one step ahead; neither encodes nor decodes.
@@ -442,7 +456,7 @@ class WorldModel(TensorDictModuleBase):
         Returns:
             The same tensordict, with the predictions under ``"next"``.
         """
-        sequence = self._sequences["step"]
+        sequence = self.step_module
         try:
             return sequence(tensordict)
         except KeyError as err:
@@ -502,5 +516,6 @@ def _count(module: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in parameters):,}"
 
 
-def _same(left: dict[str, nn.Module], right: dict[str, nn.Module]) -> bool:
+def _same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Return whether both name the same objects."""
     return left.keys() == right.keys() and all(left[k] is right[k] for k in left)
