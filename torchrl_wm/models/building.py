@@ -15,8 +15,8 @@ from torchrl.envs import EnvBase
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.blocks.normalizer import share_notice
+from torchrl_wm.modules.integrity import mark_pristine
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
-from torchrl_wm.modules.parts import remember_parts
 from torchrl_wm.objectives import WorldModelLoss
 
 #: Wires a model and its loss from specs and a config.
@@ -119,8 +119,8 @@ def build(
 def rebuild(recipe: Blueprint) -> tuple[WorldModel, WorldModelLoss]:
     """The model and the loss of a recipe, newly initialised; the model keeps the recipe."""
     world_model, loss = BUILDERS[recipe.builder].wire(recipe.specs, recipe.config)
-    world_model.__dict__["recipe"] = recipe
-    remember_parts(world_model)
+    world_model.recipe = recipe
+    mark_pristine(world_model)
     share_notice(world_model)
     return world_model, loss
 

@@ -16,7 +16,7 @@ from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import Blueprint, BUILDERS, rebuild, resolve_config
 from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.parts import has_its_parts
+from torchrl_wm.modules.integrity import is_pristine
 
 #: What marks a file as one of ours.
 FORMAT = "torchrl_wm.world_model"
@@ -76,7 +76,7 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
     recipe = getattr(world_model, "recipe", None)
-    if not has_its_parts(world_model):
+    if not is_pristine(world_model):
         recipe = None  # it would make another model
     content["recipe"] = None if recipe is None else _plain_recipe(recipe)
     write_plain(content, path)
