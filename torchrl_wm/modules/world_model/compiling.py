@@ -30,7 +30,9 @@ MOST_GRAPHS = 64
 
 
 class Compiler:
-    """Compiles functions on tensors, until it turns out that nothing can be compiled here.
+    """A compiler of functions on tensors, which keeps its graphs as long as they are true.
+
+    On a machine where nothing can be compiled, it warns once, and leaves functions eager.
 
     Args:
         options: for :func:`torch.compile`; ``fullgraph`` is True and ``dynamic``
@@ -75,7 +77,7 @@ class Compiler:
         if tuple(map(id, model)) != tuple(map(id, self._model)):
             self._graphs.clear()
             self._model = tuple(model)
-        # What a graph was made for is held, so that no id is used again.
+        # The objects that a graph was made for are held, so that no id is used again.
         key = (*map(id, policy), key, torch.is_grad_enabled())
         if key not in self._graphs:
             graph = torch.compile(run, **self.options)
@@ -100,7 +102,7 @@ class Compiler:
         return call
 
     def _fail(self, err: Exception) -> None:
-        """Warn, once, that nothing can be compiled."""
+        """Warn that nothing can be compiled, and remember it."""
         self.failed = True
         warnings.warn(
             f"{self.what} could not be compiled and stays eager ({type(err).__name__}: "
@@ -110,7 +112,7 @@ class Compiler:
 
 
 class FilterCompiler:
-    """Compiles the steps of a filter after the first.
+    """A compiler of the steps of a filter after the first.
 
     Args:
         scope: ``"step"``, a loop over one compiled step, or ``"scan"``.
@@ -162,7 +164,7 @@ class FilterCompiler:
             The entries of these steps, ``[*B, T - 1, ...]``; None if they stay eager.
         """
         if self._compiler.failed or torch.compiler.is_compiling():
-            # What encloses this compiles it. A scan within another graph would leave
+            # The graph around this one takes the loop in. A scan within it would leave
             # TorchRL's type of exploration changed behind it (torch 2.13).
             return None
         dim = len(at.batch_size)

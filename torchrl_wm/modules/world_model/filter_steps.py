@@ -23,10 +23,10 @@ InputKeys = tuple[Optional[tuple[NestedKey, ...]], ...]
 
 @dataclass
 class FilterInputs:
-    """What steps of the filter are given, ``[*B, T, ...]`` by flat key; ``[*B, ...]`` for one.
+    """The inputs of steps of the filter, ``[*B, T, ...]`` by flat key; ``[*B, ...]`` of one.
 
     Args:
-        context: what the dynamics read beside latents.
+        context: the action, and whatever else the dynamics read beside latents.
         encoded: the encoded next observations, by ``("next", key)``; None to
             predict without correction.
         begins: where episodes begin, bool; None where they never do.

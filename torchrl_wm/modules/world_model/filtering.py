@@ -43,14 +43,14 @@ IS_INIT = "is_init"
 
 
 class Filter:
-    """What makes latents of observations, one step or whole sequences at a time.
+    """The part of a world model that makes latents of observations, of a step or of sequences.
 
-    A world model has one, as :attr:`~torchrl_wm.WorldModel.filter`, and makes another when
-    a component is replaced.
+    :attr:`~torchrl_wm.WorldModel.filter` is that of the model's present components: the model
+    makes another one when a component is replaced.
 
     Args:
         components: the model's components: encoder, dynamics and, perhaps, posterior.
-        initial_state: where the latents begin that the encoder does not write.
+        initial_state: the first values of the latents that the encoder does not write.
         latents: the keys of the latents.
         later_steps: compiles the steps of a sequence after the first; None leaves them
             eager.
@@ -152,7 +152,7 @@ class Filter:
                 before and the action taken then, if there was one; ``is_init``.
 
         Returns:
-            The same tensordict with the latents of now.
+            The same tensordict with the present latents.
         """
         self.check_observable()
         observations = self.observations
@@ -232,7 +232,7 @@ class Filter:
         """Predict whole sequences, open loop, from the latents of their first step.
 
         Args:
-            tensordict: the first observations or latents, and what the dynamics
+            tensordict: the first observations or latents, and whatever the dynamics
                 read beside latents, ``[*B, T]``; not modified.
             keep: entries of it that the result has, too.
 
@@ -263,9 +263,8 @@ class Filter:
     def _first_latents(self, tensordict: TensorDictBase) -> FlatTensors:
         """Return the latents that a sequence starts from, ``[*B, ...]`` by key.
 
-        What the encoder writes is encoded; the other latents are those given at the
-        first step, or, where an episode begins there or none are given, what the
-        model begins with.
+        The encoder writes those that it can; the others are those given at the first
+        step, or the initial ones if an episode begins there or none are given.
         """
         observations = self.observations
         first = tensordict[..., 0]
@@ -282,7 +281,7 @@ class Filter:
         return where(begins[..., 0], to_flat(fresh, self.latents), state)
 
     def _fresh(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Return the latents at the beginning of an episode, from whatever is known of it."""
+        """Return the latents at the beginning of an episode, from all that is known of it."""
         if not missing_from(tensordict, self.observations):
             fresh = self.encode(tensordict.copy())
         elif self.initial_state is not None:
@@ -311,10 +310,10 @@ class Filter:
 def episode_begins(
     tensordict: TensorDictBase, done: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Return where episodes begin, in the shape of the batch; None if nothing says so.
+    """Return where episodes begin, in the shape of the batch; None if no entry says so.
 
     ``is_init`` says so; without it, in a sequence, a ``done`` one step before.
-    Where only agents have such entries, an episode begins when it does for all.
+    If only agents have such entries, an episode begins when it does for all of them.
 
     Args:
         tensordict: ``[*B]``, or ``[*B, T]`` with "next".
@@ -330,7 +329,7 @@ def episode_begins(
     if ended is None:
         return None
     ended = ended.reshape(*tensordict.batch_size, -1).bool().any(-1)
-    # Rolled, not written to a slice: torch 2.13's inductor makes C++ of that which does
+    # Rolled, not written to a slice, for which torch 2.13's inductor makes C++ that does
     # not compile.
     later = torch.arange(ended.shape[-1], device=ended.device) > 0
     return ended.roll(1, -1) & later

@@ -13,11 +13,11 @@ FlatTensors = dict[NestedKey, torch.Tensor]
 
 
 class Placement(NamedTuple):
-    """What a tensordict knows and its flat entries do not.
+    """The batch size and device of a tensordict, which its flat entries do not know.
 
     Args:
         batch_size: ``*B``.
-        device: where what is written belongs; None leaves it where it is.
+        device: the device of entries that are written; None leaves them where they are.
         trusted: whether outputs of this shape were checked before.
     """
 

@@ -35,7 +35,7 @@ class Transition:
         #: The latents, and where the dynamics write them.
         self.latents = [(key, join("next", key)) for key in latents]
         reads = unique(dynamics.in_keys)
-        #: What the dynamics read beside latents: the action, and constant context.
+        #: The keys that the dynamics read beside latents: the action, and constant context.
         self.context = [k for k in reads if not is_next(k) and k not in latents]
         self.written = set(written_keys(dynamics))
         self._predict = Program([dynamics])
@@ -61,7 +61,7 @@ class Transition:
 
         Args:
             state: the latents, ``[*B, ...]`` by flat key; not modified.
-            context: the action, and what else the dynamics read; not modified.
+            context: the action, and whatever else the dynamics read; not modified.
             at: the batch size and device of both.
 
         Returns:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import is_next, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
 from torchrl_wm.modules.world_model.filtering import Filter
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
@@ -22,12 +22,13 @@ from torchrl_wm.modules.world_model.wiring import (
     check_component,
     check_posterior,
     check_wiring,
+    latents_of,
     written_keys,
 )
 
 
 class _Wiring(NamedTuple):
-    """What follows from the components of a world model."""
+    """The things that follow from the components of a world model."""
 
     #: The components and the initial state that the rest was made for.
     parts: dict[str, nn.Module | None]
@@ -78,7 +79,7 @@ class WorldModel(TensorDictModuleBase):
         posterior: corrects predicted latents by the encoded observation they
             should have led to, as in recurrent state space models (PlaNet, arXiv
             1811.04551). Used by :meth:`observe`, never while imagining.
-        initial_state: where the latents begin that the encoder does not write,
+        initial_state: the first values of latents that the encoder does not write,
             such as a GRU's belief: a tensordict or Composite without batch dims,
             a TensorDictModule that writes them, or a function of the batch size.
 
@@ -139,7 +140,7 @@ class WorldModel(TensorDictModuleBase):
         "decoder",
         "posterior",
     )
-    #: Those of them that make one imagined step.
+    #: The components that make one imagined step.
     step_names = ("dynamics", "reward_head", "done_head")
 
     def __init__(
@@ -170,7 +171,7 @@ class WorldModel(TensorDictModuleBase):
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The components that the model has, by name, in the order they run."""
+        """The components that the model has, by name, in the order in which they run."""
         modules = _upstream.submodules(self)
         return {
             name: modules[name]
@@ -180,7 +181,7 @@ class WorldModel(TensorDictModuleBase):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` reads."""
+        """The keys that :meth:`forward` reads."""
         keys = self._wiring.forward.in_keys
         if self.initial_state is None:
             return keys
@@ -189,13 +190,11 @@ class WorldModel(TensorDictModuleBase):
 
     @in_keys.setter
     def in_keys(self, value) -> None:
-        # The components say what is read. The setter is here for the base class,
-        # which assigns the attribute.
-        pass
+        pass  # The keys follow from the components; the base class assigns the attribute.
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` writes."""
+        """The keys that :meth:`forward` writes."""
         return self._wiring.forward.out_keys
 
     @out_keys.setter
@@ -219,16 +218,16 @@ class WorldModel(TensorDictModuleBase):
 
     @property
     def filter(self) -> Filter:
-        """How observations become latents over time; another one when a component is replaced."""
+        """The part that makes latents of observations over time, for the present components."""
         return self._wiring.filter
 
-    #: What :attr:`_wiring` made last. A tuple is no module, and so is not registered: its
-    #: modules would repeat every tensor.
+    #: The last :attr:`_wiring`. A tuple is no module, and so is not registered: its modules
+    #: would repeat every tensor.
     _last_wiring: _Wiring | None = None
 
     @property
     def _wiring(self) -> _Wiring:
-        """What follows from the components, made and checked anew when one was replaced."""
+        """The things that follow from the components, made anew when one was replaced."""
         made, parts = self._last_wiring, dict(self.components)
         parts["initial_state"] = self.initial_state
         if made is None or not _same(made.parts, parts):
@@ -250,23 +249,14 @@ class WorldModel(TensorDictModuleBase):
         step = TensorDictSequential(
             *(components[name] for name in self.step_names if name in components)
         )
-        written = set(unique(step.out_keys))
-        latents = [
-            key
-            for key in unique(step.in_keys)
-            if not is_next(key) and join("next", key) in written
-        ]
-        return _Wiring(
-            parts,
-            TensorDictSequential(*ahead.values()),
-            step,
-            latents,
-            Filter(components, self.initial_state, latents, later_steps),
-        )
+        latents = latents_of(step)
+        filter_ = Filter(components, self.initial_state, latents, later_steps)
+        forward = TensorDictSequential(*ahead.values())
+        return _Wiring(parts, forward, step, latents, filter_)
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        # They hold on to networks and to what was compiled: a copy makes its own.
+        # They hold on to networks and to compiled graphs: a copy makes its own.
         for name in ("_last_wiring", "_followers"):
             state.pop(name, None)
         return state
@@ -287,7 +277,7 @@ class WorldModel(TensorDictModuleBase):
         """Who is told when the model was moved: parameters move in place, buffers are others then."""
         return self.__dict__.setdefault("_followers", weakref.WeakSet())
 
-    # What it does --------------------------------------------------------
+    # Predictions ---------------------------------------------------------
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -317,21 +307,21 @@ class WorldModel(TensorDictModuleBase):
     def observe(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Filter real observations into latents.
 
-        With next observations in ``tensordict`` it is a batch of sequences,
-        ``[*B, T]``: the latents of all its steps are written, together with
-        what dynamics and posterior predict under "next", in a new tensordict.
+        With next observations, ``tensordict`` is a batch of sequences, ``[*B, T]``: a
+        new tensordict has the latents of all its steps, and what dynamics and posterior
+        predict under "next".
 
         Without, it is one step in a running env, ``[*B]``: the latents of the
         step before and the action taken then are at the root, where TorchRL's
         rollouts and collectors leave them, and are updated by the newest
-        observation. :meth:`observer` is this as a module.
+        observation. :meth:`observer` does this as a module.
 
-        Where ``is_init`` is True an episode begins, and the latents with it; in
-        sequences without it, after a ``("next", "done")``.
+        An episode begins, and the latents with it, where ``is_init`` is True; in
+        sequences without ``is_init``, after a ``("next", "done")``.
 
         Raises:
-            KeyError: if observations or actions are missing, or if nothing
-                says where a latent begins.
+            KeyError: if observations or actions are missing, or if a latent has no
+                initial value.
 
         Examples:
             >>> import torch
@@ -376,18 +366,17 @@ class WorldModel(TensorDictModuleBase):
     def compile_rollout(self, scope: Scope = "step", **kwargs: Any) -> WorldModel:
         """Compile the steps through time of :meth:`observe` and of multi-step losses.
 
-        What is compiled is one step, however long the sequences are: the time that
-        this takes does not grow with ``T``, and sequences of another length use the
-        same graph. A graph is made for each batch shape, set of entries and
-        gradient mode, at its first call, and kept until a component is replaced;
-        copies of the model start eager. The first step of a sequence is eager.
-        A :class:`~torchrl_wm.WorldModelLoss` of the model uses it, too.
+        One step is compiled, for sequences of any length: compile time does not grow with
+        ``T``, and sequences of another length use the same graph. A graph is made for each
+        batch shape, set of entries and gradient mode, at its first call, and kept until a
+        component is replaced; copies of the model start eager. The first step of a sequence
+        is eager. A :class:`~torchrl_wm.WorldModelLoss` of the model uses the graphs, too.
 
         With ``"scan"``, the steps are one higher-order scan
         (:func:`torch._higher_order_ops.scan`, through TorchRL). It is slower to
         compile than a step and its graph is that of one ``T``, yet its size does
-        not grow with ``T``. Within a loss that is compiled as a whole, the steps are
-        unrolled into its graph, whatever the scope.
+        not grow with ``T``. A loss that is compiled as a whole unrolls the steps into
+        its graph with either scope.
 
         Random numbers are those of the compiler: samples have the distribution
         of eager ones, not their values.
@@ -438,7 +427,7 @@ class WorldModel(TensorDictModuleBase):
         return self
 
     def observer(self) -> Observer:
-        """:meth:`observe`, one step at a time, as a module to put before a policy."""
+        """Return :meth:`observe`, one step at a time, as a module to put before a policy."""
         return Observer(self)
 
     @property
@@ -450,7 +439,7 @@ class WorldModel(TensorDictModuleBase):
         """Predict one step ahead; neither encodes nor decodes.
 
         Args:
-            tensordict: latents, action and what context the components read,
+            tensordict: latents, action and the context that the components read,
                 batch size ``[*B]``.
 
         Returns:
@@ -483,22 +472,17 @@ class WorldModel(TensorDictModuleBase):
         return self.decoder(tensordict)
 
     def decoded_keys(self) -> list[NestedKey]:
-        """The keys that the decoder writes; empty without a decoder."""
+        """Return the keys that the decoder writes; none without a decoder."""
         return [] if self.decoder is None else written_keys(self.decoder)
 
     def __repr__(self) -> str:
-        lines = []
-        for name, module in [
-            *self.components.items(),
-            ("initial_state", self.initial_state),
-        ]:
-            if module is None:
-                continue
-            if name == "initial_state":
-                keys = f"-> {module.keys()}"
-            else:
-                keys = f"{unique(module.in_keys)} -> {written_keys(module)}"
-            lines.append((name, keys, _count(module)))
+        lines = [
+            (name, f"{unique(part.in_keys)} -> {written_keys(part)}", _count(part))
+            for name, part in self.components.items()
+        ]
+        begin = self.initial_state
+        if begin is not None:
+            lines.append(("initial_state", f"-> {begin.keys()}", _count(begin)))
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         rows = [
             f"  {name:<{widths[0]}}  {keys:<{widths[1]}}  {count:>{widths[2]}}"
@@ -509,7 +493,7 @@ class WorldModel(TensorDictModuleBase):
 
 
 def _count(module: nn.Module) -> str:
-    """The number of parameters, readable; lazy ones are not there yet."""
+    """Return the number of parameters, readable, or "lazy" if some have no shape yet."""
     parameters = list(module.parameters())
     if any(is_lazy(parameter) for parameter in parameters):
         return "lazy"
