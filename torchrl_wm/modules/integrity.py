@@ -1,4 +1,4 @@
-"""Whether a model still consists of the modules that its builder made."""
+"""A mark that tells a model with the modules of its builder from one that was changed."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ class _EnsembleStep(nn.Module):
             )
         self.register_buffer("elites", torch.arange(count))
         self.inputs = Normalizer(self.join_inputs.out_features) if normalize else None
-        # A reward that was always 1 stays 1, and is no reason to go where nobody was.
+        # A reward that was always 1 is predicted as 1 in states without data, too.
         features = self.split.in_features
         self.outputs = Normalizer(features, freeze_constant=True) if normalize else None
 
@@ -316,7 +316,7 @@ class _EnsembleStep(nn.Module):
     def live(self, value: torch.Tensor) -> torch.Tensor:
         """Return ``value``, ``[..., D]``, with zeros where the targets never changed.
 
-        All members predict the same there, whatever their networks say; nothing trains these.
+        All members predict the same there: nothing trains the outputs of their networks.
         """
         return value if self.outputs is None else value * (self.outputs.std > 0)
 

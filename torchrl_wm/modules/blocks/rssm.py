@@ -165,7 +165,7 @@ class ContinuationModel(TensorDictModuleBase):
         latents = [join("next", key) for key in world_model.latent_keys]
         if not set(reads) <= set(latents):
             raise ValueError(
-                f"ContinuationModel asks the done head about latents alone, and it reads "
+                f"ContinuationModel runs the done head on latents only, and it reads "
                 f"{reads}; the next latents are {latents}."
             )
         self.in_keys = [strip_next(key) for key in reads]

@@ -72,7 +72,7 @@ class Filter:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether latents depend on more than the latest observation."""
+        """True if latents depend on more than the latest observation."""
         if self.posterior is not None:
             return True
         encoded = set(written_keys(self.encoder))

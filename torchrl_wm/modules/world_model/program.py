@@ -59,8 +59,8 @@ class Program:
         }
         #: The modules that the program was made for; networks are compared by identity.
         self.made_for = tuple(_signature(module) for module in self.modules)
-        #: Whether running it is known to be the same as calling the modules on a
-        #: tensordict: true of plain modules and of the sampling of distributions,
+        #: True if running it is known to be the same as calling the modules on a
+        #: tensordict, as with plain modules and with the sampling of distributions,
         #: which reads and writes nothing but its keys.
         self.is_known = all(is_plain(m) or only_samples(m) for m in self.modules)
         self._steps = [_step_of(module) for module in self.modules]

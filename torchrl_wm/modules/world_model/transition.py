@@ -83,7 +83,8 @@ class Transition:
             at: the batch size and device of both.
 
         Returns:
-            What dynamics and posterior write under "next", and the corrected latents.
+            The entries that dynamics and posterior write under "next", and the corrected
+            latents.
         """
         predicted = {key: value for key, value in values.items() if _below_next(key)}
         if self._correct is None:

@@ -388,8 +388,8 @@ class WorldModel(TensorDictModuleBase):
                 ``dynamic`` False unless given.
 
         Returns:
-            The model itself. Where there is no compiler, a warning says so at the
-            first call, and the steps stay eager. :meth:`eager_rollout` undoes it.
+            The model itself. Without a compiler on this machine, the first call warns, and
+            the steps stay eager. :meth:`eager_rollout` undoes it.
 
         Raises:
             ValueError: for another scope.
@@ -432,7 +432,7 @@ class WorldModel(TensorDictModuleBase):
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether latents depend on more than the latest observation."""
+        """True if latents depend on more than the latest observation."""
         return self.filter.is_recurrent
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
