@@ -15,7 +15,6 @@ from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase
 
 from torchrl_wm import _upstream
-from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.envs.unroll import (
     Act,
     assemble,
@@ -28,6 +27,7 @@ from torchrl_wm.envs.unroll import (
 )
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys, unique
+from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
 from torchrl_wm.modules.world_model.program import Program
 

@@ -16,8 +16,8 @@ from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.models.specs import read_specs
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.blocks.normalizer import share_notice
+from torchrl_wm.modules.integrity import mark_pristine
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
-from torchrl_wm.modules.parts import remember_parts
 from torchrl_wm.objectives import WorldModelLoss
 
 #: Wires a model and its loss from specs and a config.
@@ -131,8 +131,8 @@ def rebuild(blueprint: Blueprint) -> tuple[WorldModel, WorldModelLoss]:
     """Build the model and the loss of a blueprint, which the model keeps as its ``recipe``."""
     wire = BUILDERS[blueprint.builder].wire
     world_model, loss = wire(blueprint.specs, blueprint.config)
-    world_model.__dict__["recipe"] = blueprint
-    remember_parts(world_model)
+    world_model.recipe = blueprint
+    mark_pristine(world_model)
     share_notice(world_model)
     return world_model, loss
 

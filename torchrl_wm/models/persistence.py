@@ -16,7 +16,7 @@ from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import Blueprint, BUILDERS, rebuild, resolve_config
 from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.parts import has_its_parts
+from torchrl_wm.modules.integrity import is_pristine
 
 #: The mark of the package's files.
 FORMAT = "torchrl_wm.world_model"
@@ -75,7 +75,7 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
     blueprint = getattr(world_model, "recipe", None)
-    if not has_its_parts(world_model):
+    if not is_pristine(world_model):
         blueprint = None  # it would make another model
     content["recipe"] = None if blueprint is None else _plain_blueprint(blueprint)
     write_plain(content, path)

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode; afterwards each module has its own mode again."""
+    """Put ``model`` in eval mode for a while; afterwards each module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -23,5 +23,5 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def draws() -> bool:
-    """Whether to sample: not where a mode, a mean or a median is asked for."""
+    """Return whether to sample: True unless the interaction type is a mode, mean or median."""
     return interaction_type() in (None, InteractionType.RANDOM)

@@ -36,11 +36,7 @@ from torchrl_wm.modules.keys import (
     missing_from,
     unique,
 )
-from torchrl_wm.modules.world_model.filtering import (
-    episode_begins,
-    IS_INIT,
-    predict_sequence,
-)
+from torchrl_wm.modules.world_model.filtering import episode_begins, IS_INIT
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.objectives.terms import (
     DoneTerm,
@@ -573,7 +569,8 @@ class WorldModelLoss(LossModule):
         if self.multi_step or self.world_model.is_recurrent:
             self._check_sequence(batch)
         if self.multi_step:
-            predicted = self._heads(predict_sequence(self.world_model, batch, inputs))
+            steps = self.world_model.filter.predict_sequence(batch, inputs)
+            predicted = self._heads(steps)
         elif self.world_model.is_recurrent:
             predicted = self._filtered(batch, inputs)
         else:

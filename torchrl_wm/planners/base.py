@@ -15,8 +15,8 @@ from torchrl.modules import MPCPlannerBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.collecting import leave_out_collectors
-from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 from torchrl_wm.planners.actions import action_space, ChoiceSpace, Proposal
 from torchrl_wm.planners.carried import Carried, CarriedSpecs, moved, read_carried

@@ -24,9 +24,13 @@ from torchrl_wm.modules.keys import (
     strip_next,
     unique,
 )
-from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.flat import (
+    FlatTensors,
+    Placement,
+    to_tensordict,
+    where,
+)
 from torchrl_wm.modules.world_model.program import Program
-from torchrl_wm.modules.world_model.recurrence import where
 from torchrl_wm.planners.checks import check_start
 
 #: The names under which TorchRL's modules write values.
