@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
@@ -244,31 +242,13 @@ class WorldModel(TensorDictModuleBase):
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         # They hold on to networks and to what was compiled: a copy makes its own.
-        held = (
-            "_sequence_cache",
-            "_transition_cache",
-            "_rollout_compiler",
-            "_followers",
-        )
-        for name in held:
+        for name in ("_sequence_cache", "_transition_cache", "_rollout_compiler"):
             state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         _ = self._sequences  # so that a compiled call finds them
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> WorldModel:
-        """As any module's; what holds the model's tensors, such as a loss, follows."""
-        super()._apply(fn, recurse)
-        for follower in list(self.followers):
-            follower.follow()
-        return self
-
-    @property
-    def followers(self) -> weakref.WeakSet:
-        """Who is told when the model was moved: parameters move in place, buffers are others then."""
-        return self.__dict__.setdefault("_followers", weakref.WeakSet())
 
     # What it does --------------------------------------------------------
 
