@@ -228,11 +228,11 @@ class WorldModelLoss(LossModule):
         self._copied: dict[str, list[nn.Module]] = {}
         for term in self.terms:
             term.check(world_model)
-        self._follow_networks()
+        self._follow_parts()
 
     # Networks ------------------------------------------------------------
 
-    def _networks(self) -> dict[str, nn.Module]:
+    def _parts(self) -> dict[str, nn.Module]:
         """Return the model's components and the terms' own modules, by name."""
         networks = dict(self.world_model.components)
         if self.world_model.initial_state is not None:
@@ -246,14 +246,14 @@ class WorldModelLoss(LossModule):
                     )
         return networks
 
-    def _follow_networks(self) -> None:
+    def _follow_parts(self) -> None:
         """Register the terms' modules, and begin the targets of other networks anew."""
         if torch.compiler.is_compiling():
             return  # a graph is made for the networks that there are
         delayed = {name for term in self.terms for name in term.delayed}
         if self.delay_encoder:
             delayed.add("encoder")
-        for name, network in self._networks().items():
+        for name, network in self._parts().items():
             standing = _upstream.submodules(self).get(name)
             if name not in _OF_THE_MODEL and standing is not network:
                 setattr(self, name, network)
@@ -282,14 +282,14 @@ class WorldModelLoss(LossModule):
         try:
             value = super().__getattr__(item)
         except AttributeError:
-            network = self._networks().get(name)
+            network = self._parts().get(name)
             if network is None or item.startswith("target_"):
                 raise
             if item == name:
                 return network
             return TensorDict.from_module(network, as_module=True)
         if item.startswith("target_") and item.endswith("_params"):
-            _move_along(value, self._networks()[name])
+            _move_along(value, self._parts()[name])
         return value
 
     def reset_parameters_recursive(self) -> None:
@@ -307,7 +307,7 @@ class WorldModelLoss(LossModule):
             name: ``"encoder"`` (with ``delay_encoder``), or a module of a term that
                 is among its ``delayed``.
         """
-        network = self._networks()[name]
+        network = self._parts()[name]
         parameters = TensorDict.from_module(network)
         target = getattr(self, f"target_{name}_params")
         target = with_statistics(target, parameters, network)
@@ -443,7 +443,7 @@ class WorldModelLoss(LossModule):
         size = tensordict.batch_size
         if not size.numel():
             raise ValueError(f"The batch is empty: its batch size is {tuple(size)}.")
-        self._follow_networks()
+        self._follow_parts()
         predict = self._model_pass()
         predict.check(tensordict)
         valid = self.valid(tensordict)
