@@ -107,11 +107,7 @@ def read_label(
 ) -> torch.Tensor:
     """Return an entry of the batch; raise an error that names the loss if it is missing.
 
-    Args:
-        batch: the batch.
-        key: the entry.
-        term: the loss that needs it.
-        also: a key that was looked for before, for the message.
+    The error also names ``also``, a key that would have done.
     """
     value = batch.get(key, None)
     if value is None:

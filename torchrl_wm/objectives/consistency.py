@@ -16,7 +16,7 @@ from torchrl_wm.objectives.terms import LatentTerm
 
 
 class ConsistencyTerm(LatentTerm):
-    """Distance of predicted latents from the encodings of what was observed.
+    """Distance of predicted latents from the encodings of the observations.
 
     With ``WorldModelLoss(..., multi_step=True, decay=rho)`` this is the joint
     embedding loss of TD-MPC2 (arXiv 2310.16828, eq. 3): the first observation's

@@ -135,7 +135,7 @@ class KLTerm(LossTerm):
             ):
                 return found["prior"], found["posterior"]
         raise ValueError(
-            f"The loss {self.name!r} compares what dynamics and posterior write below 'next': "
+            f"The loss {self.name!r} compares outputs of dynamics and posterior below 'next': "
             f"{self.prior!r} and {self.posterior!r}, each with '_logits', or with '_mean' and "
             f"'_std'. dynamics write {written_keys(world_model.dynamics)}, the posterior "
             f"{written_keys(world_model.posterior)}. Name them so, or give their prefixes: "

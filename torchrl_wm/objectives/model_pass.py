@@ -1,4 +1,4 @@
-"""The pass of a loss over the world model: what is run on a batch, and what that reads."""
+"""The pass of a loss over the world model: the components that run, and their inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ModelPass:
 
     Args:
         world_model: the model.
-        terms: what will read the predictions.
+        terms: the readers of the predictions.
         multi_step: roll sequences open loop.
 
     Attributes:
@@ -87,7 +87,7 @@ class ModelPass:
         return run_components(self._heads, predicted)
 
     def _filtered(self, batch: TensorDictBase, keys: LossKeys) -> TensorDictBase:
-        """Return latents filtered from the observations, and what was predicted on the way."""
+        """Return latents filtered from the observations, with the predictions on the way."""
         model = self.world_model
         observed = next_observations(model)
         missing = missing_from(batch, observed)
@@ -96,7 +96,7 @@ class ModelPass:
                 f"A recurrent world model is trained on sequences of observations, and the "
                 f"batch lacks {missing}; it has {leaf_keys(batch)}."
             )
-        # Latents and what says where episodes begin are read if the batch has them.
+        # Latents and the marks of where episodes begin are read if the batch has them.
         begins = [
             key
             for key in unique(batch.keys(True, True))
@@ -105,7 +105,7 @@ class ModelPass:
         read = (*self.inputs, *observed, *model.latent_keys, *begins)
         steps = batch.select(*read, strict=False)
         done = keys.find_label(batch, "done")
-        if done is not None:  # which may stand under a key of its own
+        if done is not None:  # the label may have a key of its own
             steps.set(("next", "done"), done)
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
@@ -113,10 +113,10 @@ class ModelPass:
         return model.observe(steps).exclude(*labels)
 
     def _check_sequence(self, batch: TensorDictBase) -> None:
+        """Raise an error if the batch may not be sequences, ``[*B, T]``."""
         names = batch.names
-        if batch.batch_dims > 1 and "time" not in names[:-1]:
-            return
-        if names and names[-1] == "time":
+        named_last = bool(names) and names[-1] == "time"
+        if named_last or (batch.batch_dims > 1 and "time" not in names[:-1]):
             return
         why = "multi_step=True" if self.multi_step else "a recurrent world model"
         raise ValueError(
@@ -130,7 +130,7 @@ class ModelPass:
 def _needed(
     world_model: WorldModel, terms: Iterable[LossTerm]
 ) -> dict[str, TensorDictModuleBase]:
-    """Return the components to run: those that a term reads, and what these read."""
+    """Return the components to run: all that a term reads, and all that these read."""
     components = dict(world_model.components)
     components.pop("posterior", None)
     wanted = {"encoder", "dynamics"}

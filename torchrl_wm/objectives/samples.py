@@ -23,7 +23,7 @@ def valid_samples(
 
     Args:
         batch: ``[*B]``.
-        mask_key: the mask; ``"auto"`` for those that TorchRL writes, None for no mask.
+        mask_key: the mask; ``"auto"`` for TorchRL's own masks, None for no mask.
 
     Raises:
         KeyError: if the batch lacks a mask that was named.
@@ -36,7 +36,7 @@ def valid_samples(
     if not masks:
         if not auto and mask_key is not None:
             raise MissingEntryError(
-                f"The loss was told that {mask_key!r} masks invalid samples, and the batch has "
+                f"The loss expects that {mask_key!r} masks invalid samples, and the batch has "
                 f"{leaf_keys(batch)}. Add it, or call loss.set_keys(mask=None)."
             )
         return None
@@ -53,7 +53,7 @@ def _per_sample(mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
         mask = mask.squeeze(-1)
     if mask.ndim > len(size):
         raise ValueError(
-            f"A mask says of each sample whether it is valid, {tuple(size)} or {(*size, 1)}; this "
+            f"A mask has one bool per sample, {tuple(size)} or {(*size, 1)}; this "
             f"one has the shape {tuple(mask.shape)}. Reduce it, or name another entry: "
             f"loss.set_keys(mask=...)."
         )
@@ -93,8 +93,8 @@ def first_episode(batch: TensorDictBase, keys: LossKeys) -> torch.Tensor:
 def blank(batch: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:
     """Return the batch with zeros in its invalid samples.
 
-    Padding may hold anything, NaN included. Leaving it out of the reduction is
-    not enough: the gradient of what the model makes of a NaN is NaN.
+    Padding may hold anything, NaN included. Leaving it out of the reduction is not
+    enough: the gradient of a prediction from NaN is NaN.
     """
     if isinstance(batch, LazyStackedTensorDict):
         batch = batch.contiguous()  # apply would go through its parts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -59,7 +60,7 @@ class LossContext(Protocol):
     def judge_real_next(
         self, name: str, predicted: TensorDictBase, batch: TensorDictBase
     ) -> TensorDictBase:
-        """Return what a head makes of the real next latents."""
+        """Return the outputs of a head on the real next latents."""
 
     def target_parameters(self, name: str) -> AbstractContextManager[None]:
         """Let a module use its target parameters for a while."""
@@ -425,6 +426,29 @@ class LatentTerm(LossTerm):
     def compare(self, predicted, target, key, batch) -> torch.Tensor:
         """Return how far a predicted latent is from its target, ``[*B]``."""
         return distance(predicted, target, self.distance, key, batch)
+
+
+def as_terms(
+    losses: str | LossTerm | Sequence[str | LossTerm], named: dict[str, LossTerm]
+) -> list[LossTerm]:
+    """Return terms for names and terms; raise an error for unknown or repeated names."""
+    losses = [losses] if isinstance(losses, (str, LossTerm)) else list(losses)
+    unknown = [x for x in losses if not isinstance(x, LossTerm) and x not in named]
+    if unknown:
+        raise ValueError(
+            f"Unknown loss type(s): {unknown}. Valid choices are {sorted(named)}, or a "
+            f"torchrl_wm.objectives.LossTerm."
+        )
+    if not losses:
+        raise ValueError(f"losses is empty. Valid choices are {sorted(named)}.")
+    terms = [x if isinstance(x, LossTerm) else named[x] for x in losses]
+    names = [term.name for term in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"losses has {twice} more than once; each term needs its own name."
+        )
+    return terms
 
 
 def _ends_in_sigmoid(module: nn.Module, key: NestedKey) -> bool:

@@ -32,6 +32,7 @@ from torchrl_wm.objectives.samples import (
     valid_samples,
 )
 from torchrl_wm.objectives.terms import (
+    as_terms,
     DoneTerm,
     LatentTerm,
     LossTerm,
@@ -44,9 +45,9 @@ _OF_THE_MODEL = (*WorldModel.component_names, "initial_state")
 
 
 class WorldModelLoss(LossModule):
-    """Trains a :class:`~torchrl_wm.WorldModel` on real transitions.
+    """The loss that trains a :class:`~torchrl_wm.WorldModel` on real transitions.
 
-    The loss has several terms, each returned under its own name:
+    It has several terms, each returned under its own name:
 
     - ``"reward"``: distance of the predicted reward from the real one.
     - ``"done"``: binary cross-entropy of the termination logits. The label is
@@ -79,10 +80,9 @@ class WorldModelLoss(LossModule):
     ``"next"``. With ``multi_step`` they are the rolled ones, in recurrent models the
     filtered ones. ``("collector", "mask")``, ``[*B]`` bool, is True where a step counts.
 
-    The model is a submodule of the loss; moving, copying or replacing its parts needs no
-    further call. ``loss.<name>_params`` are the parameters of a component or of a term's
-    module, ``loss.target_<name>_params`` its target parameters. These begin anew, as a
-    copy, where a network is replaced.
+    The model is a submodule of the loss. ``loss.<name>_params`` are the parameters of a
+    component or of a term's module, ``loss.target_<name>_params`` its target parameters,
+    which begin anew, as a copy, if its networks are replaced.
 
     Args:
         world_model: the model to train.
@@ -104,9 +104,8 @@ class WorldModelLoss(LossModule):
         decay: the weight of a step relative to the one before it, in (0, 1].
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for one number per
             sample, ``[*B]``.
-        return_latents: add the latents to the output; the attribute of that name changes
-            it later. Take them out before the losses are summed,
-            ``latents = losses.pop("latents")``.
+        return_latents: add the latents to the output. Take them out before the losses are
+            summed, ``latents = losses.pop("latents")``. Also an attribute.
 
     Raises:
         TypeError: if ``world_model`` is not a WorldModel.
@@ -121,8 +120,7 @@ class WorldModelLoss(LossModule):
         >>> from torchrl_wm import WorldModel, WorldModelLoss
         >>> obs_dim, latent_dim, action_dim = 8, 4, 2
         >>> encoder = TensorDictModule(
-        ...     torch.nn.Linear(obs_dim, latent_dim),
-        ...     in_keys=["observation"], out_keys=["latent"],
+        ...     torch.nn.Linear(obs_dim, latent_dim), in_keys=["observation"], out_keys=["latent"]
         ... )
         >>> dynamics = TensorDictModule(
         ...     MLP(in_features=latent_dim + action_dim, out_features=latent_dim, num_cells=[32]),
@@ -147,7 +145,7 @@ class WorldModelLoss(LossModule):
         ['loss_latent', 'loss_reward']
         >>> loss_td.sum(reduce=True).backward()
 
-        Any module of the model can be called with keywords, the loss, too:
+        The loss can be called with keywords, as can all modules of the model:
 
         >>> loss_reward, loss_latent = loss_module(
         ...     observation=torch.randn(4, obs_dim),
@@ -158,7 +156,7 @@ class WorldModelLoss(LossModule):
 
         The latents of the same pass, for a policy:
 
-        >>> loss_module = WorldModelLoss(world_model, return_latents=True)
+        >>> loss_module.return_latents = True
         >>> losses = loss_module(batch)
         >>> latents = losses.pop("latents")
         >>> latents["latent"].shape, latents["next", "latent"].requires_grad
@@ -216,7 +214,7 @@ class WorldModelLoss(LossModule):
             ),
             "latent": LatentTerm(latent_loss, latent_weight),
         }
-        self.terms = _as_terms(["reward"] if losses is None else losses, named)
+        self.terms = as_terms(["reward"] if losses is None else losses, named)
         self.losses = [term.name for term in self.terms]
         self.reduction = reduction
         self.delay_encoder = delay_encoder
@@ -249,7 +247,7 @@ class WorldModelLoss(LossModule):
     def _follow_parts(self) -> None:
         """Register the terms' modules, and begin the targets of other networks anew."""
         if torch.compiler.is_compiling():
-            return  # a graph is made for the networks that there are
+            return  # a graph is made for the present networks
         delayed = {name for term in self.terms for name in term.delayed}
         if self.delay_encoder:
             delayed.add("encoder")
@@ -267,7 +265,7 @@ class WorldModelLoss(LossModule):
     def _begin_targets(self, name: str, network: nn.Module) -> None:
         """Make target parameters for a network, as a copy of its parameters."""
         with warnings.catch_warnings():
-            # Modules of terms cannot be annotated here.
+            # The class cannot annotate modules of terms.
             warnings.filterwarnings("ignore", ".*part of the annotations")
             self.convert_to_functional(network, name, create_target_params=True)
         # Only the targets are the loss's own: the network stands in the model or in a term.
@@ -276,19 +274,19 @@ class WorldModelLoss(LossModule):
 
     def __getattr__(self, item: str) -> Any:
         """Return a network or its present parameters; targets follow it to its device."""
-        if item == "world_model":
-            return super().__getattr__(item)
-        name = item.removeprefix("target_").removesuffix("_params")
         try:
             value = super().__getattr__(item)
         except AttributeError:
-            network = self._parts().get(name)
-            if network is None or item.startswith("target_"):
+            if item == "world_model" or item.startswith("target_"):
                 raise
-            if item == name:
-                return network
-            return TensorDict.from_module(network, as_module=True)
+            network = self._parts().get(item.removesuffix("_params"))
+            if network is None:
+                raise
+            if item.endswith("_params"):
+                return TensorDict.from_module(network, as_module=True)
+            return network
         if item.startswith("target_") and item.endswith("_params"):
+            name = item.removeprefix("target_").removesuffix("_params")
             _move_along(value, self._parts()[name])
         return value
 
@@ -352,15 +350,12 @@ class WorldModelLoss(LossModule):
     def judge_real_next(
         self, name: str, predicted: TensorDictBase, batch: TensorDictBase
     ) -> TensorDictBase:
-        """Return the outputs of a head on the real next latents, in place of predicted ones.
+        """Return the real next latents, in place of predicted ones, with the outputs of a head.
 
         Args:
             name: the component.
             predicted: the model's predictions.
             batch: the real transitions.
-
-        Returns:
-            The real transitions with the outputs of the head.
         """
         inputs = predicted.exclude("next").copy()
         inputs.set("next", self.encode_next(batch).detach())
@@ -381,9 +376,6 @@ class WorldModelLoss(LossModule):
             default = self.tensor_keys.mask == self.default_keys().mask
             self.loss_mask_key = "auto" if default else self.tensor_keys.mask
 
-    def _model_pass(self) -> ModelPass:
-        return ModelPass(self.world_model, self.terms, self.multi_step)
-
     @property
     def in_keys(self) -> list[NestedKey]:
         """The inputs of the model and the labels."""
@@ -395,7 +387,9 @@ class WorldModelLoss(LossModule):
         if self.world_model.is_recurrent:
             # The filter reads the observations that the steps led to.
             labels += next_observations(self.world_model)
-        return unique([*self._model_pass().inputs, *labels])
+        return unique(
+            [*ModelPass(self.world_model, self.terms, self.multi_step).inputs, *labels]
+        )
 
     @in_keys.setter
     def in_keys(self, value) -> None:
@@ -444,7 +438,7 @@ class WorldModelLoss(LossModule):
         if not size.numel():
             raise ValueError(f"The batch is empty: its batch size is {tuple(size)}.")
         self._follow_parts()
-        predict = self._model_pass()
+        predict = ModelPass(self.world_model, self.terms, self.multi_step)
         predict.check(tensordict)
         valid = self.valid(tensordict)
         if self.multi_step and valid is not None:
@@ -473,7 +467,7 @@ class WorldModelLoss(LossModule):
             latents = predicted.select(*self._returned_latents()).detach()
             out.set("latents", latents.set(("collector", "mask"), valid))
         if torch.compiler.is_compiling():
-            # A graph cannot give back what holds weak references.
+            # A graph cannot return objects that hold weak references.
             tensordict.clear_refs_for_compile_()
             out.clear_refs_for_compile_()
         return out
@@ -502,25 +496,3 @@ def _move_along(targets: TensorDictBase, network: nn.Module) -> None:
             # As a module: TensorDictParams.to makes another one.
             nn.Module.to(targets, source.device, source.dtype)
         return
-
-
-def _as_terms(
-    losses: Sequence[LossName | LossTerm], named: dict[str, LossTerm]
-) -> list[LossTerm]:
-    losses = [losses] if isinstance(losses, (str, LossTerm)) else list(losses)
-    unknown = [x for x in losses if not isinstance(x, LossTerm) and x not in named]
-    if unknown:
-        raise ValueError(
-            f"Unknown loss type(s): {unknown}. Valid choices are {sorted(named)}, or a "
-            f"torchrl_wm.objectives.LossTerm."
-        )
-    if not losses:
-        raise ValueError(f"losses is empty. Valid choices are {sorted(named)}.")
-    terms = [x if isinstance(x, LossTerm) else named[x] for x in losses]
-    names = [term.name for term in terms]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"losses has {twice} more than once; each term needs its own name."
-        )
-    return terms
