@@ -98,12 +98,6 @@ NAMES = (
         "named_children() finds them",
     ),
     Private(
-        "torch.nn:Module._parameters",
-        "lists a module's tensors at every call of a loss",
-        "named_parameters() lists them",
-    ),
-    Private("torch.nn:Module._buffers", "as _parameters", "named_buffers() lists them"),
-    Private(
         "torch._C:_set_grad_enabled",
         "switches gradients off and on at every step of an exported env",
         "torch.set_grad_enabled does so",
@@ -153,11 +147,6 @@ NAMES = (
         "torchrl.envs.libs.gym:GymWrapper._env",
         "the env that a TorchRL env wraps: what it shows, its spaces",
         "an error",
-    ),
-    Private(
-        "torchrl.objectives:LossModule._has_update_associated",
-        "whether somebody updates the target parameters, also after the loss was moved",
-        "after it was moved, the loss no longer warns that nobody does",
     ),
     Private(
         "torchrl.modules:TanhNormal._t",
@@ -351,17 +340,6 @@ def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:
         return dict(module.named_children())
 
 
-def own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Return the parameters and buffers of a module, without those of its submodules."""
-    try:
-        held = (module._parameters, module._buffers)
-    except AttributeError:
-        options = {"recurse": False, "remove_duplicate": False}
-        named = module.named_parameters(**options), module.named_buffers(**options)
-        held = tuple(map(dict, named))
-    return [value for part in held for value in part.values() if value is not None]
-
-
 def new_tensordict(
     source: dict[str, Any],
     batch_size: torch.Size,
@@ -459,12 +437,7 @@ def _wraps(env: Any) -> bool:
     return isinstance(env, (GymWrapper, DMControlWrapper, DMControlEnv))
 
 
-# Losses, distributions, data, trainers ---------------------------------------------------
-
-
-def update_flags(loss: nn.Module) -> dict[str, bool]:
-    """Return whether somebody updates a loss's target parameters, by the module's name."""
-    return getattr(loss, "_has_update_associated", {})
+# Distributions, data, trainers -----------------------------------------------------------
 
 
 def is_known_tanh(kind: type) -> bool:

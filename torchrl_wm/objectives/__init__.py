@@ -1,4 +1,4 @@
-"""What trains a world model: one loss and its terms."""
+"""The training of a world model: one loss and its terms."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torchrl_wm.objectives.gaussian import (
     gaussian_nll,
     GaussianNLLTerm,
 )
+from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.kl import KLTerm
 from torchrl_wm.objectives.observation import ObservationTerm
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,
+    LossContext,
     LossTerm,
     ReconstructionTerm,
     RewardTerm,
@@ -28,6 +30,8 @@ __all__ = [
     "GaussianNLLTerm",
     "KLTerm",
     "LatentTerm",
+    "LossContext",
+    "LossKeys",
     "LossTerm",
     "ObservationTerm",
     "ReconstructionTerm",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tensordict import NestedKey, TensorDictBase
@@ -256,26 +254,13 @@ class WorldModel(TensorDictModuleBase):
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        # They hold on to networks and to compiled graphs: a copy makes its own.
-        for name in ("_last_wiring", "_followers"):
-            state.pop(name, None)
+        # It holds on to networks and to compiled graphs: a copy makes its own.
+        state.pop("_last_wiring", None)
         return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         _ = self._wiring  # so that a compiled call finds it
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> WorldModel:
-        """As any module's; what holds the model's tensors, such as a loss, follows."""
-        super()._apply(fn, recurse)
-        for follower in list(self.followers):
-            follower.follow()
-        return self
-
-    @property
-    def followers(self) -> weakref.WeakSet:
-        """Who is told when the model was moved: parameters move in place, buffers are others then."""
-        return self.__dict__.setdefault("_followers", weakref.WeakSet())
 
     # Predictions ---------------------------------------------------------
 
