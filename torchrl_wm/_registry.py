@@ -6,6 +6,7 @@ Reading the list costs no import of torch: the command line's help is quick.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -46,7 +47,13 @@ class Entry:
         """
         found = self.target
         if isinstance(found, str):
-            found = _imported(found, f"The recipe {self.name!r} of {self.origin}")
+            try:
+                found = load_object(found)
+            except ValueError as err:
+                raise ValueError(
+                    f"The recipe {self.name!r} of {self.origin} cannot be imported from {found!r}: "
+                    f"{err}"
+                ) from err
         _check(found, self.name)
         _name(found, self.name)
         return found
@@ -144,10 +151,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
         )
     if not entries:
         names = recipe_names()
-        close = get_close_matches(name, names, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your "
+            f"There is no recipe {name!r}.{similar(name, names)} Valid choices are {sorted(names)}. A recipe of your "
             f"own is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
             f"(torchrl-wm train module:Class) or import, or by an installed package in the entry "
             f"point group {GROUP!r}."
@@ -157,7 +162,7 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
 
 def _of_module(name: str) -> Entry:
     """The recipe that ``"module:Class"`` registers."""
-    kind = _imported(name, "The recipe")
+    kind = load_object(name)
     _check(kind, name)
     if getattr(kind, "name", None) not in recipe_names():
         raise ValueError(
@@ -167,15 +172,31 @@ def _of_module(name: str) -> Entry:
     return find_recipe(kind.name)
 
 
-def _imported(path: str, what: str) -> Any:
-    """What ``"module:Class"`` stands for; ``what`` it is, for the error."""
-    module, _, name = path.partition(":")
+def load_object(name: str) -> Any:
+    """Return the object that ``"module:name"`` names.
+
+    Raises:
+        ValueError: if there is no such module, or nothing of that name in it.
+    """
+    module, _, attributes = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        if module.startswith(".") or "/" in module:
+            raise ImportError("this is a path, not the name of a module")
+        found = importlib.import_module(module)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
     except (ImportError, AttributeError) as err:
         raise ValueError(
-            f"{what} cannot be imported from {path!r} ({type(err).__name__}: {err})."
+            f"There is no {name!r} ({type(err).__name__}: {err}). Give 'module:name', with the "
+            f"module where Python finds it, in the working directory or in PYTHONPATH."
         ) from err
+    return found
+
+
+def similar(name: str, names: Iterable[str]) -> str:
+    """Return the part of an error that guesses which name was meant; empty without a guess."""
+    close = get_close_matches(name, names, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def path_of(kind: type) -> str:

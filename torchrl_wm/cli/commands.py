@@ -109,9 +109,9 @@ def evaluate(
     """
 
     def go() -> None:
-        from torchrl_wm.cli import looking
+        from torchrl_wm.cli import inspect_run
 
-        looking.evaluate(
+        inspect_run.evaluate(
             run,
             episodes=episodes,
             seed=seed,
@@ -148,9 +148,9 @@ def report(
     """
 
     def go() -> None:
-        from torchrl_wm.cli import looking
+        from torchrl_wm.cli import inspect_run
 
-        looking.report(
+        inspect_run.report(
             run,
             out=out,
             episodes=episodes,
@@ -199,9 +199,9 @@ def play(
     """
 
     def go() -> None:
-        from torchrl_wm.cli import looking
+        from torchrl_wm.cli import inspect_run
 
-        looking.play(
+        inspect_run.play(
             run,
             out=out,
             horizon=horizon,

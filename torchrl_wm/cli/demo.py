@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from torchrl_wm.cli.console import list_paths, say
-from torchrl_wm.cli.runs import free
+from torchrl_wm.cli.open_run import free
 from torchrl_wm.cli.training import paths, saying_what_is_saved
 from torchrl_wm.trainers import (
     episode_return,

@@ -18,7 +18,7 @@ from torchrl_wm.cli.console import (
     say,
     was_interrupted,
 )
-from torchrl_wm.cli.runs import free
+from torchrl_wm.cli.open_run import free
 from torchrl_wm.trainers import (
     RecipeTrainer,
     resume_run,

@@ -12,6 +12,11 @@ from tensordict import NestedKey, TensorDict, unravel_key
 from torchrl.envs import EnvBase
 
 from torchrl_wm._files import write_text
+from torchrl_wm.diagnostics import (
+    outcome_sections as outcomes,
+    prediction_sections as predictions,
+)
+from torchrl_wm.diagnostics.compare_frames import Render
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.recording import (
@@ -21,11 +26,23 @@ from torchrl_wm.diagnostics.recording import (
     positive,
     Recording,
 )
-from torchrl_wm.diagnostics.sections import SECTIONS
-from torchrl_wm.diagnostics.study import DoesNotApply, Study
+from torchrl_wm.diagnostics.study import DoesNotApply, Measured, Study
 from torchrl_wm.diagnostics.unchanging import names_of, unchanging_dims
-from torchrl_wm.diagnostics.video import Render
 from torchrl_wm.envs import WorldModelEnv
+
+
+#: Names, titles and makers, in the order of the report.
+SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
+    "open_loop": ("Open-loop prediction error", predictions.open_loop),
+    "fan": ("Prediction fan", predictions.fan),
+    "one_step": ("One-step prediction", predictions.one_step),
+    "calibration": ("Calibration", predictions.calibration),
+    "rewards": ("Rewards", outcomes.rewards),
+    "terminations": ("Terminations", outcomes.terminations),
+    "disagreement": ("Disagreement of the ensemble", predictions.disagreements),
+    "exploitation_gap": ("Exploitation gap", outcomes.gap),
+    "video": ("Real beside imagined", predictions.video),
+}
 
 
 @dataclass(frozen=True)
@@ -169,34 +186,46 @@ def write_report(
         render=render,
         constant=unchanging_dims(recording),
     )
-    made, numbers, verdicts, left_out = list(sections), {}, {}, {}
-    measured = TensorDict({}, batch_size=[])
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for name, (_, measure) in SECTIONS.items():
-            try:
-                section, result = measure(study)
-            except DoesNotApply as reason:
-                left_out[name] = str(reason)
-                continue
-            except (ValueError, KeyError, ImportError, RuntimeError) as err:
-                left_out[name] = str(err)
-                continue
-            made.append(section)
-            measured.set(name, result)
-            verdicts[name] = section.verdict
-            numbers.update({f"{name}/{key}": v for key, v in section.numbers.items()})
+        made, measured, left_out = _measure(study)
     text = page(
         title,
         _facts(study, windows),
-        made,
+        [*sections, *made.values()],
         {SECTIONS[name][0]: reason for name, reason in left_out.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(text, path)
-    constant = tuple(names_of(study.constant, study.labels))
-    return Report(path, numbers, measured, verdicts, left_out, constant)
+    return Report(
+        path=path,
+        numbers={
+            f"{name}/{key}": value
+            for name, section in made.items()
+            for key, value in section.numbers.items()
+        },
+        measured=measured,
+        verdicts={name: section.verdict for name, section in made.items()},
+        left_out=left_out,
+        constant=tuple(names_of(study.constant, study.labels)),
+    )
+
+
+def _measure(
+    study: Study,
+) -> tuple[dict[str, ReportSection], TensorDict, dict[str, str]]:
+    """Return the sections and their measurements by name, and why others are left out."""
+    made, left_out = {}, {}
+    measured = TensorDict({}, batch_size=[])
+    for name, (_, measure) in SECTIONS.items():
+        try:
+            made[name], result = measure(study)
+        except (DoesNotApply, ImportError, KeyError, RuntimeError, ValueError) as err:
+            left_out[name] = str(err)
+        else:
+            measured.set(name, result)
+    return made, measured, left_out
 
 
 def _facts(study: Study, windows: int) -> dict[str, str]:

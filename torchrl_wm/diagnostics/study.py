@@ -11,9 +11,14 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 from torchrl_wm.diagnostics.drawing import MAX_DIMS
+from torchrl_wm.diagnostics.page import ReportSection
 from torchrl_wm.diagnostics.recording import Recording
 from torchrl_wm.diagnostics.unchanging import names_of
 from torchrl_wm.envs import WorldModelEnv
+
+
+#: A section, and what the diagnostic behind it returned.
+Measured = tuple[ReportSection, TensorDictBase]
 
 
 class DoesNotApply(Exception):

@@ -22,6 +22,33 @@ def beats_baselines(persistence: int, mean: int, horizon: int) -> str:
     )
 
 
+def judged_fan(
+    inside: list[float], widths: list[float]
+) -> tuple[str, bool | None, str]:
+    """Say whether 90% fans are as wide as they should be.
+
+    Args:
+        inside: the share of the truth within the fan, by entry.
+        widths: the width of the fan in units of the data's spread, by entry.
+
+    Returns:
+        The verdict; whether it is good; and "narrow", "wide" or nothing.
+    """
+    if not inside:
+        return "Nothing changes in the episodes.", None, ""
+    if max(widths) < 1e-6:
+        verdict = (
+            "All particles agree: this model predicts without noise, so that the fan says nothing "
+            "about what it does not know."
+        )
+        return verdict, None, ""
+    share = sum(inside) / len(inside)
+    kind = "wide" if share > 0.97 else "narrow" if share < 0.8 else ""
+    tail = f"the fan is too {kind}" if kind else "about as often as it should be"
+    verdict = f"The truth lies within the 90% fan {share:.0%} of the time: {tail}."
+    return verdict, True if not kind else False if share < 0.6 else None, kind
+
+
 def confidence(off: float, signed: dict[str, float], fan: str, horizon: int) -> str:
     """What intervals that are off are like, and how that goes with the fan.
 

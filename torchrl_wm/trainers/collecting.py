@@ -18,7 +18,7 @@ from torchrl_wm.modules.keys import strip_next
 from torchrl_wm.trainers.episodes import Episodes
 from torchrl_wm.trainers.evaluation import MAX_STEPS
 from torchrl_wm.trainers.real_envs import (
-    another,
+    copied_source,
     EnvSource,
     episode_seeds,
     make_real_env,
@@ -113,7 +113,7 @@ class RealSteps:
         self.config = config
         is_alone = config.num_envs == 1 and config.collector == "single"
         if not is_alone or config.evaluation_interval or config.film_interval:
-            another(source)  # refused now, not when the run has begun
+            copied_source(source)  # refused now, not when the run has begun
         if config.collector == "processes":
             _pickled(source)
         check_device(policy, device)
@@ -205,7 +205,7 @@ class RealSteps:
         Args:
             kwargs: for Gymnasium, such as ``render_mode``.
         """
-        env = another(self._source)
+        env = copied_source(self._source)
         made = make_real_env(env, **self.config.env_settings, **kwargs)
         return prepared(made, self.acting.policy)
 
@@ -219,7 +219,7 @@ class RealSteps:
         common = {**config.env_settings, "stride": number}
         settings = [{"first_episode": first, **common} for first in firsts]
         for each in settings:
-            each["env"] = another(self._source)
+            each["env"] = copied_source(self._source)
         if config.collector == "single":
             return SerialEnv(number, make_real_env, create_env_kwargs=settings)
         for each in settings:

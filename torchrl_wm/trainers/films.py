@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tensordict import NestedKey, TensorDictBase
 
+from torchrl_wm._registry import load_object
 from torchrl_wm.diagnostics import observation_renderer, render_comparison, save_video
-from torchrl_wm.diagnostics.film import resized
-from torchrl_wm.diagnostics.video import drawn_frames, Render
+from torchrl_wm.diagnostics.compare_frames import drawn_frames, Render
+from torchrl_wm.diagnostics.video_files import resized
 from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.keys import as_tuple, unique
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.real_envs import load_object, rendered_frame
+from torchrl_wm.trainers.real_envs import rendered_frame
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium
 from gymnasium import spaces
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 
 from torchrl_wm import _upstream
 
@@ -64,6 +64,21 @@ def innermost(env: EnvBase) -> EnvBase:
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env
+
+
+def layers(env: EnvBase) -> Iterator[list[Transform]]:
+    """Give the transforms around an env: a list for each layer, the outer ones first."""
+    while isinstance(env, TransformedEnv):
+        yield list(_single(env.transform))
+        env = env.base_env
+
+
+def _single(transform: Transform) -> Iterator[Transform]:
+    if isinstance(transform, Compose):
+        for part in transform:
+            yield from _single(part)
+    else:
+        yield transform
 
 
 def own_action_space(env: EnvBase) -> gymnasium.Space | None:

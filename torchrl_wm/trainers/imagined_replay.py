@@ -14,6 +14,7 @@ from torchrl.trainers.trainers import TrainerHookBase
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.start_states import make_sampler, StartStates
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.settings import AtLeast
 
 
 class ImaginedReplayHook(TrainerHookBase):
@@ -80,8 +81,7 @@ class ImaginedReplayHook(TrainerHookBase):
     ) -> None:
         numbers = {"horizon": horizon, "num_starts": num_starts, "interval": interval}
         for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            AtLeast(1).check(name, value)
         if not isinstance(env, WorldModelEnv) or not isinstance(
             replay_buffer, ReplayBuffer
         ):

@@ -189,7 +189,46 @@ def read_transitions(
 def _from_arrays(
     arrays: Mapping[str, Any], what: str, known: bool = False
 ) -> TensorDictBase:
-    """The transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
+    """Return the transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
+    _check_array_names(arrays, what)
+    rewards = _numbers("rewards", arrays["rewards"], what).float()
+    steps = len(rewards)
+    if not steps:
+        raise ValueError(f"{what} has no step.")
+    terminated = _ends("terminations", arrays["terminations"], what)
+    truncated = torch.zeros(steps, 1, dtype=torch.bool)
+    if "truncations" in arrays:
+        truncated = _ends("truncations", arrays["truncations"], what)
+    actions = _tensor("actions", arrays["actions"])
+    for name, value in (
+        ("actions", actions),
+        ("terminations", terminated),
+        ("truncations", truncated),
+    ):
+        _check_length(name, value, what, steps, steps)
+    observations = _tree("observations", arrays["observations"])
+    check_names(observations, what, known)
+    if "next_observations" in arrays:
+        following = _tree("next_observations", arrays["next_observations"])
+    else:
+        ended = terminated | truncated
+        observations, following = _successive(observations, ended, what)
+    # What comes after the last step belongs to another episode.
+    truncated[-1] |= ~terminated[-1]
+    out = TensorDict({"action": actions}, batch_size=[steps])
+    _set_observations(out, observations, following, what)
+    for name, value in (
+        ("reward", rewards),
+        ("terminated", terminated),
+        ("truncated", truncated),
+        ("done", terminated | truncated),
+    ):
+        out.set(("next", name), value)
+    return out
+
+
+def _check_array_names(arrays: Mapping[str, Any], what: str) -> None:
+    """Refuse what is no dictionary of the arrays that are needed."""
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
@@ -203,72 +242,60 @@ def _from_arrays(
             + (f"{unknown} are not known. " if unknown else "")
             + f"Needed are {list(NAMES)}; {list(OPTIONAL)} may be there."
         )
-    rewards = _numbers("rewards", arrays["rewards"], what).float()
-    steps = len(rewards)
-    if not steps:
-        raise ValueError(f"{what} has no step.")
-    terminated = _ends("terminations", arrays["terminations"], what)
-    truncated = torch.zeros(steps, 1, dtype=torch.bool)
-    if "truncations" in arrays:
-        truncated = _ends("truncations", arrays["truncations"], what)
-    actions = _tensor("actions", arrays["actions"])
-    observations = _tree("observations", arrays["observations"])
-    check_names(observations, what, known)
-    if "next_observations" in arrays:
-        following = _tree("next_observations", arrays["next_observations"])
-        needed = {"next_observations": (following, steps)}
-    else:
-        following = {key: value[1:] for key, value in observations.items()}
-        needed = {}
-        ended = terminated | truncated
-        if ended[:-1].any():
-            raise ValueError(
-                f"{what} has no next_observations and ends at step "
-                f"{int(ended[:-1].float().argmax())} of {steps}: the observation after that step "
-                f"is not there. Give next_observations [N, ...], or a list of episodes, each with "
-                f"one observation more than steps."
-            )
-        steps_and_last = {key: value for key, value in observations.items()}
-        needed["observations"] = (steps_and_last, steps + 1)
-        _check_lengths(needed, what, steps)
-        observations = {key: value[:-1] for key, value in observations.items()}
-        needed = {}
-    needed["observations"] = (observations, steps)
-    needed["actions"] = ({"action": actions}, steps)
-    needed["terminations"] = ({"": terminated}, steps)
-    needed["truncations"] = ({"": truncated}, steps)
-    _check_lengths(needed, what, steps)
-    # What comes after the last step belongs to another episode.
-    truncated[-1] |= ~terminated[-1]
-    out = TensorDict({"action": actions}, batch_size=[steps])
+
+
+def _successive(
+    observations: dict[Any, torch.Tensor], ended: torch.Tensor, what: str
+) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
+    """Return the observations of one episode before and after each step, from ``[N + 1, *O]``."""
+    steps = len(ended)
+    if ended[:-1].any():
+        raise ValueError(
+            f"{what} has no next_observations and ends at step "
+            f"{int(ended[:-1].float().argmax())} of {steps}: the observation after that step "
+            f"is not there. Give next_observations [N, ...], or a list of episodes, each with "
+            f"one observation more than steps."
+        )
+    for value in observations.values():
+        _check_length("observations", value, what, steps, steps + 1)
+    before = {key: value[:-1] for key, value in observations.items()}
+    return before, {key: value[1:] for key, value in observations.items()}
+
+
+def _set_observations(
+    out: TensorDictBase,
+    observations: dict[Any, torch.Tensor],
+    following: dict[Any, torch.Tensor],
+    what: str,
+) -> None:
+    """Write observations and those that follow into transitions ``[N]``."""
+    steps = len(out)
+    for name, values in (
+        ("next_observations", following),
+        ("observations", observations),
+    ):
+        for value in values.values():
+            _check_length(name, value, what, steps, steps)
     for key, value in observations.items():
-        out.set(key, value)
         if key not in following or following[key].shape != value.shape:
             raise ValueError(
                 f"next_observations of {what} do not have the shapes of observations: {key!r} is "
                 f"{tuple(value.shape)}, and then "
                 f"{tuple(following[key].shape) if key in following else 'missing'}."
             )
+        out.set(key, value)
         out.set(join("next", key), following[key])
-    for name, value in (
-        ("reward", rewards),
-        ("terminated", terminated),
-        ("truncated", truncated),
-        ("done", terminated | truncated),
-    ):
-        out.set(("next", name), value)
-    return out
 
 
-def _check_lengths(needed: dict[str, tuple], what: str, steps: int) -> None:
-    for name, (values, length) in needed.items():
-        for value in values.values():
-            if len(value) != length:
-                raise ValueError(
-                    f"{name} of {what} has {len(value)} rows, and there are {steps} rewards, so "
-                    f"{length} were expected. Without next_observations an episode has one "
-                    f"observation more than rewards."
-                )
+def _check_length(
+    name: str, value: torch.Tensor, what: str, steps: int, length: int
+) -> None:
+    if len(value) != length:
+        raise ValueError(
+            f"{name} of {what} has {len(value)} rows, and there are {steps} rewards, so "
+            f"{length} were expected. Without next_observations an episode has one "
+            f"observation more than rewards."
+        )
 
 
 def _numbers(name: str, value: Any, what: str) -> torch.Tensor:

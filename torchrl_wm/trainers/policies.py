@@ -6,12 +6,13 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import Compose, EnvBase, FrameSkipTransform, Transform, TransformedEnv
+from torchrl.envs import Compose, EnvBase, FrameSkipTransform, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm import _upstream
@@ -20,11 +21,14 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.collecting import prepared
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.gym_actions import innermost
+from torchrl_wm.trainers.gym_actions import innermost, layers
 from torchrl_wm.trainers.observations import HandedValues
 from torchrl_wm.trainers.real_envs import ActionRepeat
 from torchrl_wm.trainers.runs import resume_run
 from torchrl_wm.trainers.trainer import RecipeTrainer
+
+#: Transforms that seed or step the env itself.
+_OF_THE_ENV = (EpisodeSeeds, ActionRepeat, FrameSkipTransform)
 
 
 def load_policy(
@@ -225,8 +229,10 @@ class Seat:
     def __init__(self, around: EnvBase) -> None:
         self._handed = HandedEnv(innermost(around))
         self._env: EnvBase = self._handed
-        for transforms in _layers(around):
-            copies = [copy.deepcopy(transform.clone()) for transform in transforms]
+        for transforms in reversed([*layers(around)]):
+            # The handed env is neither seeded nor stepped several times.
+            kept = [t for t in transforms if not isinstance(t, _OF_THE_ENV)]
+            copies = [copy.deepcopy(transform.clone()) for transform in kept]
             self._env = TransformedEnv(self._env, Compose(*copies), auto_unwrap=False)
         self._acted: TensorDictBase | None = None
         #: The action as the env takes it, and for how many more calls it is kept.
@@ -317,35 +323,15 @@ class PrivateRandom:
         return states
 
 
-def _layers(env: EnvBase) -> list[list[Transform]]:
-    """The transforms around an env, the inner ones first, but those that seed and repeat."""
-    layers = []
-    while isinstance(env, TransformedEnv):
-        apart = (EpisodeSeeds, ActionRepeat, FrameSkipTransform)
-        layers.append([t for t in _flat(env.transform) if not isinstance(t, apart)])
-        env = env.base_env
-    return layers[::-1]
-
-
 def _repeats(env: EnvBase) -> int:
-    """How many steps of the env within are one of the run's."""
-    times = 1
-    while isinstance(env, TransformedEnv):
-        for transform in _flat(env.transform):
-            if isinstance(transform, ActionRepeat):
-                times *= transform.times
-            elif isinstance(transform, FrameSkipTransform):
-                times *= transform.frame_skip
-        env = env.base_env
-    return times * getattr(env, "wrapper_frame_skip", 1)
-
-
-def _flat(transform: Transform) -> Iterator[Transform]:
-    if isinstance(transform, Compose):
-        for part in transform:
-            yield from _flat(part)
-    else:
-        yield transform
+    """Return how many steps of the env within are one of the run's."""
+    times = getattr(innermost(env), "wrapper_frame_skip", 1)
+    for transform in chain.from_iterable(layers(env)):
+        if isinstance(transform, ActionRepeat):
+            times *= transform.times
+        elif isinstance(transform, FrameSkipTransform):
+            times *= transform.frame_skip
+    return times
 
 
 def _counted(size: int | None) -> str:

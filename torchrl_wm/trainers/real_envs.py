@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import gymnasium
@@ -25,14 +26,17 @@ from torchrl.envs import (
 )
 
 from torchrl_wm import _upstream
+from torchrl_wm._registry import load_object
 from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.gym_actions import (
     as_torchrl_acts,
     check_start,
     gymnasium_env,
+    layers,
     wrapped_env,
 )
+from torchrl_wm.trainers.settings import AtLeast
 
 #: What a recipe takes for an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
@@ -89,12 +93,9 @@ def make_real_env(
         >>> env.rollout(300)["next", "episode_reward"].shape
         torch.Size([200, 1])
     """
-    if max_episode_steps is not None and max_episode_steps < 1:
-        raise ValueError(
-            f"max_episode_steps must be at least 1, got {max_episode_steps}."
-        )
-    if action_repeat < 1:
-        raise ValueError(f"action_repeat must be at least 1, got {action_repeat}.")
+    if max_episode_steps is not None:
+        AtLeast(1).check("max_episode_steps", max_episode_steps)
+    AtLeast(1).check("action_repeat", action_repeat)
     base = _base_env(env, kwargs)
     if base.batch_size:
         raise ValueError(
@@ -119,15 +120,12 @@ def make_real_env(
 
 def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
     """What seeds the episodes of an env that :func:`make_real_env` made."""
-    while True:
-        for transform in _transforms(env):
-            if isinstance(transform, EpisodeSeeds):
-                return transform
-        if not isinstance(env, TransformedEnv):
-            raise TypeError(
-                "The env does not seed its episodes one by one. Make it with make_real_env(env)."
-            )
-        env = env.base_env
+    for transform in chain.from_iterable(layers(env)):
+        if isinstance(transform, EpisodeSeeds):
+            return transform
+    raise TypeError(
+        "The env does not seed its episodes one by one. Make it with make_real_env(env)."
+    )
 
 
 class ActionRepeat(Transform):
@@ -157,7 +155,7 @@ class ActionRepeat(Transform):
         return next_tensordict.set(env.reward_key, total)
 
 
-def another(source: EnvSource) -> EnvSource:
+def copied_source(source: EnvSource) -> EnvSource:
     """Return what makes one more env like another: a copy where an env itself was given.
 
     Raises:
@@ -187,32 +185,6 @@ def rendered_frame(env: EnvBase) -> np.ndarray | None:
         frame = None
     is_frame = isinstance(frame, np.ndarray) and frame.ndim == 3
     return frame.astype(np.uint8) if is_frame and frame.shape[-1] == 3 else None
-
-
-def load_object(name: str) -> Any:
-    """What ``"module:name"`` stands for.
-
-    Raises:
-        ValueError: if there is no such module, or nothing of that name in it.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        if module.startswith(".") or "/" in module:
-            raise ImportError("this is a path, not the name of a module")
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as err:
-        raise ValueError(
-            f"There is no {name!r} ({type(err).__name__}: {err}). Give 'module:name', with the "
-            f"module where Python finds it, in the working directory or in PYTHONPATH."
-        ) from err
-    return found
-
-
-def _transforms(env: EnvBase) -> list:
-    transform = getattr(env, "transform", None)
-    return list(transform) if isinstance(transform, Compose) else [transform]
 
 
 def _base_env(source: EnvSource, kwargs: dict[str, Any]) -> EnvBase:

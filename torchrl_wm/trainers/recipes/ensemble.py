@@ -16,7 +16,12 @@ from torchrl_wm.modules import FunctionHead, with_propagation, WorldModel
 from torchrl_wm.modules.keys import join, unique
 from torchrl_wm.objectives import WorldModelLoss
 from torchrl_wm.trainers.env_checks import check_bounds, check_float_observations
-from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
+from torchrl_wm.trainers.known_tasks import (
+    find_function,
+    Function,
+    REWARDS,
+    TERMINATIONS,
+)
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.recipe import make_replay, Recipe
 from torchrl_wm.trainers.settings import AtLeast, RunConfig
@@ -116,7 +121,7 @@ class EnsembleRecipe(Recipe):
     def fit_model(self, steps: int) -> dict[str, torch.Tensor]:
         """Train the ensemble on all real transitions; return its losses."""
         if not self.learner.steps:
-            warn_of_other_functions(self.world_model, self.replay[:])
+            warn_if_functions_disagree(self.world_model, self.replay[:])
         return self.learner.fit(self.replay, steps, self.on_fit)
 
     @property
@@ -168,7 +173,7 @@ def transition_keys(env: EnvBase, world_model: WorldModel) -> list:
     ]
 
 
-def warn_of_other_functions(world_model: WorldModel, rows: TensorDictBase) -> None:
+def warn_if_functions_disagree(world_model: WorldModel, rows: TensorDictBase) -> None:
     """Warn if a given reward or termination function disagrees with the real env."""
     for name in ("reward", "done"):
         head = getattr(world_model, f"{name}_head")

@@ -12,6 +12,7 @@ from torchrl.modules.distributions.continuous import SafeTanhTransform
 from torchrl.objectives import SACLoss
 
 from torchrl_wm import _upstream
+from torchrl_wm.modules.keys import as_tuple
 from torchrl_wm.trainers.env_checks import (
     check_policy_action,
     check_policy_observations,
@@ -81,15 +82,13 @@ def make_sac(
     sac = SACLoss(
         actor, value, action_spec=spec, num_qvalue_nets=2, alpha_init=alpha_init
     )
-    done_key, terminated_key = env.done_keys[0], env.done_keys[0]
-    for key in env.done_keys:
-        if (key if isinstance(key, str) else key[-1]) == "terminated":
-            terminated_key = key
+    done = env.done_keys[0]
+    terminated = [key for key in env.done_keys if as_tuple(key)[-1] == "terminated"]
     sac.set_keys(
         action=env.action_key,
         reward=env.reward_key,
-        done=done_key,
-        terminated=terminated_key,
+        done=done,
+        terminated=terminated[-1] if terminated else done,
     )
     sac.make_value_estimator(gamma=gamma)
     return actor, sac

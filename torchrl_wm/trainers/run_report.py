@@ -9,7 +9,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
-from tensordict import pad, TensorDictBase
+from tensordict import TensorDictBase
 from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm.diagnostics import (
@@ -70,17 +70,6 @@ def plot_learning_curve(
     return figure
 
 
-def recorded_episodes(episodes: Sequence[TensorDictBase]) -> TensorDictBase:
-    """Episodes as one batch ``[N, T]``; a mask says where the shorter ones end."""
-    longest = max(map(len, episodes))
-    padded = []
-    for episode in episodes:
-        mask = torch.arange(longest) < len(episode)
-        row = pad(episode, [0, longest - len(episode)])
-        padded.append(row.set(("collector", "mask"), mask))
-    return torch.stack(padded)
-
-
 def write_run_report(
     trainer: RecipeTrainer,
     path: str | os.PathLike | None = None,
@@ -127,6 +116,33 @@ def write_run_report(
                 "path)."
             )
         path = trainer.run.path / "report.html"
+    _check_has_learnt(trainer)
+    kwargs["render"] = found_render(kwargs.get("render"))
+    if trainer.policy is None:
+        return _report_on_data(trainer, path, seed=seed, **kwargs)
+    recorded = trainer.evaluate(episodes, seed=seed)
+    settings = {
+        "title": f"{trainer.recipe.title}, seed {trainer.config.seed}",
+        "seed": seed,
+        **kwargs,
+    }
+    if "real_env" not in settings:
+        # One with episodes of its own: that of the run goes on counting.
+        settings["real_env"] = real_env = trainer.make_env()
+        episode_seeds(real_env).seed = seed
+        episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
+    if trainer.recipe.acts_in_model:
+        settings.setdefault("policy", _without_exploration(trainer))
+        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
+    settings["sections"] = [
+        _learning_curve(trainer, recorded),
+        *settings.get("sections", ()),
+    ]
+    return write_report(path, trainer.recipe.diagnosed_env(), recorded, **settings)
+
+
+def _check_has_learnt(trainer: RecipeTrainer) -> None:
+    """Refuse a run without a model to report on."""
     if trainer.world_model is None:
         raise ValueError(
             f"The recipe {trainer.recipe.name!r} has no world model to report on. "
@@ -138,13 +154,14 @@ def write_run_report(
             "run first; without a model, plot_learning_curve(trainer.metrics) draws its "
             "returns."
         )
-    kwargs["render"] = found_render(kwargs.get("render"))
-    if trainer.policy is None:
-        return _report_on_data(trainer, path, seed=seed, **kwargs)
-    recorded = trainer.evaluate(episodes, seed=seed)
+
+
+def _learning_curve(
+    trainer: RecipeTrainer, recorded: Sequence[TensorDictBase]
+) -> ReportSection:
+    """Return the section on the returns of a run, and on those of fresh episodes."""
     returns = [episode_return(trainer.env, episode) for episode in recorded]
-    config = trainer.config
-    curve = ReportSection(
+    return ReportSection(
         "Learning curve",
         how="The return of each real episode, over the real steps made so far.",
         verdict=(
@@ -161,27 +178,6 @@ def write_run_report(
             "seconds": trainer.seconds,
         },
     )
-    settings = {
-        "title": f"{trainer.recipe.title}, seed {config.seed}",
-        "seed": seed,
-        **kwargs,
-    }
-    if "real_env" not in settings:
-        # One with episodes of its own: that of the run goes on counting.
-        settings["real_env"] = real_env = trainer.make_env()
-        episode_seeds(real_env).seed = seed
-        episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
-    if trainer.recipe.acts_in_model:
-        settings.setdefault("policy", _without_exploration(trainer))
-        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
-    sections = [curve, *settings.pop("sections", ())]
-    return write_report(
-        path,
-        trainer.recipe.diagnosed_env(),
-        recorded_episodes(recorded),
-        sections=sections,
-        **settings,
-    )
 
 
 def _report_on_data(
@@ -193,7 +189,7 @@ def _report_on_data(
     settings.setdefault(
         "title", f"A world model of {recipe.config.about}, on held-out episodes"
     )
-    episodes = recorded_episodes(recipe.held_out_episodes())
+    episodes = recipe.held_out_episodes()
     return write_report(path, recipe.diagnosed_env(), episodes, **settings)
 
 

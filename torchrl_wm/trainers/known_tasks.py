@@ -11,7 +11,7 @@ from math import pi
 
 import torch
 
-from torchrl_wm.trainers.real_envs import load_object
+from torchrl_wm._registry import load_object
 
 #: ``f(observation, action, next_observation)``.
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
