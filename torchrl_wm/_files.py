@@ -91,7 +91,7 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def _mode(path: Path) -> int:
-    """The permissions of the file that is replaced, or of one newly made."""
+    """Return the permissions of the file that is replaced, or those of a new file."""
     if path.exists():
         return path.stat().st_mode & 0o777
     mask = os.umask(0)  # there is no way to ask without setting it

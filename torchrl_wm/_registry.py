@@ -161,7 +161,7 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
 
 
 def _of_module(name: str) -> Entry:
-    """The recipe that ``"module:Class"`` registers."""
+    """Return the recipe that ``"module:Class"`` registers."""
     kind = load_object(name)
     _check(kind, name)
     if getattr(kind, "name", None) not in recipe_names():
@@ -224,7 +224,7 @@ def _installed(name: str) -> list[Entry]:
 
 
 def _origin(point: Any) -> str:
-    """The package that has an entry point."""
+    """Return the package that has an entry point."""
     return point.dist.name if point.dist is not None else point.value
 
 

@@ -72,7 +72,7 @@ def train(
 
 
 def describe_train() -> str:
-    """What the help of ``train`` says of the recipes."""
+    """Return what the help of ``train`` says of the recipes."""
     # Paragraphs, as lines of one would be joined.
     lines = [f"  {name}: {find_recipe(name).summary}" for name in recipe_names()]
     return (

@@ -50,7 +50,7 @@ def run_demo(
     num_candidates: int | None,
     progress: bool,
 ) -> None:
-    """PETS on Pendulum-v1 and three pictures."""
+    """Run PETS on Pendulum-v1, and write three pictures."""
     began = time.monotonic()
     given = {
         "max_episode_steps": episode_steps,
@@ -103,5 +103,5 @@ def run_demo(
 
 
 def counted(trials: int) -> str:
-    """How many trials, in words."""
+    """Say how many trials there are."""
     return f"{trials} trial" + "s" * (trials > 1)

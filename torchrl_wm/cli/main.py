@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Callable[[], None]:
-    """What a command line asks for.
+    """Return the function that does what a command line says.
 
     Raises:
         SystemExit: after ``--help``, and for words that are not understood.
@@ -114,7 +114,7 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
 
 
 def _split_ends(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words of ``train --resume``, and the settings beside them, which end a run later."""
+    """Split the words of ``train --resume`` from the settings beside them, which end a run later."""
     own = ("resume", "checkpoint", "device", "report", "no-report")
     own = (*own, "progress", "no-progress", "help")
     left, ends = list(words), {}
@@ -131,7 +131,7 @@ def _split_ends(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _value(word: str) -> Any:
-    """A setting as it was written: nothing, a number or a word."""
+    """Read a setting: None, a number or a word."""
     if word.lower() == "none":
         return None
     for kind in (int, float):

@@ -8,7 +8,7 @@ from torchrl_wm.trainers import RecipeTrainer, resume_run, RunFolder
 
 
 def open_run(path: str, checkpoint: int | None = None) -> RecipeTrainer:
-    """A run at a checkpoint, to be looked at: nothing of it is changed.
+    """Return a run at a checkpoint, to be inspected; its folder is not changed.
 
     Raises:
         FileNotFoundError: if it is not the folder of a run, or there is no checkpoint.
@@ -23,7 +23,7 @@ def open_run(path: str, checkpoint: int | None = None) -> RecipeTrainer:
 
 
 def free(path: Path) -> Path:
-    """The path, or with the first number after it of which there is no folder yet."""
+    """Return the path, with the first free number after it if the path exists."""
     number, found = 1, path
     while found.exists():
         number += 1

@@ -17,7 +17,7 @@ OPTIONS = ConstructorRegistry()
 
 @OPTIONS.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """``int | None`` is shown as INT, and None may still be written; but not for a path."""
+    """Show ``int | None`` as INT, and read "none" as None, but not for a string."""
     kinds = get_args(info.type)
     if len(kinds) != 2 or NoneType not in kinds:
         return None

@@ -31,7 +31,7 @@ def calibration_curve(
     loc: NestedKey = LOC,
     log_var: NestedKey = LOG_VAR,
 ) -> TensorDict:
-    """How often the truth lies within the predicted intervals, against how often it should.
+    """Measure how often the truth lies within the predicted intervals, against how often it should.
 
     The intervals are the central ones (equal tails) of the one-step prediction: of the
     equally weighted mixture of the elites' Gaussians, which TS1 and TSinf sample
@@ -89,7 +89,7 @@ def calibration_curve(
 
 
 def _coverage(below: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The share of the truth in central intervals, ``[K, ...]``.
+    """Return the share of the truth in central intervals, ``[K, ...]``.
 
     Args:
         below: the predicted probability of what is less than the truth, ``[M, ...]``.

@@ -27,7 +27,7 @@ Render = Union[str, Draw, gymnasium.Env, EnvBase]
 
 
 def observation_renderer(render: Render) -> Draw | None:
-    """What draws observations, if anything can.
+    """Return a function that draws observations, if one is known.
 
     Args:
         render: the id of a Gymnasium env; a Gymnasium or TorchRL env; or a
@@ -78,7 +78,7 @@ def render_comparison(
     captions: bool = True,
     height: int | None = None,
 ) -> np.ndarray:
-    """Frames of a recorded episode, of the same imagined, and of their difference.
+    """Draw a recorded episode, the same episode imagined, and their difference.
 
     Imagined is what the model makes of the recorded actions from the first step on,
     without another look; or, with a policy, what it makes of the policy's own. The
@@ -175,7 +175,7 @@ def render_comparison(
 
 
 def _length(recording: Recording, max_steps: int | None) -> int:
-    """How many steps the first episode has."""
+    """Return how many steps the first episode has."""
     over = (recording.done | ~recording.valid)[0]
     length = len(over)
     if over.any():
@@ -194,7 +194,7 @@ def _drawer(
     pixels_key: NestedKey | None,
     observation_key: NestedKey | None,
 ) -> Callable[[TensorDictBase, str], np.ndarray]:
-    """What makes frames ``[T + 1, ...]`` of steps ``[T]``."""
+    """Return a function that makes frames ``[T + 1, ...]`` of steps ``[T]``."""
     if render is None:
         key = _pixels_key(real, imagined, pixels_key)
         recorded = real.get(join("next", key)).dtype
@@ -244,7 +244,7 @@ def drawn_frames(
 
 
 def _name_of(render: Render) -> str:
-    """An env by its class, and not by all its specs."""
+    """Return the class name of an env, whose own repr lists all its specs."""
     if not isinstance(render, EnvBase):
         return repr(render)
     inner = _innermost(render)
@@ -253,7 +253,7 @@ def _name_of(render: Render) -> str:
 
 
 def _innermost(env: EnvBase) -> Any:
-    """What a TorchRL env wraps in the end, or that env itself."""
+    """Return what a TorchRL env wraps in the end, or that env itself."""
     while hasattr(env, "base_env"):
         env = env.base_env
     inner = _upstream.wrapped_env(env)
@@ -263,7 +263,7 @@ def _innermost(env: EnvBase) -> Any:
 def _pixels_key(
     real: TensorDictBase, imagined: TensorDictBase, key: NestedKey | None
 ) -> NestedKey:
-    """The entry with the pixels, which both have."""
+    """Return the entry with the pixels, which both episodes have."""
     found = [key] if key is not None else _image_keys(real)
     found = [unravel_key(key) for key in found]
     for key in found:
@@ -299,7 +299,7 @@ def _drawn_keys(
     imagined: TensorDictBase,
     key: NestedKey | None,
 ) -> list[NestedKey]:
-    """The observations that both have, among which those to draw."""
+    """Return the observations to draw, which both episodes have."""
     both = [
         other
         for other in env.observation_spec.keys(True, True)
@@ -317,7 +317,7 @@ def _drawn_keys(
 
 
 def _over_time(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
-    """The start and what follows each step, ``[T + 1, ...]``."""
+    """Return the start and what follows each step, ``[T + 1, ...]``."""
     following = steps.get(join("next", key))
     first = steps.get(key, None)
     if first is None or first.shape != following.shape:
@@ -350,7 +350,7 @@ def _panels(
 def _rewards_so_far(
     env: WorldModelEnv, steps: TensorDictBase, alive: np.ndarray | None
 ) -> np.ndarray | None:
-    """The sum of all rewards up to each step, ``[T + 1]``."""
+    """Return the sum of all rewards up to each step, ``[T + 1]``."""
     if not env.reward_keys:
         return None
     total = np.zeros(len(steps))

@@ -18,7 +18,7 @@ from torchrl_wm.modules.keys import join
 
 @torch.no_grad()
 def disagreement(env: WorldModelEnv, episodes: Episodes, **gaussian_keys) -> TensorDict:
-    """The members' disagreement along recorded episodes, and the error of their mean.
+    """Measure the members' disagreement along recorded episodes, and the error of their mean.
 
     Both are of one-step predictions, in units of the spread of the recorded changes
     (of rewards, of the rewards), as the root mean square over all predicted dims. A

@@ -34,7 +34,7 @@ class Dims(NamedTuple):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     try:
         # The object API draws without a display, and leaves pyplot's state alone.
         from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def name_of(key: NestedKey) -> str:
-    """A key with dots."""
+    """Return a key with its parts joined by dots."""
     return ".".join(as_tuple(key))
 
 
@@ -57,7 +57,7 @@ def choose_dims(
     labels: Sequence[str] | None,
     cap: int = MAX_DIMS,
 ) -> Dims:
-    """Which dims of an entry to show: those asked for, else the first ones.
+    """Return the dims of an entry to show: those given, by default the first ones.
 
     Args:
         key: the entry.
@@ -96,7 +96,7 @@ def choose_dims(
 def measured(
     tensordict: TensorDictBase, key: NestedKey, wanted: NestedKey, hint: str = ""
 ) -> torch.Tensor:
-    """An entry of what was measured, on the CPU, or an error that says what there is."""
+    """Return an entry of what was measured, on the CPU."""
     value = tensordict.get(key, None)
     if not isinstance(value, torch.Tensor):
         raise MissingEntryError(
@@ -106,7 +106,7 @@ def measured(
 
 
 def grid(count: int, width: float, height: float, columns: int = 3) -> tuple[Any, list]:
-    """A figure of so many axes, side by side, and the axes."""
+    """Return a figure of so many axes, side by side, and the axes."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = new_figure(width * columns, height * rows + 0.3)

@@ -34,7 +34,7 @@ def one_step_prediction(
     loc: NestedKey = LOC,
     log_var: NestedKey = LOG_VAR,
 ) -> TensorDict:
-    """What each member of an ensemble predicts for the next step, and what came true.
+    """Predict the next step by each member of an ensemble, beside what came true.
 
     The Gaussians are those that the model's step writes, as
     :class:`~torchrl_wm.modules.EnsembleDynamics` and
@@ -117,7 +117,7 @@ def one_step_prediction(
 
 
 def stepped(env: WorldModelEnv, rows: TensorDictBase) -> TensorDictBase:
-    """What the model's step writes for recorded transitions, ``[M]``; they are not modified."""
+    """Return what the model's step writes for recorded transitions, ``[M]``, which stay as they are."""
     model = env.world_model
     given = rows.exclude("next", "collector", FILTERED)
     with torch.no_grad(), evaluation_mode(model):
@@ -130,7 +130,7 @@ def stepped(env: WorldModelEnv, rows: TensorDictBase) -> TensorDictBase:
 def gaussians(
     env: WorldModelEnv, prediction: TensorDictBase, name: str, members: bool = False
 ) -> list[NestedKey]:
-    """The entries of which there are Gaussians.
+    """Return the entries that Gaussians are predicted of.
 
     Raises:
         ValueError: if there are none, or no ``members`` where several are needed.
@@ -153,7 +153,7 @@ def gaussians(
 
 
 def elite_members(env: WorldModelEnv, members: int) -> torch.Tensor:
-    """The numbers of the members that make predictions."""
+    """Return the numbers of the members that make predictions."""
     elites = getattr(env.world_model.dynamics, "elites", None)
     return torch.arange(members) if elites is None else elites.cpu()
 
@@ -161,7 +161,7 @@ def elite_members(env: WorldModelEnv, members: int) -> torch.Tensor:
 def _without_gaussians(
     recording: Recording, rows: TensorDictBase, targets: Sequence[NestedKey] | None
 ) -> TensorDict:
-    """Single predictions, as if of one member."""
+    """Return single predictions in the form of an ensemble of one member."""
     windows = rows.unsqueeze(1)
     observed = recording.real(windows)
     real = {**observed, **recording.rewards(windows)}
@@ -188,7 +188,7 @@ def _without_gaussians(
 def _targets(
     recording: Recording, rows: TensorDictBase, targets: list[NestedKey]
 ) -> dict[NestedKey, torch.Tensor]:
-    """What was recorded of the targets; latents are encoded, as the loss does."""
+    """Return what was recorded of the targets; latents are encoded, as in the loss."""
     env, model = recording.env, recording.env.world_model
     encoded = [key for key in targets if key in env.latent_keys]
     real = {}

@@ -24,7 +24,7 @@ def open_loop_error(
     stride: int = 1,
     particles: int = 1,
 ) -> TensorDict:
-    """The error of ``k``-step predictions on recorded episodes, for ``k = 1..H``.
+    """Measure the error of ``k``-step predictions on recorded episodes, for ``k = 1..H``.
 
     From every ``stride``-th recorded step the model imagines ``H`` steps with
     the recorded actions and no further look at the observations. Windows that
@@ -99,5 +99,5 @@ def open_loop_error(
 
 
 def _rmse(predicted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """``[N, H, *feature]`` as ``[H, *feature]``."""
+    """Return the error of ``[N, H, *feature]`` over the windows, ``[H, *feature]``."""
     return (predicted - real).pow(2).mean(0).sqrt()

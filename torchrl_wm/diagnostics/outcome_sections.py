@@ -23,7 +23,7 @@ from torchrl_wm.modules.keys import join
 
 
 def rewards(study: Study) -> Measured:
-    """Errors and correlations of rewards and returns."""
+    """Measure errors and correlations of rewards and returns."""
     if not study.recording.rewards(study.recording.steps[:1, :1]):
         raise DoesNotApply("no rewards were recorded.")
     error = reward_error(
@@ -70,7 +70,7 @@ def rewards(study: Study) -> Measured:
 
 
 def terminations(study: Study) -> Measured:
-    """Precision and recall of predicted ends."""
+    """Measure precision and recall of predicted ends."""
     if not predicts_terminations(study.env):
         raise DoesNotApply("the model has no termination head.")
     metrics = termination_metrics(study.env, study.episodes)
@@ -119,7 +119,7 @@ def terminations(study: Study) -> Measured:
 
 
 def gap(study: Study) -> Measured:
-    """What the model promises a policy, and what it gets."""
+    """Compare the returns that the model promises a policy with those that it gets."""
     if study.policy is None or study.real_env is None:
         raise DoesNotApply(
             "it needs the real env and a policy that can act in the imagined one, too, as a planner "

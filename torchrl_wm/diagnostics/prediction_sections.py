@@ -41,7 +41,7 @@ _FAN_STARTS, _FAN_PARTICLES, _VIDEO_STEPS, _VIDEO_HEIGHT = 30, 50, 100, 200
 
 
 def open_loop(study: Study) -> Measured:
-    """Errors over the horizon beside the baselines."""
+    """Measure errors over the horizon beside the baselines."""
     error = open_loop_error(
         study.env,
         study.episodes,
@@ -144,7 +144,7 @@ def _fan_starts(study: Study) -> tuple[TensorDictBase, list[NestedKey]]:
 
 
 def one_step(study: Study) -> Measured:
-    """Predicted against real changes."""
+    """Compare predicted with real changes."""
     prediction = one_step_prediction(study.env, study.episodes)
     keys = [
         key
@@ -193,7 +193,7 @@ def one_step(study: Study) -> Measured:
 
 
 def calibration(study: Study) -> Measured:
-    """Nominal against empirical coverage."""
+    """Compare nominal with empirical coverage."""
     coverage = calibration_curve(study.env, study.episodes)
     level = coverage.get("level")
     numbers, pictures, off, signed = {}, [], [], {}
@@ -233,7 +233,7 @@ def calibration(study: Study) -> Measured:
 
 
 def disagreements(study: Study) -> Measured:
-    """Disagreement of the members against their error."""
+    """Compare the disagreement of the members with their error."""
     measured = disagreement(study.env, study.episodes)
     rank = float(measured["rank_correlation"])
     valid = measured["collector", "mask"]
@@ -270,7 +270,7 @@ def disagreements(study: Study) -> Measured:
 
 
 def video(study: Study) -> Measured:
-    """One episode as a GIF, real beside imagined."""
+    """Film one episode as a GIF, real beside imagined."""
     render = study.render if study.render is not None else study.real_env
     rows = study.episodes.reshape(-1, study.episodes.batch_size[-1])
     lengths = study.recording.valid.sum(1)
@@ -316,7 +316,7 @@ def _choose_worst(error: TensorDictBase, study: Study) -> None:
 
 
 def _varies(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor:
-    """The dims that change in the episodes, and in all windows, ``[D]`` bool."""
+    """Return the dims that change in the episodes and in all windows, ``[D]`` bool."""
     spread = error.get(join("mean", key)).flatten(1).cpu()
     return (spread > 0).all(0) & study.varies(key, spread.shape[1])
 
@@ -324,7 +324,7 @@ def _varies(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor
 def _shares(
     error: TensorDictBase, key: NestedKey, study: Study
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors as shares of the data's spread, means over the dims that vary, ``[H]`` each."""
+    """Return errors as shares of the data's spread, means over the dims that vary, ``[H]`` each."""
     spread = error.get(join("mean", key)).flatten(1)
     varies = _varies(error, key, study).to(spread.device)
     out = []

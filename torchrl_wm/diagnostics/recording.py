@@ -98,7 +98,7 @@ class Recording:
         return ends(self.env, self.steps)
 
     def transitions(self) -> TensorDictBase:
-        """All steps that are no padding, ``[M]``."""
+        """Return all steps without padding, ``[M]``."""
         rows = self.steps[self.valid]
         if not len(rows):
             raise ValueError(
@@ -108,13 +108,13 @@ class Recording:
         return rows
 
     def windows(self, horizon: int, stride: int = 1) -> TensorDictBase:
-        """All windows of ``horizon`` steps that lie within one episode, ``[W, H]``."""
+        """Return all windows of ``horizon`` steps that lie within one episode, ``[W, H]``."""
         return self.steps[self.window_index(horizon, stride)]
 
     def window_index(
         self, horizon: int, stride: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows and times of the windows, ``[W, 1]`` and ``[W, H]`` int64."""
+        """Return the rows and times of the windows, ``[W, 1]`` and ``[W, H]`` int64."""
         rows, length = self.steps.batch_size
         for name, value in (("horizon", horizon), ("stride", stride)):
             if not isinstance(value, int) or isinstance(value, bool):
@@ -141,7 +141,7 @@ class Recording:
         return row[:, None], index[start]
 
     def longest_window(self) -> int:
-        """The most steps that lie within one episode."""
+        """Return how many steps the longest episode has."""
         longest = run = torch.zeros(len(self.steps), dtype=torch.long)
         valid, done = self.valid.cpu(), self.done.cpu()
         for time in range(valid.shape[1]):
@@ -151,7 +151,7 @@ class Recording:
         return int(longest.max())
 
     def real(self, steps: TensorDictBase) -> Entries:
-        """What predictions of these steps are compared with, ``[..., *feature]`` by key.
+        """Return what predictions of these steps are compared with, ``[..., *feature]`` by key.
 
         The observations below "next"; if the env has none of them, its latents
         of the next observations.
@@ -175,13 +175,13 @@ class Recording:
         return {key: value for key, value in found.items() if value is not None}
 
     def rewards(self, steps: TensorDictBase) -> Entries:
-        """The recorded rewards, ``[..., *feature]`` by key; none if there are none."""
+        """Return the recorded rewards, ``[..., *feature]`` by key; empty if none were recorded."""
         found = {k: steps.get(join("next", k), None) for k in self.env.reward_keys}
         return {key: value for key, value in found.items() if value is not None}
 
 
 def as_rows(episodes: Episodes, name: str) -> TensorDictBase:
-    """Episodes as one tensordict ``[*B, T]``.
+    """Return episodes as one tensordict ``[*B, T]``.
 
     Args:
         episodes: that itself; or a list of tensordicts ``[*B, T]`` of any lengths, which
@@ -244,7 +244,7 @@ def _check_time(episodes: TensorDictBase, name: str) -> None:
 
 
 def _padded(episode: TensorDictBase, length: int) -> TensorDictBase:
-    """An episode as rows ``[N, length]``: its last step again and again, masked out."""
+    """Return an episode as rows ``[N, length]``, padded with its last step, which is masked out."""
     rows = episode.reshape(-1, episode.batch_size[-1]).copy()
     number, steps = rows.batch_size
     mask = rows.get(("collector", "mask"), None)
@@ -274,7 +274,7 @@ def check_env(env: WorldModelEnv, name: str) -> None:
 
 
 def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
-    """The steps after which nothing of the episode is left, ``[*B, T]`` bool.
+    """Return the last steps of episodes, ``[*B, T]`` bool.
 
     Those that are done, and those before a step that begins an episode: of one that was
     sliced or cut, the done may not have been recorded.
@@ -309,7 +309,7 @@ def imagine_windows(
     keys: list[NestedKey],
     particles: int = 1,
 ) -> Imagined:
-    """The mean prediction over particles, with the windows' actions.
+    """Imagine windows with their own actions, and return the mean over particles.
 
     Args:
         windows: recorded steps, ``[W, H]``; predictions start from the first.
@@ -359,7 +359,7 @@ def imagine_particles(
 def matching(
     key: NestedKey, predicted: torch.Tensor, real: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as numbers that can be subtracted, or an error that says why not.
+    """Return both as numbers that can be subtracted, or raise an error that says why not.
 
     Images may be bytes, whose differences would wrap around.
     """

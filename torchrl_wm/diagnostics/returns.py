@@ -34,7 +34,7 @@ def exploitation_gap(
     gamma: float = 1.0,
     reward_key: NestedKey | None = None,
 ) -> TensorDict:
-    """The imagined return of a policy minus its real return, from the same starts.
+    """Measure the imagined return of a policy minus its real return, from the same starts.
 
     A policy that learns in a model, or plans in it, finds what the model gets wrong
     and lives on it. Then the model promises more than the real env pays: the gap is
@@ -136,7 +136,7 @@ def _reward_key(env: WorldModelEnv, reward_key: NestedKey | None) -> NestedKey:
 def _rolled_out(
     env: EnvBase, policy: Callable, horizon: int, episodes: int
 ) -> TensorDictBase:
-    """At least so many real episodes, padded to ``[N, H]``."""
+    """Run at least so many real episodes, padded to ``[N, H]``."""
     rows: list[TensorDictBase] = []
     while sum(row.batch_size[:-1].numel() for row in rows) < episodes:
         rollout = env.rollout(horizon, policy, break_when_any_done=not env.batch_dims)
@@ -148,7 +148,7 @@ def _rolled_out(
 def _first_episodes(
     row: TensorDictBase, done: torch.Tensor, horizon: int
 ) -> TensorDictBase:
-    """``[N, T]`` as ``[N, H]``, with a mask that is True up to each row's first end."""
+    """Return rows ``[N, T]`` as ``[N, H]``, with a mask that is True up to each row's first end."""
     number, length = row.batch_size
     mask = torch.zeros(number, horizon, dtype=torch.bool, device=row.device)
     mask[:, :length] = done.long().cumsum(1) - done.long() == 0
@@ -161,7 +161,7 @@ def _first_episodes(
 def _episodes(
     env: WorldModelEnv, steps: TensorDictBase, reward_key: NestedKey, horizon: int
 ) -> tuple[TensorDictBase, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Starts ``[N]``, rewards and validity ``[N, H]``, and who terminated ``[N]``."""
+    """Return starts ``[N]``, rewards and validity ``[N, H]``, and whether each terminated, ``[N]``."""
     steps = steps.reshape(-1, steps.batch_size[-1])
     if env.device is not None:
         steps = steps.to(env.device)
@@ -188,7 +188,7 @@ def _episodes(
 
 
 def _terminates(env: WorldModelEnv, steps: TensorDictBase) -> torch.Tensor:
-    """Steps that end an episode other than by a time limit, ``[*B]`` bool."""
+    """Return the steps that end an episode other than by a time limit, ``[*B]`` bool."""
     out = torch.zeros(steps.batch_size, dtype=torch.bool, device=steps.device)
     for key in env.done_keys:
         recorded = steps.get(join("next", key), None)

@@ -26,7 +26,7 @@ def reward_error(
     stride: int = 1,
     particles: int = 1,
 ) -> TensorDict:
-    """The error of rewards predicted ``k`` steps ahead, and of their sums.
+    """Measure the error of rewards predicted ``k`` steps ahead, and of their sums.
 
     Windows and actions are those of :func:`open_loop_error`. What a planner compares
     is the sum of the rewards to come: its correlation says whether the model tells

@@ -6,7 +6,7 @@ import torch
 
 
 def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Pearson's correlation over the first dim; NaN where one of them is constant.
+    """Return Pearson's correlation over the first dim; NaN where one of them is constant.
 
     Args:
         first, second: ``[N, *S]``.
@@ -30,7 +30,7 @@ def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Spearman's correlation: that of the ranks, ties sharing theirs.
+    """Return Spearman's correlation: that of the ranks, where ties share theirs.
 
     Args:
         first, second: ``[N]``.

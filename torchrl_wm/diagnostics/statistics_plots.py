@@ -85,7 +85,7 @@ def plot_one_step(
 
 
 def r_squared(predicted: torch.Tensor, real: torch.Tensor) -> float:
-    """The share of the variance that a prediction explains, ``[M]`` each; NaN without any."""
+    """Return the share of the variance that a prediction explains; NaN without variance."""
     total = (real - real.mean()).double().pow(2).sum()
     if total == 0:
         return float("nan")
@@ -248,5 +248,5 @@ def _diagonal(axes: Axes, values: torch.Tensor) -> None:
 
 
 def _some_rows(count: int) -> torch.Tensor:
-    """Rows spread evenly over all: the same ones at each call."""
+    """Return rows spread evenly over all, the same ones at each call."""
     return torch.linspace(0, count - 1, min(count, _MAX_POINTS)).round().long()

@@ -50,7 +50,7 @@ class Study:
     fan: str = ""  # what the fan was found to be: "narrow", "wide" or neither
 
     def drawing(self, key: NestedKey) -> dict[str, Any]:
-        """The dims of an entry to draw, and their names: no constant ones, if there are others."""
+        """Return the dims of an entry to draw and their names, without constant ones if there are others."""
         dims = self.worst.get(key)
         constant = self.constant.get(key)
         if dims is None and constant is not None and constant.any():
@@ -58,14 +58,14 @@ class Study:
         return {"dims": dims, "labels": self.labels.get(key)}
 
     def varies(self, key: NestedKey, size: int) -> torch.Tensor:
-        """The dims that verdicts speak of, ``[D]`` bool."""
+        """Return the dims that verdicts speak of, ``[D]`` bool."""
         constant = self.constant.get(key)
         if constant is None or len(constant) != size:
             return torch.ones(size, dtype=torch.bool)
         return ~constant.cpu()
 
     def note(self, keys: Sequence[NestedKey]) -> str:
-        """What a verdict on these entries leaves out."""
+        """Say what a verdict on these entries leaves out."""
         dropped = {key: self.constant[key] for key in keys if key in self.constant}
         names = names_of(dropped, self.labels)
         if not names:

@@ -18,7 +18,7 @@ _ENDINGS = {"terminated", "terminated_logits", "continue_pred", "done"}
 
 @torch.no_grad()
 def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
-    """Precision and recall of predicted terminations, one step ahead.
+    """Measure precision and recall of predicted terminations, one step ahead.
 
     Predicted is what the imagined env would do: the head's decision at its own
     threshold, on the state that the model predicts. The truth is ``terminated``, else
@@ -86,13 +86,13 @@ def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
 
 
 def predicts_terminations(env: WorldModelEnv) -> bool:
-    """Whether the model's step says when episodes end."""
+    """Return whether the model's step says when episodes end."""
     written = written_keys(env.world_model.step_module)
     return any(as_tuple(key)[-1] in _ENDINGS for key in written)
 
 
 def real_terminations(rows: TensorDictBase, done_key: NestedKey) -> torch.Tensor:
-    """The recorded terminations, time limits left out."""
+    """Return the recorded terminations, without time limits."""
     terminated, truncated, done = (
         rows.get(join("next", sibling(done_key, name)), None)
         for name in ("terminated", "truncated", "done")

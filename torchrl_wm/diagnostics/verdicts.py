@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def leading(flags: list[bool]) -> int:
-    """How many are True before the first that is not."""
+    """Return how many are True before the first that is not."""
     return flags.index(False) if False in flags else len(flags)
 
 
 def beats_baselines(persistence: int, mean: int, horizon: int) -> str:
-    """Up to which step predictions are better than persistence, and than the data's mean."""
+    """Say up to which step predictions are better than persistence, and than the data's mean."""
     if persistence == 0:
         return "does not beat persistence, not even one step ahead"
     if min(persistence, mean) == horizon:
@@ -50,7 +50,7 @@ def judged_fan(
 
 
 def confidence(off: float, signed: dict[str, float], fan: str, horizon: int) -> str:
-    """What intervals that are off are like, and how that goes with the fan.
+    """Say how intervals are wrong, and whether the fan agrees.
 
     Args:
         off: the mean distance from the nominal coverage.
@@ -80,11 +80,11 @@ def confidence(off: float, signed: dict[str, float], fan: str, horizon: int) -> 
 
 
 def graded(score: float) -> bool | None:
-    """Good, bad or neither: what most rows get right, and what a coin would."""
+    """Return whether a score is good, bad or neither (None)."""
     return True if score > 0.9 else False if score < 0.5 else None
 
 
 def sentence(parts: list[str]) -> str:
-    """The parts one after the other, as a sentence."""
+    """Join the parts into a sentence."""
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "."

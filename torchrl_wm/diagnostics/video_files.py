@@ -64,7 +64,7 @@ def save_video(
 
 
 def separated(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """The frames with white gaps between them."""
+    """Return the frames with white gaps between them."""
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
     out = [frames[0]]
     for frame in frames[1:]:
@@ -86,7 +86,7 @@ def _pillow() -> Any:
 
 
 def resized(frames: np.ndarray, height: int) -> np.ndarray:
-    """Frames ``[T, height, width, 3]`` of another height, in the same proportions."""
+    """Return frames ``[T, height, width, 3]`` of another height, in the same proportions."""
     if frames.shape[1] == height:
         return frames
     pil = _pillow()
@@ -100,7 +100,7 @@ def resized(frames: np.ndarray, height: int) -> np.ndarray:
 
 
 def captioned(frame: np.ndarray, texts: list[str], width: int) -> np.ndarray:
-    """The frame under a strip with one text above each panel."""
+    """Return the frame under a strip with one text above each panel."""
     pil = _pillow()
     strip = pil.Image.new("RGB", (frame.shape[1], STRIP), "white")
     draw = pil.ImageDraw.Draw(strip)

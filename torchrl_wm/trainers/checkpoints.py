@@ -183,7 +183,7 @@ class ReplayAdapter(CheckpointAdapter):
         self._files = None
 
     def _segments(self) -> list[_Segment]:
-        """The files in order; they are looked for once, as there can be thousands."""
+        """Return the files in order; the folder is searched once, as there can be thousands."""
         if self._files is None:
             found = (_SEGMENT.fullmatch(file.name) for file in self.folder.glob("*"))
             self._files = sorted(
@@ -201,7 +201,7 @@ class ReplayAdapter(CheckpointAdapter):
         del files[:number]
 
     def _rows(self, first: int, end: int) -> TensorDictBase:
-        """The rows ``first`` to ``end`` of all that was written."""
+        """Return the rows ``first`` to ``end`` of all that were written."""
         parts, at = [], first
         for segment in self._segments():
             # One that goes on beyond the end is of a later checkpoint, or of none.

@@ -76,7 +76,7 @@ class Acting(TensorDictModuleBase):
         return tensordict
 
     def _draw(self) -> torch.Tensor:
-        """The random actions, ``[N, *A]``: new ones where those held have been kept long enough."""
+        """Return the random actions, ``[N, *A]``: new ones where the held ones have been kept long enough."""
         episodes = self.episodes
         renewed = episodes.lengths % self.hold == 0
         if renewed.any() or episodes.held is None:

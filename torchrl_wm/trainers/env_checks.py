@@ -181,7 +181,7 @@ def _is_choice(spec: TensorSpec) -> bool:
 
 
 def _one_choice(env: EnvBase) -> str:
-    """How to make one choice of several numbers: a number for each combination."""
+    """Say how to make one choice of several numbers: a number for each combination."""
     space = own_action_space(env)
     if space is None:
         return "Give the env one one-hot action, with an option for each combination."
@@ -204,7 +204,7 @@ def _one_choice(env: EnvBase) -> str:
 
 
 def _options(space: gymnasium.Space) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How many options each number of an action has, and the least; nothing if not a vector."""
+    """Return how many options each number of a vector has, and its least value; nothing for other spaces."""
     if len(space.shape or ()) != 1:
         return (), ()
     if isinstance(space, gymnasium.spaces.MultiDiscrete):

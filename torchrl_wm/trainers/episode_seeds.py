@@ -53,5 +53,5 @@ class EpisodeSeeds(Transform):
 
 
 def episode_seed(seed: int, episode: int) -> int:
-    """A seed of 31 bits for an episode of a run; those of different runs have nothing in common."""
+    """Return a seed of 31 bits for an episode of a run; different runs have unrelated seeds."""
     return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0] >> 1)

@@ -110,7 +110,7 @@ class Episodes:
         return ContinuedEpisodes(*self._so_far(), lengths, self._carried_keys)
 
     def _so_far(self) -> tuple[TensorDictBase, TensorDictBase]:
-        """The actions since the oldest episode began, ``[N, T]``, and the last step, ``[N]``."""
+        """Return the actions since the oldest episode began, ``[N, T]``, and the last step, ``[N]``."""
         observed = [join("next", key) for key in self._env.observation_keys]
         last = self._last.select(*observed, *self._carried_keys, strict=False)
         return torch.stack(self._actions, 1), last
@@ -178,7 +178,7 @@ class ContinuedEpisodes(Transform):
 
 
 def _is_same(now: TensorDictBase, before: TensorDictBase) -> bool:
-    """Whether observations are those that were recorded, NaN included."""
+    """Return whether observations are those that were recorded, NaN included."""
     return all(
         torch.equal(now.get(key).nan_to_num(), before.get(key).nan_to_num())
         for key in before.keys(True, True)

@@ -55,7 +55,7 @@ def run_episodes(
     callback: Callable | None = None,
     exploration: ExplorationType = ExplorationType.DETERMINISTIC,
 ) -> list[TensorDictBase]:
-    """Whole episodes of a policy, which does not explore unless asked to.
+    """Return whole episodes of a policy, by default without exploration.
 
     Args:
         env: a real env of batch size ``[]``.
@@ -100,7 +100,7 @@ def run_episodes(
 
 
 def episode_return(env: EnvBase, episode: TensorDictBase) -> float:
-    """The sum of an episode's rewards."""
+    """Return the sum of an episode's rewards."""
     return episode.get(join("next", env.reward_key)).sum().item()
 
 

@@ -161,7 +161,7 @@ def take_film(
 
 
 def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
-    """What draws observations: what the user gave, or what is known of the env."""
+    """Return what draws observations: the user's function, or one that is known for the env."""
     if render is None:
         return observation_renderer(trainer.env)
     draw = observation_renderer(found_render(render))
@@ -181,7 +181,7 @@ def found_render(render: Render | None) -> Render | None:
 
 
 def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
-    """The observations that the model predicts; all of the real env where there is no model."""
+    """Return the observations that the model predicts, or those of the real env without a model."""
     if trainer.recipe.world_model is not None:
         return unique(trainer.recipe.diagnosed_env().observation_spec.keys(True, True))
     keys = unique(trainer.env.observation_spec.keys(True, True))
@@ -191,7 +191,7 @@ def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
 def _real_film(
     trainer: RecipeTrainer, seed: int, max_steps: int, height: int | None
 ) -> Film:
-    """The film of an episode, as the real env's own renderer draws it."""
+    """Return the film of an episode, as the real env's own renderer draws it."""
     env, frames = trainer.make_env(render_mode="rgb_array"), []
 
     def take(*_: Any) -> None:

@@ -37,30 +37,30 @@ class TorchRLActions(gymnasium.ActionWrapper):
         self.action_space = _from_zero(env.action_space)
 
     def action(self, action: Any) -> Any:
-        """The action as the env has it."""
+        """Return the action as the env takes it."""
         return _as_the_env(self.env.action_space, action)
 
 
 def as_torchrl_acts(env: gymnasium.Env) -> gymnasium.Env:
-    """The env, in a :class:`TorchRLActions` where its action space needs it."""
+    """Return the env, in a :class:`TorchRLActions` where its action space needs it."""
     space = env.action_space
     needed = isinstance(space, spaces.Dict) or _from_zero(space) != space
     return TorchRLActions(env) if needed else env
 
 
 def gymnasium_env(env: EnvBase) -> gymnasium.Env | None:
-    """The Gymnasium env within a TorchRL env; None if there is none."""
+    """Return the Gymnasium env within a TorchRL env; None if there is none."""
     inner = wrapped_env(env)
     return inner if isinstance(inner, gymnasium.Env) else None
 
 
 def wrapped_env(env: EnvBase) -> Any:
-    """What a TorchRL env wraps, of whatever library; None if it wraps nothing."""
+    """Return the env of another library that a TorchRL env wraps; None if it wraps none."""
     return _upstream.wrapped_env(innermost(env))
 
 
 def innermost(env: EnvBase) -> EnvBase:
-    """The env within all transforms."""
+    """Return the env within all transforms."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env
@@ -82,7 +82,7 @@ def _single(transform: Transform) -> Iterator[Transform]:
 
 
 def own_action_space(env: EnvBase) -> gymnasium.Space | None:
-    """The action space as the Gymnasium env within has it; None if there is none."""
+    """Return the action space of the Gymnasium env within; None if there is none."""
     inner = gymnasium_env(env)
     if isinstance(inner, TorchRLActions):
         inner = inner.env

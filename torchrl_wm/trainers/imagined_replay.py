@@ -124,7 +124,7 @@ class ImaginedReplayHook(TrainerHookBase):
         self.imagined_frames += len(transitions)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, and the imagined replay buffer."""
+        """Return the counts and the state of the imagined replay buffer."""
         return {
             "calls": self._calls,
             "imagined_frames": self.imagined_frames,

@@ -138,7 +138,7 @@ class ModelLearner:
         return next(self.loss.parameters()).device
 
     def state_dict(self) -> dict[str, Any]:
-        """The model, the optimiser and the count."""
+        """Return the states of the model and the optimiser, and the count of steps."""
         return {
             "world_model": self.world_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -154,7 +154,7 @@ class ModelLearner:
     def _divided(
         self, rows: TensorDictBase
     ) -> tuple[TensorDictBase, TensorDictBase | None]:
-        """What to train on, and what to choose elites by."""
+        """Return the rows to train on, and those that elites are chosen by."""
         dynamics = self.world_model.dynamics
         number = int(self.held_out * len(rows))
         if (
@@ -167,7 +167,7 @@ class ModelLearner:
         return rows[order[number:]], rows[order[:number]]
 
     def _counted(self, rows: TensorDictBase, steps: int) -> TensorDictBase:
-        """The rows with their bootstrap counts, which else each batch would make anew."""
+        """Return the rows with their bootstrap counts, so that batches need not compute them."""
         if len(rows) > steps * self.batch_size:
             return rows  # most of them are in no batch
         dynamics = self.world_model.dynamics

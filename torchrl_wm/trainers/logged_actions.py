@@ -37,7 +37,7 @@ _SAY = (
 
 
 def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
-    """What actions are, by their values.
+    """Return the spec that the values of actions suggest.
 
     - One integer for each step is the number of an option, of as many as the greatest and one.
     - Rows of 0 and 1 are one choice as a one-hot vector, if each has a single 1; several such
@@ -75,7 +75,7 @@ def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
 
 
 def as_choices(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
-    """Actions of arrays as ``GymEnv`` has them: numbers of options become one-hot.
+    """Return actions of arrays as ``GymEnv`` has them: numbers of options become one-hot.
 
     Args:
         key: of the entry, for messages.
@@ -104,7 +104,7 @@ def as_choices(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
 
 
 def _options(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
-    """How many options each of the choices ``[N, *A]`` has, ``[*A]``: the greatest and one."""
+    """Return how many options each of the choices ``[N, *A]`` has, ``[*A]``: the greatest plus one."""
     if value.dtype is torch.bool:
         return torch.full(value.shape[1:], 2)
     options = value.long().amax(0) + 1
@@ -117,7 +117,7 @@ def _options(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
 
 
 def _checked(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
-    """Integers that may be numbers of options."""
+    """Return the integers; refuse those that cannot be numbers of options."""
     numbers = value.long()
     least, most = int(numbers.min()), int(numbers.max())
     if least < 0:
@@ -135,13 +135,13 @@ def _checked(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
 
 
 def _is_one_hot(value: torch.Tensor) -> bool:
-    """Whether each row, along the last dim, is one 1 among zeros."""
+    """Return whether each row, along the last dim, is one 1 among zeros."""
     ones, zeros = value == 1, value == 0
     return bool((ones | zeros).all()) and bool((ones.sum(-1) == 1).all())
 
 
 def _blocks(key: NestedKey, rows: torch.Tensor) -> list[int] | None:
-    """The sizes of the one-hot blocks that rows ``[N, A]`` of 0 and 1 fall into, if they do.
+    """Return the sizes of the one-hot blocks that rows ``[N, A]`` of 0 and 1 fall into; None if they do not.
 
     A block ends where, in every row, the same number of ones has come.
     """
@@ -172,12 +172,12 @@ def _blocks(key: NestedKey, rows: torch.Tensor) -> list[int] | None:
 
 
 def start_of(env: EnvBase) -> Any:
-    """The number of the first option in an env's Gymnasium space; TorchRL's is 0."""
+    """Return the number of the first option in an env's Gymnasium space; TorchRL's is 0."""
     return start_of_space(getattr(wrapped_env(env), "action_space", None))
 
 
 def start_of_space(space: Any) -> Any:
-    """As :func:`start_of`, of the space itself; of several choices one for each."""
+    """Return the number of the first option in a space; one for each of several choices."""
     start = getattr(space, "start", 0)
     return np.asarray(start) if np.any(start) else 0
 
@@ -188,7 +188,7 @@ def start_of_space(space: Any) -> Any:
 def as_spec(
     key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str, *, start: Any = 0
 ) -> torch.Tensor:
-    """Actions as a spec has them: choices as class numbers or one-hot, whichever they were.
+    """Return actions in the form of a spec: choices become class numbers or one-hot.
 
     Args:
         key: of the entry, for messages.
@@ -218,7 +218,7 @@ def as_spec(
 def _as_choices(
     key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str, start: Any
 ) -> torch.Tensor:
-    """As :func:`as_spec`, of choices: ``K`` in a row, whatever the shape."""
+    """Return choices in the form of a spec, ``K`` in a row whatever the shape; see :func:`as_spec`."""
     is_vector = isinstance(spec, (OneHot, MultiOneHot))
     counts = _counts(spec)
     flat = value.flatten(1) if value.ndim > 1 else value.unsqueeze(-1)
@@ -256,7 +256,7 @@ def _as_choices(
 
 
 def _counts(spec: TensorSpec) -> list[int]:
-    """How many options each choice has."""
+    """Return how many options each choice has."""
     if isinstance(spec, MultiOneHot):
         return [int(n) for n in spec.nvec] * spec.shape[:-1].numel()
     if isinstance(spec, MultiCategorical):
@@ -266,7 +266,7 @@ def _counts(spec: TensorSpec) -> list[int]:
 
 
 def _exactly(key: NestedKey, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In another dtype, which must hold what floats say."""
+    """Return a tensor in another dtype; refuse to round floats."""
     if value.is_floating_point() and not dtype.is_floating_point:
         wrong = value != value.round()  # NaN, too
         if wrong.any():
@@ -286,13 +286,13 @@ def _other_shape(
 
 
 def action_keys(data: TensorDictBase) -> list[NestedKey]:
-    """The keys of recorded actions."""
+    """Return the keys of recorded actions."""
     keys = unique(key for key in leaf_keys(data) if as_tuple(key)[0] != "next")
     return [key for key in keys if as_tuple(key)[-1] == "action"]
 
 
 def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Composite:
-    """The specs of recorded actions.
+    """Return the specs of recorded actions.
 
     Args:
         data: transitions ``[N]``.
@@ -324,7 +324,7 @@ def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Compo
 def by_key(
     given: TensorSpec | None, keys: list[NestedKey]
 ) -> dict[NestedKey, TensorSpec]:
-    """A spec of actions, or several, by their keys.
+    """Return one or several specs of actions by their keys.
 
     Raises:
         ValueError: if it is of another key, or one spec for several.

@@ -138,7 +138,7 @@ def read_transitions(
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
 ) -> tuple[TensorDictBase, TensorSpec | None]:
-    """As :func:`load_transitions`; and the spec of the actions, if more than they tell it."""
+    """Return what :func:`load_transitions` does, and the spec of the actions if the source gives one."""
     if env is not None and action_spec is not None:
         raise ValueError("Give env or action_spec, not both: the env has its own.")
     space = None
@@ -299,7 +299,7 @@ def _check_length(
 
 
 def _numbers(name: str, value: Any, what: str) -> torch.Tensor:
-    """One number for each step, ``[N, 1]``."""
+    """Return one number for each step, ``[N, 1]``."""
     tensor = _tensor(name, value)
     if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[1] != 1):
         raise ValueError(
@@ -310,12 +310,12 @@ def _numbers(name: str, value: Any, what: str) -> torch.Tensor:
 
 
 def _ends(name: str, value: Any, what: str) -> torch.Tensor:
-    """Whether the episode ends, at each step, ``[N, 1]`` bool."""
+    """Return the steps at which the episode ends, ``[N, 1]`` bool."""
     return _flags(f"{name} of {what}", _numbers(name, value, what))
 
 
 def _flags(name: str, value: torch.Tensor) -> torch.Tensor:
-    """0 and 1, in whatever dtype, as bool; NaN is neither."""
+    """Return 0 and 1 of any dtype as bool; refuse other values, NaN included."""
     wrong = ~((value == 0) | (value == 1))
     if wrong.any():
         step = wrong.flatten(1) if wrong.ndim > 1 else wrong.unsqueeze(-1)
@@ -328,7 +328,7 @@ def _flags(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _tree(name: str, value: Any, key: tuple = ()) -> dict[Any, torch.Tensor]:
-    """An array, or the leaves of a dictionary of arrays by key."""
+    """Return an array, or the leaves of a dictionary of arrays, by key."""
     if isinstance(value, Mapping):
         out: dict[Any, torch.Tensor] = {}
         for inner, item in value.items():
@@ -354,7 +354,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def _content(buffer: ReplayBuffer) -> Any:
-    """All that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
+    """Return all that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
     if not len(buffer):
         raise ValueError("The data holds no transition: the replay buffer is empty.")
     data = buffer[:]
@@ -368,7 +368,7 @@ def _content(buffer: ReplayBuffer) -> Any:
 
 
 def _flat(data: TensorDictBase) -> TensorDictBase:
-    """Transitions ``[N]`` of a tensordict ``[*B, T]``; padding is left out."""
+    """Return the transitions ``[N]`` of a tensordict ``[*B, T]``, without padding."""
     found = {as_tuple(key)[-1] for key in leaf_keys(data) if key[0] == "next"}
     missing = [] if "reward" in found else [("next", "reward")]
     if not found & {*ENDS}:
@@ -390,7 +390,7 @@ def _flat(data: TensorDictBase) -> TensorDictBase:
 
 
 def _last_steps(data: TensorDictBase, valid: torch.Tensor) -> torch.Tensor:
-    """The steps after which nothing of their episode was recorded, ``[*B, T]`` bool."""
+    """Return the steps after which nothing of their episode was recorded, ``[*B, T]`` bool."""
     last = torch.ones_like(valid)
     last[..., :-1] = ~valid[..., 1:]
     begins = episode_begins(data)
@@ -435,7 +435,7 @@ def _end(data: TensorDictBase, last: torch.Tensor, valid: torch.Tensor) -> None:
 
 
 def _as_specified(data: TensorDictBase, env: EnvBase, start: Any) -> TensorDictBase:
-    """The transitions with the entries that the env has."""
+    """Return the transitions with the entries of the env, in its shapes and dtypes."""
     specs: EnvSpecs = read_specs(env)
     entries = [(e.key, e) for e in (*specs.vectors, *specs.pixels)]
     entries += [(join("next", e.key), e) for e in (*specs.vectors, *specs.pixels)]

@@ -70,7 +70,7 @@ def check_observed_actions(data: TensorDictBase) -> None:
 
 
 def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
-    """Float64 entries as float32, but where the env says float64, or too much would be lost."""
+    """Return float64 entries as float32, unless the env says float64 or too much would be lost."""
     dtypes = {}
     if env is not None:
         specs = read_specs(env)

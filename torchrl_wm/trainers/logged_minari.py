@@ -27,7 +27,7 @@ def _minari() -> Any:
 
 
 def minari_dataset(name: str) -> Any:
-    """The dataset of an id, if it is on this machine."""
+    """Return the dataset of an id, if it is on this machine."""
     minari = _minari()
     known = minari.list_local_datasets()
     if name not in known:
@@ -39,17 +39,17 @@ def minari_dataset(name: str) -> Any:
 
 
 def minari_folder(folder: Path) -> Any:
-    """The dataset in a folder."""
+    """Return the dataset in a folder."""
     return _minari().MinariDataset(folder)
 
 
 def is_minari(source: Any) -> bool:
-    """Whether it is a dataset of Minari."""
+    """Return whether a source is a dataset of Minari."""
     return hasattr(source, "iterate_episodes") and hasattr(source, "action_space")
 
 
 def minari_episodes(dataset: Any) -> tuple[list[dict[str, Any]], Any]:
-    """The episodes, and the space of the actions."""
+    """Return the episodes of a dataset, and the space of its actions."""
     episodes = [
         {name: getattr(episode, name) for name in _ARRAYS}
         for episode in dataset.iterate_episodes()
@@ -60,7 +60,7 @@ def minari_episodes(dataset: Any) -> tuple[list[dict[str, Any]], Any]:
 def of_space(
     key: NestedKey, value: torch.Tensor, space: Any
 ) -> tuple[torch.Tensor, TensorSpec | None]:
-    """Actions of a Gymnasium space as ``GymEnv`` has them, and their spec.
+    """Return actions of a Gymnasium space as ``GymEnv`` has them, and their spec.
 
     Args:
         key: of the entry, for messages.

@@ -187,7 +187,7 @@ def _tensorboard(folder: Path, resumed_at: int | None) -> Logger:
 
 
 def _frames(video: torch.Tensor) -> np.ndarray:
-    """A film ``[1, T, 3, height, width]`` as ``[T, height, width, 3]``."""
+    """Return a film ``[1, T, 3, height, width]`` as ``[T, height, width, 3]``."""
     return video[0].permute(0, 2, 3, 1).numpy()
 
 
@@ -214,7 +214,7 @@ def _mlflow(folder: Path, run_id: str) -> Logger:
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns of a table."""
+    """Return the columns of a table."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 

@@ -264,7 +264,7 @@ class ModelTraining:
 def split_transitions(
     rows: TensorDictBase, share: float, seed: int | None = None
 ) -> tuple[TensorDictBase, TensorDictBase]:
-    """What to train on, and what to hold out: whole episodes, drawn at random.
+    """Return transitions to train on, and others to hold out: whole episodes, drawn at random.
 
     Of one episode alone the last steps are held out.
 
@@ -296,7 +296,7 @@ def split_transitions(
 
 @torch.no_grad()
 def held_out_errors(world_model: WorldModel, rows: TensorDictBase) -> dict[str, float]:
-    """Errors of one-step predictions, see :func:`train_world_model`."""
+    """Return errors of one-step predictions, see :func:`train_world_model`."""
     model = with_propagation(world_model, "mean")
     start = rows.exclude("next")
     with evaluation_mode(model):
@@ -327,7 +327,7 @@ def held_out_errors(world_model: WorldModel, rows: TensorDictBase) -> dict[str, 
 
 
 def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
-    """Transitions ``[N]``, one episode after the other, as a list of episodes."""
+    """Return transitions ``[N]``, one episode after the other, as a list of episodes."""
     ends = (1 + _ends(rows).nonzero().flatten()).tolist()
     if not ends or ends[-1] != len(rows):
         ends.append(len(rows))
@@ -335,7 +335,7 @@ def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
 
 
 def _ends(rows: TensorDictBase) -> torch.Tensor:
-    """Which steps end an episode, ``[N]``; of agents alone, where all of them are done."""
+    """Return the steps that end an episode, ``[N]``; if only agents have dones, those where all are done."""
     done = rows.get(("next", "done"), None)
     if done is not None:
         return done.reshape(len(rows), -1).any(-1)

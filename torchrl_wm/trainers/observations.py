@@ -86,7 +86,7 @@ class HandedValues:
         return concatenate(self._space, actions, empty)
 
     def _named(self, observation: Any) -> Any:
-        """A bare value under its name, where a TorchRL env has a single entry."""
+        """Return a bare value under its name, if the env is a TorchRL env with a single entry."""
         if isinstance(observation, Mapping) or not isinstance(self._layout, dict):
             return observation
         if self._inner is not None:
@@ -175,7 +175,7 @@ def _leading(shape: tuple[int, ...], value: Any, name: str) -> int | None:
 
 
 def _row(layout: Layout, value: Any, row: int | None) -> Any:
-    """One observation of several, or the single one, in containers of its own."""
+    """Return one observation of a batch, or the single one, in containers of its own."""
     if isinstance(layout, dict):
         return {name: _row(part, value[name], row) for name, part in layout.items()}
     if isinstance(layout, list):
@@ -201,7 +201,7 @@ def _described(value: Any) -> str:
 
 
 def _as_of(space: gymnasium.Space, action: Any) -> Any:
-    """An action in the types that the space has."""
+    """Return an action in the types of a space."""
     if isinstance(space, spaces.Dict):
         return {name: _as_of(part, action[name]) for name, part in space.items()}
     if isinstance(space, spaces.Tuple):

@@ -202,7 +202,7 @@ class Policy:
             self._seats[number].begin()
 
     def _acted(self, states: list[TensorDictBase]) -> list[TensorDictBase]:
-        """The states with what the policy writes, together with the action."""
+        """Return the states with what the policy writes, the action included."""
         together = states[0].copy()
         if self._size is not None:
             # Some have begun just now: what a step leaves behind, they lack.
@@ -290,7 +290,7 @@ class HandedEnv(EnvBase):
         return self.observation.copy().update(self._on_step.clone())
 
     def _set_seed(self, seed: int | None) -> None:
-        """Nothing is random here."""
+        """Do nothing: the env draws no random numbers."""
 
 
 class PrivateRandom:

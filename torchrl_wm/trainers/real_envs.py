@@ -55,7 +55,7 @@ def make_real_env(
     stride: int = 1,
     **kwargs: Any,
 ) -> TransformedEnv:
-    """A real env as the recipes want it: float32, counted, its episodes seeded one by one.
+    """Make a real env for the recipes: float32, with counted steps and episodes seeded one by one.
 
     Args:
         env: one of
@@ -119,7 +119,7 @@ def make_real_env(
 
 
 def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
-    """What seeds the episodes of an env that :func:`make_real_env` made."""
+    """Return the transform that seeds the episodes of an env of :func:`make_real_env`."""
     for transform in chain.from_iterable(layers(env)):
         if isinstance(transform, EpisodeSeeds):
             return transform
@@ -175,7 +175,7 @@ def copied_source(source: EnvSource) -> EnvSource:
 
 
 def rendered_frame(env: EnvBase) -> np.ndarray | None:
-    """What a real env shows now, ``[height, width, 3]`` uint8; None if it shows nothing."""
+    """Return the frame that a real env shows now, ``[height, width, 3]`` uint8; None if it shows none."""
     inner = wrapped_env(env)
     if isinstance(inner, gymnasium.Env):
         frame = inner.render() if inner.render_mode is not None else None
@@ -247,7 +247,7 @@ def _not_taken(name: str, env: gymnasium.Env, err: Exception) -> ValueError:
 
 
 def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a function takes."""
+    """Return the arguments that a function takes."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # a class of C, say
@@ -258,7 +258,7 @@ def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_id_of(module: str, name: str) -> bool:
-    """Whether ``module:name`` is Gymnasium's way to say: import the module, then make the id."""
+    """Return whether ``module:name`` is Gymnasium's form for an id that a module registers."""
     try:
         importlib.import_module(module)
     except ImportError:

@@ -102,7 +102,7 @@ class Recipe:
         raise NotImplementedError
 
     def is_over(self, metrics: list[dict[str, Any]]) -> bool:
-        """Whether the run is over for a reason of the recipe's own.
+        """Return whether the run is over for a reason of the recipe's own.
 
         Args:
             metrics: the rows so far.

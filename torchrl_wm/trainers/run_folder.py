@@ -237,7 +237,7 @@ class RunFolder:
                 warnings.warn(f"{kind} gets no films: {err}", stacklevel=2)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows so far; what a row does not have is left out."""
+        """Return the rows so far; each has only the values that it was logged with."""
         return [dict(row) for row in self.table.rows]
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
@@ -284,7 +284,7 @@ class RunFolder:
         return path
 
     def saved(self) -> list[Path]:
-        """The checkpoints, oldest first."""
+        """Return the checkpoints, oldest first."""
         found = self.checkpoints.glob("checkpoint-*")
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 

@@ -194,7 +194,7 @@ def _report_on_data(
 
 
 def _without_exploration(trainer: RecipeTrainer) -> Callable:
-    """The policy as evaluations run it, whatever the model around it does at random."""
+    """Return the policy as evaluations run it, whatever exploration is set around it."""
     exploration = trainer.recipe.evaluation_exploration
 
     def act(tensordict: TensorDictBase) -> TensorDictBase:
@@ -205,7 +205,7 @@ def _without_exploration(trainer: RecipeTrainer) -> Callable:
 
 
 def _from_the_cpu(trainer: RecipeTrainer, policy: Callable) -> Callable:
-    """The policy for the real env, which is on the CPU whatever the device of the run."""
+    """Return the policy for the real env, which is on the CPU whatever the device of the run."""
     device = trainer.recipe.device
     if device.type == "cpu":
         return policy

@@ -301,7 +301,7 @@ def _seed_all(seed: int) -> None:
 
 
 def _own_paths() -> list[str]:
-    """Where modules of the user's are found: what is on the path and is no installation."""
+    """Return where modules of the user's are found: the path without installed packages."""
     # Not by Python's own prefix: with /usr that would be /usr/src/app, too.
     library = sysconfig.get_path("stdlib")
     installed = ("site-packages", "dist-packages")

@@ -346,6 +346,6 @@ def _bare(hint: Any) -> Any:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """The annotations of the settings, bounds included."""
+    """Return the annotations of the settings, bounds included."""
     hints = get_type_hints(kind, include_extras=True)
     return {item.name: hints[item.name] for item in fields(kind)}

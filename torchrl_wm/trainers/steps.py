@@ -32,6 +32,6 @@ class Steps:
         return len(self.ended)
 
     def due(self, interval: int, since: int = 0) -> bool:
-        """Whether these steps reach a multiple of ``interval``, counted from step ``since`` on."""
+        """Return whether these steps reach a multiple of ``interval``, counted from step ``since`` on."""
         now, before = self.total - since, self.total - since - self.count
         return now >= 0 and now // interval > before // interval

@@ -75,7 +75,7 @@ class Watching(TrainerHookBase):
         trainer.register_op("post_optim", self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the steps say when it is time."""
+        """Return nothing: the number of steps says when a film is due."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

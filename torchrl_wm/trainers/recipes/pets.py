@@ -131,7 +131,7 @@ class PETS(EnsembleRecipe):
         return self.fit_model(first or config.model_steps)
 
     def is_over(self, metrics: list[dict[str, Any]]) -> bool:
-        """Whether all trials are planned."""
+        """Return whether all trials have been planned."""
         trials = self.config.trials
         return trials is not None and planned_trials(metrics) >= trials
 
