@@ -1,6 +1,6 @@
-"""The recipes there are, by name. A recipe is imported where somebody asks for it, not before.
+"""The recipes by name. A recipe is imported when it is loaded, not before.
 
-Reading the list costs no import of torch: the command line's help is quick.
+Listing them does not import torch, so that the help of the command line is quick.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Entry:
     """A recipe by name.
 
     Args:
-        name: what ``torchrl-wm train`` calls it.
+        name: its name for ``torchrl-wm train``.
         target: the class, or ``"module:Class"``.
         summary: one line for the help.
         origin: who registers it, for errors.
@@ -43,7 +43,8 @@ class Entry:
         """Return the class.
 
         Raises:
-            ValueError: if it cannot be imported, or is no recipe.
+            ValueError: if it cannot be imported.
+            TypeError: if it is no recipe.
         """
         found = self.target
         if isinstance(found, str):
@@ -70,18 +71,18 @@ _BUILT_IN = {
     ),
     "model": (
         "torchrl_wm.trainers.recipes.model:ModelRecipe",
-        "Learn a world model alone, from logged data.",
+        "Learn only a world model, from logged data.",
     ),
 }
-#: What is registered in this process, beside the built-in recipes.
+#: The recipes that this process registered, beside the built-in ones.
 _REGISTERED: dict[str, Entry] = {}
 
 
 def register_recipe(name: str, recipe: type | None = None) -> Any:
-    """Register a recipe under a name, for ``torchrl-wm train NAME`` and all that looks at its runs.
+    """Register a recipe under a name, for ``torchrl-wm train NAME`` and for commands on its runs.
 
-    A package that is installed names its recipes in the entry point group
-    ``torchrl_wm.recipes`` in place of this call.
+    An installed package can name its recipes in the entry point group
+    ``torchrl_wm.recipes`` instead.
 
     Args:
         name: the name on the command line and in the folders of runs.
@@ -130,8 +131,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
 
     Args:
         name: the name, or ``"module:Class"`` of a module that registers it.
-        path: where a run says that its recipe is, ``"module:Class"``: its module is imported, and
-            so registers the recipe, if nobody else has.
+        path: where a run says that its recipe is, ``"module:Class"``. If no recipe has the name,
+            the module is imported, which registers the recipe.
 
     Raises:
         ValueError: if there is none, or two packages register it.
@@ -152,8 +153,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
     if not entries:
         names = recipe_names()
         raise ValueError(
-            f"There is no recipe {name!r}.{similar(name, names)} Valid choices are {sorted(names)}. A recipe of your "
-            f"own is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
+            f"There is no recipe {name!r}.{similar(name, names)} Valid choices are {sorted(names)}. Your own "
+            f"recipe is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
             f"(torchrl-wm train module:Class) or import, or by an installed package in the entry "
             f"point group {GROUP!r}."
         )
@@ -240,7 +241,7 @@ def _name(recipe: type, name: str) -> None:
 
 
 def _check(recipe: Any, name: str) -> None:
-    """Refuse what has not the parts of a recipe."""
+    """Refuse a class without the parts of a recipe."""
     missing = [part for part in ("config_class", "learn") if not hasattr(recipe, part)]
     if not isinstance(recipe, type) or missing:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What the command line says, and how it says that something went wrong."""
+"""The output of the command line, and its error messages."""
 
 from __future__ import annotations
 

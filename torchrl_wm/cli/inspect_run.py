@@ -1,4 +1,4 @@
-"""``torchrl-wm evaluate``, ``report`` and ``play``: what a run has learnt."""
+"""``torchrl-wm evaluate``, ``report`` and ``play``: inspect what a run has learnt."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ def play(
     both = film_policy(trainer, film, real_only=real_only, **settings)
     if not both and not real_only:
         say(
-            f"The real env alone: nothing is known that draws {trainer.config.about} from its "
-            f"observations, and with it what is imagined. --render module:function names a "
-            f"function of yours that does."
+            f"Only the real env is filmed: nothing is known that draws {trainer.config.about} from "
+            f"its observations, and what is imagined has no other picture. --render "
+            f"module:function names your function that does."
         )
     say(str(film))
 

@@ -1,4 +1,4 @@
-"""Runs in their folders, opened by what the folder says."""
+"""Open runs from their folders, and find folders for new ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def open_run(path: str, checkpoint: int | None = None) -> RecipeTrainer:
     """Return a run at a checkpoint, to be inspected; its folder is not changed.
 
     Raises:
-        FileNotFoundError: if it is not the folder of a run, or there is no checkpoint.
+        FileNotFoundError: if the folder is not one of a run, or has no checkpoint.
     """
     if not RunFolder.open(path).saved():
         raise FileNotFoundError(
             f"{path!r} has no checkpoint yet: its first one comes at the end of an episode. "
             f"torchrl-wm train --resume {path} goes on with it."
         )
-    # Wherever it was trained, it is looked at where there is something to look with.
+    # A run can be inspected on another device than it was trained on.
     return resume_run(path, checkpoint=checkpoint, device="auto")
 
 

@@ -1,4 +1,4 @@
-"""How options are written and shown, where tyro's own way is not for people."""
+"""Forms of options that are easier to read than tyro's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tyro.constructors import (
     PrimitiveTypeInfo,
 )
 
-#: What ``tyro.cli`` is to be given as ``registry``.
+#: The ``registry`` for ``tyro.cli``.
 OPTIONS = ConstructorRegistry()
 
 

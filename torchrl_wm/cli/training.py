@@ -104,7 +104,7 @@ def resume(
 
 
 def finish(trainer: RecipeTrainer, report: bool) -> None:
-    """Run to the end, write the report, and say where all is."""
+    """Run to the end, write the report, and list the files."""
     began = time.monotonic()
     with saying_what_is_saved(trainer):
         trainer.train()
@@ -134,7 +134,7 @@ def done(trainer: RecipeTrainer) -> str:
 
 @contextmanager
 def saying_what_is_saved(trainer: RecipeTrainer) -> Iterator[None]:
-    """Let Ctrl-C end with what it leaves, whatever other code makes of it."""
+    """Say what is saved after Ctrl-C, whatever error other code makes of it."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as err:

@@ -1,4 +1,4 @@
-"""What tells whether a world model is good."""
+"""Diagnostics: measure how good a world model is."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ def observation_renderer(render: Render) -> Draw | None:
             function from an observation to a frame, which is returned as it is.
 
     Returns:
-        A function from an observation (an array, of several observations a
-        dictionary of arrays) to a frame ``[height, width, 3]`` uint8; None for envs
-        whose state does not follow from their observation. Drawn are the pendulum,
+        A function from an observation (an array, or a dictionary of arrays for
+        several observations) to a frame ``[height, width, 3]`` uint8; None for envs
+        whose state does not follow from their observation. Known are the pendulum,
         the cart-pole, and MuJoCo envs that observe positions and velocities.
 
     Examples:
@@ -53,7 +53,7 @@ def observation_renderer(render: Render) -> Draw | None:
         env = gymnasium.make(render) if isinstance(render, str) else render
         if not can_draw(env):
             return None
-        # An env of its own: to draw sets the state.
+        # An env of its own, as drawing sets its state.
         if env.unwrapped.render_mode != "rgb_array" or not isinstance(render, str):
             env = gymnasium.make(env.spec.id, render_mode="rgb_array")
         return RealEnvRenderer(env)
@@ -80,14 +80,14 @@ def render_comparison(
 ) -> np.ndarray:
     """Draw a recorded episode, the same episode imagined, and their difference.
 
-    Imagined is what the model makes of the recorded actions from the first step on,
-    without another look; or, with a policy, what it makes of the policy's own. The
+    The model imagines the recorded actions from the first step on, without another
+    look at the real state; with a policy, it imagines the policy's own actions. The
     difference is that of the colours: black is right.
 
-    Where the pictures come from: recorded and decoded pixels (the entry
-    ``pixels_key``, or one called pixels, image or rgb, that both have); else from
-    ``render``, which draws recorded and imagined observations alike. Of MuJoCo envs,
-    positions that they do not observe (how far a runner has run) are drawn as zero.
+    The pictures are recorded and decoded pixels (the entry
+    ``pixels_key``, or one called pixels, image or rgb, that both have), else
+    ``render``, which draws recorded and imagined observations alike. Positions that
+    MuJoCo envs do not observe (how far a runner has run) are drawn as zero.
 
     Args:
         env: an imagined env of batch size ``[]``.
@@ -97,19 +97,19 @@ def render_comparison(
         policy: acts in the imagined env; the recorded actions are taken by default.
         render: the real env or its id, if :func:`observation_renderer` knows it, or
             ``f(observation) -> [height, width, 3]``.
-        pixels_key: where pixels stand, without the "next".
+        pixels_key: the entry of the pixels, without the "next".
         observation_key: which observation ``render`` draws, if it is one of several.
-        max_steps: show so many steps at most.
+        max_steps: how many steps are shown at most.
         captions: write the step and the sum of the rewards so far over the panels.
         height: of the panels in pixels; as drawn by default.
 
     Returns:
         ``[T + 1, height, width, 3]`` uint8: the start, and each step. Panels from
         left to right: real, imagined, difference. After an imagined end the imagined
-        panel stands still and grey.
+        panel keeps its last frame, in grey.
 
     Raises:
-        ValueError: if nothing says how to draw, the episode is no single one, or
+        ValueError: if nothing says how to draw, there is more than one episode, or
             the two kinds of frames differ in size.
         ImportError: for captions or another height without Pillow.
 
@@ -211,8 +211,8 @@ def _drawer(
         raise ValueError(
             f"Nothing draws the observations of {_name_of(render)}: no drawing of its state from them "
             f"is known. Pass render=f, f(observation) -> [height, width, 3]; or record pixels "
-            f"(GymEnv(..., from_pixels=True, pixels_only=False)) and decode them. The recorded "
-            f"pixels alone are shown by save_video(path, frames)."
+            f"(GymEnv(..., from_pixels=True, pixels_only=False)) and decode them. save_video(path, "
+            f"frames) writes only the recorded pixels."
         )
     if pixels_key is not None:
         raise ValueError("Pass render or pixels_key, not both.")
@@ -336,7 +336,7 @@ def _panels(
             f"Recorded frames are {real.shape[1:]}, imagined ones {imagined.shape[1:]}. Record "
             f"pixels of the size that the model decodes, or draw both by render=."
         )
-    # Once it has ended, the last frame that counts stands still, in grey.
+    # After the end the last frame that counts is kept, in grey.
     ended = np.concatenate([[False], ~alive])
     if ended.any():
         first = int(ended.argmax())

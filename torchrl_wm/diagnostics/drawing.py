@@ -1,4 +1,4 @@
-"""What all figures share: matplotlib without pyplot, and which dims are shown."""
+"""Helpers of all figures: matplotlib without pyplot, and the dims that are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl_wm.modules.keys import as_tuple, leaf_keys
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: How many dims a figure shows, unless told which.
+#: How many dims a figure shows by default.
 MAX_DIMS = 6
 
 
@@ -36,7 +36,7 @@ class Dims(NamedTuple):
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of a size in inches."""
     try:
-        # The object API draws without a display, and leaves pyplot's state alone.
+        # The object API draws without a display, and does not change pyplot's state.
         from matplotlib.figure import Figure
     except ImportError as err:
         raise ImportError(
@@ -64,10 +64,10 @@ def choose_dims(
         shape: its feature shape.
         dims: numbers in the flattened entry.
         labels: one name for each dim of the flattened entry.
-        cap: how many are shown if none were asked for.
+        cap: how many are shown by default.
 
     Raises:
-        ValueError: if a dim is not there, or the labels are not one for each.
+        ValueError: if there is no such dim, or there is not one label for each.
     """
     total = torch.Size(shape).numel()
     if labels is not None and len(labels) != total:
@@ -106,7 +106,7 @@ def measured(
 
 
 def grid(count: int, width: float, height: float, columns: int = 3) -> tuple[Any, list]:
-    """Return a figure of so many axes, side by side, and the axes."""
+    """Return a figure with ``count`` axes side by side, and the axes."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = new_figure(width * columns, height * rows + 0.3)

@@ -1,4 +1,4 @@
-"""One-step predictions: of each member of an ensemble, against the truth."""
+"""One-step predictions of each member of an ensemble, against the truth."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ def one_step_prediction(
     The Gaussians are those that the model's step writes, as
     :class:`~torchrl_wm.modules.EnsembleDynamics` and
     :class:`~torchrl_wm.modules.GaussianHead` do. A model that writes none counts as
-    one member without a scale: compared is what :func:`open_loop_error` compares, and
-    the reward.
+    one member without a scale: the entries that :func:`open_loop_error` compares, and
+    the reward, are compared.
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out.
-        targets: the entries below "next" that the Gaussians are of, in the order in
+        episodes: recorded transitions, ``[*B, T]``, or a list of them; padding is left out.
+        targets: the entries below "next" that the Gaussians predict, in the order in
             which their dims join them; by default what the dynamics say, else the
             latents. For ``GaussianHead(..., ("next", "reward"))``:
             ``targets=["reward"], loc=("next", "reward_loc"), log_var=...``.
-        loc, log_var: where the means and log-variances stand, ``[*B, D]``, or
-            ``[*B, E, D]`` of an ensemble.
+        loc, log_var: the entries of the means and log-variances, ``[*B, D]``, or
+            ``[*B, E, D]`` for an ensemble.
 
     Returns:
         Batch size ``[M]``, the number of transitions:
 
-        - ``("real", key)``: what was recorded, ``[M, *feature]``; of a latent that
-          there are Gaussians of, the encoding of the next observation.
+        - ``("real", key)``: what was recorded, ``[M, *feature]``; for a predicted latent,
+          the encoding of the next observation.
         - ``("loc", key)``: the members' means, ``[M, E, *feature]``.
-        - ``("scale", key)``: their standard deviations, likewise; of Gaussians alone.
-        - ``("start", key)``: the value before the step, ``[M, *feature]``; not of
+        - ``("scale", key)``: their standard deviations, likewise; only if there are Gaussians.
+        - ``("start", key)``: the value before the step, ``[M, *feature]``; not for
           rewards.
 
     Raises:
-        ValueError: if the env is batch-locked, or the Gaussians' size is not that
-            of the targets.
+        ValueError: if the env is batch-locked, or the Gaussians have another size than
+            the targets.
         KeyError: if actions or what is predicted were not recorded.
 
     Examples:
@@ -103,7 +103,7 @@ def one_step_prediction(
     if means.shape[-1] != sum(sizes):
         raise ValueError(
             f"The Gaussians under {loc!r} have {means.shape[-1]} dims, and the targets {targets} "
-            f"have {sum(sizes)}. Name what they are of: one_step_prediction(..., targets=[...])."
+            f"have {sum(sizes)}. Name the entries that they predict: one_step_prediction(..., targets=[...])."
         )
     parts = {"loc": means}
     if log_vars is not None:

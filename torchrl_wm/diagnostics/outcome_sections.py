@@ -122,8 +122,8 @@ def gap(study: Study) -> Measured:
     """Compare the returns that the model promises a policy with those that it gets."""
     if study.policy is None or study.real_env is None:
         raise DoesNotApply(
-            "it needs the real env and a policy that can act in the imagined one, too, as a planner "
-            "of the real env cannot: policy=..., real_env=..."
+            "it needs the real env, and a policy that can act in the imagined one as well, which a "
+            "planner of the real env cannot: policy=..., real_env=..."
         )
     measured = exploitation_gap(
         study.env,

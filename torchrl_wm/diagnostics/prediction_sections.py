@@ -34,7 +34,7 @@ from torchrl_wm.diagnostics.verdicts import (
 from torchrl_wm.diagnostics.video_files import save_video
 from torchrl_wm.modules.keys import join
 
-#: Entries of more dims than this are images, say: of them only means are drawn.
+#: Entries of more dims than this, such as images, are drawn only by their means.
 MANY_DIMS = 128
 
 _FAN_STARTS, _FAN_PARTICLES, _VIDEO_STEPS, _VIDEO_HEIGHT = 30, 50, 100, 200
@@ -78,7 +78,7 @@ def open_loop(study: Study) -> Measured:
             f"The model imagines {study.horizon} steps with the recorded actions and never looks "
             f"at the observations again. Persistence predicts that nothing changes, mean predicts "
             f"the data's mean. Trust plans and imagined rollouts only as far as the model is below "
-            f"both. Of many dims those with the largest error are shown."
+            f"both. If there are many dims, those with the largest error are shown."
         ),
         verdict="; ".join(said) + ".",
         good=True if min(best) == 1 else False if min(best) == 0 else None,
@@ -171,9 +171,7 @@ def one_step(study: Study) -> Measured:
     verdict, good = "Nothing changes in the episodes.", None
     if scores:
         low, where = min(scores)
-        verdict = (
-            f"Of every dim's change the model explains at least {low:.1%} ({where})."
-        )
+        verdict = f"The model explains at least {low:.1%} of the change of every dim ({where})."
         if low < 0:
             verdict = f"A dim of {where} is predicted worse than by its mean change."
         good = True if low > 0.95 else False if low < 0.5 else None

@@ -47,15 +47,15 @@ SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`write_report` measured.
+    """The result of :func:`write_report`.
 
     Args:
         path: the file.
         numbers: the numbers of all sections' tables, by ``section/name``.
         measured: what the diagnostics returned, by section.
-        verdicts: a sentence for each section.
+        verdicts: a sentence for each section, by its name.
         left_out: the sections that do not apply, and why.
-        constant: the dims that never change in the episodes, of which no verdict speaks.
+        constant: the dims that never change in the episodes, which verdicts leave out.
     """
 
     path: Path
@@ -88,37 +88,37 @@ def write_report(
 ) -> Report:
     """Measure a world model on recorded episodes, and write all of it into one HTML file.
 
-    The file has its pictures in it and needs nothing else. Each section has a line on
+    The file contains its pictures and needs nothing else. Each section has a line on
     how to read it and a sentence on what its numbers say. A section that does not
     apply (no ensemble, no termination head, no policy) is left out, with a line that
-    says why. Dims that never change in the episodes are left out of what is said, and named.
+    says why. Verdicts leave out dims that never change in the episodes, and name them.
 
     Args:
-        path: the file to write; one that is there is replaced, missing folders are made.
+        path: the file to write. An existing file is replaced, and missing folders are made.
         env: an imagined env of batch size ``[]``. With ``decode=True`` decoded
             observations are compared.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such, that the model was not
+        episodes: recorded transitions, ``[*B, T]``, or a list of them, that the model was not
             trained on.
 
     Keyword Args:
-        policy: acts in the imagined env, for the exploitation gap. With it goes
+        policy: acts in the imagined env, for the exploitation gap, which also needs
             ``real_env``.
-        real_env: the real env; its renderer draws the film, too, where it can.
+        real_env: the real env. If its observations can be drawn, it also draws the film.
         real_policy: acts in the real env; ``policy`` by default.
         policy_steps, policy_episodes: how long and how many the policy's episodes are.
         horizon: ``H``; less if the episodes are shorter.
-        particles: how often each window is imagined for the errors of predictions.
+        particles: how many times each window is imagined for the errors of predictions.
         max_windows: how many windows are imagined at most, spread over the episodes.
         title: the heading.
         labels: a name for each dim of an observation, by its key.
-        render: what draws observations, see
+        render: draws observations, see
             :func:`~torchrl_wm.diagnostics.render_comparison`.
-        sections: sections of yours, which come first: a learning curve, say.
-        seed: imagined with this seed, so that a report comes out the same again;
-            the random state is put back afterwards. None draws from that.
+        sections: your own sections, which come first, such as a learning curve.
+        seed: the seed of what is imagined, so that the same report can be made again. The
+            random state is put back afterwards. With None, the current state is used.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -159,16 +159,11 @@ def write_report(
         ("max_windows", max_windows),
     ):
         positive(value, name)
-    new_figure(1, 1)  # before anything is measured: is matplotlib there?
+    new_figure(1, 1)  # refuses a missing matplotlib before anything is measured
     check_env(env, "write_report")
     episodes = as_rows(episodes, "write_report")
     recording = Recording.of(env, episodes, "write_report")
     horizon = min(horizon, recording.longest_window())
-    if horizon < 1:
-        raise ValueError(
-            "There is nothing to compare: the episodes' ('collector', 'mask') calls every step "
-            "invalid."
-        )
     windows = len(recording.window_index(horizon)[0])
     study = Study(
         env=env,

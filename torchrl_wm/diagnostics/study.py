@@ -1,4 +1,4 @@
-"""What a report is about."""
+"""The subject of a report: the model, the episodes and the settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Measured = tuple[ReportSection, TensorDictBase]
 
 
 class DoesNotApply(Exception):
-    """Why a section is left out."""
+    """The reason why a section is left out."""
 
 
 @dataclass
 class Study:
-    """What a report is about, and how much of it is measured.
+    """The model, the episodes and the settings of a report.
 
     Args: those of :func:`~torchrl_wm.diagnostics.write_report`.
     """
@@ -47,7 +47,7 @@ class Study:
     render: Any
     constant: dict[NestedKey, torch.Tensor]
     worst: dict[NestedKey, list[int]] = field(default_factory=dict)
-    fan: str = ""  # what the fan was found to be: "narrow", "wide" or neither
+    fan: str = ""  # "narrow" or "wide", once the fan was found to be so
 
     def drawing(self, key: NestedKey) -> dict[str, Any]:
         """Return the dims of an entry to draw and their names, without constant ones if there are others."""

@@ -10,15 +10,15 @@ from tensordict import NestedKey
 from torchrl_wm.diagnostics.drawing import choose_dims
 from torchrl_wm.diagnostics.recording import Recording
 
-#: So many dims are named one by one.
+#: How many dims are named one by one.
 _NAMED = 12
 
 
 def unchanging_dims(recording: Recording) -> dict[NestedKey, torch.Tensor]:
     """Return the dims that never change by more than the rounding of their dtype.
 
-    An observation (or a latent) that is another in each episode, such as a goal, does not
-    change: to predict that nothing happens is right. A reward changes where it takes two
+    An observation (or a latent) that differs only between episodes, such as a goal, does not
+    change: predicting that nothing happens is right. A reward changes if it takes two
     values.
 
     Args:
@@ -32,7 +32,7 @@ def unchanging_dims(recording: Recording) -> dict[NestedKey, torch.Tensor]:
     out = {}
     try:
         real = recording.real(steps)
-    except ValueError:  # there is nothing to compare, and who compares says so
+    except ValueError:  # there is nothing to compare; the comparison raises the error
         real = {}
     for key, value in real.items():
         value = _numbers(value)

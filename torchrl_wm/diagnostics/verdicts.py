@@ -1,4 +1,4 @@
-"""What a report says of numbers, in words."""
+"""Verdicts: what the numbers of a report say, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs: recipes from a real env to a trained policy, and what joins world models to TorchRL's Trainer."""
+"""Runs: recipes from a real env to a trained policy, and hooks for TorchRL's Trainer."""
 
 from __future__ import annotations
 

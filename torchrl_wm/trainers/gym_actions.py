@@ -1,4 +1,4 @@
-"""Gymnasium's actions as TorchRL gives them: options counted from 0, and no dictionary of one."""
+"""Gymnasium's actions in TorchRL's form: options counted from 0, no dictionaries of one entry."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torchrl_wm import _upstream
 class TorchRLActions(gymnasium.ActionWrapper):
     """A Gymnasium env that takes actions as TorchRL's wrappers hand them out.
 
-    They number options 0, 1, ..., ``n - 1``, whatever the ``start`` of the space: here 0 is
-    what the env calls ``start``. And they hand out the value alone where a dictionary has one
-    entry: here the env gets the dictionary.
+    TorchRL numbers options 0, 1, ..., ``n - 1``, whatever the ``start`` of the space: this env
+    adds ``start``. TorchRL gives only the value of a dictionary with one entry: this env makes
+    the dictionary.
 
     Args:
         env: the env.
@@ -90,10 +90,10 @@ def own_action_space(env: EnvBase) -> gymnasium.Space | None:
 
 
 def check_start(env: EnvBase) -> None:
-    """Refuse a TorchRL env that numbers its options in another way than the env within.
+    """Refuse a TorchRL env that numbers its options otherwise than the env within.
 
     Raises:
-        ValueError: if a ``start`` is not 0.
+        ValueError: if a ``start`` of the env within is not 0.
     """
     inner = gymnasium_env(env)
     if inner is not None and _from_zero(inner.action_space) != inner.action_space:

@@ -1,7 +1,7 @@
-"""Reward and termination functions of well-known tasks, as PETS and MBPO are given them.
+"""Reward and termination functions of well-known tasks, for PETS and MBPO.
 
-Each is ``f(observation, action, next_observation)`` on ``[*B, ...]`` and gives ``[*B]``;
-they compute what the Gymnasium env of that name does.
+Each is ``f(observation, action, next_observation)`` on ``[*B, ...]`` and returns ``[*B]``, as the
+Gymnasium env of that name computes it.
 """
 
 from __future__ import annotations
@@ -99,5 +99,5 @@ def find_function(
         return load_object(name)
     raise ValueError(
         f"Unknown {what} {name!r}. Valid choices are {list(words)}, the functions {sorted(known)}, "
-        f"or 'module:function' for one of yours."
+        f"or 'module:function' for your own function."
     )

@@ -1,4 +1,4 @@
-"""Transitions that somebody else recorded: arrays, replay buffers, tensordicts, Minari datasets."""
+"""Recorded transitions: arrays, replay buffers, tensordicts, Minari datasets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from torchrl_wm.trainers.logged_entries import (
 from torchrl_wm.trainers.logged_files import oldest_first, read
 from torchrl_wm.trainers.logged_minari import is_minari, minari_episodes, of_space
 
-#: What :func:`load_transitions` takes.
+#: The sources that :func:`load_transitions` reads.
 DataSource = Union[
     str,
     os.PathLike,
@@ -68,7 +68,7 @@ def load_transitions(
             - a dictionary of arrays of ``N`` steps: ``observations`` ``[N, *O]``, ``actions``
               ``[N, *A]``, ``rewards`` ``[N]``, ``terminations`` ``[N]``,
               ``next_observations`` ``[N, *O]`` and, optionally, ``truncations`` ``[N]``;
-            - the same without ``next_observations`` and with ``observations``
+            - such a dictionary without ``next_observations`` and with ``observations``
               ``[N + 1, *O]``: the arrays of one episode, its last observation included;
             - a list of such dictionaries, one for each episode;
             - a file ``.npz`` with the arrays of one dictionary;
@@ -80,42 +80,43 @@ def load_transitions(
               ``minari.MinariDataset``. Nothing is downloaded.
 
             Observations may be dictionaries of arrays, nested ones too; in an ``.npz`` file
-            their names are joined by slashes, ``observations/position``. Names that mean
-            something else in a transition (``action``, ``reward``, ``done``, ...) are
+            their names are joined by slashes, ``observations/position``. Names that have
+            another meaning in a transition (``action``, ``reward``, ``done``, ...) are
             refused.
 
     Keyword Args:
-        env: the env that was recorded, whose specs the transitions are to have. Choices are
-            class numbers or one-hot in the data, and become what they are in the env; in arrays
-            they are numbered as in its Gymnasium space, from its ``start`` on.
-        action_spec: the spec of the actions alone, without batch dims, in place of the env.
+        env: the env that was recorded, whose specs the transitions will have. Choices in the
+            data are class numbers or one-hot, and take the form of the env; arrays number them
+            as its Gymnasium space does, from its ``start`` on.
+        action_spec: the spec of only the actions, without batch dims, in place of the env.
             Without either, integers in arrays are choices, which become one-hot as in
-            ``GymEnv``: one number for each step one of as many as the greatest and one, a vector
-            of them several (rows of 0 and 1 stay as they are); a Minari dataset says how many
-            there are, and whether integers are quantities, which become floats.
+            ``GymEnv``: one number for each step is one choice, among as many options as the
+            greatest number plus one; a vector of numbers is several choices (rows of 0 and 1
+            stay as they are). A Minari dataset says how many options there are, and whether
+            integers are quantities, which become floats.
 
     Returns:
         Transitions ``[N]``, in the order of recording: the observations (an array under
         ``"observation"``, dictionaries under their own keys), ``"action"``, and below
         ``"next"`` the observations, ``"reward"``, ``"terminated"``, ``"truncated"`` and
-        ``"done"``, each ``[N, 1]``. What is float64 becomes float32, unless it is float64 in
-        ``env`` or, without one, float32 numbers are too far apart for it, as they are for
-        seconds since 1970; where ``env`` has such an entry in float32, a warning names it.
-        Entries of tensordicts keep their keys.
+        ``"done"``, each ``[N, 1]``. Float64 becomes float32, unless it is float64 in ``env`` or,
+        without ``env``, float32 is too coarse for the values, such as seconds since 1970. If
+        ``env`` has such an entry in float32, a warning names it. Entries of tensordicts keep
+        their keys.
 
-        Where a row, a dictionary or a buffer ends before its episode does, its last step is
-        truncated, as is one before a step that begins an episode (``is_init``) or belongs to
-        another (``("collector", "traj_ids")``): nothing follows it. Buffers that are full are
+        If a row, a dictionary or a buffer ends before its episode does, its last step is
+        truncated, as nothing follows it. So is a step before one that begins an episode
+        (``is_init``) or belongs to another (``("collector", "traj_ids")``). Full buffers are
         read from their oldest step on.
 
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
         KeyError: if an array or entry is missing; the message names it.
-        ValueError: if lengths or shapes do not fit, an observation has the name of something
-            else, or what is there is none of these.
+        ValueError: if lengths or shapes do not fit, an observation has a reserved name, or the
+            source is of another kind.
 
     .. note:: The folders of tensordicts may hold pickled objects, which run code when they are
-       loaded. Load those that you trust.
+       loaded. Load only folders that you trust.
 
     Examples:
         >>> import numpy as np
@@ -164,7 +165,7 @@ def read_transitions(
         )
     if not len(data):
         raise ValueError("The data holds no transition.")
-    if env is None:  # whose specs would say what an entry is
+    if env is None:  # an env's specs say what an entry is
         check_observed_actions(data)
     data = narrowed(data, env)
     if space is not None:
@@ -213,7 +214,7 @@ def _from_arrays(
     else:
         ended = terminated | truncated
         observations, following = _successive(observations, ended, what)
-    # What comes after the last step belongs to another episode.
+    # The data has nothing after the last step.
     truncated[-1] |= ~terminated[-1]
     out = TensorDict({"action": actions}, batch_size=[steps])
     _set_observations(out, observations, following, what)
@@ -228,7 +229,7 @@ def _from_arrays(
 
 
 def _check_array_names(arrays: Mapping[str, Any], what: str) -> None:
-    """Refuse what is no dictionary of the arrays that are needed."""
+    """Refuse anything but a dictionary of the required arrays."""
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
@@ -240,7 +241,7 @@ def _check_array_names(arrays: Mapping[str, Any], what: str) -> None:
             f"The arrays of {what} are {sorted(arrays)}: "
             + (f"{missing} are missing. " if missing else "")
             + (f"{unknown} are not known. " if unknown else "")
-            + f"Needed are {list(NAMES)}; {list(OPTIONAL)} may be there."
+            + f"{list(NAMES)} are required, {list(OPTIONAL)} are optional."
         )
 
 
@@ -321,7 +322,7 @@ def _flags(name: str, value: torch.Tensor) -> torch.Tensor:
         step = wrong.flatten(1) if wrong.ndim > 1 else wrong.unsqueeze(-1)
         raise ValueError(
             f"{name} must be 0 or 1, and are {value[wrong][0].item()} in {int(wrong.sum())} of "
-            f"{wrong.numel()} places, the first of which is in row "
+            f"{wrong.numel()} places, first in row "
             f"{int(step.any(-1).long().argmax())}. Leave those episodes out, or repair them."
         )
     return value.bool()
@@ -375,8 +376,8 @@ def _flat(data: TensorDictBase) -> TensorDictBase:
         missing.append(("next", "done"))
     if missing:
         raise MissingEntryError(
-            f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Needed are observations, "
-            f"actions, and below 'next' observations, rewards and dones, as rollouts have them."
+            f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Observations and "
+            f"actions are required, and below 'next' observations, rewards and dones, as in rollouts."
         )
     if not data.batch_size.numel():
         raise ValueError("The data holds no transition.")
@@ -431,7 +432,7 @@ def _end(data: TensorDictBase, last: torch.Tensor, valid: torch.Tensor) -> None:
             following.set(sibling(key, name), value)
 
 
-# What an env says of them --------------------------------------------------------------
+# The form of an env -------------------------------------------------------------------
 
 
 def _as_specified(data: TensorDictBase, env: EnvBase, start: Any) -> TensorDictBase:

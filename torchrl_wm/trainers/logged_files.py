@@ -21,8 +21,8 @@ def read(source: str | os.PathLike) -> Any:
     """Read a file, a folder or a Minari dataset.
 
     Raises:
-        FileNotFoundError: if there is no such thing.
-        ValueError: if it is none of these.
+        FileNotFoundError: if there is no such file, folder or dataset.
+        ValueError: if it is of another kind.
     """
     name = os.fspath(source)
     if name.startswith(_MINARI):
@@ -79,7 +79,7 @@ def _read_storage(folder: Path) -> TensorDictBase:
     data, length = TensorDict.load_memmap(folder), about["len"]
     file = folder.parent / "writer" / "metadata.json"
     writer = _read_json(file) if folder.name == "storage" and file.is_file() else {}
-    # Storages of several dims hold time first, and count the steps of all rows.
+    # Storages of several dims have time first, and count the steps of all rows.
     across = data.batch_size[1:].numel()
     if length > len(data) or writer.get("write_count", length) * across == length:
         times = oldest_first(data[: length // across], 0, writer.get("cursor", 0))

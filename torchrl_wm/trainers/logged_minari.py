@@ -1,4 +1,4 @@
-"""Minari datasets: where they are, their episodes, and what their spaces say of the actions."""
+"""Minari datasets: where they are, their episodes, and the specs of their actions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrl.data import Binary, Bounded, MultiOneHot, OneHot, TensorSpec, Unbou
 
 from torchrl_wm.trainers.logged_actions import as_spec, start_of_space
 
-#: What of an episode is read.
+#: The arrays of an episode that are read.
 _ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
@@ -63,12 +63,12 @@ def of_space(
     """Return actions of a Gymnasium space as ``GymEnv`` has them, and their spec.
 
     Args:
-        key: of the entry, for messages.
-        value: as the space has them, ``[N, *A]``.
+        key: the key of the entry, for messages.
+        value: the actions of the space, ``[N, *A]``.
         space: the space.
 
     Returns:
-        The actions, and their spec; None where the space says no more than they do.
+        The actions, and their spec; None if the space says no more than the values.
     """
     kind = type(space).__name__  # Gymnasium's or Gym's
     spec: TensorSpec | None = None
@@ -84,7 +84,7 @@ def of_space(
     elif kind == "MultiBinary":
         spec = Binary(space.shape[-1], shape=space.shape, dtype=torch.int8)
     elif kind == "Box":
-        # Integers, too, are quantities here, and would be taken for choices.
+        # Integers are quantities here as well, and would otherwise be taken for choices.
         dtype = value.dtype if value.is_floating_point() else torch.float32
         form = {"shape": torch.Size(space.shape), "dtype": dtype}
         spec = Unbounded(**form)

@@ -38,7 +38,7 @@ from torchrl_wm.trainers.gym_actions import (
 )
 from torchrl_wm.trainers.settings import AtLeast
 
-#: What a recipe takes for an env.
+#: The forms in which a recipe takes an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
 _DM_CONTROL = "dm_control/"
 #: The height and width of dm_control's frames, in pixels.
@@ -62,7 +62,7 @@ def make_real_env(
 
             - a Gymnasium id, ``"Pendulum-v1"``;
             - a dm_control task, ``"dm_control/cartpole/swingup"``;
-            - ``"module:factory"``, a function of yours that returns an env;
+            - ``"module:factory"``, your function that returns an env;
             - such a function itself, a Gymnasium env or a TorchRL env of batch size ``[]``.
 
             The first option of a Gymnasium env's ``Discrete(3, start=-1)`` is -1, as it says.
@@ -72,20 +72,20 @@ def make_real_env(
             (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
         max_episode_steps: a time limit, after which an episode is truncated.
         action_repeat: for how many steps of the env an action is repeated. They count as one,
-            their rewards are summed, and the end of an episode ends them.
+            and their rewards are summed. The end of an episode also ends them.
         first_episode, stride: the number of the first episode, and what is added to it for
             each later one.
-        kwargs: for Gymnasium, such as ``render_mode``, and dm_control; a function gets those
-            among them that it takes.
+        kwargs: arguments for Gymnasium, such as ``render_mode``, or for dm_control; a function
+            gets those that it takes.
 
     Returns:
         The env, with the entries ``is_init``, ``step_count`` and ``episode_reward``.
 
     Raises:
-        ValueError: if there is no such env, it is one of several at a time, or it has several
-            actions or rewards; if it is a TorchRL env whose Gymnasium env numbers its actions
-            from elsewhere than 0.
-        TypeError: if the factory returns something else.
+        ValueError: if there is no such env, it has a batch size, or it has several actions or
+            rewards; if it is a TorchRL env whose Gymnasium env does not number its actions
+            from 0.
+        TypeError: if the function returns something else.
 
     Examples:
         >>> from torchrl_wm.trainers import make_real_env
@@ -129,12 +129,12 @@ def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
 
 
 class ActionRepeat(Transform):
-    """Repeats each action until the episode ends, and sums the rewards.
+    """A transform that repeats each action until the episode ends, and sums the rewards.
 
-    TorchRL's FrameSkipTransform steps on after an end, and loses it.
+    TorchRL's FrameSkipTransform steps on after the end of an episode, and loses the end.
 
     Args:
-        times: how often.
+        times: how many times.
     """
 
     def __init__(self, times: int) -> None:
@@ -156,7 +156,7 @@ class ActionRepeat(Transform):
 
 
 def copied_source(source: EnvSource) -> EnvSource:
-    """Return what makes one more env like another: a copy where an env itself was given.
+    """Return a source of one more env: a copy of an env, or the function or name itself.
 
     Raises:
         ValueError: if the env cannot be copied.
@@ -223,7 +223,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     except RuntimeError as err:
         raise _not_taken(name, gymnasium.make(name), err) from err
     inner = gymnasium_env(env)
-    # In place, as GymEnv alone knows which arguments are Gymnasium's.
+    # In place, as only GymEnv knows which arguments are Gymnasium's.
     if inner is not None:
         _upstream.set_wrapped_env(env, as_torchrl_acts(inner))
     return env
@@ -241,7 +241,7 @@ def _not_taken(name: str, env: gymnasium.Env, err: Exception) -> ValueError:
         f"TorchRL's GymWrapper does not take the env {name!r} ({type(err).__name__}: {err}). Its "
         f"spaces are observation_space={env.observation_space} and "
         f"action_space={env.action_space}. Gymnasium's wrappers make simpler ones of them: "
-        f"FlattenObservation, and TransformAction with a function of yours. On the command line, "
+        f"FlattenObservation, and TransformAction with your function. On the command line, "
         f"name a function that makes the env so: --env module:function."
     )
 
@@ -250,7 +250,7 @@ def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that a function takes."""
     try:
         parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a class of C, say
+    except (TypeError, ValueError):  # such as a class of C
         return {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return kwargs
@@ -270,7 +270,7 @@ def _dm_control(name: str, kwargs: dict[str, Any]) -> EnvBase:
     from torchrl.envs import DMControlEnv
 
     domain, _, task = name[len(_DM_CONTROL) :].partition("/")
-    # Its physics can always be drawn, and its tasks do not know the word.
+    # Its physics can always be drawn, and its tasks do not take the argument.
     kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}
     try:
         return DMControlEnv(domain, task, **kwargs)

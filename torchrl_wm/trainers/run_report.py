@@ -1,4 +1,4 @@
-"""What a run looks like: its learning curve, and its report."""
+"""The report on a run, and pictures of it: learning curve, prediction fan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plot_learning_curve(
         rows: the metrics of a run, ``trainer.metrics`` or ``RunFolder.metrics()``.
 
     Keyword Args:
-        title: stands above it.
+        title: the title of the figure.
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
@@ -85,13 +85,13 @@ def write_run_report(
         path: the file; ``report.html`` in the run's folder by default.
 
     Keyword Args:
-        episodes: how many real episodes the policy acts in for it.
-        seed: of these episodes, and of what is imagined.
-        kwargs: for :func:`~torchrl_wm.diagnostics.write_report`; ``render`` may be the name
-            of a function, ``"module:function"``, too.
+        episodes: how many real episodes of the policy are recorded.
+        seed: the seed of these episodes, and of what is imagined.
+        kwargs: arguments of :func:`~torchrl_wm.diagnostics.write_report`; ``render`` may also be
+            the name of a function, ``"module:function"``.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
         ValueError: if there is neither a path nor a folder, or the model has not learnt yet.
@@ -127,7 +127,7 @@ def write_run_report(
         **kwargs,
     }
     if "real_env" not in settings:
-        # One with episodes of its own: that of the run goes on counting.
+        # An env with its own episodes: that of the run goes on counting.
         settings["real_env"] = real_env = trainer.make_env()
         episode_seeds(real_env).seed = seed
         episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
@@ -183,7 +183,7 @@ def _learning_curve(
 def _report_on_data(
     trainer: RecipeTrainer, path: str | os.PathLike, **settings: Any
 ) -> Report:
-    """Write the report on a model that no policy belongs to, on the episodes that are held out."""
+    """Write the report on a model without a policy, on the held-out episodes."""
     recipe = trainer.recipe
     settings.setdefault("real_env", recipe.real_env)
     settings.setdefault(
@@ -223,18 +223,18 @@ def save_prediction_fan(
     seed: int = 0,
     labels: Sequence[str] | None = None,
 ) -> Path:
-    """Draw what the model imagines from some steps of an episode, and what came true.
+    """Draw what the model imagines from some steps of an episode, beside what came true.
 
     Args:
         trainer: the run.
-        path: the picture.
-        episode: a real one, ``[T]``.
+        path: the file of the picture.
+        episode: a real episode, ``[T]``.
 
     Keyword Args:
         horizon: ``H``; less if the episode is shorter.
-        starts: how many steps are imagined from, the first one among them.
-        particles: how often.
-        seed: of what is imagined.
+        starts: how many steps imagination starts from, the first one among them.
+        particles: how many times each of them is imagined.
+        seed: the seed of what is imagined.
         labels: a name for each dim of the observation.
     """
     env = trainer.recipe.diagnosed_env()
