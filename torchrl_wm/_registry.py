@@ -6,7 +6,6 @@ Listing them does not import torch, so that the help of the command line is quic
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -152,9 +151,11 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
         )
     if not entries:
         names = recipe_names()
+        close = get_close_matches(name, names, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"There is no recipe {name!r}.{similar(name, names)} Valid choices are {sorted(names)}. Your own "
-            f"recipe is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
+            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your "
+            f"own is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
             f"(torchrl-wm train module:Class) or import, or by an installed package in the entry "
             f"point group {GROUP!r}."
         )
@@ -192,12 +193,6 @@ def load_object(name: str) -> Any:
             f"module where Python finds it, in the working directory or in PYTHONPATH."
         ) from err
     return found
-
-
-def similar(name: str, names: Iterable[str]) -> str:
-    """Return the part of an error that guesses which name was meant; empty without a guess."""
-    close = get_close_matches(name, names, 1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def path_of(kind: type) -> str:

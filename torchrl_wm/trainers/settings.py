@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,8 +21,6 @@ from typing import (
 )
 
 import torch
-
-from torchrl_wm._registry import similar
 
 S = TypeVar("S", bound="Settings")
 
@@ -130,8 +129,10 @@ class Settings:
             )
         names = sorted(field.name for field in fields(cls))
         for name in sorted(settings.keys() - set(names)):
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise TypeError(
-                f"{cls.__name__} has no setting {name!r}.{similar(name, names)} There are {names}."
+                f"{cls.__name__} has no setting {name!r}.{hint} There are {names}."
             )
         return cls(**settings) if config is None else replace(config, **settings)
 
