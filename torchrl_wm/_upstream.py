@@ -37,7 +37,7 @@ _SLOW = "module calls go through a tensordict: slower, the same result"
 _LOOP = "WorldModelEnv.rollout takes TorchRL's own loop: slower, the same result"
 _STEP = "the fast rollout does in one go what this method does at each step"
 
-#: What the package reads or calls.
+#: The names that the package reads or calls.
 NAMES = (
     Private(
         "tensordict.nn:TensorDictModule._call_module",
@@ -176,7 +176,7 @@ NAMES = (
     ),
 )
 
-#: What the package defines in subclasses, beside the methods that TorchRL documents for that.
+#: The names that the package defines in subclasses, beside the methods documented for that.
 REPLACED = (
     Private(
         "torchrl.envs:EnvBase._reset_proc_data",
@@ -215,13 +215,13 @@ REPLACED = (
     ),
 )
 
-#: The methods of an env whose part the fast rollout plays: it must know them all, and
-#: leaves an env alone that has others in their place.
+#: The methods of an env whose work the fast rollout does. It leaves an env to TorchRL's loop
+#: if the env replaces one of them.
 STEP_METHODS = ("_reset_proc_data", "_step_proc_data", "_assert_tensordict_shape")
 #: The entries of an env's ``__dict__`` that no pickle takes.
 COMPILED_STEP = "_compiled_step_and_maybe_reset"
 COLLECTOR = "_collector"
-#: What wraps policies, for the error that says that it is not there.
+#: The function that wraps policies, for the error if it is missing.
 POLICY_WRAPPER = "torchrl.envs.utils:_make_compatible_policy"
 _STEP_NAMES = (*STEP_METHODS, "_post_step_mdp_hooks")
 
@@ -328,7 +328,7 @@ def draws_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def draw(module: nn.Module, dist: Any, interaction_type: Any) -> Any:
-    """Draw from ``dist`` as a probabilistic module does, if :func:`draws_as` says so."""
+    """Draw from ``dist`` as a probabilistic module does, if :func:`draws_as` returns True for it."""
     return module._dist_sample(dist, interaction_type=interaction_type)
 
 
@@ -418,7 +418,7 @@ def wrapped_env(env: Any) -> Any | None:
     Raises:
         UpstreamError: if it wraps something and does not say what.
     """
-    # Not getattr: batched envs ask their workers, and start them.
+    # Not getattr, which makes batched envs start their workers.
     inner = env.__dict__.get("_env")
     if inner is None and _wraps(env):
         raise missing("torchrl.envs.libs.gym:GymWrapper._env")
@@ -468,7 +468,7 @@ def cursor(writer: Any) -> int | None:
 
 
 def set_cursor(writer: Any, cursor: int, write_count: int) -> None:
-    """Let a writer go on at a row, after so many rows."""
+    """Let a writer go on at row ``cursor``, after ``write_count`` rows."""
     state = {"_cursor": cursor, "_write_count": write_count}
     if state.keys() != writer.state_dict().keys():
         raise missing("torchrl.data:RoundRobinWriter._write_count")
