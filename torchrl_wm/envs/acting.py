@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,9 +34,8 @@ class Policy(NamedTuple):
     @property
     def is_known(self) -> bool:
         """Whether it reads and writes nothing but its keys."""
-        if self.program is None:
-            return self.given is None
-        return self.program.is_known
+        program = self.program
+        return self.given is None if program is None else program.is_known
 
     def may_read(self, keys: Iterable[NestedKey]) -> bool:
         """Return whether it may look at one of these entries."""
@@ -45,18 +44,14 @@ class Policy(NamedTuple):
         return not self.program.reads.isdisjoint(keys)
 
     def reads_nested(self, layout: Layout, start: TensorDictBase | None) -> bool:
-        """Return whether it takes nested tensordicts as such, which flat tensors do not have.
+        """Return whether it takes nested tensordicts, the env's or the start's, as such.
 
-        Args:
-            layout: the entries of the env.
-            start: the tensordict that it starts from, which may have others.
+        Flat tensors do not have them.
         """
         if self.program is None:
             return False
-        reads = self.program.reads
-        if not reads.isdisjoint(layout.nodes):
-            return True
-        return start is not None and any(
+        reads, start = self.program.reads, {} if start is None else start
+        return not reads.isdisjoint(layout.nodes) or any(
             isinstance(value, TensorDictBase) and key in reads
             for key, value in start.items()
         )
@@ -64,13 +59,7 @@ class Policy(NamedTuple):
     def actor(
         self, layout: Layout, at: Placement, start: TensorDictBase | None = None
     ) -> ProgramActor | TensorDictActor:
-        """Return what lets it act on flat tensors.
-
-        Args:
-            layout: the entries of the env.
-            at: the batch size ``*B`` and the device of the state.
-            start: the tensordict that it starts from.
-        """
+        """Return what lets it act on flat tensors from the tensordict ``start`` on."""
         if (
             self.program is None
             or not self.is_known
@@ -81,12 +70,7 @@ class Policy(NamedTuple):
 
 
 class ProgramActor:
-    """A policy of networks and distributions, which runs as a program.
-
-    Args:
-        program: the policy.
-        at: the batch size ``*B`` and the device of the state.
-    """
+    """A policy of networks and distributions, which runs as a program."""
 
     def __init__(self, program: Program, at: Placement) -> None:
         self.program, self.at = program, at
@@ -97,16 +81,7 @@ class ProgramActor:
 
 
 class TensorDictActor:
-    """Any other policy, which is shown a tensordict at every step.
-
-    Args:
-        policy: reads and writes tensordicts.
-        layout: says which dims nested tensordicts have.
-        at: the batch size ``*B`` and the device of the state.
-    """
-
-    #: There is none: what such a policy does is not known.
-    program: None = None
+    """Any other policy, which is shown a tensordict at every step."""
 
     def __init__(self, policy: Callable, layout: Layout, at: Placement) -> None:
         self.policy, self.layout, self.at = policy, layout, at
@@ -129,9 +104,7 @@ class TensorDictActor:
 class RandomActor:
     """Random actions, drawn at every step as :meth:`torchrl.envs.EnvBase.rand_action` does.
 
-    Args:
-        spec: the env's action spec.
-        lead: the batch dims that the spec does not have.
+    The spec may lack the batch dims ``lead``.
     """
 
     def __init__(self, spec: Composite, lead: torch.Size) -> None:
@@ -193,20 +166,14 @@ def flat_actions(
 def missing_reads(
     policy: Callable | None,
     start: TensorDictBase | None,
-    carried: Collection[NestedKey],
     layout: Layout,
     world_model: WorldModel,
 ) -> MissingEntryError | None:
     """Return the error that names what a policy reads and an imagined env lacks; None if it has all.
 
-    Args:
-        policy: what acts.
-        start: the tensordict that it starts from, whose other entries the policy may read.
-        carried: the entries of the env.
-        layout: says which of the start's entries do not count.
-        world_model: says what could be decoded.
+    Other entries of the ``start`` count, too.
     """
-    there = [*carried]
+    there = [*layout.carried, *layout.action_keys]
     if start is not None:
         there += [key for key in leaf_keys(start) if key not in layout.dropped]
     wanted = unique(getattr(policy, "in_keys", None) or [])

@@ -45,16 +45,8 @@ def why_inherited(
 ) -> str | None:
     """Return why a rollout needs the inherited loop; None if the fast path gives the same.
 
-    Args:
-        env: the env, whose methods may be overridden.
-        imaginer: what would make the rollout.
-        policy: what acts.
-        start: the tensordict that it starts from.
-        kept: its entries by flat key; None if they cannot be had.
-        max_steps: the number of steps.
-        auto_reset: whether the start is reset.
-        goes_on: whether the rollout goes on where a trajectory ends.
-        options: the arguments that only the inherited loop heeds, by name.
+    The ``options`` are the arguments that only the inherited loop heeds; ``kept`` are the entries
+    of the start by flat key, None if they cannot be had.
     """
     if max_steps < 1 or (start is None and not auto_reset):
         return "the inherited rollout says what is wrong"
@@ -87,7 +79,7 @@ def why_inherited(
         return None
     if any(start.names) or not kept.keys().isdisjoint(layout.reward_keys):
         return "the start has names or rewards of its own"
-    if not kept.keys() >= set(imaginer.carried):
+    if not kept.keys() >= set(layout.carried):
         return "the start lacks entries that a reset gives"
     return None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Collection
 
 import torch
 from tensordict import (
@@ -15,7 +14,7 @@ from tensordict import (
 )
 
 from torchrl_wm import _upstream
-from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.keys import join, strip_next
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
 
 
@@ -79,65 +78,45 @@ def only_tensors(tensordict: TensorDictBase, origin: str) -> FlatTensors:
 
 
 def assemble(
-    root: FlatTensors,
-    predicted: FlatTensors,
-    nested: dict[NestedKey, torch.Size],
-    at: Placement,
+    flat: FlatTensors, nested: dict[NestedKey, torch.Size], at: Placement
 ) -> TensorDict:
     """Return the tensordict ``[*B, T]`` of stacked entries, its last dim named "time".
 
     The entries are known to fit: nothing is checked again.
 
     Args:
-        root: what each step started from, with what the policy wrote, by flat key.
-        predicted: what belongs below "next".
-        nested: the dims that nested tensordicts have beside the batch dims, by their keys.
+        flat: the entries, ``[*B, T, ...]`` by flat key.
+        nested: the dims that nested tensordicts have beside the batch dims, by their keys
+            at the root or below "next".
         at: the batch size ``*B`` and the device.
     """
     dim = len(at.batch_size)
-    steps = next(iter(predicted.values())).shape[dim]
-    whole = torch.Size((*at.batch_size, steps)), at.device, [None] * dim + ["time"]
-    below = {"next": _assemble(predicted, nested, *whole)}
-    return _assemble(root, nested, *whole, parts=below)
+    size = torch.Size(next(iter(flat.values())).shape[: dim + 1])
 
+    def build(
+        flat: FlatTensors, prefix: tuple[str, ...], dims: torch.Size
+    ) -> TensorDict:
+        source: dict[str, torch.Tensor | TensorDict] = {}
+        below: dict[str, FlatTensors] = {}
+        for key, value in flat.items():
+            if isinstance(key, str):
+                source[key] = value
+                continue
+            name, *rest = key
+            below.setdefault(name, {})[unravel_key(tuple(rest))] = value
+            source.setdefault(name, None)  # keeps the order of the keys
+        for name, entries in below.items():
+            path = (*prefix, name)
+            if source[name] is not None:
+                raise KeyError(
+                    f"{unravel_key(path)!r} is a tensor and has {sorted(entries, key=str)} below "
+                    f"it. One of them was written by the policy: give it another key."
+                )
+            source[name] = build(entries, path, nested.get(strip_next(path), dims))
+        names = [None] * dim + ["time"] + [None] * len(dims)
+        return _upstream.new_tensordict(source, size + dims, at.device, names)
 
-def _assemble(
-    flat: FlatTensors,
-    nested: dict[NestedKey, torch.Size],
-    size: torch.Size,
-    device: torch.device | None,
-    names: list[str | None],
-    prefix: tuple[str, ...] = (),
-    dims: torch.Size = torch.Size([]),  # noqa: B008
-    parts: Mapping[str, TensorDict] = MappingProxyType({}),  # noqa: B008
-) -> TensorDict:
-    """Return the tensordict that stands at ``prefix``.
-
-    Its own dims are ``dims``, and ``parts`` of it are there already.
-    """
-    source: dict[str, torch.Tensor | TensorDict] = {}
-    below: dict[str, FlatTensors] = {}
-    for key, value in flat.items():
-        if isinstance(key, str):
-            source[key] = value
-            continue
-        name, *rest = key
-        below.setdefault(name, {})[unravel_key(tuple(rest))] = value
-        source.setdefault(name, None)  # keeps the order of the keys
-    for name, entries in below.items():
-        path = unravel_key((*prefix, name))
-        if source[name] is not None:
-            raise KeyError(
-                f"{path!r} is a tensor and has {sorted(entries, key=str)} below it. One of them "
-                f"was written by the policy: give it another key."
-            )
-        own = nested.get(path, dims)
-        source[name] = _assemble(
-            entries, nested, size, device, names, (*prefix, name), own
-        )
-    source.update(parts)
-    names = [*names, *[None] * len(dims)]
-    return _upstream.new_tensordict(source, size + dims, device, names)
+    return build(flat, (), torch.Size([]))
 
 
 def nested_dims(

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_wm.envs.acting import missing_reads, Policy
+from torchrl_wm.envs.acting import Policy
 from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.envs.flattening import assemble, nested_dims
 from torchrl_wm.envs.layout import Layout
@@ -24,7 +24,6 @@ from torchrl_wm.envs.layout_builder import LayoutBuilder, Reference
 from torchrl_wm.envs.start_states import StartStates
 from torchrl_wm.envs.starts import Starts
 from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.envs.time_limit import TimeLimit
 from torchrl_wm.envs.unroll import Act, imagined, stacked, unroll
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
@@ -59,7 +58,6 @@ class Imaginer:
         world_model: the model that predicts. It may get other components, which are noticed.
         layout: the entries of the env.
         start_states: where episodes begin when no state is given; None if nothing says so.
-        time_limit: truncates episodes; None without one.
         batch_size: ``*B`` of the env.
         device: where to imagine; None leaves tensors where they are.
         decode: whether all that the decoder writes is decoded.
@@ -72,14 +70,13 @@ class Imaginer:
         layout: Layout,
         *,
         start_states: StartStates | None,
-        time_limit: TimeLimit | None,
         batch_size: torch.Size,
         device: torch.device | None,
         decode: bool,
         check_finite: bool,
     ) -> None:
         self.world_model = world_model
-        self.start_states, self.time_limit = start_states, time_limit
+        self.start_states = start_states
         self.batch_size, self.device = batch_size, device
         self.decode, self.check_finite = decode, check_finite
         self._compiler: Compiler | None = None
@@ -96,9 +93,7 @@ class Imaginer:
         """Imagine these entries from now on."""
         self.layout = layout
         #: What makes the states that episodes begin with.
-        self.starts = Starts(
-            self.world_model, layout, self.start_states, self.time_limit, self.device
-        )
+        self.starts = Starts(self.world_model, layout, self.start_states, self.device)
         #: What predicts one step.
         self.kernel = self._make_kernel()
 
@@ -112,23 +107,12 @@ class Imaginer:
         return self
 
     def _make_kernel(self) -> StepKernel:
-        return StepKernel(
-            self.world_model,
-            self.layout,
-            time_limit=self.time_limit,
-            check_finite=self.check_finite,
-        )
+        return StepKernel(self.world_model, self.layout, self.check_finite)
 
     def to(self, device: torch.device) -> None:
         """Imagine on another device, where the model is now."""
         self.device = device
         self.use(self.layout.to(device))
-
-    @property
-    def carried(self) -> list[NestedKey]:
-        """The entries of a state: what a step hands on to the next one."""
-        counter = [] if self.time_limit is None else [self.time_limit.key]
-        return [*self.layout.observation, *counter, *self.layout.endings.keys]
 
     def _rewired(self) -> Layout:
         """Return the layout for replaced components, which must fit the entries there are.
@@ -143,7 +127,7 @@ class Imaginer:
             old.observation,
             batch_size=self.batch_size,
             device=self.device,
-            time_limit=self.time_limit is not None,
+            time_limit=old.time_limit,
         )
         new = builder.build(self.decode)
         changed = sorted(new.keys ^ old.keys, key=str)
@@ -169,22 +153,18 @@ class Imaginer:
             given: the caller's tensordict, ``[*B]``.
             kept: its entries that stay (:meth:`Starts.kept_flat
                 <torchrl_wm.envs.starts.Starts.kept_flat>`).
-            policy: what acts: for one that reads no done entries, those that are never
-                True are left out.
+            policy: what acts. If it reads no done entries, those that are never True
+                are left out.
             honour: whether the tensordict may say where to begin.
         """
         heeds_done = policy.may_read(self.layout.endings.keys)
-        values = self.starts.begin(given, honour, heeds_done)
-        at = Placement(given.batch_size, self.device)
-        return Start({**kept, **values}, at, nested_dims(given))
+        values = {**kept, **self.starts.begin(given, honour, heeds_done)}
+        return Start(
+            values, Placement(given.batch_size, self.device), nested_dims(given)
+        )
 
     def policy(self, given: Callable | None, takes: Callable | None) -> Policy:
-        """Return a policy as it acts here.
-
-        Args:
-            given: what the caller gives.
-            takes: the same, or what wraps it, to take tensordicts.
-        """
+        """Return a policy as it acts here: what the caller gives, and what takes tensordicts."""
         program = None
         if isinstance(takes, TensorDictModuleBase):
             if self._program is None or not self._program.is_for(takes):
@@ -207,7 +187,7 @@ class Imaginer:
         endings = kernel.layout.endings
         ends = _any_done if stop and endings.can_end else None
         made = unroll(kernel, act, start.values, max_steps, at, ends)
-        return self._assemble(*stacked(made, endings, at), start)
+        return assemble(stacked(made, endings, at), self._nested(start), at)
 
     def imagine(
         self, start: Start, act: Act | None, actions: FlatTensors | None, horizon: int
@@ -232,22 +212,13 @@ class Imaginer:
                 () if program is None else program.modules,
                 (made_for, horizon, start.at),
             )
-        root, predicted, mask = run(start.values, actions)
-        out = self._assemble(root, predicted, start)
-        return out.set(("collector", "mask"), mask)
+        flat, mask = run(start.values, actions)
+        flat["collector", "mask"] = mask
+        return assemble(flat, self._nested(start), start.at)
 
-    def _assemble(
-        self, root: FlatTensors, predicted: FlatTensors, start: Start
-    ) -> TensorDict:
+    def _nested(self, start: Start) -> dict[NestedKey, torch.Size]:
         own = {unravel_key(key): dims for key, dims in self.layout.nested.items()}
-        return assemble(root, predicted, {**start.nested, **own}, start.at)
-
-    def missing_reads(
-        self, policy: Callable | None, start: TensorDictBase | None
-    ) -> Exception | None:
-        """Return the error that names what a policy reads and is not there; None if all is."""
-        carried = [*self.carried, *self.layout.action_keys]
-        return missing_reads(policy, start, carried, self.layout, self.world_model)
+        return {**start.nested, **own}
 
     def compile(self, options: dict[str, Any]) -> None:
         """Make :meth:`imagine` one graph, with the ``options`` of :func:`torch.compile`."""

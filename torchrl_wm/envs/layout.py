@@ -9,6 +9,7 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torchrl.data import Composite, TensorSpec
 
 from torchrl_wm.envs.endings import Endings
+from torchrl_wm.envs.time_limit import TimeLimit
 from torchrl_wm.modules.keys import as_tuple, unique
 
 #: Specs by flat key, without batch dims.
@@ -31,6 +32,7 @@ class Layout:
         observed: the encoder's inputs, as far as the reference env has them.
         nested: dims that nested tensordicts have of their own, by their keys.
         dropped: entries of the reference env that are not part of this one.
+        time_limit: truncates episodes; None without one.
         masked: actions of which the reference env had masked options when its spec was
             copied; here, all are allowed.
     """
@@ -46,6 +48,7 @@ class Layout:
     observed: Specs
     nested: dict[tuple[str, ...], torch.Size]
     dropped: frozenset[NestedKey]
+    time_limit: TimeLimit | None
     masked: list[NestedKey]
     #: The keys of actions and rewards.
     action_keys: list[NestedKey] = field(init=False)
@@ -54,6 +57,10 @@ class Layout:
     state: Specs = field(init=False)
     #: What is seen at every step: the state, decoded observations, declared predictions.
     observation: Specs = field(init=False)
+    #: What counts the steps, if there is a time limit.
+    counter: Specs = field(init=False)
+    #: The keys of what a step hands on to the next one.
+    carried: list[NestedKey] = field(init=False)
     #: The keys of the nested tensordicts that hold entries of the observation.
     nodes: set[NestedKey] = field(init=False)
 
@@ -61,12 +68,16 @@ class Layout:
         # Not on demand: graphs look them up, too.
         state = {**self.latent, **self.context}
         observation = {**state, **self.decoded, **self.predicted}
+        limit, device = self.time_limit, self.action.device
+        counter = {} if limit is None else {limit.key: limit.spec(device)}
         paths = [as_tuple(key) for key in observation]
         vars(self).update(
             action_keys=unique(self.action.keys(True, True)),
             reward_keys=unique(self.reward.keys(True, True)),
             state=state,
             observation=observation,
+            counter=counter,
+            carried=[*observation, *counter, *self.endings.keys],
             nodes={unravel_key(p[:n]) for p in paths for n in range(1, len(p))},
         )
 

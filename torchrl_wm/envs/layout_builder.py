@@ -18,6 +18,7 @@ from torchrl_wm.envs.endings import ENDING_NAMES, Endings
 from torchrl_wm.envs.entries import fits
 from torchrl_wm.envs.layout import Layout, nested_dims, Specs
 from torchrl_wm.envs.masks import masked_actions, without_masks
+from torchrl_wm.envs.time_limit import TimeLimit
 from torchrl_wm.envs.tracing import undisturbed
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, strip_next, unique
@@ -81,7 +82,7 @@ class LayoutBuilder:
         explicit: the specs that the caller gives (:func:`explicit_specs`).
         batch_size: ``*B`` of the env.
         device: where the model is.
-        time_limit: whether the env truncates after a number of steps.
+        time_limit: truncates episodes; None without one.
     """
 
     def __init__(
@@ -92,20 +93,22 @@ class LayoutBuilder:
         *,
         batch_size: torch.Size,
         device: torch.device | None,
-        time_limit: bool,
+        time_limit: TimeLimit | None,
     ) -> None:
         self.world_model = world_model
         self.reference = reference
         self.explicit = explicit
         self.known = {**reference.observed, **explicit}
-        self.device = device
+        self.device, self.time_limit = device, time_limit
         # On the env's own batch size: some modules, an ensemble over a batch dim say,
         # take no other.
         self.lead = batch_size if len(batch_size) else torch.Size([1])
         self.inputs = unique(world_model.encoder.in_keys)
         self.written = unique(world_model.step_module.out_keys)
         self.predictions = [strip_next(key) for key in self.written if is_next(key)]
-        self.endings = Endings(reference.done, self.predictions, time_limit=time_limit)
+        self.endings = Endings(
+            reference.done, self.predictions, time_limit=time_limit is not None
+        )
         self.action_keys = unique(reference.action.keys(True, True))
 
     def build(self, decode: bool) -> Layout:
@@ -169,6 +172,7 @@ class LayoutBuilder:
             },
             nested=reference.nested,
             dropped=frozenset(),
+            time_limit=self.time_limit,
             masked=reference.masked,
         )
 

@@ -13,7 +13,6 @@ from torchrl_wm.envs.entries import fits, widened
 from torchrl_wm.envs.flattening import flat_tensors
 from torchrl_wm.envs.layout import Layout
 from torchrl_wm.envs.start_states import make_sampler, StartStates
-from torchrl_wm.envs.time_limit import TimeLimit
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, sibling, unique
@@ -33,7 +32,7 @@ _NOTES = (
     "_step",
 )
 #: What EnvBase writes into a state for itself.
-_RESERVED = ("next", "_step", "_reset")
+_RESERVED = {"next", "_step", "_reset"}
 
 
 class Starts:
@@ -43,7 +42,6 @@ class Starts:
         world_model: encodes, and decodes what the start lacks.
         layout: the entries of the env.
         source: where episodes begin when no state is given; None if nothing says so.
-        time_limit: counts steps from here on; None without one.
         device: where the states are; None leaves them where they are.
     """
 
@@ -52,11 +50,10 @@ class Starts:
         world_model: WorldModel,
         layout: Layout,
         source: StartStates | None,
-        time_limit: TimeLimit | None,
         device: torch.device | None,
     ) -> None:
         self.world_model, self.layout = world_model, layout
-        self.source, self.time_limit, self.device = source, time_limit, device
+        self.source, self.device = source, device
         self._sampler = None if source is None else make_sampler(source)
 
     @cached_property
@@ -87,21 +84,21 @@ class Starts:
         kept.names = [None] * kept.batch_dims
         return kept
 
-    def kept_flat(self, given: TensorDictBase) -> FlatTensors | None:
-        """Return :meth:`kept` by flat key; None if the start is not plain, or is reset in part."""
-        if self.device is None and given.device is not None:
+    def kept_flat(self, given: TensorDictBase, resets: bool) -> FlatTensors | None:
+        """Return the entries of a start that stay, by flat key; None if it is not plain.
+
+        These are all if it is not reset, else those of :meth:`kept`.
+        """
+        if self.device is None or not resets:
+            if given.device != self.device:
+                return None
+        kept = flat_tensors(given, self.dropped if resets else ())
+        if kept is None:
             return None
-        kept = flat_tensors(given, self.dropped)
-        if kept is None or not self.reset_keys.isdisjoint(kept):
+        names = kept if resets else {as_tuple(key)[0] for key in kept}
+        if not (self.reset_keys if resets else _RESERVED).isdisjoint(names):
             return None
         return {key: self._moved(value) for key, value in kept.items()}
-
-    def not_reset(self, given: TensorDictBase) -> FlatTensors | None:
-        """Return the entries of a state that stays as it is, by flat key; None if it is not plain."""
-        values = None if given.device != self.device else flat_tensors(given)
-        if values is None or any(as_tuple(k)[0] in _RESERVED for k in values):
-            return None
-        return values
 
     def begin(
         self, given: TensorDictBase, honour: bool = True, with_done: bool = True
@@ -120,9 +117,9 @@ class Starts:
         state = self.from_given(given) if honour else None
         if state is None:
             state = self.sampled(given)
-        at = Placement(given.batch_size, self.device)
-        if self.time_limit is not None:
-            state[self.time_limit.key] = self.time_limit.begin(at)
+        at, limit = Placement(given.batch_size, self.device), self.layout.time_limit
+        if limit is not None:
+            state[limit.key] = limit.begin(at)
         for key, spec in self.layout.predicted.items():
             state[key] = spec.zero(at.batch_size)  # nothing was predicted yet
         endings = self.layout.endings

@@ -11,7 +11,6 @@ from torchrl.data import TensorSpec
 from torchrl_wm.envs.decoding import as_observed, decoder_inputs, specs_to_round
 from torchrl_wm.envs.entries import autocasts, fits, widened
 from torchrl_wm.envs.layout import Layout
-from torchrl_wm.envs.time_limit import TimeLimit
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import (
@@ -36,7 +35,6 @@ class StepKernel:
     Args:
         world_model: the model that predicts.
         layout: the entries of the env.
-        time_limit: truncates episodes; None without one.
         check_finite: raise where a prediction is NaN or infinite. Waits for the
             device at every step.
     """
@@ -45,29 +43,21 @@ class StepKernel:
         self,
         world_model: WorldModel,
         layout: Layout,
-        *,
-        time_limit: TimeLimit | None,
         check_finite: bool = False,
     ) -> None:
         self.components = world_model.components
         self.world_model = world_model
         self.layout = layout
-        self.time_limit = time_limit
         self.check_finite = check_finite
         reads = unique(world_model.step_module.in_keys)
         self.inputs = [key for key in reads if not is_next(key)]
         # All actions, even if the model ignores some of them: a rollout without its
         # actions is of no use.
         self.required = unique([*self.inputs, *layout.action_keys])
-        counted = [] if time_limit is None else [time_limit.key]
-        kept = (
-            *layout.observation,
-            *layout.reward_keys,
-            *counted,
-            *layout.endings.keys,
-        )
         #: What a step writes, and where: each entry by its key below "next".
-        self.outputs = {key: join("next", key) for key in kept}
+        self.outputs = {
+            key: join("next", key) for key in (*layout.carried, *layout.reward_keys)
+        }
         components = (*layout.latent, *layout.predicted, *layout.reward_keys)
         self._predicted = [self.outputs[key] for key in components]
         specs = {**layout.latent, **layout.predicted, **layout.decoded}
@@ -118,9 +108,7 @@ class StepKernel:
             observations, declared predictions, reward and done entries.
         """
         self.check_inputs(tensordict)
-        keys = self.required
-        if self.time_limit is not None:
-            keys = [*keys, self.time_limit.key]
+        keys = (*self.required, *self.layout.counter)
         values = {key: tensordict.get(key, None) for key in keys}
         at = Placement(tensordict.batch_size, tensordict.device)
         out = to_tensordict(self.predict(values, at), at)
@@ -151,10 +139,8 @@ class StepKernel:
             The ``"next"`` entries by flat key, without the "next".
         """
         work = {key: values[key] for key in self.inputs}
-        if self.time_limit is not None and self.time_limit.key in values:
-            work[self.time_limit.key] = values[self.time_limit.key]
-        stages = self.stages(at, endings, decode, check_finite, check_rounded)
-        for stage in stages:
+        work.update({k: values[k] for k in self.layout.counter if k in values})
+        for stage in self.stages(at, endings, decode, check_finite, check_rounded):
             stage(work, at)
         return {
             key: work[place] for key, place in self.outputs.items() if place in work
@@ -194,7 +180,6 @@ class StepKernel:
             stages.append(self._widen)
         if not self._is_checked:
             stages.append(self._check_shapes)
-            self._is_checked = decode or self._decode is None
         if endings is None:
             stages.append(self._end)
         elif endings:
@@ -205,10 +190,10 @@ class StepKernel:
         return stages
 
     def _isolated(self, values: FlatTensors, at: Placement) -> None:
-        """Run a model that may do more than its keys say on what it reads, and take predictions."""
+        """Run a model that may do more than its keys say, on what it reads; take its predictions."""
         work = {key: values[key] for key in self.inputs}
         self.program(work, at)
-        values.update({key: work[key] for key in self._predicted if key in work})
+        values.update({key: value for key, value in work.items() if is_next(key)})
 
     def _keep_context(self, values: FlatTensors, at: Placement) -> None:
         for key in self.layout.context:
@@ -236,10 +221,9 @@ class StepKernel:
 
     def _end(self, values: FlatTensors, at: Placement) -> None:
         """Count the step, and say which episodes have ended, by a head or by the time limit."""
-        time_is_up = None
-        if self.time_limit is not None:
-            count, time_is_up = self.time_limit.advance(values, at)
-            values[self.outputs[self.time_limit.key]] = count
+        limit, time_is_up = self.layout.time_limit, None
+        if limit is not None:
+            values[self.outputs[limit.key]], time_is_up = limit.advance(values, at)
         values.update(self.layout.endings.read(values, at, time_is_up))
 
     def _require(
@@ -263,26 +247,21 @@ class StepKernel:
                     f"{spec.dtype}. A network was replaced: give it these outputs, or make a "
                     f"new WorldModelEnv."
                 )
+        self._is_checked = all(self.outputs[k] in values for k in self.layout.decoded)
 
     def _require_finite(
         self, keys: Iterable[NestedKey], values: FlatTensors, at: Placement
     ) -> None:
-        rows = {}
+        dims, rows = len(at.batch_size), {}
+        floats = {k: v for k, v in values.items() if v.is_floating_point()}
         for key in keys:
-            value = values.get(key)
-            if value is None or not value.is_floating_point():
-                continue
-            bad = ~value.isfinite()
-            if bad.any():
-                dims = len(at.batch_size)
+            bad = ~floats[key].isfinite() if key in floats else None
+            if bad is not None and bad.any():
                 rows[key] = bad.flatten(dims).any(-1).sum().item() if dims else 1
         if not rows:
             return
-        given = {key: values[key] for key in self.required if key in values}
-        given = {
-            key: value for key, value in given.items() if value.is_floating_point()
-        }
-        inputs = [key for key, value in given.items() if not value.isfinite().all()]
+        read = [key for key in self.required if key in floats]
+        inputs = [key for key in read if not floats[key].isfinite().all()]
         source = (
             f"The inputs {inputs} already were not."
             if inputs
@@ -290,8 +269,8 @@ class StepKernel:
             "training."
         )
         raise FloatingPointError(
-            f"The world model predicted NaN or infinite values under {list(rows)} (rows: "
-            f"{ {strip_next(key): number for key, number in rows.items()} }). {source}"
+            f"The world model predicted NaN or infinite values under {list(rows)} (rows: {rows}). "
+            f"{source}"
         )
 
     def check_inputs(self, tensordict: TensorDictBase) -> None:

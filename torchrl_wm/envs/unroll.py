@@ -13,7 +13,7 @@ from tensordict import NestedKey
 
 from torchrl_wm.envs.endings import Endings
 from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.modules.keys import is_next, strip_next
+from torchrl_wm.modules.keys import is_next, join
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
 
 #: Writes actions into the values of a step, given its number.
@@ -65,11 +65,15 @@ def unroll(
     handed_on = [(key, outputs.get(key, key)) for key in root]
     at = at._replace(trusted=True)
     stages = kernel.stages(at, endings)
+    program = getattr(act, "program", None)
+    if program is not None:  # whose parts need no call around them
+        stages = [*program.trusted, *stages]
     for step in range(1, steps):
         if stop is not None and stop(values):
             break
         values = {key: values[place] for key, place in handed_on}
-        act(values, step)
+        if program is None:
+            act(values, step)
         for stage in stages:
             stage(values, at)
         for key, column in columns:
@@ -77,27 +81,18 @@ def unroll(
     return made
 
 
-def stacked(
-    made: Made, endings: Endings, at: Placement
-) -> tuple[FlatTensors, FlatTensors]:
-    """Return root and "next" entries of all steps, ``[*B, T, ...]`` by flat key.
+def stacked(made: Made, endings: Endings, at: Placement) -> FlatTensors:
+    """Return the entries of all steps, ``[*B, T, ...]`` by flat key.
 
     Done entries that are never True and were left out on the way are added.
     """
     dim = len(at.batch_size)
-    root: FlatTensors = {}
-    predicted: FlatTensors = {}
-    for key, column in made.items():
-        value = torch.stack(column, dim)
-        if is_next(key):
-            predicted[strip_next(key)] = value
-        else:
-            root[key] = value
-    whole = at._replace(batch_size=(*at.batch_size, len(column)))
-    for part in (root, predicted):
-        if endings.never_keys - part.keys():
-            part.update({**endings.none(whole), **part})
-    return root, predicted
+    flat = {key: torch.stack(column, dim) for key, column in made.items()}
+    if endings.never_keys - flat.keys():
+        whole = at._replace(batch_size=(*at.batch_size, len(next(iter(made.values())))))
+        below = {join("next", k): flag for k, flag in endings.none(whole).items()}
+        flat = {**endings.none(whole), **below, **flat}
+    return flat
 
 
 def imagined(
@@ -107,7 +102,7 @@ def imagined(
     at: Placement,
     values: FlatTensors,
     actions: FlatTensors | None,
-) -> tuple[FlatTensors, FlatTensors, torch.Tensor]:
+) -> tuple[FlatTensors, torch.Tensor]:
     """Return a full horizon, on tensors only, which compiles to one graph.
 
     Args:
@@ -119,24 +114,23 @@ def imagined(
         actions: what to do, ``[*B, H, ...]`` by key.
 
     Returns:
-        Root and "next" entries, ``[*B, H, ...]`` by flat key, and where
-        trajectories have not ended before, ``[*B, H]`` bool.
+        The entries of all steps, ``[*B, H, ...]`` by flat key, and where trajectories have
+        not ended before, ``[*B, H]`` bool.
     """
     if act is None:
         act = replay(actions, len(at.batch_size))
     made = unroll(kernel, act, dict(values), horizon, at)
-    endings = kernel.layout.endings
-    size, device = at.batch_size, at.device
+    endings, size = kernel.layout.endings, at.batch_size
     if not endings.can_end:
-        mask = torch.ones((*size, horizon), dtype=torch.bool, device=device)
-        return *stacked(made, endings, at), mask
-    ended = torch.zeros(size, dtype=torch.bool, device=device)
+        mask = torch.ones((*size, horizon), dtype=torch.bool, device=at.device)
+        return stacked(made, endings, at), mask
+    ended = torch.zeros(size, dtype=torch.bool, device=at.device)
     valid = []
     for step in range(horizon):
         valid.append(~ended)
         flags = {key: made[kernel.outputs[key]][step] for key in endings.keys}
         ended = ended | endings.ended(flags, at)
-    return *stacked(made, endings, at), torch.stack(valid, len(size))
+    return stacked(made, endings, at), torch.stack(valid, len(size))
 
 
 def replay(actions: FlatTensors, dim: int) -> Act:

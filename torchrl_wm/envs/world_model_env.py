@@ -18,7 +18,13 @@ from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 
 from torchrl_wm import _upstream
-from torchrl_wm.envs.acting import flat_actions, lead_of, Policy, RandomActor
+from torchrl_wm.envs.acting import (
+    flat_actions,
+    lead_of,
+    missing_reads,
+    Policy,
+    RandomActor,
+)
 from torchrl_wm.envs.arguments import as_size, check_imagine, check_parts, check_start
 from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.envs.fast_path import overridden_method, why_inherited
@@ -167,13 +173,12 @@ class WorldModelEnv(ModelBasedEnvBase):
             explicit_specs(observation_spec, batch_size, main),
             batch_size=batch_size,
             device=present,
-            time_limit=limit is not None,
+            time_limit=limit,
         )
         imaginer = Imaginer(
             world_model,
             builder.build(decode),
             start_states=start_states,
-            time_limit=limit,
             batch_size=batch_size,
             device=present,
             decode=decode,
@@ -207,11 +212,9 @@ class WorldModelEnv(ModelBasedEnvBase):
     # Construction --------------------------------------------------------
 
     def _set_specs(self) -> None:
-        layout, limit = self.imaginer.layout, self.imaginer.time_limit
-        size, device = self.batch_size, self.device
-        counter = {} if limit is None else {limit.key: limit.spec(device)}
-        state = {**layout.state, **counter}
-        observation = {**layout.observation, **counter}
+        layout, size, device = self.imaginer.layout, self.batch_size, self.device
+        state = {**layout.state, **layout.counter}
+        observation = {**layout.observation, **layout.counter}
         self.full_action_spec = rebatch(layout.action, size)
         self.full_reward_spec = rebatch(layout.reward, size)
         self.full_done_spec = rebatch(layout.done, size)
@@ -294,7 +297,7 @@ class WorldModelEnv(ModelBasedEnvBase):
             return out
         # Rows that are not to be stepped stay where they are, with reward 0.
         mask = mask.reshape(out.batch_size)
-        rewards = set(self.imaginer.layout.reward_keys)
+        rewards = self.imaginer.layout.reward_keys
         for key in unique(out.keys(True, True)):
             new = out.get(key)
             old = None if key in rewards else tensordict.get(key, None)
@@ -469,8 +472,12 @@ class WorldModelEnv(ModelBasedEnvBase):
             options=options,
         )
         if reason is None:
-            honour = set_state is not False
-            start = self._start(tensordict, kept, acting, auto_reset, honour)
+            if auto_reset:
+                honour = set_state is not False
+                start = imaginer.start(self._given(tensordict), kept, acting, honour)
+            else:
+                state = self.maybe_reset(tensordict.copy())
+                start = Start.of(state, flat_tensors(state))
             act = self._actor(acting, start.at, tensordict)
             run = partial(imaginer.rollout, start, act, max_steps, not goes_on)
         else:
@@ -561,7 +568,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         acting = self._policy(policy)
         kept = None if overridden_method(self) else self._flat_start(tensordict, True)
         if kept is not None:
-            start = self._start(tensordict, kept, acting, True, True)
+            start = imaginer.start(self._given(tensordict), kept, acting)
         else:
             state = self.reset(tensordict)
             start = Start.of(state, only_tensors(state, "the start has"))
@@ -630,22 +637,7 @@ class WorldModelEnv(ModelBasedEnvBase):
             return {} if auto_reset else None
         if self.batch_locked and given.batch_size != self.batch_size:
             return None
-        starts = self.imaginer.starts
-        return starts.kept_flat(given) if auto_reset else starts.not_reset(given)
-
-    def _start(
-        self,
-        given: TensorDictBase | None,
-        kept: FlatTensors,
-        acting: Policy,
-        auto_reset: bool,
-        honour: bool,
-    ) -> Start:
-        """Return the state that steps begin from, of a start whose entries :meth:`_flat_start` gave."""
-        if auto_reset:
-            return self.imaginer.start(self._given(given), kept, acting, honour)
-        state = self.maybe_reset(given.copy())
-        return Start.of(state, flat_tensors(state))
+        return self.imaginer.starts.kept_flat(given, auto_reset)
 
     def _actor(
         self, acting: Policy, at: Placement, start: TensorDictBase | None = None
@@ -677,14 +669,15 @@ class WorldModelEnv(ModelBasedEnvBase):
         try:
             return run()
         except KeyError as err:
-            error = self.imaginer.missing_reads(policy, start)
+            layout = self.imaginer.layout
+            error = missing_reads(policy, start, layout, self.world_model)
             if error is None:
                 raise
             raise error from err
 
 
 def _group_map(env: EnvBase) -> dict | None:
-    """The agents by group, which multi-agent code looks for in an env."""
+    """Return the agents by group, which multi-agent code looks for in an env."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     # Not getattr: batched envs ask their workers, and start them.

@@ -157,7 +157,7 @@ class WorldModelSource:
                     f"The latents {bad} that the episode begins with are NaN or infinite. Look "
                     f"at what it starts from, and at the training of encoder and posterior."
                 )
-        limit = starts.time_limit
+        limit = layout.time_limit
         if limit is not None:
             at = Placement(torch.Size([count]), self.device)
             values[limit.key] = limit.begin(at)

@@ -182,10 +182,10 @@ class ModelObjective(Objective):
                 env.world_model, kernel.layout, tensordict, missing_from(state, needed)
             )
         values = {key: state.get(key) for key in needed}
-        if kernel.time_limit is not None:
-            count = tensordict.get(kernel.time_limit.key, None)
+        for key in kernel.layout.counter:
+            count = tensordict.get(key, None)
             if count is not None:
-                values[kernel.time_limit.key] = count
+                values[key] = count
         dims, batch_size = tensordict.batch_dims, tensordict.batch_size
         for key, spec in specs.items():
             values[key] = widened(values[key], spec.dtype)
@@ -222,18 +222,13 @@ class ModelObjective(Objective):
         return rows
 
     def stepper(self, state: FlatTensors) -> Step:
-        kernel, layout, endings = (
-            self.kernel,
-            self.kernel.layout,
-            self.kernel.layout.endings,
-        )
+        kernel, layout = self.kernel, self.kernel.layout
+        endings = layout.endings
         at = self._at(state)
         trusted, never = at._replace(trusted=True), endings.never(at)
         place = strip_next(self.reward_key)
         observed = list(self._read_observations(layout))
-        moving = [*layout.latent, *observed]
-        if kernel.time_limit is not None:
-            moving.append(kernel.time_limit.key)
+        moving = [*layout.latent, *observed, *layout.counter]
 
         def advance(state: FlatTensors, action: torch.Tensor, step: int) -> tuple:
             values = {**state, self.action_key: action}
