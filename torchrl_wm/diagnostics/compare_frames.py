@@ -13,11 +13,11 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torchrl.envs import EnvBase
 
 from torchrl_wm import _upstream
+from torchrl_wm._rendering import as_frame, can_draw, IMAGE_KEYS, RealEnvRenderer
 from torchrl_wm.diagnostics.drawing import name_of
 from torchrl_wm.diagnostics.recording import check_env, Recording
 from torchrl_wm.diagnostics.video_files import captioned, GAP, resized, separated
 from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.envs.rendering import as_frame, can_draw, IMAGE_KEYS, RealEnvRenderer
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys
 from torchrl_wm.modules.modes import evaluation_mode

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.signatures import bind
 from torchrl_wm.export.trees import snapshot, to_numpy
 
@@ -60,12 +61,17 @@ def attribute_of_each(env: Any, name: str) -> tuple[Any, ...]:
 
 
 def call_for_each(
-    env: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    env: Any,
+    isolation: Isolation,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Any, ...]:
     """Call a method of the vector env or of its model, once for all envs.
 
     Args:
         env: the vector env.
+        isolation: what the model runs in.
         name: the method.
         args, kwargs: what it is called with. Arguments with rows of their own (arrays,
             lists) are what the result is about, and each env has all of it, as if it had
@@ -93,7 +99,7 @@ def call_for_each(
     if owner is env:
         out = function(*args, **kwargs)
     else:
-        with env._source.isolation.apart():  # as everything else of the model's
+        with isolation.apart():  # as everything else of the model's
             out = function(*args, **kwargs)
     out = to_numpy(out)
     if rows:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from torchrl_wm.envs.rendering import as_frame, IMAGE_KEYS, RealEnvRenderer
+from torchrl_wm._rendering import as_frame, IMAGE_KEYS, RealEnvRenderer
 from torchrl_wm.export.signatures import bind
 from torchrl_wm.export.sources import Source
 from torchrl_wm.export.trees import snapshot, to_numpy

@@ -436,7 +436,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             NotImplementedError: for ``reset``, ``step`` and ``close``.
             ValueError: if the result has another number of rows.
         """
-        return call_for_each(self, name, args, kwargs)
+        return call_for_each(self, self._source.isolation, name, args, kwargs)
 
 
 def _count(num_envs: Any, world_model: Any) -> int:

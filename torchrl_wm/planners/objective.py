@@ -13,9 +13,10 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.envs.acting import ProgramActor
+from torchrl_wm.envs.entries import fits, widened
 from torchrl_wm.envs.layout import Layout
-from torchrl_wm.envs.step import StepKernel, widened
-from torchrl_wm.envs.unroll import ProgramActor
+from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules.keys import (
     as_tuple,
     join,
@@ -185,21 +186,18 @@ class ModelObjective(Objective):
                 env.world_model, kernel.layout, tensordict, missing_from(state, needed)
             )
         values = {key: state.get(key) for key in needed}
-        if kernel.counter_key is not None:
-            count = tensordict.get(kernel.counter_key, None)
+        for key in kernel.layout.counter:
+            count = tensordict.get(key, None)
             if count is not None:
-                values[kernel.counter_key] = count
-        dims = tensordict.batch_dims
-        for key in needed:
-            spec = specs[key]
-            expected = (*tensordict.batch_size, *spec.shape)
+                values[key] = count
+        dims, batch_size = tensordict.batch_dims, tensordict.batch_size
+        for key, spec in specs.items():
             values[key] = widened(values[key], spec.dtype)
-            if tuple(values[key].shape) != expected or values[key].dtype != spec.dtype:
+            if not fits(values[key], spec, batch_size):
                 raise ValueError(
                     f"The planner's {key!r} has the shape {tuple(values[key].shape)} and "
-                    f"{values[key].dtype}; the tensordict's batch size "
-                    f"{tuple(tensordict.batch_size)} and the env's spec ask for {expected} and "
-                    f"{spec.dtype}."
+                    f"{values[key].dtype}; the tensordict's batch size {tuple(batch_size)} and "
+                    f"the env's spec ask for {(*batch_size, *spec.shape)} and {spec.dtype}."
                 )
         return {
             key: value.reshape(-1, *value.shape[dims:]).to(env.device)
@@ -228,21 +226,19 @@ class ModelObjective(Objective):
         return rows
 
     def stepper(self, state: FlatTensors) -> Step:
-        kernel, device = self.kernel, self.env.device
-        layout, size = kernel.layout, _rows(state)
+        kernel, layout = self.kernel, self.kernel.layout
         endings = layout.endings
-        never = endings.never(size, device)
+        at = self._at(state)
+        trusted, never = at._replace(trusted=True), endings.never(at)
         place = strip_next(self.reward_key)
         observed = list(self._read_observations(layout))
-        moving = [*layout.latent, *observed]
-        if kernel.counter_key is not None:
-            moving.append(kernel.counter_key)
+        moving = [*layout.latent, *observed, *layout.counter]
 
         def advance(state: FlatTensors, action: torch.Tensor, step: int) -> tuple:
             values = {**state, self.action_key: action}
             predicted = kernel.predict(
                 values,
-                Placement(size, device, trusted=step > 0),
+                trusted if step else at,
                 never,
                 decode=bool(observed),
                 check_finite=False,
@@ -253,7 +249,7 @@ class ModelObjective(Objective):
             if endings.can_end:
                 # As in TorchRL's planners: one of several groups ends it.
                 ended, terminated = (
-                    endings.ended(predicted, size, name, any_group=True)
+                    endings.ended(predicted, at, name, any_group=True)
                     for name in ("done", "terminated")
                 )
             return values, predicted[place], ended, terminated
@@ -261,11 +257,11 @@ class ModelObjective(Objective):
         return advance
 
     def actor(self, state: FlatTensors) -> Callable[[FlatTensors, int], FlatTensors]:
-        size = _rows(state)
+        at = self._at(state)
         if self.program is not None:
-            write = ProgramActor(self.program, size, self.env.device)
+            write = ProgramActor(self.program, at)
         else:
-            write = self.env.actor(self.policy, size)
+            write = self.env.actor(self.policy, at.batch_size)
 
         def act(state: FlatTensors, step: int) -> FlatTensors:
             values = dict(state)
@@ -281,12 +277,16 @@ class ModelObjective(Objective):
 
     def evaluate(self, state: FlatTensors) -> torch.Tensor:
         values = dict(state)
-        self.value(values, Placement(_rows(values), self.env.device))
+        self.value(values, self._at(state))
         return values[self.value_key]
 
     def imagine(self, state: FlatTensors, actions: torch.Tensor) -> TensorDictBase:
-        start = to_tensordict(state, Placement(actions.shape[:1], self.env.device))
+        start = to_tensordict(state, self._at(state))
         return self.env.imagine(actions.shape[1], tensordict=start, actions=actions)
+
+    def _at(self, state: FlatTensors) -> Placement:
+        """Return the number of rows of a state, ``[R]``, and its device."""
+        return Placement(next(iter(state.values())).shape[:1], self.env.device)
 
 
 class _Value:
@@ -426,10 +426,6 @@ def value_key(module: TensorDictModuleBase) -> NestedKey:
         f"terminal_value writes {keys}, and it is not clear which is the value: let it write one "
         f"of {list(_VALUE_NAMES)}, or nothing else."
     )
-
-
-def _rows(state: FlatTensors) -> torch.Size:
-    return next(iter(state.values())).shape[:1]
 
 
 def _scaled(reward: torch.Tensor, scale: float) -> torch.Tensor:
