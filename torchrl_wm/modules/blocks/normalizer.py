@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,11 +147,13 @@ class Normalizer(nn.Module):
         if self._is_fitted:
             return
         self._notice.given = True
-        warnings.warn(
+        # Without a registry: Python would show it once a process, as all models come to this line.
+        warnings.warn_explicit(
             "A normaliser is used before it is fitted, and is the identity. Call "
             "torchrl_wm.modules.fit_normalizers(world_model, batch) with real transitions "
             "first.",
-            stacklevel=3,
+            UserWarning,
+            *_caller(),
         )
 
     def _came_fitted(self) -> bool:
@@ -166,6 +169,14 @@ class Normalizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.features}, fitted={self._is_fitted}"
+
+
+def _caller() -> tuple[str, int]:
+    """Return the file and the line that called a normaliser, for a warning."""
+    frame = inspect.currentframe()
+    for _ in range(3):
+        frame = frame.f_back or frame
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def share_notice(model: nn.Module) -> None:
