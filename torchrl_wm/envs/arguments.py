@@ -55,13 +55,23 @@ def as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> torc
     return torch.Size(int(size) for size in sizes)
 
 
-def check_start(tensordict: Any, call: str) -> None:
-    """Refuse a start that is no tensordict; ``call`` begins the call to make, for the message."""
-    if tensordict is not None and not isinstance(tensordict, TensorDictBase):
+def check_start(tensordict: Any, call: str) -> TensorDictBase | None:
+    """Return a start whose time, if it is a slice of real data, is a dim like others.
+
+    Raises:
+        TypeError: if it is no tensordict; ``call`` begins the call to make.
+    """
+    if tensordict is None:
+        return None
+    if not isinstance(tensordict, TensorDictBase):
         raise TypeError(
             f"The start must be a TensorDict, got {type(tensordict).__name__}: "
             f"env.{call}, tensordict=world_model.encode(obs))."
         )
+    if "time" in tensordict.names:  # the imagined time is another dim
+        tensordict = tensordict.copy()
+        tensordict.names = [None] * tensordict.batch_dims
+    return tensordict
 
 
 def check_imagine(

@@ -77,9 +77,9 @@ def why_inherited(
         return "the start is no plain tensordict of tensors on the env's device"
     if auto_reset:
         return None
-    if any(start.names) or not kept.keys().isdisjoint(layout.reward_keys):
+    if any(start.names) or any(key in kept for key in layout.reward_keys):
         return "the start has names or rewards of its own"
-    if not kept.keys() >= set(layout.carried):
+    if not all(key in kept for key in layout.carried):
         return "the start lacks entries that a reset gives"
     return None
 

@@ -17,7 +17,7 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_wm.envs.acting import Policy
-from torchrl_wm.envs.flattening import assemble, nested_dims
+from torchrl_wm.envs.flattening import assemble, nested_dims, only_tensors
 from torchrl_wm.envs.layout import Layout
 from torchrl_wm.envs.layout_builder import LayoutBuilder, Reference
 from torchrl_wm.envs.start_states import StartStates
@@ -44,11 +44,14 @@ class Start(NamedTuple):
     nested: dict[NestedKey, torch.Size]
 
     @classmethod
-    def of(cls, state: TensorDictBase, values: FlatTensors) -> Start:
-        """Return the start that has the ``values`` of a state."""
-        return cls(
-            values, Placement(state.batch_size, state.device), nested_dims(state)
-        )
+    def of(cls, state: TensorDictBase) -> Start:
+        """Return the start that a state is.
+
+        Raises:
+            TypeError: if it has entries that are no tensors.
+        """
+        at = Placement(state.batch_size, state.device)
+        return cls(only_tensors(state, "the start has"), at, nested_dims(state))
 
 
 class Imaginer:

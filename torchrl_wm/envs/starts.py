@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorSpec
@@ -56,16 +54,11 @@ class Starts:
         self.source, self.device = source, device
         self._sampler = None if source is None else make_sampler(source)
 
-    @cached_property
-    def reset_keys(self) -> set[NestedKey]:
-        """The entries that ask for a partial reset."""
-        return {sibling(key, "_reset") for key in self.layout.endings.keys}
-
-    @cached_property
-    def dropped(self) -> set[NestedKey]:
-        """The entries of a start that a reset takes away: they would stand still, or be untrue."""
-        layout = self.layout
-        return {
+        # Not on demand: graphs look them up, too.
+        #: The entries that ask for a partial reset.
+        self.reset_keys = {sibling(key, "_reset") for key in layout.endings.keys}
+        #: The entries that a reset takes away: they would stand still, or be untrue.
+        self.dropped = {
             *_NOTES,
             *layout.endings.keys,
             *layout.action_keys,
@@ -73,6 +66,8 @@ class Starts:
             *layout.predicted,
             *layout.dropped,
         }
+        written = written_keys(world_model.encoder)
+        self._encoded_context = [key for key in layout.context if key in written]
 
     # Whole starts --------------------------------------------------------
 
@@ -192,11 +187,6 @@ class Starts:
                 f"the latents {list(layout.latent)} nor the observations {inputs}."
             )
         return state
-
-    @cached_property
-    def _encoded_context(self) -> list[NestedKey]:
-        written = written_keys(self.world_model.encoder)
-        return [key for key in self.layout.context if key in written]
 
     def _encode(
         self, given: TensorDictBase, found: FlatTensors, lacking: list[NestedKey]

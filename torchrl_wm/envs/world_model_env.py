@@ -28,7 +28,6 @@ from torchrl_wm.envs.acting import (
 from torchrl_wm.envs.arguments import as_size, check_imagine, check_parts, check_start
 from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.envs.fast_path import overridden_method, why_inherited
-from torchrl_wm.envs.flattening import flat_tensors, only_tensors
 from torchrl_wm.envs.imaginer import Imaginer, Start
 from torchrl_wm.envs.layout import composite, rebatch
 from torchrl_wm.envs.layout_builder import (
@@ -441,11 +440,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         Returns:
             The trajectories, ``[*B, T]``.
         """
-        check_start(tensordict, "rollout(max_steps")
-        if tensordict is not None and "time" in tensordict.names:
-            # A time slice of real data: the imagined time is another dim.
-            tensordict = tensordict.copy()
-            tensordict.names = [None] * tensordict.batch_dims
+        tensordict = check_start(tensordict, "rollout(max_steps")
         options = {
             "callback": callback,
             "actions": actions,
@@ -476,8 +471,7 @@ class WorldModelEnv(ModelBasedEnvBase):
                 honour = set_state is not False
                 start = imaginer.start(self._given(tensordict), kept, acting, honour)
             else:
-                state = self.maybe_reset(tensordict.copy())
-                start = Start.of(state, flat_tensors(state))
+                start = Start.of(self.maybe_reset(tensordict.copy()))
             act = self._actor(acting, start.at, tensordict)
             run = partial(imaginer.rollout, start, act, max_steps, not goes_on)
         else:
@@ -570,8 +564,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         if kept is not None:
             start = imaginer.start(self._given(tensordict), kept, acting)
         else:
-            state = self.reset(tensordict)
-            start = Start.of(state, only_tensors(state, "the start has"))
+            start = Start.of(self.reset(tensordict))
         act = flat = None
         if policy is not None:
             act = self._actor(acting, start.at, tensordict)
