@@ -252,7 +252,7 @@ def stacked(
     both = []
     for columns in (trace.root, trace.next):
         flat = {key: torch.stack(column, dim) for key, column in columns.items()}
-        if endings.never_keys - flat.keys():
+        if any(key not in flat for key in endings.never_keys):
             flat = {**endings.none(size, device), **flat}
         both.append(flat)
     return both[0], both[1]

@@ -27,13 +27,16 @@ class GraphMaker:
     def __init__(self, options: dict[str, Any], what: str, undo: str) -> None:
         self.options = {"fullgraph": True, "dynamic": False, **options}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            # Or all graphs of a process would count towards one limit, of eight.
+            # Or all graphs of a process would count towards one limit, of eight. Before
+            # it was there, the limit was that of a code object.
             self.options.setdefault("isolate_recompiles", True)
         self.what, self.undo = what, undo
         self.failed = False
 
     def compile(self, function: Callable) -> Callable:
         """The compiled function."""
+        if "isolate_recompiles" not in self.options:
+            function = _with_code_of_its_own(function)
         return torch.compile(function, **self.options)
 
     def attempt(
@@ -61,3 +64,13 @@ class GraphMaker:
             if eager is not None:
                 eager()
             raise
+
+
+def _with_code_of_its_own(function: Callable) -> Callable:
+    """Return ``function`` behind a code object that no other function has."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__code__ = call.__code__.replace()
+    return call
