@@ -88,7 +88,7 @@ def stacked(made: Made, endings: Endings, at: Placement) -> FlatTensors:
     """
     dim = len(at.batch_size)
     flat = {key: torch.stack(column, dim) for key, column in made.items()}
-    if endings.never_keys - flat.keys():
+    if any(key not in flat for key in endings.never_keys):
         whole = at._replace(batch_size=(*at.batch_size, len(next(iter(made.values())))))
         below = {join("next", k): flag for k, flag in endings.none(whole).items()}
         flat = {**endings.none(whole), **below, **flat}

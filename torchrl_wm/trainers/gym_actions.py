@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import gymnasium
@@ -107,7 +108,9 @@ def check_start(env: EnvBase) -> None:
 
 def _from_zero(space: gymnasium.Space) -> gymnasium.Space:
     if isinstance(space, spaces.Discrete) and space.start != 0:
-        return spaces.Discrete(space.n, dtype=space.dtype)
+        counted = deepcopy(space)  # Discrete takes no dtype before gymnasium 1.2.3
+        counted.start = space.start - space.start
+        return counted
     if isinstance(space, spaces.MultiDiscrete) and space.start.any():
         return spaces.MultiDiscrete(space.nvec, dtype=space.dtype)
     if isinstance(space, spaces.Dict):

@@ -44,7 +44,8 @@ class Compiler:
     def __init__(self, options: dict[str, Any], what: str, undo: str) -> None:
         self.options = {"fullgraph": True, "dynamic": False, **options}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            # Or all graphs of a process would count towards one limit, of eight.
+            # Or all graphs of a process would count towards one limit, of eight. Before
+            # this option existed, the limit was that of a code object.
             self.options.setdefault("isolate_recompiles", True)
         self.what, self.undo = what, undo
         self.failed = False
@@ -80,7 +81,10 @@ class Compiler:
         # The objects that a graph was made for are held, so that no id is used again.
         key = (*map(id, policy), key, torch.is_grad_enabled())
         if key not in self._graphs:
-            graph = torch.compile(run, **self.options)
+            if "isolate_recompiles" in self.options:
+                graph = torch.compile(run, **self.options)
+            else:
+                graph = torch.compile(_with_code_of_its_own(run), **self.options)
             self._graphs[key] = (tuple(policy), graph)
             if len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
@@ -109,6 +113,16 @@ class Compiler:
             f"{str(err).splitlines()[0]}). Is there a C++ compiler? {self.undo} silences this.",
             stacklevel=4,
         )
+
+
+def _with_code_of_its_own(function: Callable) -> Callable:
+    """Return ``function`` behind a code object that no other function has."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 class FilterCompiler:
