@@ -29,7 +29,7 @@ _KNOWN = {
 
 
 def find(env: Any, name: str) -> tuple[Any, Any]:
-    """An attribute of a vector env, else of its model, and which of them has it.
+    """Return an attribute of a vector env, else of its model, and which of them has it.
 
     Raises:
         AttributeError: if neither has it; the message says how they may.
@@ -52,7 +52,7 @@ def find(env: Any, name: str) -> tuple[Any, Any]:
 
 
 def attribute_of_each(env: Any, name: str) -> tuple[Any, ...]:
-    """An attribute, once for each env: what has ``N`` rows is taken apart."""
+    """Return an attribute once for each env; a value of ``N`` rows is taken apart."""
     value, _ = find(env, name)
     if isinstance(value, (np.ndarray, torch.Tensor)):
         if value.shape[:1] == (env.num_envs,):
@@ -110,7 +110,7 @@ def call_for_each(
 def _asked(
     env: Any, function: Callable, name: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The state and the observations, where a method takes them."""
+    """Return the state and the observations, if a method takes them."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin
@@ -135,7 +135,7 @@ def _has_rows(value: Any) -> bool:
 
 
 def _row(value: Any, index: int, count: int, name: str) -> Any:
-    """The row of one env; what has none holds for all."""
+    """Return the row of one env; a value without rows holds for all."""
     if isinstance(value, dict):
         return {key: _row(entry, index, count, name) for key, entry in value.items()}
     if isinstance(value, np.ndarray) and value.ndim or isinstance(value, (list, tuple)):

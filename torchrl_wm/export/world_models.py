@@ -166,7 +166,7 @@ class WorldModelSource:
     def _given(
         self, given: dict[str, Any], count: int, expand: bool
     ) -> TensorDictBase | None:
-        """A start from ``options`` or the constructor, as a tensordict ``[N]``."""
+        """Return a start from ``options`` or the constructor, as a tensordict ``[N]``."""
         if not given:
             return None
         env, layout = self.env, self.env.imaginer.layout
@@ -235,7 +235,7 @@ class WorldModelSource:
     def _merged(
         self, mask: np.ndarray, fresh: FlatTensors, state: FlatTensors, whole: bool
     ) -> FlatTensors:
-        """The fresh rows where ``mask``, else those of ``state``."""
+        """Return the fresh rows where ``mask``, else those of ``state``."""
         where = torch.from_numpy(mask).to(self.device)
         out = {}
         for key, old in state.items():
@@ -305,14 +305,14 @@ class WorldModelSource:
     def shown(
         self, state: FlatTensors, index: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """A copy of latents and context by name: of one env, or of all."""
+        """Return a copy of latents and context by name: of one env, or of all."""
         picked = slice(None) if index is None else index
         return {
             _name(k): state[k][picked].clone() for k in self.env.imaginer.layout.state
         }
 
     def state_of(self, state: FlatTensors) -> dict[str, np.ndarray]:
-        """The latents as numpy arrays of their own, by name."""
+        """Return the latents as separate numpy arrays, by name."""
         out = {}
         for key in self.env.imaginer.layout.latent:
             array = tensor_to_numpy(state[key])
@@ -321,12 +321,12 @@ class WorldModelSource:
 
 
 def _name(key: NestedKey) -> str:
-    """A key as one string: Gymnasium's Dict spaces have no nested keys that SB3 could read."""
+    """Return a key as one string: Gymnasium's Dict spaces have no nested keys that SB3 could read."""
     return "/".join(as_tuple(key))
 
 
 def _space_of(entries: dict[NestedKey, TensorSpec]) -> spaces.Space:
-    """The space of one entry, or a Dict of several."""
+    """Return the space of one entry, or a Dict of several."""
     parts = {_name(key): space_of_spec(spec) for key, spec in entries.items()}
     return next(iter(parts.values())) if len(parts) == 1 else spaces.Dict(parts)
 
@@ -356,7 +356,7 @@ def _entries_for(
     defaults: dict[NestedKey, TensorSpec],
     every: dict[NestedKey, TensorSpec],
 ) -> dict[NestedKey, TensorSpec]:
-    """The entries that a given observation space asks for."""
+    """Return the entries that a given observation space needs."""
     checked_space(space, "observation_space")
     named = {_name(key): (key, spec) for key, spec in every.items()}
     if isinstance(space, spaces.Dict):
@@ -396,7 +396,7 @@ def _entries_for(
 
 
 def _as_real(spec: TensorSpec, real: TensorSpec | None) -> TensorSpec:
-    """The spec of a decoded entry: the real env's, where that is one of options.
+    """Return the spec of a decoded entry: the real env's, if that is one of options.
 
     A decoder's dtype and shape alone do not say which numbers there are.
     """

@@ -84,7 +84,7 @@ class Objective(ABC):
 
     @abstractmethod
     def start(self, tensordict: TensorDictBase) -> Any:
-        """The states that plans begin from, as rows ``[B]``; whatever :meth:`repeat` takes."""
+        """Return the states that plans begin from, as rows ``[B]``, in a form that :meth:`repeat` takes."""
 
     @abstractmethod
     def repeat(self, state: Any, times: int) -> Any:
@@ -92,22 +92,22 @@ class Objective(ABC):
 
     @abstractmethod
     def stepper(self, state: Any) -> Step:
-        """What makes one step after the other, from the rows of ``state`` on."""
+        """Return the function that makes one step after the other, from the rows of ``state`` on."""
 
     @abstractmethod
     def actor(self, state: Any) -> Callable[[Any, int], Any]:
-        """What lets the policy act on the rows of a state, given the number of the step."""
+        """Return the function that lets the policy act on rows of a state, given the number of the step."""
 
     @abstractmethod
     def select(self, rows: torch.Tensor, new: Any, old: Any) -> Any:
-        """``new`` in the ``rows``, ``[R]`` bool, else ``old``."""
+        """Return ``new`` in the ``rows``, ``[R]`` bool, else ``old``."""
 
     @abstractmethod
     def evaluate(self, state: Any) -> torch.Tensor:
-        """The terminal value of states, ``[R, 1]``."""
+        """Return the terminal value of states, ``[R, 1]``."""
 
     def returns(self, state: Any, actions: torch.Tensor) -> torch.Tensor:
-        """The returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
+        """Return the returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
         advance = self.stepper(state)
         value = None if self.terminal_value is None else _Value(self)
         total = going = None
@@ -127,7 +127,7 @@ class Objective(ABC):
         return total if value is None else total + value()
 
     def proposed(self, state: Any, horizon: int) -> torch.Tensor:
-        """What the policy does from the rows of ``state``: ``[R, H, *A]``."""
+        """Return the actions of the policy from the rows of ``state`` on, ``[R, H, *A]``."""
         advance, act, actions = self.stepper(state), self.actor(state), []
         for step in range(horizon):
             state = act(state, step)
@@ -138,7 +138,7 @@ class Objective(ABC):
 
     @abstractmethod
     def imagine(self, state: Any, actions: torch.Tensor) -> TensorDictBase:
-        """The whole trajectories ``[R, H]`` of the actions ``[R, H, *A]``."""
+        """Return the whole trajectories ``[R, H]`` of the actions ``[R, H, *A]``."""
 
 
 class ModelObjective(Objective):
@@ -205,7 +205,7 @@ class ModelObjective(Objective):
         }
 
     def _read_observations(self, layout: Layout) -> dict[NestedKey, TensorSpec]:
-        """The decoded observations that the policy or the terminal value read."""
+        """Return the decoded observations that the policy or the terminal value read."""
         modules = (self.policy, self.terminal_value)
         read = {key for m in modules for key in unique(getattr(m, "in_keys", []))}
         return {key: spec for key, spec in layout.decoded.items() if key in read}
