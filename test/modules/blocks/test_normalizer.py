@@ -290,7 +290,6 @@ def unfitted(caught) -> int:
 @pytest.mark.parametrize("make", [make_ensemble_world_model, make_mlp_world_model])
 def test_an_unfitted_model_warns_once(make, nested, recwarn):
     """It has a normaliser for each network, and one call fits them all."""
-    warnings.simplefilter("always")  # Python's own filter shows a line's warning once
     env = env_of("nested" if nested else "vector", "bounded", nested=nested)
     batch = drawn_transitions(env, 5)
     world_model, loss = make(env)
