@@ -48,12 +48,20 @@ class BoundedLogVar(nn.Module):
 
     def forward(self, raw: torch.Tensor) -> torch.Tensor:
         """Map any numbers, ``[*B, F]``, to log-variances within the bounds."""
-        low, high = self.low.clamp(*self.limits), self.high.clamp(*self.limits)
+        low, high = self._limited(self.low), self._limited(self.high)
         value = high - F.softplus(high - raw)
         value = low + F.softplus(value - low)
         # The soft bounds add up to more than the upper one where they are close. The gradient
         # stays: without it nothing would lead back from the limit.
         return value.detach().clamp_max(self.limits[1]) + (value - value.detach())
+
+    def _limited(self, bound: torch.Tensor) -> torch.Tensor:
+        """Clamp a bound; one that lies at a limit has its gradient, in any torch.
+
+        From 2.14 on, ``clamp`` gives it none, and it would stay there.
+        """
+        limited = bound.detach().clamp(*self.limits)
+        return torch.where(bound == limited, bound, limited)
 
     def width(self) -> torch.Tensor:
         """Return the sum of the distances of the bounds, a scalar; a part of the loss.
