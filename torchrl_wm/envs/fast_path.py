@@ -31,7 +31,7 @@ REPLACED_METHODS = (
 )
 
 
-def why_inherited(
+def why_slow(
     env: EnvBase,
     imaginer: Imaginer,
     policy: Policy,
@@ -49,7 +49,7 @@ def why_inherited(
     of the start by flat key, None if they cannot be had.
     """
     if max_steps < 1 or (start is None and not auto_reset):
-        return "the inherited rollout says what is wrong"
+        return "the arguments are wrong, and the inherited rollout says how"
     layout = imaginer.layout
     endings = layout.endings
     given = [k for k, v in options.items() if v is not None and v is not False]

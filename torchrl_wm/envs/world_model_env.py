@@ -27,7 +27,7 @@ from torchrl_wm.envs.acting import (
 )
 from torchrl_wm.envs.arguments import as_size, check_imagine, check_parts, check_start
 from torchrl_wm.envs.collecting import leave_out_collectors
-from torchrl_wm.envs.fast_path import overridden_method, why_inherited
+from torchrl_wm.envs.fast_path import overridden_method, why_slow
 from torchrl_wm.envs.imaginer import Imaginer, Start
 from torchrl_wm.envs.layout import composite, rebatch
 from torchrl_wm.envs.layout_builder import (
@@ -59,7 +59,8 @@ class WorldModelEnv(ModelBasedEnvBase):
     ``start_states``.
 
     At every step ``done == terminated | truncated``. A termination is what the
-    model's ``done_head`` predicts; a truncation is the time limit ``max_steps``.
+    model's ``done_head`` predicts; a truncation is the time limit ``max_steps``, or what a head
+    writes as ``truncated``.
 
     Args:
         world_model: the model that predicts.
@@ -455,7 +456,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         acting = self._policy(policy)
         goes_on = break_when_any_done is not None and not break_when_any_done
         kept = self._flat_start(tensordict, auto_reset)
-        reason = why_inherited(
+        reason = why_slow(
             self,
             imaginer,
             acting,
@@ -488,9 +489,10 @@ class WorldModelEnv(ModelBasedEnvBase):
                 set_state=set_state,
                 **options,
             )
-        steps = self._explained(run, policy, tensordict)
-        self.__dict__["_slow_because"] = reason  # each inherited step leaves another
-        return steps
+        try:
+            return self._explained(run, policy, tensordict)
+        finally:
+            self.__dict__["_slow_because"] = reason  # each inherited step leaves another
 
     @property
     def slow_because(self) -> str | None:
@@ -498,7 +500,8 @@ class WorldModelEnv(ModelBasedEnvBase):
 
         The result is the same. The fast path calls the networks directly and
         builds one tensordict at the end. Steps that something else makes one by one (a
-        TransformedEnv around the env, a collector) are no fast path either, which stands here.
+        TransformedEnv around the env, a collector) do not take the fast path either; this property
+        then says so.
         """
         return self.__dict__.get("_slow_because", "there was no rollout yet")
 

@@ -18,7 +18,8 @@ From the calls of users down to tensors; a file imports only from those below it
 A latent of a new kind, such as one that is carried and not recorded, is told from the others
 in ``wiring.py`` (``latents_of``), carried by ``filter_steps.py`` (``filter_step`` returns the
 next state and, apart from it, the entries to record), begun and handed out by ``filtering.py``,
-and laid out for imagination by ``torchrl_wm/envs/layout.py``.
+laid out for imagination by ``torchrl_wm/envs/layout.py``, and handed from step to step in
+``torchrl_wm/envs/unroll.py``.
 """
 
 from __future__ import annotations
