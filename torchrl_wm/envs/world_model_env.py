@@ -492,7 +492,9 @@ class WorldModelEnv(ModelBasedEnvBase):
         try:
             return self._explained(run, policy, tensordict)
         finally:
-            self.__dict__["_slow_because"] = reason  # each inherited step leaves another
+            self.__dict__[
+                "_slow_because"
+            ] = reason  # each inherited step leaves another
 
     @property
     def slow_because(self) -> str | None:
