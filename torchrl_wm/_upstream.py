@@ -109,6 +109,11 @@ NAMES = (
         "torch.set_grad_enabled does so",
     ),
     Private(
+        "torch._C:_are_functorch_transforms_active",
+        "torch.func cannot look into activations that have a backward of their own",
+        "torch's own activations are called: slower, the same result",
+    ),
+    Private(
         "torch._dynamo.exc:BackendCompilerFailed",
         "tells a machine without a compiler, where things stay eager with a warning",
         "the compiler's error is raised as it is",
@@ -382,6 +387,12 @@ def new_tensordict(
 def grad_setter() -> Callable[[bool], Any]:
     """Return the fastest function that switches gradients on or off."""
     return _find("torch._C", "_set_grad_enabled") or torch.set_grad_enabled
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func transforms what is called now, or might do so."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return True if active is None else active()
 
 
 def backend_errors() -> tuple[type[Exception], ...]:

@@ -13,7 +13,7 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models.specs import EnvSpecs, read_specs
-from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules import Mish, WorldModel
 from torchrl_wm.modules.blocks.normalizer import share_notice
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
 from torchrl_wm.modules.parts import remember_parts
@@ -73,7 +73,7 @@ _READ_BY_LOSSES = frozenset(
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
-    "mish": nn.Mish,
+    "mish": Mish,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,

@@ -16,6 +16,7 @@ from torchrl_wm.models.building import build, register, resolve_config
 from torchrl_wm.models.networks import ObservationEncoder, WithActions
 from torchrl_wm.models.specs import EnvSpecs, read_specs
 from torchrl_wm.modules import (
+    Mish,
     NormedMLP,
     QEnsemble,
     SimNorm,
@@ -249,7 +250,7 @@ class _Encoder(nn.Module):
         hidden = [config.encoder_cells] * (config.encoder_depth - 1)
         self.features = ObservationEncoder(
             specs,
-            lambda n, m: NormedMLP(n, m, hidden, activation=nn.Mish),
+            lambda n, m: NormedMLP(n, m, hidden, activation=Mish),
             config.encoder_cells,
             pixel_depth=config.pixel_depth,
             pixel_multipliers=config.pixel_multipliers,

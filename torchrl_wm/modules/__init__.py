@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.ensemble import (
     DrawnMember,
     EnsembleLinear,
@@ -56,6 +57,7 @@ __all__ = [
     "GaussianHead",
     "InitialState",
     "JoinEntries",
+    "Mish",
     "MissingEntryError",
     "NormalizedNetwork",
     "Normalizer",

@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 
+from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.ensemble import EnsembleLinear
 from torchrl_wm.modules.blocks.entries import Entry, JoinEntries
 from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot
@@ -87,7 +88,7 @@ class QEnsemble(TensorDictModuleBase):
             layers.append(_linears(num_networks, before, after))
             if dropout and not number:
                 layers.append(nn.Dropout(dropout))
-            layers += [_LayerNorms(num_networks, after), nn.Mish()]
+            layers += [_LayerNorms(num_networks, after), Mish()]
         last = _linears(num_networks, sizes[-1], self.two_hot.num_bins, std=0.0)
         self.networks = nn.Sequential(*layers, last)
 
