@@ -89,6 +89,14 @@ class WorldModelLoss(LossModule):
     the comparison ends with it, and so it does at the first step that the mask calls
     invalid.
 
+    With ``return_latents=True`` the entry ``"latents"`` holds the latents that the
+    terms compared, so that a policy can be trained on them without a second pass.
+    They are detached, ``[*B]`` (sequences: ``[*B, T]``) whatever the reduction: the
+    latents at the root and those that follow under ``"next"``. With ``multi_step`` they
+    are the rolled ones, from the encoding of the first observation on; in recurrent
+    models the filtered ones, as :meth:`~torchrl_wm.WorldModel.observe` gives them.
+    ``("collector", "mask")``, ``[*B]`` bool, is True where a step counts in the losses.
+
     Args:
         world_model: the model to train.
 
@@ -110,6 +118,9 @@ class WorldModelLoss(LossModule):
         decay: the weight of a step relative to the one before it, in (0, 1].
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for one
             number per sample, ``[*B]``.
+        return_latents: add the latents to the output; the attribute of that name changes
+            it later. Take them out before the losses are summed,
+            ``latents = losses.pop("latents")``.
 
     Raises:
         TypeError: if ``world_model`` is not a WorldModel.
@@ -158,6 +169,15 @@ class WorldModelLoss(LossModule):
         ...     next_reward=torch.randn(4, 1),
         ...     next_observation=torch.randn(4, obs_dim),
         ... )
+
+        The latents of the same pass, for a policy:
+
+        >>> loss_module = WorldModelLoss(world_model, return_latents=True)
+        >>> losses = loss_module(batch)
+        >>> latents = losses.pop("latents")
+        >>> latents["latent"].shape, latents["next", "latent"].requires_grad
+        (torch.Size([4, 4]), False)
+        >>> losses.sum(reduce=True).backward()
     """
 
     @dataclass
@@ -244,6 +264,7 @@ class WorldModelLoss(LossModule):
         delay_encoder: bool = False,
         multi_step: bool = False,
         decay: float = 1.0,
+        return_latents: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(world_model, WorldModel):
@@ -275,6 +296,7 @@ class WorldModelLoss(LossModule):
         self.delay_encoder = delay_encoder
         self.multi_step = multi_step
         self.decay = decay
+        self.return_latents = return_latents
         # Not registered: the parameters stand in encoder_params and its like.
         self.__dict__["world_model"] = world_model
         self.__dict__["_held"] = {}
@@ -486,8 +508,17 @@ class WorldModelLoss(LossModule):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """One ``loss_<name>`` for each term."""
-        return [f"loss_{term.name}" for term in self.terms]
+        """One ``loss_<name>`` for each term, and the latents if they are returned."""
+        keys: list[NestedKey] = [f"loss_{term.name}" for term in self.terms]
+        if self.return_latents:
+            handed_out = [*self._handed_out(), ("collector", "mask")]
+            keys += [join("latents", key) for key in handed_out]
+        return keys
+
+    def _handed_out(self) -> list[NestedKey]:
+        """Return the keys of the latents, at the root and below "next"."""
+        latents = self.world_model.latent_keys
+        return [*latents, *(join("next", key) for key in latents)]
 
     @out_keys.setter
     def out_keys(self, value) -> None:
@@ -519,7 +550,7 @@ class WorldModelLoss(LossModule):
 
         Returns:
             One entry for each term, ``loss_<name>``: a scalar, or ``[*B]`` with
-            ``reduction="none"``.
+            ``reduction="none"``. With ``return_latents=True``, ``"latents"``, too.
 
         Raises:
             KeyError: if an input of the model or a label is missing.
@@ -547,7 +578,7 @@ class WorldModelLoss(LossModule):
             # What is predicted through a step that is not there compares with nothing.
             valid = (~valid).cumsum(-1) == 0
         batch = tensordict if valid is None else _blank(tensordict, valid)
-        values = self._with_parameters(partial(self._compare, batch, inputs))
+        values, latents = self._with_parameters(partial(self._compare, batch, inputs))
         weights = self._weights(batch)
         if self.multi_step:
             within, scale = self._until_end(tensordict)
@@ -560,6 +591,12 @@ class WorldModelLoss(LossModule):
         }
         size = tensordict.batch_size if self.reduction == "none" else ()
         out = TensorDict(losses, batch_size=size)
+        if latents is not None:
+            if valid is None:
+                valid = torch.ones(
+                    batch.batch_size, dtype=torch.bool, device=batch.device
+                )
+            out.set("latents", latents.set(("collector", "mask"), valid))
         if torch.compiler.is_compiling():
             # A graph cannot give back what holds weak references.
             tensordict.clear_refs_for_compile_()
@@ -568,8 +605,8 @@ class WorldModelLoss(LossModule):
 
     def _compare(
         self, batch: TensorDictBase, inputs: list[NestedKey]
-    ) -> list[torch.Tensor]:
-        """What each term says of each sample, ``[*B]``."""
+    ) -> tuple[list[torch.Tensor], TensorDictBase | None]:
+        """What each term says of each sample, ``[*B]``; and the latents, if returned."""
         if self.multi_step or self.world_model.is_recurrent:
             self._check_sequence(batch)
         if self.multi_step:
@@ -592,7 +629,9 @@ class WorldModelLoss(LossModule):
                     f"mean over the feature dims."
                 )
             values.append(value)
-        return values
+        if not self.return_latents:
+            return values, None
+        return values, predicted.select(*self._handed_out()).detach()
 
     def _heads(self, predicted: TensorDictBase) -> TensorDictBase:
         """Run the components that come after the dynamics."""
