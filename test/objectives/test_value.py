@@ -10,9 +10,15 @@ import copy
 import pytest
 import torch
 from _models import ACTION, gru_model, LATENT, linear, make_model, transitions
-from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import (
+    InteractionType,
+    NormalParamExtractor,
+    set_interaction_type,
+    TensorDictModule as Mod,
+)
 from torch import nn
 from torchrl.data import Bounded, Categorical
+from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import SoftUpdate
 
 from torchrl_wm import WorldModelLoss
@@ -102,6 +108,34 @@ def test_bootstraps_through_truncations_alone() -> None:
     batch["next", "terminated"][0] = True
     target = term._target(batch, loss)
     assert target[0] == 1.0 and target[1] == alive[1] and alive[1] != 1.0
+
+
+@pytest.mark.parametrize("around", [None, *InteractionType])
+def test_the_policy_is_sampled_in_eval_mode(around) -> None:
+    model, q, _ = parts()
+    actor = ProbabilisticActor(
+        Mod(
+            nn.Sequential(
+                nn.Linear(LATENT, 2 * ACTION), nn.Dropout(0.5), NormalParamExtractor()
+            ),
+            ["latent"],
+            ["loc", "scale"],
+        ),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+    )
+    seen = []
+    actor.register_forward_hook(
+        lambda module, inputs, out: seen.append((out["action"], module.training))
+    )
+    loss = WorldModelLoss(model, losses=[ValueTerm(q, actor)])
+    SoftUpdate(loss, tau=0.1)
+    with set_interaction_type(around):
+        batch = transitions(4)
+        loss(batch), loss(batch)
+    (first, mode), (second, _) = seen
+    assert not mode and actor.training
+    assert not torch.equal(first, second)
 
 
 def test_parameters_are_restored_after_an_error() -> None:
