@@ -55,6 +55,8 @@ class TDMPC2Config:
         decay: of the losses' steps.
         num_q: the number of action values.
         q_dropout: in their first layer.
+        log_std_min: the least logarithm of the policy's standard deviation.
+        log_std_max: the greatest one.
         observation_keys: which observations to use, all if None.
 
     Raises:
@@ -81,6 +83,8 @@ class TDMPC2Config:
     decay: float = 0.5
     num_q: int = 5
     q_dropout: float = 0.01
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
     observation_keys: tuple[NestedKey, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +111,11 @@ class TDMPC2Config:
             raise ValueError(
                 f"q_dropout={self.q_dropout} must be at least 0 and less than 1."
             )
+        if not self.log_std_min < self.log_std_max:
+            raise ValueError(
+                f"log_std_min={self.log_std_min} must be less than "
+                f"log_std_max={self.log_std_max}."
+            )
 
     @property
     def cells(self) -> list[int]:
@@ -126,7 +135,8 @@ def make_tdmpc2_world_model(
     step ``t`` weighed by ``decay ** t``.
 
     The paper's action values are :func:`make_tdmpc2_q_ensemble`; they join the
-    loss as a :class:`~torchrl_wm.objectives.ValueTerm`.
+    loss as a :class:`~torchrl_wm.objectives.ValueTerm`. Its policy is
+    :func:`make_tdmpc2_policy`.
 
     Args:
         env: the env whose specs are read; it is neither reset nor stepped.

@@ -36,6 +36,7 @@ from torchrl_wm.modules.blocks.rssm import (
     RSSMDynamics,
     RSSMPosteriorHead,
 )
+from torchrl_wm.modules.blocks.shift import random_shift
 from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.world_model.initial_state import InitialState
@@ -77,5 +78,6 @@ __all__ = [
     "TwoHotHead",
     "WorldModel",
     "fit_normalizers",
+    "random_shift",
     "with_propagation",
 ]
