@@ -170,7 +170,8 @@ class _LayerNorms(nn.Module):
         self.bias = nn.Parameter(torch.zeros(networks, 1, features))
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(value, value.shape[-1:]) * self.weight + self.bias
+        normed = F.layer_norm(value, value.shape[-1:])
+        return torch.addcmul(self.bias, normed, self.weight)
 
 
 def _check_reduce(

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import nn
 from torchrl.modules import symexp, SymExpTwoHot, symlog
-from torchrl.objectives import two_hot_cross_entropy, two_hot_decode, two_hot_encode
+from torchrl.objectives import two_hot_encode
 
 
 class SymlogTwoHot(nn.Module):
@@ -56,11 +56,39 @@ class SymlogTwoHot(nn.Module):
 
     def decode(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``[*B, bins]`` as scalars ``[*B]``."""
-        return symexp(two_hot_decode(logits, self.bins))
+        if logits.shape[-1] != self.num_bins:
+            raise ValueError(
+                f"The logits have the shape {tuple(logits.shape)}, and there are {self.num_bins} "
+                f"bins."
+            )
+        half = self.num_bins // 2
+        shares = logits.softmax(-1)
+        # Mirrored bins together: equal logits stand for exactly 0, in whatever order of adding.
+        lean = shares[..., -half:] - shares[..., :half].flip(-1)
+        return symexp((lean * self.bins[-half:].to(lean.dtype)).sum(-1))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of logits ``[*B, bins]`` and scalars ``[*B]`` or ``[*B, 1]``: ``[*B]``."""
-        return two_hot_cross_entropy(logits, symlog(target), self.bins)
+        """Cross-entropy of logits ``[*B, bins]`` and scalars ``[*B]`` or ``[*B, 1]``: ``[*B]``.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if target.shape == (*logits.shape[:-1], 1):
+            target = target.squeeze(-1)
+        if target.shape != logits.shape[:-1] or logits.shape[-1] != self.num_bins:
+            raise ValueError(
+                f"The logits have the shape {tuple(logits.shape)} and the scalars "
+                f"{tuple(target.shape)}; [*B, {self.num_bins}] and [*B] or [*B, 1] are expected."
+            )
+        # The two bins alone, in place of a distribution over all.
+        x = symlog(target).clamp(-self.limit, self.limit)
+        place = (x + self.limit) * ((self.num_bins - 1) / (2 * self.limit))
+        lower = place.floor().clamp(0, self.num_bins - 2)
+        share = place - lower
+        index = lower.long().unsqueeze(-1)
+        chosen = logits.gather(-1, torch.cat([index, index + 1], -1))
+        shares = torch.stack([1 - share, share], -1)
+        return logits.logsumexp(-1) - (shares * chosen).sum(-1)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """:meth:`decode` with a trailing dim, ``[*B, 1]``."""
