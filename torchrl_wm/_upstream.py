@@ -114,6 +114,11 @@ NAMES = (
         "torch's own activations are called: slower, the same result",
     ),
     Private(
+        "torch._C._functorch:is_legacy_batchedtensor",
+        "gradients of several weights at once cannot be written over a tensor of one",
+        "they are multiplied into a new one: slower, the same result",
+    ),
+    Private(
         "torch._dynamo.exc:BackendCompilerFailed",
         "tells a machine without a compiler, where things stay eager with a warning",
         "the compiler's error is raised as it is",
@@ -393,6 +398,13 @@ def is_transformed() -> bool:
     """Return whether torch.func transforms what is called now, or might do so."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return True if active is None else active()
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return whether a gradient stands for several, ``is_grads_batched``, or may do so."""
+    functions = getattr(torch._C, "_functorch", None)
+    batched = getattr(functions, "is_legacy_batchedtensor", None)
+    return True if batched is None else batched(tensor)
 
 
 def backend_errors() -> tuple[type[Exception], ...]:

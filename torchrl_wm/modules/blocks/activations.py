@@ -84,7 +84,8 @@ class _Mish(torch.autograd.Function):
         (value,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated, too
             return _plain_slope(value) * grad
-        return _slope(value) * grad
+        slope = _slope(value)
+        return slope * grad if _upstream.is_batched(grad) else slope.mul_(grad)
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
