@@ -91,7 +91,7 @@ class TDMPC2Config(RunConfig):
         num_candidates: how many plans are tried at each iteration; None for the preset's.
         policy_candidates: how many of them the policy proposes; None for the preset's.
         optim_steps: how often the candidates are improved at each real step; None for the
-            preset's.
+            preset's, and two more where an action has 20 numbers or more.
         top_k: how many of the best plans the next ones are drawn after; None for the preset's.
         horizon: how many steps the sequences of a batch have.
         planning_horizon: how many steps a plan has, at most horizon; None for as many.
@@ -297,10 +297,14 @@ class TDMPC2(Recipe):
     def make_planner(self) -> MPPIPlanner:
         """Return the planner."""
         config, env = self.config, self.env
+        optim_steps = config.size("optim_steps")
+        spec = env.full_action_spec_unbatched[env.action_key]
+        if config.optim_steps is None and spec.shape.numel() >= 20:
+            optim_steps += 2  # as the authors do for large actions
         planner = MPPIPlanner(
             self.imagined_env,
             planning_horizon=config.planning_horizon or config.horizon,
-            optim_steps=config.size("optim_steps"),
+            optim_steps=optim_steps,
             num_candidates=config.size("num_candidates"),
             top_k=config.size("top_k"),
             temperature=config.temperature,
