@@ -255,7 +255,7 @@ def true_dynamics(seed: int, episodes: list[int]) -> list[float]:
     from torchrl_wm import WorldModel, WorldModelEnv
     from torchrl_wm.planners import ICEMPlanner
     from torchrl_wm.trainers import episode_return, make_real_env, run_episodes
-    from torchrl_wm.trainers.functions import pendulum_reward
+    from torchrl_wm.trainers.known_tasks import pendulum_reward
 
     class Pendulum(nn.Module):
         def forward(self, observation, action):

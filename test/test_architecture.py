@@ -1,12 +1,14 @@
-"""The house rules that a machine can check: imports point one way, and no prints.
+"""The house rules that a machine can check: imports point one way, in no circle, and no prints.
 
-    cli -> trainers -> {models, planners, export, diagnostics} -> {envs, objectives} -> modules
+    cli -> trainers -> export -> {models, planners, diagnostics} -> {envs, objectives} -> modules
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "torchrl_wm"
 LAYERS = (
     {"cli"},
     {"trainers"},
-    {"models", "planners", "export", "diagnostics"},
+    {"export"},
+    {"models", "planners", "diagnostics"},
     {"envs", "objectives"},
     {"modules"},
 )
@@ -28,13 +31,15 @@ FLOOR = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in lay
 # __main__, which is the command line under another name.
 ROOT = "__init__"
 MAIN = "__main__"
+#: The functions that import what a string names.
+IMPORTERS = ("import_module", "__import__", "resolve_name")
 
 
 def floor_of(part: str) -> int | None:
     """The floor a part of the package stands on: 0 is the lowest, None is nowhere.
 
     A private module beside the packages (``torchrl_wm/_utils.py``) is the ground: all
-    may import it, and it imports nothing else of the package.
+    may import it, and it imports nothing else of the package but other such modules.
     """
     if part in (ROOT, MAIN):
         return len(LAYERS) + 1
@@ -57,21 +62,28 @@ def imported_names(path: Path, package: Path) -> Iterator[tuple[int, str]]:
 
     Imports in functions and under ``TYPE_CHECKING`` count: they too say who knows whom.
     """
+    for line, name, _ in imports_of(path, package):
+        yield line, name
+
+
+def imports_of(path: Path, package: Path) -> Iterator[tuple[int, str, str]]:
+    """As :func:`imported_names`, with the names that the file gives them."""
     here = path.relative_to(package.parent).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield node.lineno, alias.name
+                yield node.lineno, alias.name, alias.asname or alias.name
         elif isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level + 1] if node.level else ()
             base = ".".join([*base, *filter(None, [node.module])])
             for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}"
+                yield node.lineno, f"{base}.{alias.name}", alias.asname or alias.name
         elif isinstance(node, ast.Call) and node.args:
             name = getattr(node.func, "attr", getattr(node.func, "id", None))
             target = getattr(node.args[0], "value", None)
-            if name in ("import_module", "__import__") and isinstance(target, str):
-                yield node.lineno, target
+            if name in IMPORTERS and isinstance(target, str):
+                target = target.replace(":", ".")
+                yield node.lineno, target, target
 
 
 def imported_part(name: str, package: Path) -> str | None:
@@ -103,11 +115,66 @@ def import_violations(package: Path) -> list[str]:
                 )
                 continue
             other_floor = floor_of(other)
+            if other_floor == floor == 0:
+                continue
             if other_floor is None or other_floor >= floor:
                 found.append(
                     f"{where}:{line}: {part} imports {name}, but {other} is not below {part}"
                 )
     return found
+
+
+def files_behind(name: str, package: Path) -> set[Path]:
+    """The files that a dotted name stands for.
+
+    A package only gathers: a name that is imported from it stands for the file that defines
+    it, and the package as a whole for all files that it gathers from.
+    """
+    head, *rest = name.split(".")
+    if head != package.name:
+        return set()
+    place = package
+    while rest:
+        if (place / f"{rest[0]}.py").is_file():
+            return {place / f"{rest[0]}.py"}
+        if not (place / rest[0]).is_dir():
+            break
+        place /= rest.pop(0)
+    gathered = gathered_names(place / "__init__.py", package)
+    wanted = [gathered[rest[0]]] if rest and rest[0] in gathered else []
+    if not rest:
+        wanted = list(gathered.values())
+    return {file for found in wanted for file in files_behind(found, package)}
+
+
+@cache
+def gathered_names(init: Path, package: Path) -> dict[str, str]:
+    """What a package's ``__init__`` gathers: dotted names, by the names that it gives them."""
+    return {given: name for _, name, given in imports_of(init, package)}
+
+
+def import_circles(package: Path) -> list[str]:
+    """Files that import each other, directly or through others; one circle of each knot."""
+    graph = {
+        path: {
+            file
+            for _, name in imported_names(path, package)
+            for file in files_behind(name, package) - {path}
+        }
+        for path in modules_of(package)
+        if path.name != "__init__.py"
+    }
+    found = []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as err:
+            circle = err.args[1]
+            names = [str(path.relative_to(package.parent)) for path in circle]
+            found.append(" is imported by ".join(names))
+            graph[circle[1]].discard(circle[0])
+        else:
+            return found
 
 
 def style_violations(package: Path) -> list[str]:
@@ -136,6 +203,11 @@ def test_imports_point_one_way():
     assert modules_of(PACKAGE), f"no modules found under {PACKAGE}"
     violations = import_violations(PACKAGE)
     assert not violations, "\n".join(violations)
+
+
+def test_no_files_import_each_other():
+    circles = import_circles(PACKAGE)
+    assert not circles, "\n".join(circles)
 
 
 def test_modules_follow_the_house_style():
@@ -173,12 +245,18 @@ def build(root: Path, files: dict[str, str]) -> Path:
         ("trainers/deep/a.py", "from ...diagnostics import x\nfrom ..b import y"),
         ("cli/a.py", "import house.trainers"),
         ("__init__.py", "from house.envs import x\nfrom .cli import y"),
+        ("export/a.py", "def f():\n    from house.models import x"),
         ("modules/a.py", "import torch\nfrom household import x\nimport houses"),
         ("_utils.py", "import torch"),
     ],
 )
 def test_checker_accepts(tmp_path, file, source):
     assert import_violations(build(tmp_path, {file: source})) == []
+
+
+def test_checker_accepts_imports_on_the_ground(tmp_path):
+    files = {"_names.py": "import re", "_utils.py": "from ._names import x"}
+    assert import_violations(build(tmp_path, files)) == []
 
 
 @pytest.mark.parametrize(
@@ -196,6 +274,8 @@ def test_checker_accepts(tmp_path, file, source):
         ("trainers/a.py", "def f():\n    from house.cli import x", "cli"),
         ("envs/a.py", "if TYPE_CHECKING:\n    import house.planners", "planners"),
         ("envs/a.py", "importlib.import_module('house.export')", "export"),
+        ("envs/a.py", "pkgutil.resolve_name('house.export:x')", "export"),
+        ("models/a.py", "from house.export import x", "export"),
         ("envs/a.py", "from house import WorldModel", "top of the package"),
         ("envs/a.py", "import house", "top of the package"),
         ("_utils.py", "from .modules import x", "modules"),
@@ -206,6 +286,65 @@ def test_checker_refuses(tmp_path, file, source, culprit):
     violations = import_violations(build(tmp_path, {file: source}))
     assert len(violations) == 1, violations
     assert file in violations[0] and culprit in violations[0]
+
+
+GATHERS = {"envs/__init__.py": "from house.envs.a import x\nfrom .b import y as z"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"envs/a.py": "from .b import y", "envs/b.py": "import torch"},
+        {"envs/a.py": "x = 1", "envs/b.py": "from house.envs import x", **GATHERS},
+        {"envs/a.py": "from house.envs import z", "envs/b.py": "y = 1", **GATHERS},
+        {"envs/a.py": "from .b import y", "envs/b.py": "from .deep import a"},
+        {"envs/a.py": "from . import w", "envs/b.py": "from .a import x", **GATHERS},
+    ],
+)
+def test_circle_checker_accepts(tmp_path, files):
+    assert import_circles(build(tmp_path, files)) == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"envs/a.py": "from .b import y", "envs/b.py": "from house.envs.a import x"},
+        {
+            "envs/a.py": "from .b import y",
+            "envs/b.py": "def f():\n    import house.envs.a",
+        },
+        {
+            "envs/a.py": "if TYPE_CHECKING:\n    from . import b",
+            "envs/b.py": "from .a import x",
+        },
+        {
+            "envs/a.py": "from .b import y",
+            "envs/b.py": "from house.envs import x",
+            **GATHERS,
+        },
+        {
+            "envs/a.py": "from ..envs import z",
+            "envs/b.py": "from .a import x",
+            **GATHERS,
+        },
+        {"envs/a.py": "from .b import y", "envs/b.py": "import house.envs", **GATHERS},
+        {
+            "envs/a.py": "from .b import y",
+            "envs/b.py": "from ..modules import c",
+            "modules/c.py": "from house.envs import a",
+        },
+        {
+            "envs/a.py": "from .deep import y",
+            "envs/deep/__init__.py": "from .c import y",
+            "envs/deep/c.py": "from house.envs.b import y",
+            "envs/b.py": "from .a import x",
+        },
+    ],
+)
+def test_circle_checker_refuses(tmp_path, files):
+    circles = import_circles(build(tmp_path, files))
+    assert len(circles) == 1, circles
+    assert all(file in circles[0] for file in ("house/envs/a.py", "house/envs/b.py"))
 
 
 @pytest.mark.parametrize(

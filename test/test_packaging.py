@@ -96,6 +96,20 @@ def test_lint_pins_agree(pyproject):
         assert re.search(pattern, hooks), f"{tool}=={version} is not in pre-commit"
 
 
+def test_what_is_tested_is_what_is_asked_for(pyproject):
+    # The table of CONTRIBUTING.md: package, least, usual.
+    table = re.findall(
+        r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", read("CONTRIBUTING.md"), re.M
+    )
+    least = {name: least for name, least, _ in table}
+    bounds = [
+        re.match(r"(\w+)>=([\d.]+)", d) for d in pyproject["project"]["dependencies"]
+    ]
+    assert least == {bound[1]: bound[2] for bound in bounds}
+    for name, _, usual in table:
+        assert f"\n{name}=={usual}\n" in read("constraints.txt"), name
+
+
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", read("Makefile"), flags=re.MULTILINE))
 

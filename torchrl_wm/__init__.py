@@ -35,8 +35,8 @@ __all__ = [
     "make_world_model_env",
 ]
 
-#: Where they live. They are imported when somebody asks for them: torch takes seconds, and
-#: the command line's help can do without it.
+#: The packages that define them. They are imported on first use: importing torch takes
+#: seconds, and the help of the command line does not need it.
 _HOMES = {
     "GymWorldModelEnv": "export",
     "GymWorldModelVectorEnv": "export",
@@ -75,7 +75,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_PACKAGES})
 
 
-# By name, so that they are imported where somebody makes one.
+# By name, so that they are imported when an env is made.
 gymnasium.register(
     "torchrl_wm/ContinuousCartPole-v0",
     "torchrl_wm.trainers.cartpole:ContinuousCartPoleEnv",

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all; those of tensors are read without running code."""
+"""Files that are written as a whole or not at all, and read without running code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_plain(path: str | os.PathLike, what: str, writer: str) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no {what} {os.fspath(path)!r}.")
     try:
-        # An open file, as torch reads what it is given by name by that name's ending.
+        # An open file: torch chooses how to read a file name by its ending.
         with open(path, "rb") as file:
             _check_sums(file)
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -67,8 +67,8 @@ def read_plain(path: str | os.PathLike, what: str, writer: str) -> Any:
         ) from err
     except Exception as err:
         raise ValueError(
-            f"{os.fspath(path)!r} is no {what}, or a damaged one, as of a write that "
-            f"was cut off ({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''})."
+            f"{os.fspath(path)!r} is no {what}, or a damaged one, for example because "
+            f"writing it was interrupted ({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''})."
         ) from err
 
 
@@ -91,19 +91,19 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def _mode(path: Path) -> int:
-    """The permissions of the file that is replaced, or of one newly made."""
+    """Return the permissions of the file that is replaced, or those of a new file."""
     if path.exists():
         return path.stat().st_mode & 0o777
-    mask = os.umask(0)  # there is no way to ask without setting it
+    mask = os.umask(0)  # it cannot be read without setting it
     os.umask(mask)
     return 0o666 & ~mask
 
 
 def _check_sums(file: BinaryIO) -> None:
-    """Refuse bytes that are not those written: torch reads them without a look at the sums."""
+    """Refuse a file whose checksums are wrong; torch does not compare them."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is another")
+            raise ValueError(f"the checksum of {damaged} is wrong")
     file.seek(0)

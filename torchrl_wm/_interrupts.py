@@ -1,8 +1,8 @@
-"""Ctrl-C that is heeded between steps, and nowhere else.
+"""Ctrl-C that takes effect only between steps.
 
-A KeyboardInterrupt in the midst of a step may hit code that turns it into another error,
-or leaves a module without its parameters. So the signal sets a flag while a run goes on,
-and the run reads it where it may stop.
+A KeyboardInterrupt within a step may hit code that turns it into another error, or leaves a
+module without its parameters. During a run the signal therefore sets a flag, which the run
+reads where it may stop.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _pending = False
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait for :func:`check_interrupt`, or the end; a second one is heeded at once."""
+    """Let Ctrl-C wait for :func:`check_interrupt`, or the end; a second one acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python hands signals to the main thread only
         return
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler:
-        yield  # somebody else handles the signal, or nobody does
+        yield  # the signal has another handler, or none
         return
     signal.signal(signal.SIGINT, _note)
     try:
@@ -38,11 +38,11 @@ def deferred_interrupts() -> Iterator[None]:
 
 @contextmanager
 def blocked_interrupts() -> Iterator[None]:
-    """Let processes begin that Ctrl-C, which their whole terminal gets, does not end."""
+    """Start processes that Ctrl-C in their terminal does not end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # Or the first process makes it begin, which unblocks the signal.
+    # Otherwise the first process starts it, which unblocks the signal.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -52,7 +52,7 @@ def blocked_interrupts() -> Iterator[None]:
 
 
 def check_interrupt(*_: Any) -> None:
-    """Raise the KeyboardInterrupt that was asked for, if one was."""
+    """Raise KeyboardInterrupt if Ctrl-C was pressed."""
     if _pending:
         _clear()
         raise KeyboardInterrupt

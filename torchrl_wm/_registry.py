@@ -1,6 +1,6 @@
-"""The recipes there are, by name. A recipe is imported where somebody asks for it, not before.
+"""The recipes by name. A recipe is imported when it is loaded, not before.
 
-Reading the list costs no import of torch: the command line's help is quick.
+Listing them does not import torch, so that the help of the command line is quick.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
+
+from torchrl_wm._checks import did_you_mean
 
 #: The entry point group in which other packages name their recipes.
 GROUP = "torchrl_wm.recipes"
@@ -22,7 +23,7 @@ class Entry:
     """A recipe by name.
 
     Args:
-        name: what ``torchrl-wm train`` calls it.
+        name: its name for ``torchrl-wm train``.
         target: the class, or ``"module:Class"``.
         summary: one line for the help.
         origin: who registers it, for errors.
@@ -42,11 +43,18 @@ class Entry:
         """Return the class.
 
         Raises:
-            ValueError: if it cannot be imported, or is no recipe.
+            ValueError: if it cannot be imported.
+            TypeError: if it is no recipe.
         """
         found = self.target
         if isinstance(found, str):
-            found = _imported(found, f"The recipe {self.name!r} of {self.origin}")
+            try:
+                found = load_object(found)
+            except ValueError as err:
+                raise ValueError(
+                    f"The recipe {self.name!r} of {self.origin} cannot be imported from {found!r}: "
+                    f"{err}"
+                ) from err
         _check(found, self.name)
         _name(found, self.name)
         return found
@@ -67,18 +75,18 @@ _BUILT_IN = {
     ),
     "model": (
         "torchrl_wm.trainers.recipes.model:ModelRecipe",
-        "Learn a world model alone, from logged data.",
+        "Learn only a world model, from logged data.",
     ),
 }
-#: What is registered in this process, beside the built-in recipes.
+#: The recipes that this process registered, beside the built-in ones.
 _REGISTERED: dict[str, Entry] = {}
 
 
 def register_recipe(name: str, recipe: type | None = None) -> Any:
-    """Register a recipe under a name, for ``torchrl-wm train NAME`` and all that looks at its runs.
+    """Register a recipe under a name, for ``torchrl-wm train NAME`` and for commands on its runs.
 
-    A package that is installed names its recipes in the entry point group
-    ``torchrl_wm.recipes`` in place of this call.
+    An installed package can name its recipes in the entry point group
+    ``torchrl_wm.recipes`` instead.
 
     Args:
         name: the name on the command line and in the folders of runs.
@@ -127,8 +135,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
 
     Args:
         name: the name, or ``"module:Class"`` of a module that registers it.
-        path: where a run says that its recipe is, ``"module:Class"``: its module is imported, and
-            so registers the recipe, if nobody else has.
+        path: where a run says that its recipe is, ``"module:Class"``. If no recipe has the name,
+            the module is imported, which registers the recipe.
 
     Raises:
         ValueError: if there is none, or two packages register it.
@@ -148,10 +156,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
         )
     if not entries:
         names = recipe_names()
-        close = get_close_matches(name, names, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"There is no recipe {name!r}.{hint} Valid choices are {sorted(names)}. A recipe of your "
+            f"There is no recipe {name!r}.{did_you_mean(name, names)} Valid choices are {sorted(names)}. A recipe of your "
             f"own is registered by torchrl_wm.trainers.register_recipe, in a module that you name "
             f"(torchrl-wm train module:Class) or import, or by an installed package in the entry "
             f"point group {GROUP!r}."
@@ -160,8 +166,8 @@ def find_recipe(name: str, path: str | None = None) -> Entry:
 
 
 def _of_module(name: str) -> Entry:
-    """The recipe that ``"module:Class"`` registers."""
-    kind = _imported(name, "The recipe")
+    """Return the recipe that ``"module:Class"`` registers."""
+    kind = load_object(name)
     _check(kind, name)
     if getattr(kind, "name", None) not in recipe_names():
         raise ValueError(
@@ -171,15 +177,25 @@ def _of_module(name: str) -> Entry:
     return find_recipe(kind.name)
 
 
-def _imported(path: str, what: str) -> Any:
-    """What ``"module:Class"`` stands for; ``what`` it is, for the error."""
-    module, _, name = path.partition(":")
+def load_object(name: str) -> Any:
+    """Return the object that ``"module:name"`` names.
+
+    Raises:
+        ValueError: if there is no such module, or nothing of that name in it.
+    """
+    module, _, attributes = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        if module.startswith(".") or "/" in module:
+            raise ImportError("this is a path, not the name of a module")
+        found = importlib.import_module(module)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
     except (ImportError, AttributeError) as err:
         raise ValueError(
-            f"{what} cannot be imported from {path!r} ({type(err).__name__}: {err})."
+            f"There is no {name!r} ({type(err).__name__}: {err}). Give 'module:name', with the "
+            f"module where Python finds it, in the working directory or in PYTHONPATH."
         ) from err
+    return found
 
 
 def path_of(kind: type) -> str:
@@ -207,7 +223,7 @@ def _installed(name: str) -> list[Entry]:
 
 
 def _origin(point: Any) -> str:
-    """The package that has an entry point."""
+    """Return the package that has an entry point."""
     return point.dist.name if point.dist is not None else point.value
 
 
@@ -223,7 +239,7 @@ def _name(recipe: type, name: str) -> None:
 
 
 def _check(recipe: Any, name: str) -> None:
-    """Refuse what has not the parts of a recipe."""
+    """Refuse a class without the parts of a recipe."""
     missing = [part for part in ("config_class", "learn") if not hasattr(recipe, part)]
     if not isinstance(recipe, type) or missing:
         raise TypeError(

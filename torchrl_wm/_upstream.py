@@ -37,7 +37,7 @@ _SLOW = "module calls go through a tensordict: slower, the same result"
 _LOOP = "WorldModelEnv.rollout takes TorchRL's own loop: slower, the same result"
 _STEP = "the fast rollout does in one go what this method does at each step"
 
-#: What the package reads or calls.
+#: The names that the package reads or calls.
 NAMES = (
     Private(
         "tensordict.nn:TensorDictModule._call_module",
@@ -97,12 +97,6 @@ NAMES = (
         "looks up submodules at every step, without a search",
         "named_children() finds them",
     ),
-    Private(
-        "torch.nn:Module._parameters",
-        "lists a module's tensors at every call of a loss",
-        "named_parameters() lists them",
-    ),
-    Private("torch.nn:Module._buffers", "as _parameters", "named_buffers() lists them"),
     Private(
         "torch._C:_set_grad_enabled",
         "switches gradients off and on at every step of an exported env",
@@ -165,11 +159,6 @@ NAMES = (
         "an error",
     ),
     Private(
-        "torchrl.objectives:LossModule._has_update_associated",
-        "whether somebody updates the target parameters, also after the loss was moved",
-        "after it was moved, the loss no longer warns that nobody does",
-    ),
-    Private(
         "torchrl.modules:TanhNormal._t",
         "SquashedNormal makes the transform without a look at values, which waits for the GPU",
         "SAC takes TanhNormal: slower on a GPU, the same result",
@@ -197,7 +186,7 @@ NAMES = (
     ),
 )
 
-#: What the package defines in subclasses, beside the methods that TorchRL documents for that.
+#: The names that the package defines in subclasses, beside the methods documented for that.
 REPLACED = (
     Private(
         "torchrl.envs:EnvBase._reset_proc_data",
@@ -236,13 +225,13 @@ REPLACED = (
     ),
 )
 
-#: The methods of an env whose part the fast rollout plays: it must know them all, and
-#: leaves an env alone that has others in their place.
+#: The methods of an env whose work the fast rollout does. It leaves an env to TorchRL's loop
+#: if the env replaces one of them.
 STEP_METHODS = ("_reset_proc_data", "_step_proc_data", "_assert_tensordict_shape")
 #: The entries of an env's ``__dict__`` that no pickle takes.
 COMPILED_STEP = "_compiled_step_and_maybe_reset"
 COLLECTOR = "_collector"
-#: What wraps policies, for the error that says that it is not there.
+#: The function that wraps policies, for the error if it is missing.
 POLICY_WRAPPER = "torchrl.envs.utils:_make_compatible_policy"
 _STEP_NAMES = (*STEP_METHODS, "_post_step_mdp_hooks")
 
@@ -349,7 +338,7 @@ def draws_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def draw(module: nn.Module, dist: Any, interaction_type: Any) -> Any:
-    """Draw from ``dist`` as a probabilistic module does, if :func:`draws_as` says so."""
+    """Draw from ``dist`` as a probabilistic module does, if :func:`draws_as` returns True for it."""
     return module._dist_sample(dist, interaction_type=interaction_type)
 
 
@@ -359,17 +348,6 @@ def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:
         return module._modules
     except AttributeError:
         return dict(module.named_children())
-
-
-def own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Return the parameters and buffers of a module, without those of its submodules."""
-    try:
-        held = (module._parameters, module._buffers)
-    except AttributeError:
-        options = {"recurse": False, "remove_duplicate": False}
-        named = module.named_parameters(**options), module.named_buffers(**options)
-        held = tuple(map(dict, named))
-    return [value for part in held for value in part.values() if value is not None]
 
 
 def new_tensordict(
@@ -463,7 +441,7 @@ def wrapped_env(env: Any) -> Any | None:
     Raises:
         UpstreamError: if it wraps something and does not say what.
     """
-    # Not getattr: batched envs ask their workers, and start them.
+    # Not getattr, which makes batched envs start their workers.
     inner = env.__dict__.get("_env")
     if inner is None and _wraps(env):
         raise missing("torchrl.envs.libs.gym:GymWrapper._env")
@@ -482,12 +460,7 @@ def _wraps(env: Any) -> bool:
     return isinstance(env, (GymWrapper, DMControlWrapper, DMControlEnv))
 
 
-# Losses, distributions, data, trainers ---------------------------------------------------
-
-
-def update_flags(loss: nn.Module) -> dict[str, bool]:
-    """Return whether somebody updates a loss's target parameters, by the module's name."""
-    return getattr(loss, "_has_update_associated", {})
+# Distributions, data, trainers -----------------------------------------------------------
 
 
 def is_known_tanh(kind: type) -> bool:
@@ -518,7 +491,7 @@ def cursor(writer: Any) -> int | None:
 
 
 def set_cursor(writer: Any, cursor: int, write_count: int) -> None:
-    """Let a writer go on at a row, after so many rows."""
+    """Let a writer go on at row ``cursor``, after ``write_count`` rows."""
     state = {"_cursor": cursor, "_write_count": write_count}
     if state.keys() != writer.state_dict().keys():
         raise missing("torchrl.data:RoundRobinWriter._write_count")

@@ -248,7 +248,7 @@ def test_envs_of_ones_own(here, capsys) -> None:
     assert main(["evaluate", "run", "--episodes", "1"]) == 0
     capsys.readouterr()
     assert main(["play", "run"]) == 0
-    assert "The real env alone" in capsys.readouterr().out
+    assert "Only the real env is filmed" in capsys.readouterr().out
     assert (here / "run" / "film.gif").read_bytes().startswith(b"GIF8")
     # What goes wrong in it is said with its place, and nothing of a traceback.
     assert main(["train", "pets", "--env", "my_env_module:broken", *PETS]) == 2

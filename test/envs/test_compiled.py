@@ -30,9 +30,9 @@ from torchrl.envs import GymEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
 from torchrl_wm import WorldModelEnv
-from torchrl_wm.envs import compiler
 from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules.blocks.ensemble_dynamics import PROPAGATIONS
+from torchrl_wm.modules.world_model import compiling
 
 # Graphs are captured as for a compiler, and run without one: what is tested is
 # that there is one graph, not what inductor makes of it.
@@ -278,7 +278,7 @@ def test_graphs_of_what_is_gone_are_let_go() -> None:
 
 
 def test_policies_made_anew_do_not_pile_up(monkeypatch) -> None:
-    monkeypatch.setattr(compiler, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(compiling, "MOST_GRAPHS", 2)
     model = make_model()
     env = WorldModelEnv(model, SpecEnv()).compile(**CAPTURE)
     start = model.encode(observations(3)).detach()

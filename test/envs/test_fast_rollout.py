@@ -290,6 +290,20 @@ def test_policies_that_read_nested_tensordicts(plain) -> None:
     assert torch.equal(imagined["action"], out["action"])
 
 
+def test_dims_of_nested_tensordicts_are_kept() -> None:
+    """Each has the dims that it has beside the batch, however deep it stands."""
+    model = make_model()
+    env = WorldModelEnv(model, SpecEnv())
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    info = TensorDict({"x": torch.zeros(3, 2, 5)}, [3, 2])
+    start = model.encode(observations(3)).detach()
+    start.set("agents", TensorDict({"info": info}, [3, 2]))
+    out = env.rollout(3, policy, tensordict=start.clone())
+    assert env.slow_because is None
+    assert out["agents", "info"].batch_size == (3, 3, 2)
+    assert_same(out, inherited(env, 3, policy, tensordict=start.clone()))
+
+
 def test_other_containers_keep_the_options() -> None:
     model = make_model()
     env = WorldModelEnv(model, SpecEnv())

@@ -14,6 +14,8 @@ from torchrl.envs.utils import check_env_specs, step_mdp
 
 from torchrl_wm import WorldModel, WorldModelEnv
 from torchrl_wm.envs.endings import Endings
+from torchrl_wm.modules.keys import strip_next
+from torchrl_wm.modules.world_model.flat import Placement
 
 N = 3
 
@@ -168,7 +170,8 @@ def read(spec: Composite, written: dict) -> dict:
     endings = Endings(spec, written, time_limit=False)
     endings = Endings(spec, written, time_limit=False)
     predicted = {unravel_key(("next", key)): value for key, value in written.items()}
-    out = endings.read(predicted, torch.Size([2]), None, None)
+    out = endings.read(predicted, Placement(torch.Size([2]), None))
+    out = {strip_next(key): flag for key, flag in out.items()}
     for group in endings.groups:
         truncated = out.get(group.key("truncated"))
         ended = out[group.key("terminated")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 from functools import partial
@@ -204,6 +205,21 @@ class TestSpecs:
         env = WorldModelEnv(make_model().to("meta"), SpecEnv())
         assert env.device.type == "meta"
         assert env.action_spec.device.type == "meta"
+
+    def test_a_moved_env_imagines_where_it_is(self) -> None:
+        env = WorldModelEnv(make_model(), SpecEnv(), max_steps=3).to("meta")
+        start = TensorDict({"latent": torch.zeros(2, LATENT)}, [2])
+        assert {value.device.type for value in env.reset(start).values()} == {"meta"}
+
+    def test_layouts_do_not_change(self) -> None:
+        env = WorldModelEnv(make_model(), SpecEnv(done_names=("done", "terminated")))
+        before = env.imaginer.layout
+        assert "truncated" not in before.done.keys()
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            before.done = before.reward
+        env.add_truncated_keys()
+        after = env.imaginer.layout
+        assert "truncated" in after.done.keys() and after is not before
 
     def test_state_dict_is_the_models_and_not_the_sources(self) -> None:
         model = make_model()

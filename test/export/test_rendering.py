@@ -20,7 +20,7 @@ from torchrl_wm import (
     WorldModel,
     WorldModelEnv,
 )
-from torchrl_wm.envs.rendering import as_frame
+from torchrl_wm._rendering import as_frame
 
 FIRST = np.linspace(0, 1, 6 * 8).reshape(6, 8)
 

@@ -8,14 +8,16 @@ import warnings
 
 import pytest
 import torch
-from _models import LATENT, make_model, transitions
+from _models import ACTION, LATENT, linear, make_model, transitions
 from _small_models import MAKE
 from tensordict import TensorDict
 from torch import nn
+from torchrl.data import Bounded
 from torchrl.envs import GymEnv
 
 from torchrl_wm import WorldModelEnv, WorldModelLoss
-from torchrl_wm.modules import fit_normalizers
+from torchrl_wm.modules import Entry, fit_normalizers, QEnsemble
+from torchrl_wm.objectives import ValueTerm
 
 
 def _clone(module: nn.Module) -> None:
@@ -147,3 +149,83 @@ def test_parameters_that_stand_in_for_a_while() -> None:
         loss(batch)
     assert torch.equal(loss(batch)["loss_reward"], expected)
     assert [id(p) for p in loss.parameters()] == held
+
+
+def value_loss() -> WorldModelLoss:
+    action = Entry.from_spec("action", Bounded(-1.0, 1.0, (ACTION,)))
+    q = QEnsemble({"latent": LATENT}, [action], num_cells=[8], dropout=0.0)
+    policy = linear(["latent"], ["action"], [LATENT, ACTION])
+    losses = ["reward", "latent", ValueTerm(q, policy)]
+    return WorldModelLoss(make_model(), losses=losses, delay_encoder=True)
+
+
+def test_every_tensor_stands_once_in_the_state() -> None:
+    """The model's and the term's modules under their names, and the targets."""
+    loss = value_loss()
+    state = loss.state_dict(keep_vars=True)
+    assert len({id(value) for value in state.values()}) == len(state)
+    roots = [key.partition(".")[0] for key in state]
+    targets = ["target_encoder_params", "target_q_ensemble_params"]
+    expected = ["world_model", targets[0], "q_ensemble", targets[1]]
+    assert list(dict.fromkeys(roots)) == expected
+    parameters = list(loss.parameters())
+    assert len({id(parameter) for parameter in parameters}) == len(parameters)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_share_nothing_and_keep_their_targets(clone) -> None:
+    loss = value_loss()
+    loss.target_q_ensemble_params.data.apply_(lambda x: x.fill_(0.5))
+    other = clone(loss)
+    assert other.q_ensemble is other.terms[-1].q_ensemble
+    assert other.q_ensemble is not loss.q_ensemble
+    other(transitions(3)).sum(reduce=True).backward()
+    assert all(
+        (v == 0.5).all() for v in other.target_q_ensemble_params.values(True, True)
+    )
+    assert all(p.grad is None for p in loss.parameters())
+    assert any(p.grad is not None for p in other.q_ensemble.parameters())
+
+
+@pytest.mark.parametrize("where", ["encoder", "network", "term"])
+def test_targets_begin_anew_with_another_network(where) -> None:
+    loss, batch = value_loss(), transitions(3)
+    loss(batch)
+    new = value_loss()
+    if where == "encoder":
+        loss.world_model.encoder = new.world_model.encoder
+    elif where == "network":
+        loss.world_model.encoder.module = new.world_model.encoder.module
+    else:
+        loss.terms[-1].q_ensemble = new.q_ensemble
+    loss(batch)
+    name = "q_ensemble" if where == "term" else "encoder"
+    expected = TensorDict.from_module(getattr(new, name)).data
+    assert (getattr(loss, f"target_{name}_params").data == expected).all()
+    held = {id(parameter) for parameter in loss.parameters()}
+    assert {id(parameter) for parameter in getattr(new, name).parameters()} <= held
+
+
+def test_new_weights_are_no_other_network() -> None:
+    """Targets stay what they were, as where weights are loaded."""
+    loss = WorldModelLoss(make_model(), losses=["latent"], delay_encoder=True)
+    before = loss.target_encoder_params.data.clone()
+    loss.world_model.load_state_dict(make_model().state_dict())
+    loss(transitions(3))
+    assert (loss.target_encoder_params.data == before).all()
+
+
+def test_targets_are_reset_with_their_networks() -> None:
+    loss = value_loss()
+    before = loss.target_encoder_params.data.clone()
+    loss.reset_parameters_recursive()
+    assert (loss.target_encoder_params.data == loss.encoder_params.data).all()
+    assert not (loss.target_encoder_params.data == before).all()
+
+
+def test_the_mode_of_the_loss_is_the_models() -> None:
+    loss = value_loss()
+    loss.eval()
+    assert not loss.world_model.training and not loss.q_ensemble.training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from tensordict import lazy_stack, TensorDict
 from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
-from torchrl_wm.objectives import DoneTerm, LossTerm, ReconstructionTerm, RewardTerm
+from torchrl_wm.objectives import (
+    DoneTerm,
+    LossContext,
+    LossKeys,
+    LossTerm,
+    ReconstructionTerm,
+    RewardTerm,
+)
 
 ALL = ["reward", "done", "reconstruction", "latent"]
 
@@ -700,3 +708,15 @@ def test_in_keys_of_ends_that_are_judged_on_real_states() -> None:
     )
     expected = loss(batch)["loss_done"]
     assert torch.equal(loss(batch.select(*loss.in_keys))["loss_done"], expected)
+
+
+def test_terms_need_no_more_of_the_loss_than_its_context() -> None:
+    model, batch = full_model(), transitions(5)
+    context = SimpleNamespace(world_model=model, tensor_keys=LossKeys())
+    predicted, losses = predictions(model, batch), WorldModelLoss(model, losses=ALL)
+    expected = losses(batch)
+    for term in (RewardTerm(), DoneTerm(), ReconstructionTerm()):
+        value = term(predicted, batch, context).mean()
+        torch.testing.assert_close(value, expected[f"loss_{term.name}"])
+    names = [name for name in vars(LossContext) if not name.startswith("_")]
+    assert names and all(hasattr(losses, name) for name in names)

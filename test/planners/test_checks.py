@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from _models import LATENT, linear, make_model, OBS, observations, SpecEnv
 from tensordict import TensorDict
 from torchrl.data import Composite, Unbounded
-from torchrl.modules import ValueOperator
+from torchrl.modules import (
+    CEMPlanner as TorchRLCEM,
+    MPPIPlanner as TorchRLMPPI,
+    ValueOperator,
+)
 
 from torchrl_wm import WorldModel, WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join
-from torchrl_wm.planners import CEMPlanner, ICEMPlanner, MPPIPlanner
+from torchrl_wm.planners import CEMPlanner, ICEMPlanner, MPCPlanner, MPPIPlanner
 
 SMALL = {"planning_horizon": 3, "optim_steps": 2, "num_candidates": 12, "top_k": 3}
 GOALS = ["goal", ("task", "goal")]
+
+
+def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(kind).parameters)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (CEMPlanner, TorchRLCEM),
+        (ICEMPlanner, TorchRLCEM),
+        (MPPIPlanner, TorchRLMPPI),
+    ],
+)
+def test_signatures_name_all_arguments(ours, theirs) -> None:
+    kept = parameters_of(ours)
+    positional = [name for name, p in kept.items() if p.kind is not p.KEYWORD_ONLY]
+    assert positional == list(parameters_of(theirs))
+    assert parameters_of(MPCPlanner).keys() <= kept.keys()
+    for parameter in kept.values():
+        assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    keys = {"reward_key": ("next", "reward"), "action_key": "action"}
+    for name, default in keys.items():
+        assert kept[name].default == default
+
+
+def test_positional_arguments_are_those_of_the_signature() -> None:
+    env = WorldModelEnv(make_model(), SpecEnv())
+    keys = [("next", "reward"), "action"]
+    for planner in (
+        ICEMPlanner(env, *SMALL.values(), *keys),
+        MPPIPlanner(env, None, 2.0, *SMALL.values(), *keys),
+    ):
+        for name, value in SMALL.items():
+            assert getattr(planner, name) == value
+        assert (planner.reward_key, planner.action_key) == tuple(keys)
+    with pytest.raises(TypeError, match="multiple values.*'top_k'"):
+        ICEMPlanner(env, *SMALL.values(), top_k=3)
 
 
 @pytest.mark.parametrize("planner_class", [CEMPlanner, ICEMPlanner, MPPIPlanner])

@@ -1161,12 +1161,10 @@ def test_loss_holds_functional_parameters(impl: Implementation) -> None:
     model = small_model(impl)
     loss = impl.loss(model)
     assert loss.functional
-    held = {
-        id(parameter)
-        for child in loss.children()
-        if isinstance(child, TensorDictParams)
-        for parameter in child.values(True, True)
-    }
+    names = ("encoder", "dynamics", "reward_head")
+    parts = [getattr(loss, f"{name}_params", None) for name in names]
+    assert all(isinstance(part, TensorDictParams) for part in parts)
+    held = {id(parameter) for part in parts for parameter in part.values(True, True)}
     assert held == {id(parameter) for parameter in model.parameters()}
     assert len(list(loss.parameters())) == len(held)
 

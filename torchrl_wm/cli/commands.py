@@ -1,7 +1,7 @@
-"""The commands and their options. What they do is imported when it is known that they run.
+"""The commands and their options. A command's code is imported when it runs.
 
-Each function returns what is to be done, so that reading the command line is over before
-anything happens.
+Each function returns a function that does the work, so that the command line is read as a
+whole before anything happens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train(
 
     Args:
         recipe: what to train, see below.
-        resume: the folder of a run that was interrupted or is to be made longer, to go on from its last checkpoint.
+        resume: the folder of a run to go on with, from its last checkpoint.
         checkpoint: the step of the checkpoint to go on from.
         device: where the run goes on.
         report: write the report at the end.
@@ -72,7 +72,7 @@ def train(
 
 
 def describe_train() -> str:
-    """What the help of ``train`` says of the recipes."""
+    """Return what the help of ``train`` says of the recipes."""
     # Paragraphs, as lines of one would be joined.
     lines = [f"  {name}: {find_recipe(name).summary}" for name in recipe_names()]
     return (
@@ -109,9 +109,9 @@ def evaluate(
     """
 
     def go() -> None:
-        from torchrl_wm.cli import looking
+        from torchrl_wm.cli import inspect_run
 
-        looking.evaluate(
+        inspect_run.evaluate(
             run,
             episodes=episodes,
             seed=seed,
@@ -148,9 +148,9 @@ def report(
     """
 
     def go() -> None:
-        from torchrl_wm.cli import looking
+        from torchrl_wm.cli import inspect_run
 
-        looking.report(
+        inspect_run.report(
             run,
             out=out,
             episodes=episodes,
@@ -190,18 +190,18 @@ def play(
         out: the film to write, a .gif or an .mp4.
         horizon: for how many steps the model imagines before it looks at the real env again.
         max_steps: the greatest length of the film, in steps.
-        real_only: film the real env alone, with its own renderer.
+        real_only: film only the real env, with its own renderer.
         seed: the seed of how the episode begins.
         fps: how many frames the film shows in a second.
-        height: the height of the frames, in pixels; the real env alone is filmed as high as its renderer draws it.
-        render: a function of yours that draws an observation of the env, for films of an env of your own.
+        height: the height of the frames, in pixels; films of only the real env are as high as its renderer draws them.
+        render: your function that draws an observation, for films of your own env.
         checkpoint: the step of the checkpoint whose policy is filmed.
     """
 
     def go() -> None:
-        from torchrl_wm.cli import looking
+        from torchrl_wm.cli import inspect_run
 
-        looking.play(
+        inspect_run.play(
             run,
             out=out,
             horizon=horizon,

@@ -1,4 +1,4 @@
-"""What the command line says, and how it says that something went wrong."""
+"""The output of the command line, and its error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def list_paths(paths: Mapping[str, object]) -> None:
 
 
 def describe(err: BaseException) -> str:
-    """What went wrong, in a sentence; with its place if that is not in this package."""
+    """Say what went wrong in a sentence, with its place if that is not in this package."""
     # KeyError shows its message in quotes.
     one = isinstance(err, KeyError) and len(err.args) == 1
     message = str(err.args[0] if one else err) or type(err).__name__
@@ -50,7 +50,7 @@ def describe(err: BaseException) -> str:
 
 
 def was_interrupted(err: BaseException | None) -> bool:
-    """Whether an error is what other code made of Ctrl-C."""
+    """Return whether an error is what other code made of Ctrl-C."""
     while err is not None:
         if isinstance(err, KeyboardInterrupt):
             return True
@@ -59,5 +59,5 @@ def was_interrupted(err: BaseException | None) -> bool:
 
 
 def command(*words: object) -> str:
-    """A command line of this program, to be copied."""
+    """Return a command line of this program, to be copied."""
     return shlex.join(["torchrl-wm", *map(str, words)])

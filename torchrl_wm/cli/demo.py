@@ -1,4 +1,4 @@
-"""``torchrl-wm demo``: from nothing to a pendulum that stands, by a learned model."""
+"""``torchrl-wm demo``: learn a model of the pendulum from nothing, and balance it by planning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from torchrl_wm.cli.console import list_paths, say
-from torchrl_wm.cli.runs import free
+from torchrl_wm.cli.open_run import free
 from torchrl_wm.cli.training import paths, saying_what_is_saved
 from torchrl_wm.trainers import (
     episode_return,
@@ -17,10 +17,10 @@ from torchrl_wm.trainers import (
     save_prediction_fan,
 )
 
-#: Each plan goes on from the one of the step before: where steps come one after another, a
-#: single iteration at each is enough, and takes the least time on a CPU.
+#: Each plan goes on from the plan of the step before, so that a single iteration at each step
+#: is enough, and takes the least time on a CPU.
 PLANS = {"optim_steps": 1, "num_particles": 3}
-#: What the pendulum is learnt with; docs/benchmarks/learning.md has curves over seeds.
+#: The settings that the pendulum is learnt with; docs/benchmarks/learning.md has curves over seeds.
 SETTINGS = {
     **PLANS,
     "env": "Pendulum-v1",
@@ -36,7 +36,7 @@ SETTINGS = {
     "model_steps": 175,
 }
 LABELS = ["cos(angle)", "sin(angle)", "velocity"]
-#: For how many steps the film imagines without another look at the real pendulum.
+#: How many steps the film imagines before it looks at the real pendulum again.
 FILM_HORIZON = 40
 
 
@@ -50,7 +50,7 @@ def run_demo(
     num_candidates: int | None,
     progress: bool,
 ) -> None:
-    """PETS on Pendulum-v1 and three pictures."""
+    """Run PETS on Pendulum-v1, and write three pictures."""
     began = time.monotonic()
     given = {
         "max_episode_steps": episode_steps,
@@ -103,5 +103,5 @@ def run_demo(
 
 
 def counted(trials: int) -> str:
-    """How many trials, in words."""
+    """Say how many trials there are."""
     return f"{trials} trial" + "s" * (trials > 1)

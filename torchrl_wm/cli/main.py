@@ -1,4 +1,4 @@
-"""Reads the command line and runs a command."""
+"""The command line: read its words, and run a command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchrl_wm.cli.console import complain, describe, Interrupted, was_interrup
 DESCRIPTION = """Learn world models, act by them, and see how good they are.
 
 Each command explains its options: torchrl-wm COMMAND --help, torchrl-wm train pets --help.
-Every command takes --debug, too: then an error comes with its traceback."""
+With --debug, any command shows the traceback of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``torchrl-wm``; those of the process by default.
 
     Returns:
-        What the process exits with: 0; 2 after an error; 130 after Ctrl-C.
+        The exit code of the process: 0; 2 after an error; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -35,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not find_spec("tyro"):
         complain("torchrl-wm needs tyro: pip install 'torchrl-wm[cli]'")
         return 2
-    # Its notes, such as that a storage is initialised, are not for people who run a command.
+    # Its notes, such as that a storage is initialised, do not help people who run a command.
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # if it is imported already
-    # So are warnings that other packages give of each other's ways; ours are.
+    # Nor do warnings that other packages give of each other. Our own are shown.
     for package in ("torchrl", "tensordict", "torch", "gymnasium"):
         warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
-    # Frames are drawn, no windows: without a display SDL complains as if something had failed.
+    # Only frames are drawn, and no windows: without a display SDL reports an error.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
-    # `--env module:factory` is looked for where the user is, as `python -m` does.
+    # `--env module:factory` is searched in the working directory, as by `python -m`.
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Callable[[], None]:
-    """What a command line asks for.
+    """Return the function that does what a command line says.
 
     Raises:
         SystemExit: after ``--help``, and for words that are not understood.
@@ -83,8 +83,8 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
 
     trains = bool(words) and words[0] == "train"
     resumes = any(word.split("=")[0] == "--resume" for word in words)
-    # The settings of a recipe are read from its config, whose import takes as long as torch's.
-    # Hence only where they are asked for.
+    # The settings of a recipe are read from its config. Importing it imports torch, which is
+    # slow, so only the commands that need it do.
     recipe = words[1] if trains and words[1:] and words[1][0] != "-" else None
     if recipe is not None and not resumes:
         recipe = find_recipe(recipe).name
@@ -114,7 +114,7 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
 
 
 def _split_ends(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words of ``train --resume``, and the settings beside them, which end a run later."""
+    """Split the words of ``train --resume`` from the settings beside them, which end a run later."""
     own = ("resume", "checkpoint", "device", "report", "no-report")
     own = (*own, "progress", "no-progress", "help")
     left, ends = list(words), {}
@@ -131,7 +131,7 @@ def _split_ends(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _value(word: str) -> Any:
-    """A setting as it was written: nothing, a number or a word."""
+    """Read a setting: None, a number or a word."""
     if word.lower() == "none":
         return None
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""How options are written and shown, where tyro's own way is not for people."""
+"""Forms of options that are easier to read than tyro's own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tyro.constructors import (
     PrimitiveTypeInfo,
 )
 
-#: What ``tyro.cli`` is to be given as ``registry``.
+#: The ``registry`` for ``tyro.cli``.
 OPTIONS = ConstructorRegistry()
 
 
 @OPTIONS.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """``int | None`` is shown as INT, and None may still be written; but not for a path."""
+    """Show ``int | None`` as INT, and read "none" as None, but not for a string."""
     kinds = get_args(info.type)
     if len(kinds) != 2 or NoneType not in kinds:
         return None

@@ -18,7 +18,7 @@ from torchrl_wm.cli.console import (
     say,
     was_interrupted,
 )
-from torchrl_wm.cli.runs import free
+from torchrl_wm.cli.open_run import free
 from torchrl_wm.trainers import (
     RecipeTrainer,
     resume_run,
@@ -32,7 +32,7 @@ from torchrl_wm.trainers.settings import Settings
 
 
 def command_of(name: str) -> Callable[..., Callable[[], None]]:
-    """The command that trains a recipe: its options are the settings of the recipe."""
+    """Return the command that trains a recipe; its options are the recipe's settings."""
     recipe = find_recipe(name)
     kind = recipe.load()
 
@@ -71,7 +71,7 @@ def command_of(name: str) -> Callable[..., Callable[[], None]]:
 def start(
     name: str, config: Settings, run: str | None, report: bool, progress: bool
 ) -> None:
-    """A run from its beginning."""
+    """Start a run."""
     default = Path("runs") / f"{name}-{config.short_name}-{config.seed}"
     path = free(default) if run is None else Path(run)
     trainer = start_run(name, path, config, progress=progress)
@@ -88,7 +88,7 @@ def resume(
     progress: bool,
     **given: Any,
 ) -> None:
-    """A run from its last checkpoint on."""
+    """Go on with a run from a checkpoint."""
     algorithm = RunFolder.open(path).config.get("algorithm")
     if recipe is not None and recipe != algorithm:
         raise ValueError(
@@ -104,7 +104,7 @@ def resume(
 
 
 def finish(trainer: RecipeTrainer, report: bool) -> None:
-    """Run to the end, write the report, and say where all is."""
+    """Run to the end, write the report, and list the files."""
     began = time.monotonic()
     with saying_what_is_saved(trainer):
         trainer.train()
@@ -119,7 +119,7 @@ def finish(trainer: RecipeTrainer, report: bool) -> None:
 
 
 def done(trainer: RecipeTrainer) -> str:
-    """What a run has done, in words."""
+    """Say what a run has done."""
     words = [f"{trainer.collected_frames} steps"]
     returns = [row["return"] for row in trainer.metrics if "return" in row]
     if returns:
@@ -134,7 +134,7 @@ def done(trainer: RecipeTrainer) -> str:
 
 @contextmanager
 def saying_what_is_saved(trainer: RecipeTrainer) -> Iterator[None]:
-    """Let Ctrl-C end with what it leaves, whatever other code makes of it."""
+    """Say what is saved after Ctrl-C, whatever error other code makes of it."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as err:
@@ -144,7 +144,7 @@ def saying_what_is_saved(trainer: RecipeTrainer) -> Iterator[None]:
 
 
 def what_is_saved(trainer: RecipeTrainer) -> str:
-    """What an interruption leaves, and how to go on."""
+    """Say what an interruption leaves, and how to go on."""
     run = trainer.run
     saved = run.saved()
     again = command("train", "--resume", run.path)
@@ -162,7 +162,7 @@ def what_is_saved(trainer: RecipeTrainer) -> str:
 
 
 def paths(trainer: RecipeTrainer) -> dict[str, Path]:
-    """What a run has written, by name."""
+    """Return what a run has written, by name."""
     run = trainer.run
     found = {
         "settings": run.path / "config.json",
@@ -176,7 +176,7 @@ def paths(trainer: RecipeTrainer) -> dict[str, Path]:
 
 
 def _longer(trainer: RecipeTrainer) -> str:
-    """The command that makes a run longer: twice as long, and with no return that ends it."""
+    """Return the command that makes a run twice as long, without a return that ends it."""
     options = []
     for name in trainer.config.ENDS:
         end = getattr(trainer.config, name)

@@ -1,11 +1,14 @@
-"""What tells whether a world model is good."""
+"""Diagnostics: measure how good a world model is."""
 
 from __future__ import annotations
 
 from torchrl_wm.diagnostics.calibration import calibration_curve
+from torchrl_wm.diagnostics.compare_frames import (
+    observation_renderer,
+    render_comparison,
+)
 from torchrl_wm.diagnostics.disagreements import disagreement
 from torchrl_wm.diagnostics.fan import prediction_fan
-from torchrl_wm.diagnostics.film import save_video
 from torchrl_wm.diagnostics.one_step import one_step_prediction
 from torchrl_wm.diagnostics.open_loop import open_loop_error
 from torchrl_wm.diagnostics.page import ReportSection
@@ -26,7 +29,7 @@ from torchrl_wm.diagnostics.statistics_plots import (
     plot_terminations,
 )
 from torchrl_wm.diagnostics.terminations import termination_metrics
-from torchrl_wm.diagnostics.video import observation_renderer, render_comparison
+from torchrl_wm.diagnostics.video_files import save_video
 
 __all__ = [
     "Report",

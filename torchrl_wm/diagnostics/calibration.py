@@ -1,4 +1,4 @@
-"""Whether predicted uncertainties are as large as the errors are."""
+"""Calibration: compare predicted uncertainties with errors."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def calibration_curve(
     loc: NestedKey = LOC,
     log_var: NestedKey = LOG_VAR,
 ) -> TensorDict:
-    """How often the truth lies within the predicted intervals, against how often it should.
+    """Measure how often the truth lies within the predicted intervals, against how often it should.
 
-    The intervals are the central ones (equal tails) of the one-step prediction: of the
-    equally weighted mixture of the elites' Gaussians, which TS1 and TSinf sample
-    from, and of each member's Gaussian. At the nominal level 0.9 a calibrated model
+    The intervals are the central ones (equal tails) of the one-step prediction, for
+    the equally weighted mixture of the elites' Gaussians, which TS1 and TSinf sample
+    from, and for each member's Gaussian. At the nominal level 0.9 a calibrated model
     has 0.9 of the truth inside; less is overconfident, more is underconfident
     (Kuleshov et al., arXiv 1807.00263).
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out. Use
+        episodes: recorded transitions, ``[*B, T]``, or a list of them; padding is left out. Use
             ones that the model was not trained on.
         levels: ``K`` nominal levels, in (0, 1).
         targets, loc, log_var: see :func:`one_step_prediction`.
@@ -51,7 +51,7 @@ def calibration_curve(
 
         - ``"level"``: the nominal levels, ``[K, 1]``.
         - ``("mixture", key)``: the coverage of the mixture, ``[K, *feature]``.
-        - ``("members", key)``: of each member, ``[K, E, *feature]``.
+        - ``("members", key)``: that of each member, ``[K, E, *feature]``.
 
     Raises:
         ValueError: if the model predicts no Gaussians, or a level is not in (0, 1).
@@ -89,7 +89,7 @@ def calibration_curve(
 
 
 def _coverage(below: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The share of the truth in central intervals, ``[K, ...]``.
+    """Return the share of the truth in central intervals, ``[K, ...]``.
 
     Args:
         below: the predicted probability of what is less than the truth, ``[M, ...]``.

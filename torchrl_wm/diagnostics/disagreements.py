@@ -1,4 +1,4 @@
-"""Whether the members of an ensemble disagree where they are wrong."""
+"""Disagreement: compare how the members of an ensemble differ with their error."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torchrl_wm.modules.keys import join
 
 @torch.no_grad()
 def disagreement(env: WorldModelEnv, episodes: Episodes, **gaussian_keys) -> TensorDict:
-    """The members' disagreement along recorded episodes, and the error of their mean.
+    """Measure the members' disagreement along recorded episodes, and the error of their mean.
 
-    Both are of one-step predictions, in units of the spread of the recorded changes
-    (of rewards, of the rewards), as the root mean square over all predicted dims. A
+    Both are those of one-step predictions, in units of the spread of the recorded changes
+    (of the values, for rewards), as the root mean square over all predicted dims. A
     dim that is constant in the episodes is left out. The rank correlation of the two
     is what makes disagreement worth a penalty or a bonus: near 1 it points to where
     the model is wrong, near 0 it says nothing.
 
     Args:
         env: an imagined env of batch size ``[]``, of a model that is an ensemble.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such, of which ``*B`` is the
+        episodes: recorded transitions, ``[*B, T]``, or a list of them: then ``*B`` is the
             number of rows and ``T`` the longest length.
         gaussian_keys: ``targets``, ``loc`` and ``log_var``, see
             :func:`one_step_prediction`.
@@ -40,8 +40,8 @@ def disagreement(env: WorldModelEnv, episodes: Episodes, **gaussian_keys) -> Ten
         - ``"error"``: distance of the elites' mean from the truth, ``[*B, T, 1]``.
         - ``"rank_correlation"``: Spearman's, over all steps; a scalar, NaN if either is
           constant.
-        - ``("collector", "mask")``: the steps that are no padding, ``[*B, T]`` bool; the
-          others are zero.
+        - ``("collector", "mask")``: False for padding, ``[*B, T]`` bool; the other
+          entries are zero there.
 
     Raises:
         ValueError: if the model has no members, or nothing changes in the episodes.

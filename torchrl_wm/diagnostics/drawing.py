@@ -1,4 +1,4 @@
-"""What all figures share: matplotlib without pyplot, and which dims are shown."""
+"""Helpers of all figures: matplotlib without pyplot, and the dims that are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl_wm.modules.keys import as_tuple, leaf_keys
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: How many dims a figure shows, unless told which.
+#: How many dims a figure shows by default.
 MAX_DIMS = 6
 
 
@@ -34,9 +34,9 @@ class Dims(NamedTuple):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     try:
-        # The object API draws without a display, and leaves pyplot's state alone.
+        # The object API draws without a display, and does not change pyplot's state.
         from matplotlib.figure import Figure
     except ImportError as err:
         raise ImportError(
@@ -46,7 +46,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def name_of(key: NestedKey) -> str:
-    """A key with dots."""
+    """Return a key with its parts joined by dots."""
     return ".".join(as_tuple(key))
 
 
@@ -57,17 +57,17 @@ def choose_dims(
     labels: Sequence[str] | None,
     cap: int = MAX_DIMS,
 ) -> Dims:
-    """Which dims of an entry to show: those asked for, else the first ones.
+    """Return the dims of an entry to show: those given, by default the first ones.
 
     Args:
         key: the entry.
         shape: its feature shape.
         dims: numbers in the flattened entry.
         labels: one name for each dim of the flattened entry.
-        cap: how many are shown if none were asked for.
+        cap: how many are shown by default.
 
     Raises:
-        ValueError: if a dim is not there, or the labels are not one for each.
+        ValueError: if there is no such dim, or there is not one label for each.
     """
     total = torch.Size(shape).numel()
     if labels is not None and len(labels) != total:
@@ -96,7 +96,7 @@ def choose_dims(
 def measured(
     tensordict: TensorDictBase, key: NestedKey, wanted: NestedKey, hint: str = ""
 ) -> torch.Tensor:
-    """An entry of what was measured, on the CPU, or an error that says what there is."""
+    """Return an entry of what was measured, on the CPU."""
     value = tensordict.get(key, None)
     if not isinstance(value, torch.Tensor):
         raise MissingEntryError(
@@ -106,7 +106,7 @@ def measured(
 
 
 def grid(count: int, width: float, height: float, columns: int = 3) -> tuple[Any, list]:
-    """A figure of so many axes, side by side, and the axes."""
+    """Return a figure with ``count`` axes side by side, and the axes."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = new_figure(width * columns, height * rows + 0.3)

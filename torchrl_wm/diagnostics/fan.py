@@ -37,13 +37,13 @@ def prediction_fan(
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, time last, or a list of such, of
-            which ``*B`` is the number of rows.
+        episodes: recorded transitions, ``[*B, T]``, time last, or a list of them:
+            then ``*B`` is the number of rows.
         horizon: ``H``.
-        start: the step of the episodes, from 0 on, that is imagined from.
+        start: the step of the episodes that imagination starts from, counted from 0.
         particles: ``P``, how many futures are imagined for each of the ``*B`` starts.
         quantiles: ``Q`` levels in [0, 1]; they are sorted.
-        keys: which entries; all that can be compared by default.
+        keys: which entries; by default all that can be compared.
 
     Returns:
         Batch size ``[*B, H]``; entry ``k - 1`` is ``k`` steps ahead. For every
@@ -54,12 +54,13 @@ def prediction_fan(
         - ``("quantiles", key)``: ``[*B, H, Q, *feature]``.
         - ``("samples", key)``: the particles themselves, ``[*B, H, P, *feature]``.
 
-        ``"level"`` has the levels of the quantiles, ``[*B, H, Q]``. ``"alive"`` is the share of the particles that have not ended before the step,
-        ``[*B, H, 1]``; those that have are predicted on. ``("collector",
-        "mask")``, ``[*B, H]`` bool, is False where the recorded episode had ended.
+        ``"level"`` has the levels of the quantiles, ``[*B, H, Q]``. ``"alive"`` is the share of
+        the particles that have not ended before the step, ``[*B, H, 1]``; the others are
+        predicted on. ``("collector", "mask")``, ``[*B, H]`` bool, is False where the recorded
+        episode had ended.
 
     Raises:
-        ValueError: if the horizon does not fit, a level is no probability, or
+        ValueError: if the horizon does not fit, a level is not in [0, 1], or
             nothing can be compared.
         KeyError: if the episodes lack actions.
 

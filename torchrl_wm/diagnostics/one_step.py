@@ -1,4 +1,4 @@
-"""One-step predictions: of each member of an ensemble, against the truth."""
+"""One-step predictions of each member of an ensemble, against the truth."""
 
 from __future__ import annotations
 
@@ -34,37 +34,37 @@ def one_step_prediction(
     loc: NestedKey = LOC,
     log_var: NestedKey = LOG_VAR,
 ) -> TensorDict:
-    """What each member of an ensemble predicts for the next step, and what came true.
+    """Predict the next step by each member of an ensemble, beside what came true.
 
     The Gaussians are those that the model's step writes, as
     :class:`~torchrl_wm.modules.EnsembleDynamics` and
     :class:`~torchrl_wm.modules.GaussianHead` do. A model that writes none counts as
-    one member without a scale: compared is what :func:`open_loop_error` compares, and
-    the reward.
+    one member without a scale: the entries that :func:`open_loop_error` compares, and
+    the reward, are compared.
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out.
-        targets: the entries below "next" that the Gaussians are of, in the order in
+        episodes: recorded transitions, ``[*B, T]``, or a list of them; padding is left out.
+        targets: the entries below "next" that the Gaussians predict, in the order in
             which their dims join them; by default what the dynamics say, else the
             latents. For ``GaussianHead(..., ("next", "reward"))``:
             ``targets=["reward"], loc=("next", "reward_loc"), log_var=...``.
-        loc, log_var: where the means and log-variances stand, ``[*B, D]``, or
-            ``[*B, E, D]`` of an ensemble.
+        loc, log_var: the entries of the means and log-variances, ``[*B, D]``, or
+            ``[*B, E, D]`` for an ensemble.
 
     Returns:
         Batch size ``[M]``, the number of transitions:
 
-        - ``("real", key)``: what was recorded, ``[M, *feature]``; of a latent that
-          there are Gaussians of, the encoding of the next observation.
+        - ``("real", key)``: what was recorded, ``[M, *feature]``; for a predicted latent,
+          the encoding of the next observation.
         - ``("loc", key)``: the members' means, ``[M, E, *feature]``.
-        - ``("scale", key)``: their standard deviations, likewise; of Gaussians alone.
-        - ``("start", key)``: the value before the step, ``[M, *feature]``; not of
+        - ``("scale", key)``: their standard deviations, likewise; only if there are Gaussians.
+        - ``("start", key)``: the value before the step, ``[M, *feature]``; not for
           rewards.
 
     Raises:
-        ValueError: if the env is batch-locked, or the Gaussians' size is not that
-            of the targets.
+        ValueError: if the env is batch-locked, or the Gaussians have another size than
+            the targets.
         KeyError: if actions or what is predicted were not recorded.
 
     Examples:
@@ -103,7 +103,7 @@ def one_step_prediction(
     if means.shape[-1] != sum(sizes):
         raise ValueError(
             f"The Gaussians under {loc!r} have {means.shape[-1]} dims, and the targets {targets} "
-            f"have {sum(sizes)}. Name what they are of: one_step_prediction(..., targets=[...])."
+            f"have {sum(sizes)}. Name the entries that they predict: one_step_prediction(..., targets=[...])."
         )
     parts = {"loc": means}
     if log_vars is not None:
@@ -117,7 +117,7 @@ def one_step_prediction(
 
 
 def stepped(env: WorldModelEnv, rows: TensorDictBase) -> TensorDictBase:
-    """What the model's step writes for recorded transitions, ``[M]``; they are not modified."""
+    """Return what the model's step writes for recorded transitions, ``[M]``, which stay as they are."""
     model = env.world_model
     given = rows.exclude("next", "collector", FILTERED)
     with torch.no_grad(), evaluation_mode(model):
@@ -130,7 +130,7 @@ def stepped(env: WorldModelEnv, rows: TensorDictBase) -> TensorDictBase:
 def gaussians(
     env: WorldModelEnv, prediction: TensorDictBase, name: str, members: bool = False
 ) -> list[NestedKey]:
-    """The entries of which there are Gaussians.
+    """Return the entries that Gaussians are predicted of.
 
     Raises:
         ValueError: if there are none, or no ``members`` where several are needed.
@@ -153,7 +153,7 @@ def gaussians(
 
 
 def elite_members(env: WorldModelEnv, members: int) -> torch.Tensor:
-    """The numbers of the members that make predictions."""
+    """Return the numbers of the members that make predictions."""
     elites = getattr(env.world_model.dynamics, "elites", None)
     return torch.arange(members) if elites is None else elites.cpu()
 
@@ -161,7 +161,7 @@ def elite_members(env: WorldModelEnv, members: int) -> torch.Tensor:
 def _without_gaussians(
     recording: Recording, rows: TensorDictBase, targets: Sequence[NestedKey] | None
 ) -> TensorDict:
-    """Single predictions, as if of one member."""
+    """Return single predictions in the form of an ensemble of one member."""
     windows = rows.unsqueeze(1)
     observed = recording.real(windows)
     real = {**observed, **recording.rewards(windows)}
@@ -188,7 +188,7 @@ def _without_gaussians(
 def _targets(
     recording: Recording, rows: TensorDictBase, targets: list[NestedKey]
 ) -> dict[NestedKey, torch.Tensor]:
-    """What was recorded of the targets; latents are encoded, as the loss does."""
+    """Return what was recorded of the targets; latents are encoded, as in the loss."""
     env, model = recording.env, recording.env.world_model
     encoded = [key for key in targets if key in env.latent_keys]
     real = {}

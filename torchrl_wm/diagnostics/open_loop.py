@@ -24,33 +24,33 @@ def open_loop_error(
     stride: int = 1,
     particles: int = 1,
 ) -> TensorDict:
-    """The error of ``k``-step predictions on recorded episodes, for ``k = 1..H``.
+    """Measure the error of ``k``-step predictions on recorded episodes, for ``k = 1..H``.
 
     From every ``stride``-th recorded step the model imagines ``H`` steps with
     the recorded actions and no further look at the observations. Windows that
     cross the end of an episode are left out.
 
-    Compared are the observations that the env has (those that are latents or
-    decoded); of a model that has none, the latents with the encodings of the
+    The observations that the env has (those that are latents or decoded) are
+    compared; if it has none, its latents are compared with the encodings of the
     recorded observations. A recurrent model starts from latents that it filters
     from the observations before; padding (``("collector", "mask")``) is left out.
 
     Args:
         env: an imagined env of batch size ``[]``.
         episodes: recorded transitions, ``[*B, T]``, time last, as rollouts and collectors
-            return them, or a list of such, of any lengths.
+            return them, or a list of them, of any lengths.
         horizon: ``H``.
         stride: the distance of the windows' starts, in steps.
-        particles: how often each window is imagined; the mean is compared. Of a
-            model that samples, one particle has the error of a single sample.
+        particles: how many times each window is imagined; the mean is compared. With
+            one particle, a model that samples has the error of a single sample.
 
     Returns:
         Root mean squared errors in the units of the data, batch size ``[H]``;
         entry ``k - 1`` is the error ``k`` steps ahead:
 
-        - ``("model", key)``: of the model, ``[H, *feature]``.
-        - ``("persistence", key)``: of the prediction that nothing changes.
-        - ``("mean", key)``: of predicting the data's mean.
+        - ``("model", key)``: those of the model, ``[H, *feature]``.
+        - ``("persistence", key)``: those of the prediction that nothing changes.
+        - ``("mean", key)``: those of predicting the data's mean.
         - ``("model", "reward")`` and ``("mean", "reward")``, if the data has
           rewards.
 
@@ -89,15 +89,15 @@ def open_loop_error(
         out.set(join("model", key), _rmse(predicted, true))
         out.set(join("mean", key), _rmse(true.mean((0, 1), keepdim=True), true))
         if key not in observed:
-            continue  # the reward of the step before is no part of the start
+            continue  # the start does not have the reward of the step before
         first = windows[:, 0].get(key, None)
         if first is None or first.shape[1:] != true.shape[2:]:
             first = imagined.start[key]
-        first = first.unsqueeze(1).to(true.dtype)  # of bytes, or of bits
+        first = first.unsqueeze(1).to(true.dtype)  # it may be bytes or bools
         out.set(join("persistence", key), _rmse(first, true))
     return out
 
 
 def _rmse(predicted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """``[N, H, *feature]`` as ``[H, *feature]``."""
+    """Return the error of ``[N, H, *feature]`` over the windows, ``[H, *feature]``."""
     return (predicted - real).pow(2).mean(0).sqrt()

@@ -67,7 +67,7 @@ def page(
     sections: Sequence[ReportSection],
     left_out: Mapping[str, str],
 ) -> str:
-    """The whole document.
+    """Return the whole document.
 
     Args:
         title: its heading.
@@ -121,7 +121,7 @@ def _section(section: ReportSection, anchor: str) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of a name and a value, both escaped."""
+    """Return a table with rows of a name and a value, both escaped."""
     body = "".join(
         f'<tr><td>{name}</td><td class="number">{value}</td></tr>'
         for name, value in rows
@@ -142,7 +142,7 @@ def _image(picture: Picture, name: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
+    """Return a figure as the bytes of a PNG file."""
     if not hasattr(figure, "savefig"):
         raise TypeError(
             f"Pictures are matplotlib figures or the bytes of image files, got "

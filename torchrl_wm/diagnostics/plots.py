@@ -1,4 +1,4 @@
-"""Pictures of predictions over time. Need matplotlib (``pip install torchrl-wm[plot]``)."""
+"""Pictures of predictions over time. They need matplotlib (``pip install torchrl-wm[plot]``)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plot_open_loop_error(
     Args:
         error: what :func:`~torchrl_wm.diagnostics.open_loop_error` returned.
         key: the entry to draw.
-        per_dim: draw each dim by itself; else the mean over the dims.
+        per_dim: draw each dim by itself, in place of the mean over the dims.
         dims: with ``per_dim``, the dims to draw, by their number in the flattened
             entry; the first six by default.
         labels: with ``per_dim``, a name for each dim of the entry.
@@ -48,7 +48,7 @@ def plot_open_loop_error(
 
     Raises:
         KeyError: if the entry was not measured.
-        ValueError: if a dim is not there, or the labels are not one for each.
+        ValueError: if there is no such dim, or there is not one label for each.
     """
     model = measured(error, join("model", key), key, _DECODE)
     curves = {}
@@ -137,7 +137,7 @@ def plot_prediction_fan(
     labels: Sequence[str] | None = None,
     max_starts: int = 3,
 ) -> Figure:
-    """Draw the quantiles of what was imagined from one start, and the truth.
+    """Draw the quantiles of imagined futures of one start, and the truth.
 
     Args:
         fan: what :func:`~torchrl_wm.diagnostics.prediction_fan` returned, ``[*B, H]``; one
@@ -148,8 +148,7 @@ def plot_prediction_fan(
         max_starts: how many starts are drawn.
 
     Returns:
-        A matplotlib figure. What came after the end of the recorded episode is not
-        drawn.
+        A matplotlib figure. Steps after the end of the recorded episode are not drawn.
     """
     real = measured(fan, join("real", key), key, _DECODE)
     batch_dims = fan.batch_dims
@@ -200,7 +199,7 @@ def plot_reward_error(error: TensorDictBase, key: NestedKey = "reward") -> Figur
 
     Args:
         error: what :func:`~torchrl_wm.diagnostics.reward_error` returned.
-        key: the reward; of one with several dims the mean is drawn.
+        key: the reward; the mean over its dims is drawn.
 
     Returns:
         A matplotlib figure.

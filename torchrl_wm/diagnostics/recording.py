@@ -19,10 +19,10 @@ from torchrl_wm.modules.world_model.filtering import episode_begins
 
 Entries = dict[NestedKey, torch.Tensor]
 
-#: What diagnostics take: steps ``[*B, T]``, or a list of such, of different lengths.
+#: The data of diagnostics: steps ``[*B, T]``, or a list of them, of different lengths.
 Episodes = Union[TensorDictBase, Sequence[TensorDictBase]]
 
-#: Where the next latents stand that a recurrent model filters from what was recorded.
+#: The entry of the next latents that a recurrent model filters from the recorded observations.
 FILTERED = "_filtered"
 
 #: How many imagined numbers are held in memory at once.
@@ -33,14 +33,14 @@ _NUMBERS_AT_ONCE = 30_000_000
 class Recording:
     """Episodes that predictions start from and are compared with.
 
-    Of a recurrent model, the latents of all steps are those that it filters
-    from the recorded observations, whatever latents were recorded.
+    For a recurrent model, the latents of all steps are filtered from the recorded
+    observations, whatever latents were recorded.
 
     Args:
         env: the imagined env.
         steps: the episodes, ``[N, T]``, on the env's device.
-        keys: the observations that are compared; none if the latents are.
-        batch_size: of the episodes as they were given, ``[*B, T]``.
+        keys: the observations that are compared; empty if latents are.
+        batch_size: the batch size of the episodes as they were given, ``[*B, T]``.
     """
 
     env: WorldModelEnv
@@ -50,14 +50,14 @@ class Recording:
 
     @classmethod
     def of(cls, env: WorldModelEnv, episodes: Episodes, name: str) -> Recording:
-        """Check what the diagnostic called ``name`` was given.
+        """Check the arguments of the diagnostic called ``name``.
 
         Args:
-            env: of batch size ``[]``.
-            episodes: ``[*B, T]``, or a list of such.
+            env: an imagined env of batch size ``[]``.
+            episodes: ``[*B, T]``, or a list of them.
 
         Raises:
-            TypeError: if ``env`` is no WorldModelEnv, or the episodes are neither.
+            TypeError: if ``env`` is no WorldModelEnv, or the episodes are of another type.
             ValueError: if it is batch-locked, or the episodes have no time dim.
             KeyError: if the episodes lack actions.
         """
@@ -85,7 +85,7 @@ class Recording:
 
     @property
     def valid(self) -> torch.Tensor:
-        """The steps that are no padding, ``[N, T]`` bool."""
+        """The steps without padding, ``[N, T]`` bool."""
         mask = self.steps.get(("collector", "mask"), None)
         if mask is None:
             device = self.steps.device
@@ -98,23 +98,18 @@ class Recording:
         return ends(self.env, self.steps)
 
     def transitions(self) -> TensorDictBase:
-        """All steps that are no padding, ``[M]``."""
-        rows = self.steps[self.valid]
-        if not len(rows):
-            raise ValueError(
-                "There is nothing to compare: the episodes' ('collector', 'mask') calls every "
-                "step invalid."
-            )
-        return rows
+        """Return all steps without padding, ``[M]``."""
+        self._check_any()
+        return self.steps[self.valid]
 
     def windows(self, horizon: int, stride: int = 1) -> TensorDictBase:
-        """All windows of ``horizon`` steps that lie within one episode, ``[W, H]``."""
+        """Return all windows of ``horizon`` steps that lie within one episode, ``[W, H]``."""
         return self.steps[self.window_index(horizon, stride)]
 
     def window_index(
         self, horizon: int, stride: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows and times of the windows, ``[W, 1]`` and ``[W, H]`` int64."""
+        """Return the rows and times of the windows, ``[W, 1]`` and ``[W, H]`` int64."""
         rows, length = self.steps.batch_size
         for name, value in (("horizon", horizon), ("stride", stride)):
             if not isinstance(value, int) or isinstance(value, bool):
@@ -141,7 +136,8 @@ class Recording:
         return row[:, None], index[start]
 
     def longest_window(self) -> int:
-        """The most steps that lie within one episode."""
+        """Return how many steps the longest episode has."""
+        self._check_any()
         longest = run = torch.zeros(len(self.steps), dtype=torch.long)
         valid, done = self.valid.cpu(), self.done.cpu()
         for time in range(valid.shape[1]):
@@ -150,11 +146,19 @@ class Recording:
             run = torch.where(done[:, time], 0, run)
         return int(longest.max())
 
-    def real(self, steps: TensorDictBase) -> Entries:
-        """What predictions of these steps are compared with, ``[..., *feature]`` by key.
+    def _check_any(self) -> None:
+        """Refuse episodes that are all padding."""
+        if not self.valid.any():
+            raise ValueError(
+                "There is nothing to compare: the episodes' ('collector', 'mask') calls every "
+                "step invalid."
+            )
 
-        The observations below "next"; if the env has none of them, its latents
-        of the next observations.
+    def real(self, steps: TensorDictBase) -> Entries:
+        """Return what predictions of these steps are compared with, ``[..., *feature]`` by key.
+
+        These are the observations below "next", or the latents of the next
+        observations if the env has no observations.
         """
         if self.keys:
             return {key: steps.get(join("next", key)) for key in self.keys}
@@ -175,23 +179,25 @@ class Recording:
         return {key: value for key, value in found.items() if value is not None}
 
     def rewards(self, steps: TensorDictBase) -> Entries:
-        """The recorded rewards, ``[..., *feature]`` by key; none if there are none."""
+        """Return the recorded rewards, ``[..., *feature]`` by key; empty if none were recorded."""
         found = {k: steps.get(join("next", k), None) for k in self.env.reward_keys}
         return {key: value for key, value in found.items() if value is not None}
 
 
 def as_rows(episodes: Episodes, name: str) -> TensorDictBase:
-    """Episodes as one tensordict ``[*B, T]``.
+    """Return episodes as one tensordict ``[*B, T]``.
 
     Args:
-        episodes: that itself; or a list of tensordicts ``[*B, T]`` of any lengths, which
-            becomes rows ``[N, T]`` of the longest, padded as ``("collector", "mask")`` says.
-        name: the diagnostic that they are given to.
+        episodes: such a tensordict, which is returned as it is; or a list of tensordicts
+            ``[*B, T]`` of any lengths, which become rows ``[N, T]`` of the greatest length,
+            with padding marked in ``("collector", "mask")``.
+        name: the name of the diagnostic, for errors.
 
     Raises:
         TypeError: if they are neither.
-        ValueError: if there is no step, or one has no time dim or other shapes than the first.
-        KeyError: if one lacks entries that others have.
+        ValueError: if there is no step, or an episode has no time dim, or other shapes than the
+            first.
+        KeyError: if an episode lacks entries that others have.
     """
     if isinstance(episodes, TensorDictBase):
         _check_time(episodes, name)
@@ -244,7 +250,7 @@ def _check_time(episodes: TensorDictBase, name: str) -> None:
 
 
 def _padded(episode: TensorDictBase, length: int) -> TensorDictBase:
-    """An episode as rows ``[N, length]``: its last step again and again, masked out."""
+    """Return an episode as rows ``[N, length]``, padded with its last step, which is masked out."""
     rows = episode.reshape(-1, episode.batch_size[-1]).copy()
     number, steps = rows.batch_size
     mask = rows.get(("collector", "mask"), None)
@@ -259,7 +265,7 @@ def _padded(episode: TensorDictBase, length: int) -> TensorDictBase:
 
 
 def check_env(env: WorldModelEnv, name: str) -> None:
-    """Refuse what is no imagined env, or one of a fixed batch size."""
+    """Refuse anything but an imagined env without a fixed batch size."""
     if not isinstance(env, WorldModelEnv):
         raise TypeError(
             f"{name} needs a WorldModelEnv, got {type(env).__name__}. Wrap a world model, "
@@ -274,10 +280,10 @@ def check_env(env: WorldModelEnv, name: str) -> None:
 
 
 def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
-    """The steps after which nothing of the episode is left, ``[*B, T]`` bool.
+    """Return the last steps of episodes, ``[*B, T]`` bool.
 
-    Those that are done, and those before a step that begins an episode: of one that was
-    sliced or cut, the done may not have been recorded.
+    These are the steps that are done, and those before a step that begins an episode: the
+    done of an episode that was sliced or cut may not have been recorded.
     """
     out = torch.zeros(steps.batch_size, dtype=torch.bool, device=steps.device)
     for key in env.done_keys:
@@ -291,7 +297,7 @@ def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
 
 
 class Imagined(NamedTuple):
-    """What was imagined from the starts of windows.
+    """Imagined windows.
 
     Args:
         steps: the mean over particles, ``[W, H, *feature]`` by key.
@@ -309,12 +315,12 @@ def imagine_windows(
     keys: list[NestedKey],
     particles: int = 1,
 ) -> Imagined:
-    """The mean prediction over particles, with the windows' actions.
+    """Imagine windows with their own actions, and return the mean over particles.
 
     Args:
         windows: recorded steps, ``[W, H]``; predictions start from the first.
-        keys: what is wanted of what is imagined, without the "next".
-        particles: how often each window is imagined, ``P``.
+        keys: the imagined entries to return, without the "next".
+        particles: how many times each window is imagined, ``P``.
     """
     positive(particles, "particles")
     horizon = windows.batch_size[-1]
@@ -342,7 +348,7 @@ def imagine_particles(
     env: WorldModelEnv, windows: TensorDictBase, particles: int
 ) -> TensorDictBase:
     """Imagine recorded windows ``[W, H]`` with their own actions, ``[P, W, H]``."""
-    # What else was recorded (an image in bytes that is decoded as floats) is no start.
+    # Other recorded entries (such as an image in bytes that is decoded as floats) are left out.
     start = windows[:, 0].select(*env.start_keys, strict=False)
     actions = windows.select(*env.action_keys)
     number, horizon = windows.batch_size
@@ -359,7 +365,7 @@ def imagine_particles(
 def matching(
     key: NestedKey, predicted: torch.Tensor, real: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as numbers that can be subtracted, or an error that says why not.
+    """Return both as numbers that can be subtracted, or raise an error that says why not.
 
     Images may be bytes, whose differences would wrap around.
     """

@@ -12,6 +12,11 @@ from tensordict import NestedKey, TensorDict, unravel_key
 from torchrl.envs import EnvBase
 
 from torchrl_wm._files import write_text
+from torchrl_wm.diagnostics import (
+    outcome_sections as outcomes,
+    prediction_sections as predictions,
+)
+from torchrl_wm.diagnostics.compare_frames import Render
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.recording import (
@@ -21,24 +26,36 @@ from torchrl_wm.diagnostics.recording import (
     positive,
     Recording,
 )
-from torchrl_wm.diagnostics.sections import SECTIONS
-from torchrl_wm.diagnostics.study import DoesNotApply, Study
+from torchrl_wm.diagnostics.study import DoesNotApply, Measured, Study
 from torchrl_wm.diagnostics.unchanging import names_of, unchanging_dims
-from torchrl_wm.diagnostics.video import Render
 from torchrl_wm.envs import WorldModelEnv
+
+
+#: Names, titles and makers, in the order of the report.
+SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
+    "open_loop": ("Open-loop prediction error", predictions.open_loop),
+    "fan": ("Prediction fan", predictions.fan),
+    "one_step": ("One-step prediction", predictions.one_step),
+    "calibration": ("Calibration", predictions.calibration),
+    "rewards": ("Rewards", outcomes.rewards),
+    "terminations": ("Terminations", outcomes.terminations),
+    "disagreement": ("Disagreement of the ensemble", predictions.disagreements),
+    "exploitation_gap": ("Exploitation gap", outcomes.gap),
+    "video": ("Real beside imagined", predictions.video),
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`write_report` measured.
+    """The result of :func:`write_report`.
 
     Args:
         path: the file.
         numbers: the numbers of all sections' tables, by ``section/name``.
         measured: what the diagnostics returned, by section.
-        verdicts: a sentence for each section.
+        verdicts: a sentence for each section, by its name.
         left_out: the sections that do not apply, and why.
-        constant: the dims that never change in the episodes, of which no verdict speaks.
+        constant: the dims that never change in the episodes, which verdicts leave out.
     """
 
     path: Path
@@ -71,37 +88,37 @@ def write_report(
 ) -> Report:
     """Measure a world model on recorded episodes, and write all of it into one HTML file.
 
-    The file has its pictures in it and needs nothing else. Each section has a line on
+    The file contains its pictures and needs nothing else. Each section has a line on
     how to read it and a sentence on what its numbers say. A section that does not
     apply (no ensemble, no termination head, no policy) is left out, with a line that
-    says why. Dims that never change in the episodes are left out of what is said, and named.
+    says why. Verdicts leave out dims that never change in the episodes, and name them.
 
     Args:
-        path: the file to write; one that is there is replaced, missing folders are made.
+        path: the file to write. An existing file is replaced, and missing folders are made.
         env: an imagined env of batch size ``[]``. With ``decode=True`` decoded
             observations are compared.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such, that the model was not
+        episodes: recorded transitions, ``[*B, T]``, or a list of them, that the model was not
             trained on.
 
     Keyword Args:
-        policy: acts in the imagined env, for the exploitation gap. With it goes
+        policy: acts in the imagined env, for the exploitation gap, which also needs
             ``real_env``.
-        real_env: the real env; its renderer draws the film, too, where it can.
+        real_env: the real env. If its observations can be drawn, it also draws the film.
         real_policy: acts in the real env; ``policy`` by default.
         policy_steps, policy_episodes: how long and how many the policy's episodes are.
         horizon: ``H``; less if the episodes are shorter.
-        particles: how often each window is imagined for the errors of predictions.
+        particles: how many times each window is imagined for the errors of predictions.
         max_windows: how many windows are imagined at most, spread over the episodes.
         title: the heading.
         labels: a name for each dim of an observation, by its key.
-        render: what draws observations, see
+        render: draws observations, see
             :func:`~torchrl_wm.diagnostics.render_comparison`.
-        sections: sections of yours, which come first: a learning curve, say.
-        seed: imagined with this seed, so that a report comes out the same again;
-            the random state is put back afterwards. None draws from that.
+        sections: your own sections, which come first, such as a learning curve.
+        seed: the seed of what is imagined, so that the same report can be made again. The
+            random state is put back afterwards. With None, the current state is used.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -142,16 +159,11 @@ def write_report(
         ("max_windows", max_windows),
     ):
         positive(value, name)
-    new_figure(1, 1)  # before anything is measured: is matplotlib there?
+    new_figure(1, 1)  # refuses a missing matplotlib before anything is measured
     check_env(env, "write_report")
     episodes = as_rows(episodes, "write_report")
     recording = Recording.of(env, episodes, "write_report")
     horizon = min(horizon, recording.longest_window())
-    if horizon < 1:
-        raise ValueError(
-            "There is nothing to compare: the episodes' ('collector', 'mask') calls every step "
-            "invalid."
-        )
     windows = len(recording.window_index(horizon)[0])
     study = Study(
         env=env,
@@ -169,34 +181,46 @@ def write_report(
         render=render,
         constant=unchanging_dims(recording),
     )
-    made, numbers, verdicts, left_out = list(sections), {}, {}, {}
-    measured = TensorDict({}, batch_size=[])
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for name, (_, measure) in SECTIONS.items():
-            try:
-                section, result = measure(study)
-            except DoesNotApply as reason:
-                left_out[name] = str(reason)
-                continue
-            except (ValueError, KeyError, ImportError, RuntimeError) as err:
-                left_out[name] = str(err)
-                continue
-            made.append(section)
-            measured.set(name, result)
-            verdicts[name] = section.verdict
-            numbers.update({f"{name}/{key}": v for key, v in section.numbers.items()})
+        made, measured, left_out = _measure(study)
     text = page(
         title,
         _facts(study, windows),
-        made,
+        [*sections, *made.values()],
         {SECTIONS[name][0]: reason for name, reason in left_out.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(text, path)
-    constant = tuple(names_of(study.constant, study.labels))
-    return Report(path, numbers, measured, verdicts, left_out, constant)
+    return Report(
+        path=path,
+        numbers={
+            f"{name}/{key}": value
+            for name, section in made.items()
+            for key, value in section.numbers.items()
+        },
+        measured=measured,
+        verdicts={name: section.verdict for name, section in made.items()},
+        left_out=left_out,
+        constant=tuple(names_of(study.constant, study.labels)),
+    )
+
+
+def _measure(
+    study: Study,
+) -> tuple[dict[str, ReportSection], TensorDict, dict[str, str]]:
+    """Return the sections and their measurements by name, and why others are left out."""
+    made, left_out = {}, {}
+    measured = TensorDict({}, batch_size=[])
+    for name, (_, measure) in SECTIONS.items():
+        try:
+            made[name], result = measure(study)
+        except (DoesNotApply, ImportError, KeyError, RuntimeError, ValueError) as err:
+            left_out[name] = str(err)
+        else:
+            measured.set(name, result)
+    return made, measured, left_out
 
 
 def _facts(study: Study, windows: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the model promises a policy, against what the real env pays."""
+"""Returns that the model promises a policy, against those that the real env pays."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def exploitation_gap(
     gamma: float = 1.0,
     reward_key: NestedKey | None = None,
 ) -> TensorDict:
-    """The imagined return of a policy minus its real return, from the same starts.
+    """Measure the imagined return of a policy minus its real return, from the same starts.
 
-    A policy that learns in a model, or plans in it, finds what the model gets wrong
-    and lives on it. Then the model promises more than the real env pays: the gap is
-    positive, and grows while the policy learns.
+    A policy that learns in a model, or plans in it, finds and exploits the model's
+    errors. The model then promises more than the real env pays: the gap is positive,
+    and grows while the policy learns.
 
     Each episode counts ``horizon`` steps, less where it ends. Where the *real* episode
     was cut (a time limit, the end of the recording), the imagined one is cut
@@ -48,8 +48,8 @@ def exploitation_gap(
         env: an imagined env of batch size ``[]``.
         policy: acts in the imagined env.
         real: the real env, in which the policy is run; or episodes that were
-            recorded with it, ``[*B, T]``, or a list of such. Rows may hold several episodes one after the
-            other.
+            recorded with it, ``[*B, T]``, or a list of them. Rows may hold several episodes
+            one after the other.
         horizon: ``H``.
 
     Keyword Args:
@@ -57,7 +57,7 @@ def exploitation_gap(
         real_policy: acts in the real env, where that takes something else, such as an
             observer before a policy on latents; ``policy`` by default.
         gamma: the discount, for both returns.
-        reward_key: which reward, of an env with several.
+        reward_key: which reward, if the env has several.
 
     Returns:
         Batch size ``[N]``, each ``[N, 1]``: ``"imagined_return"``, ``"real_return"``,
@@ -67,7 +67,7 @@ def exploitation_gap(
     Raises:
         TypeError: if ``real`` is neither an env nor episodes.
         ValueError: if the env is batch-locked, or has several rewards and none is named.
-        KeyError: if rewards or starts were not recorded, or the policy reads what
+        KeyError: if rewards or starts were not recorded, or the policy reads an entry that
             the imagined env does not have.
 
     Examples:
@@ -136,7 +136,7 @@ def _reward_key(env: WorldModelEnv, reward_key: NestedKey | None) -> NestedKey:
 def _rolled_out(
     env: EnvBase, policy: Callable, horizon: int, episodes: int
 ) -> TensorDictBase:
-    """At least so many real episodes, padded to ``[N, H]``."""
+    """Run at least ``episodes`` real episodes, padded to ``[N, H]``."""
     rows: list[TensorDictBase] = []
     while sum(row.batch_size[:-1].numel() for row in rows) < episodes:
         rollout = env.rollout(horizon, policy, break_when_any_done=not env.batch_dims)
@@ -148,7 +148,7 @@ def _rolled_out(
 def _first_episodes(
     row: TensorDictBase, done: torch.Tensor, horizon: int
 ) -> TensorDictBase:
-    """``[N, T]`` as ``[N, H]``, with a mask that is True up to each row's first end."""
+    """Return rows ``[N, T]`` as ``[N, H]``, with a mask that is True up to each row's first end."""
     number, length = row.batch_size
     mask = torch.zeros(number, horizon, dtype=torch.bool, device=row.device)
     mask[:, :length] = done.long().cumsum(1) - done.long() == 0
@@ -161,7 +161,7 @@ def _first_episodes(
 def _episodes(
     env: WorldModelEnv, steps: TensorDictBase, reward_key: NestedKey, horizon: int
 ) -> tuple[TensorDictBase, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Starts ``[N]``, rewards and validity ``[N, H]``, and who terminated ``[N]``."""
+    """Return starts ``[N]``, rewards and validity ``[N, H]``, and whether each terminated, ``[N]``."""
     steps = steps.reshape(-1, steps.batch_size[-1])
     if env.device is not None:
         steps = steps.to(env.device)
@@ -182,13 +182,13 @@ def _episodes(
     valid = inside & (follows.long().cumprod(1) > 0)
     rewards = steps.get(join("next", reward_key))[row[:, None], index]
     terminated = _terminates(env, steps)[row[:, None], index] & valid
-    # What only the real env or the sampler know is no part of an imagined start.
+    # Entries of the real env or of the sampler do not belong to an imagined start.
     starts = steps[row, start].select(*env.start_keys, strict=False)
     return starts, rewards.flatten(2).sum(-1), valid, terminated.any(1)
 
 
 def _terminates(env: WorldModelEnv, steps: TensorDictBase) -> torch.Tensor:
-    """Steps that end an episode other than by a time limit, ``[*B]`` bool."""
+    """Return the steps that end an episode other than by a time limit, ``[*B]`` bool."""
     out = torch.zeros(steps.batch_size, dtype=torch.bool, device=steps.device)
     for key in env.done_keys:
         recorded = steps.get(join("next", key), None)

@@ -1,4 +1,4 @@
-"""How far predicted rewards are from the real ones, and predicted returns from real ones."""
+"""Errors of predicted rewards and returns."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def reward_error(
     stride: int = 1,
     particles: int = 1,
 ) -> TensorDict:
-    """The error of rewards predicted ``k`` steps ahead, and of their sums.
+    """Measure the error of rewards predicted ``k`` steps ahead, and of their sums.
 
-    Windows and actions are those of :func:`open_loop_error`. What a planner compares
-    is the sum of the rewards to come: its correlation says whether the model tells
-    good plans from bad ones.
+    Windows and actions are those of :func:`open_loop_error`. A planner compares sums
+    of future rewards: their correlation says whether the model tells good plans from
+    bad ones.
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions with rewards, ``[*B, T]``, time last, or a list of such.
+        episodes: recorded transitions with rewards, ``[*B, T]``, time last, or a list of them.
         horizon: ``H``.
         stride: the distance of the windows' starts, in steps.
-        particles: how often each window is imagined; the mean is compared.
+        particles: how many times each window is imagined; the mean is compared.
 
     Returns:
         Batch size ``[H]``; entry ``k - 1`` is ``k`` steps ahead. For every reward,
@@ -46,9 +46,9 @@ def reward_error(
         - ``("rmse", key)``: root mean squared error.
         - ``("bias", key)``: mean of predicted minus real.
         - ``("mean", key)``: the RMSE of predicting the mean.
-        - ``("correlation", key)``: of predicted and real rewards over the windows.
-        - ``("return_rmse", key)``, ``("return_correlation", key)``: of the sums of
-          the first ``k`` rewards.
+        - ``("correlation", key)``: that of predicted and real rewards over the windows.
+        - ``("return_rmse", key)``, ``("return_correlation", key)``: those of the sums
+          of the first ``k`` rewards.
 
         A correlation with something constant is NaN.
 

@@ -6,7 +6,7 @@ import torch
 
 
 def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Pearson's correlation over the first dim; NaN where one of them is constant.
+    """Return Pearson's correlation over the first dim; NaN where one of them is constant.
 
     Args:
         first, second: ``[N, *S]``.
@@ -21,7 +21,7 @@ def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         tensor(-1.)
     """
     first, second = first.double(), second.double()
-    # The mean of what is constant may be off by a digit, and is no sign that it varies.
+    # The mean of a constant may differ from it in the last digit: compare with the first value.
     varies = (first != first[:1]).any(0) & (second != second[:1]).any(0)
     first, second = first - first.mean(0), second - second.mean(0)
     spread = first.pow(2).sum(0).sqrt() * second.pow(2).sum(0).sqrt()
@@ -30,7 +30,7 @@ def correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Spearman's correlation: that of the ranks, ties sharing theirs.
+    """Return Spearman's correlation: that of the ranks, where ties share theirs.
 
     Args:
         first, second: ``[N]``.
@@ -50,4 +50,4 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def _ranks(values: torch.Tensor) -> torch.Tensor:
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[place]  # the mean rank of those that are equal
+    return (last - (counts - 1) / 2)[place]  # the mean rank of equal values

@@ -1,4 +1,4 @@
-"""Pictures of what predictions are like as a whole: scatter, calibration, gaps."""
+"""Pictures of predictions as a whole: scatter, calibration, gaps."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def plot_one_step(
     dims: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw what each member predicts against what came true; on the diagonal it is right.
+    """Draw the predictions of each member against what came true; the diagonal is right.
 
     Args:
         prediction: what :func:`~torchrl_wm.diagnostics.one_step_prediction` returned.
         key: the entry to draw; one plot for each dim.
         change: draw the change over the step, which is small beside the value itself
-            and would look right whatever the model does; of rewards the value is drawn.
+            and would look right whatever the model does. The value of rewards is drawn.
         dims: the dims to draw; the first six by default.
         labels: a name for each dim.
 
     Returns:
-        A matplotlib figure. Above each plot stands the share of the variance that the
-        members' mean explains (R squared). Of many transitions 2000 are drawn.
+        A matplotlib figure. The title of each plot has the share of the variance that the
+        members' mean explains (R squared). At most 2000 transitions are drawn.
     """
     real = measured(prediction, join("real", key), key)
     loc = measured(prediction, join("loc", key), key)  # [M, E, ...]
@@ -85,7 +85,7 @@ def plot_one_step(
 
 
 def r_squared(predicted: torch.Tensor, real: torch.Tensor) -> float:
-    """The share of the variance that a prediction explains, ``[M]`` each; NaN without any."""
+    """Return the share of the variance that a prediction explains; NaN without variance."""
     total = (real - real.mean()).double().pow(2).sum()
     if total == 0:
         return float("nan")
@@ -105,8 +105,8 @@ def plot_calibration(
         coverage: what :func:`~torchrl_wm.diagnostics.calibration_curve` returned.
         key: the entry to draw: the mixture for each dim, on the left; each member,
             as the mean over the dims, on the right.
-        dims: the dims to draw, and to take the mean of; the first six are drawn by default,
-            and the mean is that of all.
+        dims: the dims to draw, and to take the mean over. By default the first six are drawn,
+            and the mean is that over all.
         labels: a name for each dim.
 
     Returns:
@@ -141,7 +141,7 @@ def plot_terminations(metrics: TensorDictBase, group: NestedKey = ()) -> Figure:
 
     Args:
         metrics: what :func:`~torchrl_wm.diagnostics.termination_metrics` returned.
-        group: where the done entry stands, of an env with several.
+        group: the group of the done entry, if the env has several.
 
     Returns:
         A matplotlib figure.
@@ -248,5 +248,5 @@ def _diagonal(axes: Axes, values: torch.Tensor) -> None:
 
 
 def _some_rows(count: int) -> torch.Tensor:
-    """Rows spread evenly over all: the same ones at each call."""
+    """Return rows spread evenly over all, the same ones at each call."""
     return torch.linspace(0, count - 1, min(count, _MAX_POINTS)).round().long()

@@ -1,4 +1,4 @@
-"""What a report is about."""
+"""The subject of a report: the model, the episodes and the settings."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 from torchrl_wm.diagnostics.drawing import MAX_DIMS
+from torchrl_wm.diagnostics.page import ReportSection
 from torchrl_wm.diagnostics.recording import Recording
 from torchrl_wm.diagnostics.unchanging import names_of
 from torchrl_wm.envs import WorldModelEnv
 
 
+#: A section, and what the diagnostic behind it returned.
+Measured = tuple[ReportSection, TensorDictBase]
+
+
 class DoesNotApply(Exception):
-    """Why a section is left out."""
+    """The reason why a section is left out."""
 
 
 @dataclass
 class Study:
-    """What a report is about, and how much of it is measured.
+    """The model, the episodes and the settings of a report.
 
     Args: those of :func:`~torchrl_wm.diagnostics.write_report`.
     """
@@ -42,10 +47,10 @@ class Study:
     render: Any
     constant: dict[NestedKey, torch.Tensor]
     worst: dict[NestedKey, list[int]] = field(default_factory=dict)
-    fan: str = ""  # what the fan was found to be: "narrow", "wide" or neither
+    fan: str = ""  # "narrow" or "wide", once the fan was found to be so
 
     def drawing(self, key: NestedKey) -> dict[str, Any]:
-        """The dims of an entry to draw, and their names: no constant ones, if there are others."""
+        """Return the dims of an entry to draw and their names, without constant ones if there are others."""
         dims = self.worst.get(key)
         constant = self.constant.get(key)
         if dims is None and constant is not None and constant.any():
@@ -53,14 +58,14 @@ class Study:
         return {"dims": dims, "labels": self.labels.get(key)}
 
     def varies(self, key: NestedKey, size: int) -> torch.Tensor:
-        """The dims that verdicts speak of, ``[D]`` bool."""
+        """Return the dims that verdicts speak of, ``[D]`` bool."""
         constant = self.constant.get(key)
         if constant is None or len(constant) != size:
             return torch.ones(size, dtype=torch.bool)
         return ~constant.cpu()
 
     def note(self, keys: Sequence[NestedKey]) -> str:
-        """What a verdict on these entries leaves out."""
+        """Say what a verdict on these entries leaves out."""
         dropped = {key: self.constant[key] for key in keys if key in self.constant}
         names = names_of(dropped, self.labels)
         if not names:

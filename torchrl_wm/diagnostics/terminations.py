@@ -1,4 +1,4 @@
-"""Whether the model knows when episodes end."""
+"""Terminations: compare predicted with real ends of episodes."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
 from torchrl_wm.modules.world_model.wiring import written_keys
 
-#: What a head writes that says when an episode ends.
+#: The entries of a head that says when an episode ends.
 _ENDINGS = {"terminated", "terminated_logits", "continue_pred", "done"}
 
 
 @torch.no_grad()
 def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
-    """Precision and recall of predicted terminations, one step ahead.
+    """Measure precision and recall of predicted terminations, one step ahead.
 
-    Predicted is what the imagined env would do: the head's decision at its own
+    The prediction is what the imagined env would do: the head's decision at its own
     threshold, on the state that the model predicts. The truth is ``terminated``, else
-    ``done & ~truncated``, else ``done``: a time limit is no termination.
+    ``done & ~truncated``, else ``done``: a time limit is not a termination.
 
     Args:
         env: an imagined env of batch size ``[]``.
-        episodes: recorded transitions, ``[*B, T]``, or a list of such; padding is left out.
+        episodes: recorded transitions, ``[*B, T]``, or a list of them; padding is left out.
 
     Returns:
-        Batch size ``[]``, scalars; of an env with several done entries, each below its
-        own (``("agents", "recall")``):
+        Batch size ``[]``, scalars. If the env has several done entries, those of each
+        are in its group (``("agents", "recall")``):
 
-        - ``precision``: of the predicted terminations, the share that is right.
-        - ``recall``: of the real ones, the share that is predicted.
+        - ``precision``: the share of the predicted terminations that is right.
+        - ``recall``: the share of the real terminations that is predicted.
         - ``f1``: their harmonic mean.
-        - ``base_rate``, ``predicted_rate``: the share of steps that terminate, and of
-          those predicted to.
+        - ``base_rate``, ``predicted_rate``: the share of steps that terminate, and the
+          share of steps that are predicted to.
         - ``true_positives``, ``false_positives``, ``false_negatives``,
           ``true_negatives``: int64 counts.
 
@@ -67,7 +67,7 @@ def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
             f"WorldModel(..., done_head=...)."
         )
     rows = recording.transitions()
-    # A head that draws decides by its threshold here.
+    # A head that samples decides by its threshold here.
     deterministic = set_interaction_type(InteractionType.DETERMINISTIC)
     with deterministic:
         imagined = imagine_particles(env, rows.unsqueeze(1), 1)
@@ -86,13 +86,13 @@ def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
 
 
 def predicts_terminations(env: WorldModelEnv) -> bool:
-    """Whether the model's step says when episodes end."""
+    """Return whether the model's step says when episodes end."""
     written = written_keys(env.world_model.step_module)
     return any(as_tuple(key)[-1] in _ENDINGS for key in written)
 
 
 def real_terminations(rows: TensorDictBase, done_key: NestedKey) -> torch.Tensor:
-    """The recorded terminations, time limits left out."""
+    """Return the recorded terminations, without time limits."""
     terminated, truncated, done = (
         rows.get(join("next", sibling(done_key, name)), None)
         for name in ("terminated", "truncated", "done")

@@ -10,15 +10,15 @@ from tensordict import NestedKey
 from torchrl_wm.diagnostics.drawing import choose_dims
 from torchrl_wm.diagnostics.recording import Recording
 
-#: So many dims are named one by one.
+#: How many dims are named one by one.
 _NAMED = 12
 
 
 def unchanging_dims(recording: Recording) -> dict[NestedKey, torch.Tensor]:
-    """The dims that never change but for the rounding of their dtype.
+    """Return the dims that never change by more than the rounding of their dtype.
 
-    An observation (or a latent) that is another in each episode, such as a goal, does not
-    change: to predict that nothing happens is right. A reward changes where it takes two
+    An observation (or a latent) that differs only between episodes, such as a goal, does not
+    change: predicting that nothing happens is right. A reward changes if it takes two
     values.
 
     Args:
@@ -32,7 +32,7 @@ def unchanging_dims(recording: Recording) -> dict[NestedKey, torch.Tensor]:
     out = {}
     try:
         real = recording.real(steps)
-    except ValueError:  # there is nothing to compare, and who compares says so
+    except ValueError:  # there is nothing to compare; the comparison raises the error
         real = {}
     for key, value in real.items():
         value = _numbers(value)
@@ -54,7 +54,7 @@ def names_of(
     dims: Mapping[NestedKey, torch.Tensor],
     labels: Mapping[NestedKey, Sequence[str]],
 ) -> list[str]:
-    """The dims by name, of an entry with many of them their number."""
+    """Return the names of the dims; of an entry with many of them, their number."""
     out = []
     for key, dropped in dims.items():
         count, total = int(dropped.sum()), len(dropped)
@@ -71,11 +71,11 @@ def names_of(
 
 
 def _numbers(value: torch.Tensor) -> torch.Tensor:
-    """``[N, T, *feature]`` as floats ``[N, T, D]``."""
+    """Return ``[N, T, *feature]`` as floats ``[N, T, D]``."""
     value = value.flatten(2) if value.ndim > 2 else value.unsqueeze(-1)
     return value if value.is_floating_point() else value.float()
 
 
 def _is_rounding(change: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Whether changes ``[D]`` are no more than the last digit of values ``[M, D]``."""
+    """Return whether changes ``[D]`` are no more than the last digit of values ``[M, D]``."""
     return change <= torch.finfo(rows.dtype).eps * rows.abs().amax(0)

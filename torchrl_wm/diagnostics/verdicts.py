@@ -1,15 +1,15 @@
-"""What a report says of numbers, in words."""
+"""Verdicts: what the numbers of a report say, in words."""
 
 from __future__ import annotations
 
 
 def leading(flags: list[bool]) -> int:
-    """How many are True before the first that is not."""
+    """Return how many are True before the first that is not."""
     return flags.index(False) if False in flags else len(flags)
 
 
 def beats_baselines(persistence: int, mean: int, horizon: int) -> str:
-    """Up to which step predictions are better than persistence, and than the data's mean."""
+    """Say up to which step predictions are better than persistence, and than the data's mean."""
     if persistence == 0:
         return "does not beat persistence, not even one step ahead"
     if min(persistence, mean) == horizon:
@@ -22,8 +22,35 @@ def beats_baselines(persistence: int, mean: int, horizon: int) -> str:
     )
 
 
+def judged_fan(
+    inside: list[float], widths: list[float]
+) -> tuple[str, bool | None, str]:
+    """Say whether 90% fans are as wide as they should be.
+
+    Args:
+        inside: the share of the truth within the fan, by entry.
+        widths: the width of the fan in units of the data's spread, by entry.
+
+    Returns:
+        The verdict; whether it is good; and "narrow", "wide" or nothing.
+    """
+    if not inside:
+        return "Nothing changes in the episodes.", None, ""
+    if max(widths) < 1e-6:
+        verdict = (
+            "All particles agree: this model predicts without noise, so that the fan says nothing "
+            "about what it does not know."
+        )
+        return verdict, None, ""
+    share = sum(inside) / len(inside)
+    kind = "wide" if share > 0.97 else "narrow" if share < 0.8 else ""
+    tail = f"the fan is too {kind}" if kind else "about as often as it should be"
+    verdict = f"The truth lies within the 90% fan {share:.0%} of the time: {tail}."
+    return verdict, True if not kind else False if share < 0.6 else None, kind
+
+
 def confidence(off: float, signed: dict[str, float], fan: str, horizon: int) -> str:
-    """What intervals that are off are like, and how that goes with the fan.
+    """Say how intervals are wrong, and whether the fan agrees.
 
     Args:
         off: the mean distance from the nominal coverage.
@@ -53,11 +80,11 @@ def confidence(off: float, signed: dict[str, float], fan: str, horizon: int) -> 
 
 
 def graded(score: float) -> bool | None:
-    """Good, bad or neither: what most rows get right, and what a coin would."""
+    """Return whether a score is good, bad or neither (None)."""
     return True if score > 0.9 else False if score < 0.5 else None
 
 
 def sentence(parts: list[str]) -> str:
-    """The parts one after the other, as a sentence."""
+    """Join the parts into a sentence."""
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "."

@@ -1,4 +1,4 @@
-"""What a collector leaves behind in an env, made such that the env can be pickled."""
+"""References that collectors leave behind in an env, made such that the env can be pickled."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _MOST = 2.0**63 - 1024
 
 
 def decoder_inputs(world_model: WorldModel, state: FlatTensors) -> FlatTensors:
-    """What the decoder reads of latents and context, at the root or below "next".
+    """Return what the decoder reads of latents and context, at the root or below "next".
 
     Raises:
         MissingEntryError: if it reads something else.
@@ -48,7 +48,7 @@ def read_decoded(
     keys: list[NestedKey],
     at: Placement,
 ) -> FlatTensors:
-    """The observations that latents stand for, by key.
+    """Return the observations that latents stand for, by key.
 
     Args:
         state: latents and context by flat key, ``[*B, ...]``.
@@ -67,11 +67,11 @@ def read_decoded(
 def specs_to_round(
     decoder: TensorDictModuleBase, specs: dict[NestedKey, TensorSpec]
 ) -> dict[NestedKey, TensorSpec]:
-    """Those of the decoded entries that are decoded as floats and shown as the real env shows them.
+    """Return the specs of entries that are decoded as floats and shown as the real env shows them.
 
     These are entries of integers and bits, written by a module that says
-    ``in_env_units = True``: of another it is not known whether its floats are bytes or a
-    255th of them, and a wrong guess would show black images.
+    ``in_env_units = True``. The floats of another module may be bytes or a 255th of them,
+    and a wrong guess would show black images.
 
     Args:
         decoder: what writes them, at the root or below "next".
@@ -94,10 +94,10 @@ def _in_env_units(module: TensorDictModuleBase, key: NestedKey) -> bool:
 
 
 def as_observed(value: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Floats in the units of an entry as what its spec holds.
+    """Return floats in the units of an entry as what its spec holds.
 
-    Numbers are rounded and clamped to the bounds, of bits those above a half are set,
-    and of one-hot blocks the greatest entry. What is no float is left as it is.
+    Numbers are rounded and clamped to the bounds. Bits above a half are set, and so is the
+    greatest entry of each one-hot block. Other dtypes than floats are left as they are.
 
     Args:
         value: ``[*B, *spec.shape]``. NaN has no such form: look for it before.
@@ -127,7 +127,7 @@ def as_observed(value: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _greatest(block: torch.Tensor) -> torch.Tensor:
-    """True at the greatest entry of each block, the first of several, and False elsewhere."""
+    """Return True at the greatest entry of each block, the first of several, else False."""
     # Not torch's one_hot, which may wait for the device.
     options = torch.arange(block.shape[-1], device=block.device)
     return block.argmax(-1, keepdim=True) == options

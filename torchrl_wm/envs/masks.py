@@ -1,4 +1,4 @@
-"""Masks of action specs: what a real env allowed at one moment, which no imagined step is bound by."""
+"""Masks of action specs: what a real env allowed at one moment, which binds no imagined step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torchrl_wm.modules.keys import unique
 
 
 def masked_actions(env: EnvBase) -> list[NestedKey]:
-    """The actions whose spec has a mask of the options that are allowed at the moment."""
+    """Return the actions whose spec has a mask of the options that are allowed at the moment."""
     # Not the unbatched spec: to index one drops masks.
     spec = env.full_action_spec
     return [key for key in _leaves(spec) if _is_masked(spec[key])]
 
 
 def without_masks(spec: Composite) -> Composite:
-    """A copy of a spec that allows all that its leaves could ever allow."""
+    """Return a copy of a spec that allows all that its leaves could ever allow."""
     free = spec.clone()
     for key in _leaves(free):
         if _is_masked(free[key]):
@@ -28,7 +28,7 @@ def without_masks(spec: Composite) -> Composite:
 
 
 def warn_of_masks(keys: list[NestedKey]) -> None:
-    """Say that an imagined env leaves out the masks of its reference env."""
+    """Warn that an imagined env leaves out the masks of its reference env."""
     if keys:
         warnings.warn(
             f"The reference env's spec of the actions {keys} has a mask, which says what that env "

@@ -18,7 +18,7 @@ Sampler = Callable[[torch.Size], TensorDictBase]
 
 
 def make_sampler(source: StartStates) -> Sampler:
-    """A function from a batch size to as many start states drawn from ``source``.
+    """Return a function from a batch size to as many start states drawn from ``source``.
 
     Args:
         source: an env (its resets), a replay buffer (its samples), a

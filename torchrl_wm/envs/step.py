@@ -1,14 +1,15 @@
-"""The step kernel: one imagined transition, shared by everything that imagines."""
+"""Where an imagined step happens: :meth:`StepKernel.stages`, under rollouts, plans and exports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
-import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import TensorSpec
 
 from torchrl_wm.envs.decoding import as_observed, decoder_inputs, specs_to_round
+from torchrl_wm.envs.entries import autocasts, fits, widened
 from torchrl_wm.envs.layout import Layout
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
@@ -24,6 +25,9 @@ from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tenso
 from torchrl_wm.modules.world_model.program import Program
 from torchrl_wm.modules.world_model.wiring import written_keys
 
+#: A part of a step, which works in place.
+Stage = Callable[[FlatTensors, Placement], None]
+
 
 class StepKernel:
     """Predicts the ``"next"`` entries of a transition.
@@ -31,8 +35,6 @@ class StepKernel:
     Args:
         world_model: the model that predicts.
         layout: the entries of the env.
-        max_steps: the number of steps after which an episode is truncated.
-        counter_key: where the steps are counted; None without a time limit.
         check_finite: raise where a prediction is NaN or infinite. Waits for the
             device at every step.
     """
@@ -41,67 +43,57 @@ class StepKernel:
         self,
         world_model: WorldModel,
         layout: Layout,
-        *,
-        max_steps: int | None,
-        counter_key: NestedKey | None,
         check_finite: bool = False,
     ) -> None:
         self.components = world_model.components
         self.world_model = world_model
         self.layout = layout
-        self.max_steps = max_steps
-        self.counter_key = counter_key
         self.check_finite = check_finite
         reads = unique(world_model.step_module.in_keys)
         self.inputs = [key for key in reads if not is_next(key)]
-        # Actions are asked for even if the model ignores some of them: a
-        # rollout without its actions is of no use to anybody.
+        # All actions, even if the model ignores some of them: a rollout without its
+        # actions is of no use.
         self.required = unique([*self.inputs, *layout.action_keys])
-        self.program = Program([world_model.step_module])
-        self._action_specs = {key: layout.action[key] for key in layout.action_keys}
-        self._specs = {**layout.latent, **layout.predicted, **layout.decoded}
-        self._specs.update((key, layout.reward[key]) for key in layout.reward_keys)
+        #: What a step writes, and where: each entry by its key below "next".
+        self.outputs = {
+            key: join("next", key) for key in (*layout.carried, *layout.reward_keys)
+        }
+        components = (*layout.latent, *layout.predicted, *layout.reward_keys)
+        self._predicted = [self.outputs[key] for key in components]
+        specs = {**layout.latent, **layout.predicted, **layout.decoded}
+        specs.update((key, layout.reward[key]) for key in layout.reward_keys)
+        self._specs = {self.outputs[key]: spec for key, spec in specs.items()}
         #: Whether the components were seen to write what the layout says.
         self._is_checked = True
-        self._predicted = [
-            (key, join("next", key))
-            for key in (*layout.latent, *layout.predicted, *layout.reward_keys)
-        ]
         self._decode = None
-        #: What is decoded as floats and shown as integers or bits.
+        #: The specs of what is decoded as floats and shown as integers or bits.
         self.rounded: dict[NestedKey, TensorSpec] = {}
+        self._make_programs()
+
+    def _make_programs(self) -> None:
+        model, layout = self.world_model, self.layout
+        self.program = Program([model.step_module])
+        #: Whether it writes nothing but predictions.
+        self._is_contained = self.program.is_known and all(
+            is_next(key) for key in self.program.writes
+        )
         if layout.decoded:
-            self._decode = Program([world_model.decoder])
-            places = {strip_next(k): k for k in written_keys(world_model.decoder)}
-            self._decoded = [(key, places[key]) for key in layout.decoded]
-            self.rounded = specs_to_round(world_model.decoder, layout.decoded)
+            self._decode = Program([model.decoder])
+            self._decoded = {strip_next(k): k for k in written_keys(model.decoder)}
+            self.rounded = specs_to_round(model.decoder, layout.decoded)
 
     def is_current(self) -> bool:
-        """Whether the model still has the components this kernel was made for."""
+        """Return whether the model still has the components that this kernel was made for."""
         now = self.world_model.components
         return now.keys() == self.components.keys() and all(
             now[name] is module for name, module in self.components.items()
         )
 
-    @property
-    def is_straight(self) -> bool:
-        """Whether a step is networks that write predictions, and nothing else."""
-        return (
-            self._decode is None
-            and self.counter_key is None
-            and not self.check_finite
-            and self.program.is_known
-            and all(is_next(key) for key in self.program.writes)
-        )
-
     def refresh(self) -> None:
         """Make the programs anew where a component has another network or hook."""
-        if not self.program.is_current():
-            self.program = Program([self.world_model.step_module])
-            self._is_checked = False
-        if self._decode is not None and not self._decode.is_current():
-            self._decode = Program([self.world_model.decoder])
-            self.rounded = specs_to_round(self.world_model.decoder, self.layout.decoded)
+        decoder = self._decode
+        if not (self.program.is_current() and (not decoder or decoder.is_current())):
+            self._make_programs()
             self._is_checked = False
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -116,13 +108,11 @@ class StepKernel:
             observations, declared predictions, reward and done entries.
         """
         self.check_inputs(tensordict)
-        keys = self.required
-        if self.counter_key is not None:
-            keys = [*keys, self.counter_key]
+        keys = (*self.required, *self.layout.counter)
         values = {key: tensordict.get(key, None) for key in keys}
         at = Placement(tensordict.batch_size, tensordict.device)
         out = to_tensordict(self.predict(values, at), at)
-        return self.with_nested_dims(out)
+        return self.layout.with_nested_dims(out)
 
     def predict(
         self,
@@ -133,7 +123,7 @@ class StepKernel:
         check_finite: bool = True,
         check_rounded: bool = False,
     ) -> FlatTensors:
-        """Predict one step, on tensors alone.
+        """Predict one step, on tensors only.
 
         Args:
             values: latents, action and context by flat key, ``[*B, ...]``; not
@@ -148,113 +138,130 @@ class StepKernel:
         Returns:
             The ``"next"`` entries by flat key, without the "next".
         """
-        batch_size, device, _ = at
+        work = {key: values[key] for key in self.inputs}
+        work.update({k: values[k] for k in self.layout.counter if k in values})
+        for stage in self.stages(at, endings, decode, check_finite, check_rounded):
+            stage(work, at)
+        return {
+            key: work[place] for key, place in self.outputs.items() if place in work
+        }
+
+    def stages(
+        self,
+        at: Placement,
+        endings: FlatTensors | None = None,
+        decode: bool = True,
+        check_finite: bool = True,
+        check_rounded: bool = False,
+    ) -> list[Stage]:
+        """Return what makes one step, in order: only what this env and this moment need.
+
+        Each stage works in place. Together they write the :attr:`outputs` of a step into flat
+        tensors that hold its start and its actions; other predictions of the model may stand
+        below "next", too. The arguments are those of :meth:`predict`.
+        """
+        checked = self.check_finite and check_finite
+        decode = decode and self._decode is not None
+        stages: list[Stage] = [self._isolated]
+        if self._is_contained:
+            stages = [*self.program.trusted] if at.trusted else [self.program]
+        if not self._is_checked:
+            stages.append(partial(self._require, self._predicted))
+        if self.layout.context:
+            stages.append(self._keep_context)
+        if decode:
+            stages.append(self._show)
+            if self.rounded and (check_rounded or checked):
+                rounded = [self.outputs[key] for key in self.rounded]
+                stages.append(partial(self._require_finite, rounded))
+            if self.rounded:
+                stages.append(self._round)
+        if autocasts(at.device):
+            stages.append(self._widen)
+        if not self._is_checked:
+            stages.append(self._check_shapes)
+        if endings is None:
+            stages.append(self._end)
+        elif endings:
+            known = {self.outputs[key]: flag for key, flag in endings.items()}
+            stages.append(lambda values, at: values.update(known))
+        if checked:
+            stages.append(partial(self._require_finite, list(self.outputs.values())))
+        return stages
+
+    def _isolated(self, values: FlatTensors, at: Placement) -> None:
+        """Run a model that may do more than its keys say, on what it reads; take its predictions."""
         work = {key: values[key] for key in self.inputs}
         self.program(work, at)
-        layout = self.layout
-        if not self._is_checked:
-            self._require(place for _, place in self._predicted if place not in work)
-        out: FlatTensors = {key: work[place] for key, place in self._predicted}
-        for key in layout.context:
-            out[key] = values[key]
-        if self._decode is not None and decode:
-            reads = decoder_inputs(self.world_model, {k: out[k] for k in layout.state})
-            self._decode(reads, at._replace(trusted=False))
-            if not self._is_checked:
-                self._require(place for _, place in self._decoded if place not in reads)
-            for key, place in self._decoded:
-                out[key] = reads[place]
-            self._round(
-                values,
-                out,
-                len(batch_size),
-                check_rounded or (self.check_finite and check_finite),
-            )
-        if autocasts(device):
-            for key, spec in self._specs.items():
-                if key in out:
-                    out[key] = widened(out[key], spec.dtype)
-        if not self._is_checked:
-            self._check_shapes(out, batch_size)
-            self._is_checked = decode or self._decode is None
-        time_is_up = None
-        if self.counter_key is not None:
-            count = values.get(self.counter_key)
-            if (
-                count is None
-            ):  # a state from elsewhere, e.g. a planner's: time starts here
-                count = torch.zeros((*batch_size, 1), dtype=torch.int64, device=device)
-            # Batched envs' shared buffers mark even integers as in need of a graph.
-            count = count.detach() + 1
-            out[self.counter_key] = count
-            time_is_up = count >= self.max_steps
-        if endings is None:
-            endings = layout.endings.read(work, batch_size, device, time_is_up)
-        out.update(endings)
-        if self.check_finite and check_finite:
-            self._check_finite(values, out, len(batch_size))
-        return out
+        values.update({key: value for key, value in work.items() if is_next(key)})
 
-    def with_nested_dims(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Give nested tensordicts the batch dims that their specs have."""
-        for key, dims in self.layout.nested.items():
-            node = tensordict.get(key, None)
-            if node is not None:
-                node.batch_size = (*tensordict.batch_size, *dims)
-        return tensordict
+    def _keep_context(self, values: FlatTensors, at: Placement) -> None:
+        for key in self.layout.context:
+            values[self.outputs[key]] = values[key]
 
-    def _require(self, lacking: Iterable[NestedKey]) -> None:
-        lacking = list(lacking)
+    def _show(self, values: FlatTensors, at: Placement) -> None:
+        """Decode the observations of the next latents."""
+        state = {key: values[self.outputs[key]] for key in self.layout.state}
+        work = decoder_inputs(self.world_model, state)
+        self._decode(work, at._replace(trusted=False))
+        if not self._is_checked:
+            self._require([self._decoded[key] for key in self.layout.decoded], work, at)
+        for key in self.layout.decoded:
+            values[self.outputs[key]] = work[self._decoded[key]]
+
+    def _round(self, values: FlatTensors, at: Placement) -> None:
+        """Show decoded floats as the real env shows its observations."""
+        for key, spec in self.rounded.items():
+            values[self.outputs[key]] = as_observed(values[self.outputs[key]], spec)
+
+    def _widen(self, values: FlatTensors, at: Placement) -> None:
+        for key, spec in self._specs.items():
+            if key in values:
+                values[key] = widened(values[key], spec.dtype)
+
+    def _end(self, values: FlatTensors, at: Placement) -> None:
+        """Count the step, and say which episodes have ended, by a head or by the time limit."""
+        limit, time_is_up = self.layout.time_limit, None
+        if limit is not None:
+            values[self.outputs[limit.key]], time_is_up = limit.advance(values, at)
+        values.update(self.layout.endings.read(values, at, time_is_up))
+
+    def _require(
+        self, keys: Iterable[NestedKey], values: FlatTensors, at: Placement
+    ) -> None:
+        lacking = [key for key in keys if key not in values]
         if lacking:
             raise ValueError(
                 f"A component of the world model was changed and no longer writes {lacking}, "
                 f"which the env carries. Make a new WorldModelEnv."
             )
 
-    def _check_shapes(self, out: FlatTensors, batch_size: torch.Size) -> None:
+    def _check_shapes(self, values: FlatTensors, at: Placement) -> None:
         """Refuse predictions of a network that was replaced by one that does not fit."""
         for key, spec in self._specs.items():
-            value = out.get(key)
-            expected = (*batch_size, *spec.shape)
-            if value is not None and (
-                tuple(value.shape) != expected or value.dtype != spec.dtype
-            ):
+            value = values.get(key)
+            if value is not None and not fits(value, spec, at.batch_size):
                 raise ValueError(
-                    f"The world model predicts {join('next', key)!r} of the shape "
-                    f"{tuple(value.shape)} and {value.dtype}; its spec asks for {expected} and "
+                    f"The world model predicts {key!r} of the shape {tuple(value.shape)} and "
+                    f"{value.dtype}; its spec asks for {(*at.batch_size, *spec.shape)} and "
                     f"{spec.dtype}. A network was replaced: give it these outputs, or make a "
                     f"new WorldModelEnv."
                 )
+        self._is_checked = all(self.outputs[k] in values for k in self.layout.decoded)
 
-    def _round(
-        self, values: FlatTensors, out: FlatTensors, dims: int, check: bool
+    def _require_finite(
+        self, keys: Iterable[NestedKey], values: FlatTensors, at: Placement
     ) -> None:
-        """Show decoded floats as the real env shows its observations."""
-        if check and self.rounded:
-            self._check_finite(values, {key: out[key] for key in self.rounded}, dims)
-        for key, spec in self.rounded.items():
-            out[key] = as_observed(out[key], spec)
-
-    def _check_finite(
-        self, values: FlatTensors, predicted: FlatTensors, dims: int
-    ) -> None:
-        bad = {
-            key: ~value.isfinite()
-            for key, value in predicted.items()
-            if value.is_floating_point()
-        }
-        bad = {key: flags for key, flags in bad.items() if flags.any()}
-        if not bad:
+        dims, rows = len(at.batch_size), {}
+        floats = {k: v for k, v in values.items() if v.is_floating_point()}
+        for key in keys:
+            bad = ~floats[key].isfinite() if key in floats else None
+            if bad is not None and bad.any():
+                rows[key] = bad.flatten(dims).any(-1).sum().item() if dims else 1
+        if not rows:
             return
-        inputs = [
-            key
-            for key in self.required
-            if values[key].is_floating_point() and not values[key].isfinite().all()
-        ]
-        rows = {
-            key: flags.flatten(dims).any(-1).sum().item() if dims else 1
-            for key, flags in bad.items()
-        }
+        read = [key for key in self.required if key in floats]
+        inputs = [key for key in read if not floats[key].isfinite().all()]
         source = (
             f"The inputs {inputs} already were not."
             if inputs
@@ -262,8 +269,8 @@ class StepKernel:
             "training."
         )
         raise FloatingPointError(
-            f"The world model predicted NaN or infinite values under "
-            f"{[join('next', key) for key in bad]} (rows: {rows}). {source}"
+            f"The world model predicted NaN or infinite values under {list(rows)} (rows: {rows}). "
+            f"{source}"
         )
 
     def check_inputs(self, tensordict: TensorDictBase) -> None:
@@ -276,7 +283,7 @@ class StepKernel:
         missing = missing_from(tensordict, self.required)
         if not missing:
             values = {key: tensordict.get(key) for key in self.layout.action_keys}
-            self.check_actions(values, tensordict.batch_size)
+            self.check_actions(values, Placement(tensordict.batch_size, None))
             return
         actions = [key for key in missing if key in self.layout.action_keys]
         if actions:
@@ -288,17 +295,17 @@ class StepKernel:
             f"TensorDictSequential(world_model.encoder, planner)."
         )
 
-    def check_actions(self, values: FlatTensors, batch_size: torch.Size) -> None:
+    def check_actions(self, values: FlatTensors, at: Placement) -> None:
         """Refuse actions that are not there, or of another shape or float type than their spec's."""
-        dims = len(batch_size)
-        for key, spec in self._action_specs.items():
-            value = values.get(key)
+        dims = len(at.batch_size)
+        for key in self.layout.action_keys:
+            value, spec = values.get(key), self.layout.action[key]
             if value is None:
                 raise _no_action([key], sorted(values, key=str))
             if value.shape[dims:] != spec.shape:
                 raise ValueError(
                     f"The action {key!r} has the feature shape {tuple(value.shape[dims:])} in a "
-                    f"tensordict of batch size {tuple(batch_size)}; the action spec asks for "
+                    f"tensordict of batch size {tuple(at.batch_size)}; the action spec asks for "
                     f"{tuple(spec.shape)}."
                 )
             if value.dtype == spec.dtype:
@@ -311,21 +318,6 @@ class StepKernel:
                     f"The action {key!r} is {value.dtype}, its spec {spec.dtype}. Convert it: "
                     f"action.to({spec.dtype})."
                 )
-
-
-def autocasts(device: torch.device | None) -> bool:
-    """Whether networks there compute in a narrower dtype than that of their weights."""
-    if device is None:
-        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return torch.is_autocast_enabled(device.type)
-
-
-def widened(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What autocast computes in half precision, in the float ``dtype`` that it stands for."""
-    if value.dtype == dtype or value.dtype not in (torch.float16, torch.bfloat16):
-        return value
-    stands_for = dtype.is_floating_point and autocasts(value.device)
-    return value.to(dtype) if stands_for else value
 
 
 def _no_action(

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torchrl_wm.modules.blocks.normalizer import without_warnings
 
+from torchrl_wm.modules.blocks.normalizer import without_warnings
 from torchrl_wm.modules.modes import evaluation_mode
 
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Eval mode, no autograd graph, and the random state as before afterwards.
+    """Run the model in eval mode, without an autograd graph, and restore the random state.
 
     Lazy parameters are the exception: what runs a lazy model first also
     initialises it, and that draws from the caller's random state, so that two

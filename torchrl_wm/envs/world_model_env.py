@@ -1,35 +1,52 @@
-"""An environment whose transitions a world model predicts."""
+"""An environment whose transitions a world model predicts: the face of it, and what EnvBase calls.
+
+What imagines is its :class:`~torchrl_wm.envs.imaginer.Imaginer`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing import parent_process
-from numbers import Integral
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from torchrl.data import TensorSpec, Unbounded
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import TensorSpec
+from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import EnvBase, ModelBasedEnvBase, TransformedEnv
 
 from torchrl_wm import _upstream
+from torchrl_wm.envs.acting import (
+    flat_actions,
+    lead_of,
+    missing_reads,
+    Policy,
+    RandomActor,
+)
+from torchrl_wm.envs.arguments import as_size, check_imagine, check_parts, check_start
 from torchrl_wm.envs.collecting import leave_out_collectors
-from torchrl_wm.envs.decoding import as_observed, read_decoded, specs_to_round
-from torchrl_wm.envs.imagination import Imagination
-from torchrl_wm.envs.layout import composite, Layout, make_layout, rebatch
+from torchrl_wm.envs.fast_path import overridden_method, why_inherited
+from torchrl_wm.envs.imaginer import Imaginer, Start
+from torchrl_wm.envs.layout import composite, rebatch
+from torchrl_wm.envs.layout_builder import (
+    explicit_specs,
+    LayoutBuilder,
+    main_latent,
+    Reference,
+)
 from torchrl_wm.envs.masks import warn_of_masks
-from torchrl_wm.envs.start_states import make_sampler, StartStates
-from torchrl_wm.envs.step import StepKernel, widened
+from torchrl_wm.envs.start_states import StartStates
+from torchrl_wm.envs.step import StepKernel
+from torchrl_wm.envs.time_limit import TimeLimit
+from torchrl_wm.envs.unroll import Act
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import missing_from, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
-from torchrl_wm.modules.world_model.wiring import written_keys
-
-_COUNTER_KEY = "imagined_step"
 
 
-class WorldModelEnv(Imagination, ModelBasedEnvBase):
+class WorldModelEnv(ModelBasedEnvBase):
     """Imagine with a world model through the ordinary :class:`~torchrl.envs.EnvBase` API.
 
     The env steps in latent space: no observation is encoded after the start,
@@ -143,20 +160,30 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         check_finite: bool = False,
     ) -> None:
         _upstream.check_replaced(EnvBase)
-        _check_arguments(world_model, base_env, max_steps)
-        batch_size = _as_size(batch_size, base_env.batch_size)
-        sampler = None if start_states is None else make_sampler(start_states)
+        check_parts(world_model, base_env, max_steps)
+        batch_size = as_size(batch_size, base_env.batch_size)
+        limit = None if max_steps is None else TimeLimit(int(max_steps))
         present = _device_of(world_model, base_env)
-        arguments = {
-            "observation_spec": observation_spec,
-            "batch_size": batch_size,
-            "latent_key": latent_key,
-            "decode": decode,
-            "time_limit": max_steps is not None,
-        }
         # Before anything is moved: what does not fit leaves the model as it is.
-        layout = make_layout(world_model, base_env, device=present, **arguments)
-        warn_of_masks(layout.masked)
+        main = main_latent(world_model, latent_key)
+        builder = LayoutBuilder(
+            world_model,
+            Reference.of_env(base_env),
+            explicit_specs(observation_spec, batch_size, main),
+            batch_size=batch_size,
+            device=present,
+            time_limit=limit,
+        )
+        imaginer = Imaginer(
+            world_model,
+            builder.build(decode),
+            start_states=start_states,
+            batch_size=batch_size,
+            device=present,
+            decode=decode,
+            check_finite=check_finite,
+        )
+        warn_of_masks(imaginer.layout.masked)
         # Moves the model as a whole. A start may be done: done_head decides.
         super().__init__(
             world_model,
@@ -164,125 +191,73 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             batch_size=batch_size,
             allow_done_after_reset=True,
         )
-        # Not registered: the source's parameters are not the env's.
-        self.__dict__["_start_states"] = start_states
-        self.__dict__["_sampler"] = sampler
-        self.max_steps = None if max_steps is None else int(max_steps)
-        self.check_finite = check_finite
-        self._layout_arguments = arguments
         if self.device is not None and self.device != present:
-            layout = layout.to(self.device)
+            imaginer.to(self.device)
+        #: What imagines: the entries, the starts, the step kernel, the loop of steps.
+        self.imaginer = imaginer
+        self.latent_key = main
+        self.max_steps = None if limit is None else limit.max_steps
+        self.check_finite = check_finite
         group_map = _group_map(base_env)
         if group_map is not None:
             self.group_map = group_map
-        self.latent_key = latent_key or next(iter(layout.latent))
-        self._set_specs(layout)
-        self.__dict__["_layout"] = layout
-        self.__dict__["_compiler"] = None
-        self.__dict__["_kernel"] = self._make_kernel(layout)
+        self._set_specs()
 
     @property
     def batch_locked(self) -> bool:
-        """Whether the env takes its own batch size alone: only such an env steps rows partly."""
+        """Whether the env takes only its own batch size: only such an env steps some of its rows."""
         return len(self.batch_size) > 0
 
     # Construction --------------------------------------------------------
 
-    def _set_specs(self, layout: Layout) -> None:
-        size, device = self.batch_size, self.device
+    def _set_specs(self) -> None:
+        layout, size, device = self.imaginer.layout, self.batch_size, self.device
+        state = {**layout.state, **layout.counter}
+        observation = {**layout.observation, **layout.counter}
         self.full_action_spec = rebatch(layout.action, size)
         self.full_reward_spec = rebatch(layout.reward, size)
         self.full_done_spec = rebatch(layout.done, size)
-        counter = {}
-        if self.max_steps is not None:
-            counter[_COUNTER_KEY] = Unbounded(
-                shape=(1,), dtype=torch.int64, device=device
-            )
-        state = {**layout.state, **counter}
-        self._nested_keys = {
-            unravel_key(as_tuple(key)[:depth])
-            for key in {**state, **layout.decoded, **layout.predicted}
-            for depth in range(1, len(as_tuple(key)))
-        }
-        self.state_spec = composite(state, layout, size, device)
-        self.observation_spec = composite(
-            {**state, **layout.decoded, **layout.predicted}, layout, size, device
-        )
-
-    def _make_kernel(self, layout: Layout) -> StepKernel:
-        return StepKernel(
-            self.world_model,
-            layout,
-            max_steps=self.max_steps,
-            counter_key=None if self.max_steps is None else _COUNTER_KEY,
-            check_finite=self.check_finite,
-        )
+        self.state_spec = composite(state, layout.nested, size, device)
+        self.observation_spec = composite(observation, layout.nested, size, device)
 
     @property
     def start_states(self) -> StartStates | None:
         """Where episodes begin when no state is given."""
-        return self._start_states
+        return self.imaginer.start_states
 
     @property
     def start_keys(self) -> list[NestedKey]:
         """What a start may be made of: latents, context, or observations to encode."""
-        return unique([*self._layout.state, *self.world_model.encoder.in_keys])
+        layout = self.imaginer.layout
+        return unique([*layout.state, *self.world_model.encoder.in_keys])
 
     @property
     def latent_keys(self) -> list[NestedKey]:
         """The latents that the env steps."""
-        return list(self._layout.latent)
+        return list(self.imaginer.layout.latent)
 
     @property
     def step_kernel(self) -> StepKernel:
         """What predicts one step; made anew when a component was replaced."""
-        kernel = self._kernel
-        if kernel is None:  # in a copy
-            kernel = self.__dict__["_kernel"] = self._make_kernel(self._layout)
-        if not kernel.is_current():
-            self.__dict__["_layout"], kernel = self._rewired()
-            self.__dict__["_kernel"] = kernel
-        kernel.refresh()
-        return kernel
+        return self.imaginer.refreshed().kernel
 
     def __getstate__(self) -> dict[str, Any]:
-        leave_out_collectors(self, self._start_states)
-        # These hold on to networks, or to the env itself: a copy makes its own, and is eager.
-        state = {**self.__dict__, **dict.fromkeys(("_kernel", "_compiler"))}
-        for name in ("_wrapped", "_policy_program", _upstream.COMPILED_STEP):
+        leave_out_collectors(self, self.start_states)
+        state = dict(self.__dict__)
+        for name in ("_wrapped_policy", _upstream.COMPILED_STEP):
             state.pop(name, None)
         return state
 
-    def _rewired(self) -> tuple[Layout, StepKernel]:
-        """The layout for replaced components: the env's specs are what they must fit."""
-        arguments = {
-            **self._layout_arguments,
-            "observation_spec": self.observation_spec,
-        }
-        if self.max_steps is not None:
-            spec = self.observation_spec.clone()
-            del spec[_COUNTER_KEY]
-            arguments["observation_spec"] = spec
-        layout = make_layout(self.world_model, self, device=self.device, **arguments)
-        changed = sorted(layout.keys ^ self._layout.keys, key=str)
-        if changed:
-            raise ValueError(
-                f"A component of the world model was replaced by one that changes the entries of "
-                f"the env: {changed}. Make a new WorldModelEnv."
-            )
-        layout.dropped, layout.masked = self._layout.dropped, self._layout.masked
-        return layout, self._make_kernel(layout)
-
     def __repr__(self) -> str:
-        source = self._start_states
+        source, layout = self.start_states, self.imaginer.layout
         parts = {
             "batch_size": list(self.batch_size),
             "device": self.device,
-            "action": self._layout.action_keys,
+            "action": layout.action_keys,
             "latents": self.latent_keys,
-            "context": list(self._layout.context),
-            "decoded": list(self._layout.decoded),
-            "predicted": list(self._layout.predicted),
+            "context": list(layout.context),
+            "decoded": list(layout.decoded),
+            "predicted": list(layout.predicted),
             "max_steps": self.max_steps,
             "start_states": None if source is None else type(source).__name__,
         }
@@ -293,9 +268,15 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
     def add_truncated_keys(self) -> EnvBase:
         """Add ``truncated`` to every done entry, as :meth:`~torchrl.envs.EnvBase.add_truncated_keys`."""
         super().add_truncated_keys()
-        layout = self._layout
-        layout.endings.add_truncated()
-        layout.done = layout.endings.spec(layout.done)
+        self.imaginer.use(self.imaginer.layout.with_truncated())
+        return self
+
+    def to(self, device: DEVICE_TYPING) -> WorldModelEnv:
+        """Move the model, the specs and what imagines, as :meth:`torchrl.envs.EnvBase.to`."""
+        before = self.device
+        super().to(device)
+        if self.device != before:
+            self.imaginer.to(self.device)
         return self
 
     # Stepping ------------------------------------------------------------
@@ -315,7 +296,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
             return out
         # Rows that are not to be stepped stay where they are, with reward 0.
         mask = mask.reshape(out.batch_size)
-        rewards = set(self._layout.reward_keys)
+        rewards = self.imaginer.layout.reward_keys
         for key in unique(out.keys(True, True)):
             new = out.get(key)
             old = None if key in rewards else tensordict.get(key, None)
@@ -332,174 +313,22 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         set_state: bool | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
-        layout = self.step_kernel.layout
-        given = tensordict
-        if given is None:
-            given = TensorDict({}, batch_size=self.batch_size, device=self.device)
-        elif self.device is not None and given.device != self.device:
+        given = self._given(tensordict)
+        if self.device is not None and given.device != self.device:
             given = given.to(self.device)
-        partial = bool(self.reset_keys) and len(
-            missing_from(given, self.reset_keys)
-        ) < len(self.reset_keys)
-        honour = set_state is not False and not (partial and self._sampler is not None)
-        state = self._state_from(given, layout) if honour else None
-        if state is None:
-            state = self._sample_state(given, layout)
-        out = self._entries_to_keep(given, layout)
-        for key, value in state.items():
+        starts = self.imaginer.refreshed().starts
+        partial = len(missing_from(given, self.reset_keys)) < len(self.reset_keys)
+        sampled = set_state is False or (partial and self.start_states is not None)
+        out = starts.kept(given)
+        for key, value in starts.begin(given, honour=not sampled).items():
             out.set(key, value)
-        if self.max_steps is not None:
-            counter = torch.zeros(
-                (*out.batch_size, 1), dtype=torch.int64, device=self.device
-            )
-            out.set(_COUNTER_KEY, counter)
-        for key, spec in layout.predicted.items():
-            out.set(key, spec.zero(out.batch_size))  # nothing was predicted yet
-        for key, flag in layout.endings.none(out.batch_size, self.device).items():
-            out.set(key, flag)
-        return self.step_kernel.with_nested_dims(out)
+        return self.imaginer.layout.with_nested_dims(out)
 
-    def _state_from(
-        self, given: TensorDictBase, layout: Layout
-    ) -> dict[NestedKey, torch.Tensor] | None:
-        """Latents, context and root observations from what the caller gave, if they are there."""
-        world_model: WorldModel = self.world_model
-        lacking = missing_from(given, layout.latent)
-        encodable = set(written_keys(world_model.encoder)) & {*layout.context}
-        if lacking or missing_from(given, encodable):
-            inputs = unique(world_model.encoder.in_keys)
-            if missing_from(given, inputs):
-                return None
-            # Latents that the encoder does not write are used where they are given.
-            kept = given.select(*[k for k in layout.latent if k not in lacking])
-            for key in inputs:
-                if key in layout.observed:
-                    self._checked(key, given.get(key), layout.observed[key], given)
-            encoded = world_model.encode(kept.copy().update(given.select(*inputs)))
-            if not lacking:
-                encoded.update(kept)
-        else:
-            encoded = None
-        state: dict[NestedKey, torch.Tensor] = {}
-        for key in layout.state:
-            value = given.get(key, None)
-            if encoded is not None and (value is None or key in layout.latent):
-                value = encoded.get(key, None)
-            if value is None:
-                fix = (
-                    "or let the model supply it: WorldModel(..., initial_state=TensorDict({...}))"
-                    if key in layout.latent
-                    else "or let start_states give it"
-                )
-                raise MissingEntryError(
-                    f"The start state lacks {key!r}, which the world model's step reads. Put it "
-                    f"into the start tensordict (there: {leaf_keys(given)}), {fix}."
-                )
-            state[key] = self._checked(key, value, layout.state[key], given)
-        for key, spec in layout.decoded.items():
-            value = given.get(key, None)
-            observed = layout.observed.get(key, spec)
-            if value is None or (value.dtype, observed.dtype) == (
-                observed.dtype,
-                spec.dtype,
-            ):
-                pass
-            elif value.dtype == observed.dtype:
-                continue  # an image in uint8, say, that is decoded as floats
-            if value is not None:
-                state[key] = self._checked(key, value, spec, given)
-        absent = [key for key in layout.decoded if key not in state]
-        if absent:
-            latents = {key: state[key] for key in layout.state}
-            decoded = read_decoded(
-                world_model, latents, absent, Placement(given.batch_size, self.device)
-            )
-            rounded = specs_to_round(world_model.decoder, layout.decoded)
-            for key, value in decoded.items():
-                spec = rounded.get(key)
-                state[key] = value if spec is None else as_observed(value, spec)
-        return state
-
-    def _sample_state(
-        self, given: TensorDictBase, layout: Layout
-    ) -> dict[NestedKey, torch.Tensor]:
-        if self._sampler is None:
-            inputs = unique(self.world_model.encoder.in_keys)
-            if missing_from(given, layout.latent):
-                why = (
-                    f"the tensordict has {leaf_keys(given)}, not the latents "
-                    f"{list(layout.latent)} nor the observations {inputs}"
-                )
-            else:
-                why = "set_state=False leaves out what the tensordict has"
-            raise RuntimeError(
-                f"WorldModelEnv has no initial latent to start from: {why}. Encode real "
-                f"observations, env.rollout(max_steps, tensordict=world_model.encode(obs)), with "
-                f"set_state=True where a TransformedEnv is around the env, which hands on latents "
-                f"alone; or give the env a source: WorldModelEnv(..., start_states=real_env)."
-            )
-        sample = self._sampler(given.batch_size)
-        if self.device is not None:
-            sample = sample.to(self.device)
-        # A goal that the caller gives counts for sampled states, too.
-        own = [k for k in layout.context if given.get(k, None) is not None]
-        if own:
-            sample = sample.copy().update(given.select(*own))
-        state = self._state_from(sample, layout)
-        if state is None:
-            raise RuntimeError(
-                f"start_states gives {leaf_keys(sample)}, which has no initial latent: neither "
-                f"the latents {list(layout.latent)} nor the observations "
-                f"{unique(self.world_model.encoder.in_keys)}."
-            )
-        return state
-
-    def _entries_to_keep(self, given: TensorDictBase, layout: Layout) -> TensorDictBase:
-        """What is left of the caller's tensordict after a reset: what may stand still."""
-        # A copy, nested tensordicts included: the caller's are not written to.
-        kept = given.exclude(*self._dropped_keys(layout)).copy()
-        # The start may be a time slice of real data; the imagined time is another.
-        kept.names = [None] * kept.batch_dims
-        return kept
-
-    def _dropped_keys(self, layout: Layout) -> set[NestedKey]:
-        return {
-            "next",
-            # What collectors, replay buffers and transforms note of real samples.
-            "collector",
-            "index",
-            "priority_weight",
-            "_weight",
-            "weight",
-            "is_init",
-            "step_count",
-            "_step",
-            *layout.endings.keys,
-            *self.reset_keys,
-            *layout.action_keys,
-            *layout.reward_keys,
-            *layout.predicted,
-            *layout.dropped,
-        }
-
-    def _checked(
-        self,
-        key: NestedKey,
-        value: torch.Tensor,
-        spec: TensorSpec,
-        given: TensorDictBase,
-    ) -> torch.Tensor:
-        expected = (*given.batch_size, *spec.shape)
-        value = widened(value, spec.dtype)
-        if tuple(value.shape) != expected or value.dtype != spec.dtype:
-            raise ValueError(
-                f"The start state's {key!r} has shape {tuple(value.shape)} and {value.dtype}; "
-                f"the tensordict's batch size {tuple(given.batch_size)} and the spec ask for "
-                f"{expected} and {spec.dtype}. Give TensorDict(..., batch_size=[...]) the batch "
-                f"dims of its entries; latents come from world_model.encode(obs), observations "
-                f"from the reference env or one like it."
-            )
-        return value
+    def _given(self, tensordict: TensorDictBase | None) -> TensorDictBase:
+        """Return the start that the caller gives, or an empty one."""
+        if tensordict is not None:
+            return tensordict
+        return TensorDict({}, batch_size=self.batch_size, device=self.device)
 
     def _reset_proc_data(
         self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
@@ -513,13 +342,14 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         rows = self._rows_to_reset(tensordict)
         merged = super()._reset_proc_data(tensordict.copy(), tensordict_reset)
         if rows is not None:
-            for key in (*self.state_spec.keys(True, True), *self._layout.predicted):
+            predicted = self.imaginer.layout.predicted
+            for key in (*self.state_spec.keys(True, True), *predicted):
                 new, old = tensordict_reset.get(key), merged.get(key)
                 merged.set(key, torch.where(_expand_right(rows, new), new, old))
         return merged
 
     def _rows_to_reset(self, tensordict: TensorDictBase) -> torch.Tensor | None:
-        """Rows that all agents leave, where only agents have done entries: ``[*B]``.
+        """Return the rows that all agents leave, ``[*B]``, if only agents have done entries.
 
         TorchRL then resets the agents' own entries; what the agents share, at
         the root, has to begin anew with them.
@@ -552,7 +382,7 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         Without ``start_states`` there is nothing to start from: the rows are
         left as they are, as planners need it, and nothing syncs with the host.
         """
-        if self._sampler is None:
+        if self.start_states is None:
             return tensordict
         return super().maybe_reset(tensordict)
 
@@ -568,84 +398,283 @@ class WorldModelEnv(Imagination, ModelBasedEnvBase):
         if seed is None:
             return
         torch.manual_seed(seed)
-        if isinstance(self._start_states, EnvBase):
-            self._start_states.set_seed(seed)
+        if isinstance(self.start_states, EnvBase):
+            self.start_states.set_seed(seed)
+
+    # Imagining -----------------------------------------------------------
+
+    def rollout(
+        self,
+        max_steps: int,
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        callback: Callable[[TensorDictBase, ...], Any] | None = None,
+        *,
+        actions: Iterable[Any] | None = None,
+        auto_reset: bool = True,
+        auto_cast_to_device: bool = False,
+        break_when_any_done: bool | None = None,
+        break_when_all_done: bool | None = None,
+        return_contiguous: bool | None = False,
+        tensordict: TensorDictBase | None = None,
+        set_truncated: bool = False,
+        out=None,
+        trust_policy: bool = False,
+        storing_device: DEVICE_TYPING | None = None,
+        set_state: bool | None = None,
+    ) -> TensorDictBase:
+        """Imagine until an episode ends; :meth:`torchrl.envs.EnvBase.rollout`, its arguments and results.
+
+        What to know of it here:
+
+        - ``tensordict`` is the start: latents, or observations to encode. It is
+          not written to.
+        - By default it stops as soon as *one* of the trajectories ends. With
+          ``break_when_all_done=True`` it waits for all, with
+          ``break_when_any_done=False`` it goes on: ended rows begin anew from
+          ``start_states``, or, without, are left as they are.
+        - ``max_steps`` here is how long to roll out; the env's own ``max_steps`` is
+          where it truncates episodes.
+        - Gradients flow through it. Under ``torch.no_grad()`` it keeps no graph:
+          what goes into a replay buffer belongs there.
+
+        Returns:
+            The trajectories, ``[*B, T]``.
+        """
+        tensordict = check_start(tensordict, "rollout(max_steps")
+        options = {
+            "callback": callback,
+            "actions": actions,
+            "auto_cast_to_device": auto_cast_to_device,
+            "break_when_all_done": break_when_all_done,
+            "set_truncated": set_truncated,
+            "out": out,
+            "storing_device": storing_device,
+            "trust_policy": trust_policy,
+        }
+        imaginer = self.imaginer.refreshed()
+        acting = self._policy(policy)
+        goes_on = break_when_any_done is not None and not break_when_any_done
+        kept = self._flat_start(tensordict, auto_reset)
+        reason = why_inherited(
+            self,
+            imaginer,
+            acting,
+            tensordict,
+            kept,
+            max_steps=max_steps,
+            auto_reset=auto_reset,
+            goes_on=goes_on,
+            options=options,
+        )
+        if reason is None:
+            if auto_reset:
+                honour = set_state is not False
+                start = imaginer.start(self._given(tensordict), kept, acting, honour)
+            else:
+                start = Start.of(self.maybe_reset(tensordict.copy()))
+            act = self._actor(acting, start.at, tensordict)
+            run = partial(imaginer.rollout, start, act, max_steps, not goes_on)
+        else:
+            if not auto_reset and tensordict is not None:
+                tensordict = tensordict.copy()  # the inherited loop writes to it
+            run = partial(
+                super().rollout,
+                max_steps,
+                policy,
+                auto_reset=auto_reset,
+                break_when_any_done=break_when_any_done,
+                return_contiguous=return_contiguous,
+                tensordict=tensordict,
+                set_state=set_state,
+                **options,
+            )
+        steps = self._explained(run, policy, tensordict)
+        self.__dict__["_slow_because"] = reason  # each inherited step leaves another
+        return steps
+
+    @property
+    def slow_because(self) -> str | None:
+        """Why the last :meth:`rollout` took the inherited loop; None if it took the fast path.
+
+        The result is the same. The fast path calls the networks directly and
+        builds one tensordict at the end. Steps that something else makes one by one (a
+        TransformedEnv around the env, a collector) are no fast path either, which stands here.
+        """
+        return self.__dict__.get("_slow_because", "there was no rollout yet")
+
+    def imagine(
+        self,
+        horizon: int,
+        policy: Callable | None = None,
+        tensordict: TensorDictBase | None = None,
+        actions: torch.Tensor | TensorDictBase | None = None,
+    ) -> TensorDictBase:
+        """Imagine exactly ``horizon`` steps, whatever ends on the way.
+
+        Unlike :meth:`rollout`, nothing stops early, no row is started anew, and
+        the host never waits for the device (TorchRL's ``TanhNormal`` does, which looks at
+        its bounds whenever it is made, but for compiled and captured graphs). Where a
+        trajectory has ended, what follows is marked invalid under ``("collector", "mask")``,
+        which TorchRL's losses heed.
+
+        Args:
+            horizon: the number of steps ``H``.
+            policy: what acts; random actions if there is neither a policy nor
+                ``actions``.
+            tensordict: the start, ``[*B]``, as for :meth:`reset`.
+            actions: the actions to take, ``[*B, H, *A]``; with several action
+                keys a tensordict of batch size ``[*B, H]``.
+
+        Returns:
+            The trajectories, ``[*B, H]``, with what :meth:`rollout` returns and
+            ``("collector", "mask")``, ``[*B, H]`` bool: True up to and including
+            the step at which the trajectory ends.
+
+        Raises:
+            TypeError: if the start is no tensordict, or the actions no tensors.
+            ValueError: if ``horizon`` is not positive, if both a policy and
+                actions are given, or if the actions' shape is not ``[*B, H, *A]``.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl.envs import GymEnv
+            >>> from torchrl.modules import MLP
+            >>> from torchrl_wm import WorldModel, WorldModelEnv
+            >>> base_env = GymEnv("Pendulum-v1")
+            >>> world_model = WorldModel(
+            ...     Mod(torch.nn.Linear(3, 4), ["observation"], ["latent"]),
+            ...     Mod(MLP(5, 4, num_cells=[32]), ["latent", "action"], [("next", "latent")]),
+            ...     Mod(torch.nn.Linear(4, 1), [("next", "latent")], [("next", "reward")]),
+            ... )
+            >>> env = WorldModelEnv(world_model, base_env)
+            >>> start = world_model.encode(base_env.reset()).expand(7)
+            >>> imagined = env.imagine(15, tensordict=start, actions=torch.zeros(7, 15, 1))
+            >>> imagined.shape, imagined["collector", "mask"].all()
+            (torch.Size([7, 15]), tensor(True))
+        """
+        horizon = check_imagine(horizon, policy, tensordict, actions)
+        imaginer = self.imaginer.refreshed()
+        layout = imaginer.layout
+        if tensordict is None and actions is not None:
+            size = self.batch_size if self.batch_locked else lead_of(actions, layout)
+            tensordict = TensorDict({}, batch_size=size, device=self.device)
+        acting = self._policy(policy)
+        kept = None if overridden_method(self) else self._flat_start(tensordict, True)
+        if kept is not None:
+            start = imaginer.start(self._given(tensordict), kept, acting)
+        else:
+            start = Start.of(self.reset(tensordict))
+        act = flat = None
+        if policy is not None:
+            act = self._actor(acting, start.at, tensordict)
+        else:
+            if actions is None:
+                # All at once: to draw a bounded action waits for the device.
+                lead = () if self.batch_locked else start.at.batch_size
+                actions = self.full_action_spec.rand((horizon, *lead))
+                actions = actions.permute(*range(1, actions.batch_dims), 0)
+            flat = flat_actions(actions, layout, start.at.batch_size, horizon)
+        run = partial(imaginer.imagine, start, act, flat, horizon)
+        return self._explained(run, policy, tensordict)
+
+    def compile(self, *, warmup: int | None = None, **kwargs: Any) -> WorldModelEnv:
+        """Make :meth:`imagine` one compiled graph, and compile what EnvBase compiles.
+
+        :meth:`rollout`, which stops where episodes end, stays as it was; copies of the env
+        are eager.
+
+        A graph is made for each horizon, batch shape, set of entries, policy
+        and gradient mode, at its first call (some ten seconds to a minute or more, more for
+        a longer horizon), and the 64 used last are kept: horizons that change from call to
+        call are better imagined eagerly, or cut from one that is long enough. Replacing a
+        component makes new graphs. Policies that are more than networks and
+        distributions are not compiled.
+
+        Args:
+            warmup: see :meth:`torchrl.envs.EnvBase.compile`.
+            kwargs: for :func:`torch.compile`; ``fullgraph`` is True and
+                ``dynamic`` False unless given.
+
+        Returns:
+            The env itself. Where there is no compiler, a warning says so at the
+            first call, and imagination stays eager. :meth:`eager` undoes it.
+
+        Raises:
+            ValueError: if the env was made with ``check_finite=True``, which looks at values.
+        """
+        if self.check_finite and kwargs.get("fullgraph", True):
+            raise ValueError(
+                "check_finite=True looks at the values of every step, which one graph cannot. "
+                "Make the env without it, or call env.compile(fullgraph=False)."
+            )
+        super().compile(warmup=warmup, **kwargs)
+        self.imaginer.compile(kwargs)
+        return self
+
+    def eager(self) -> WorldModelEnv:
+        """Undo :meth:`compile`."""
+        super().eager()
+        self.imaginer.eager()
+        return self
+
+    def actor(self, policy: Callable, batch_size: torch.Size) -> Act:
+        """Return a policy as what acts on flat tensors, ``[*B]`` by key."""
+        return self._actor(self._policy(policy), Placement(batch_size, self.device))
 
     def _flat_start(
-        self, given: TensorDictBase | None, heeds_done: bool
+        self, given: TensorDictBase | None, auto_reset: bool
     ) -> FlatTensors | None:
-        """What :meth:`reset` makes of flat latents, as a dictionary; None for all else.
-
-        Where ``heeds_done`` is False, done entries that are never True are left out.
-        """
-        layout = self._layout
-        if (
-            type(given) is not TensorDict
-            or layout.decoded
-            or (self.batch_locked and given.batch_size != self.batch_size)
-        ):
+        """Return the entries of a start that stay, by flat key; None if they cannot be had."""
+        if given is None:
+            return {} if auto_reset else None
+        if self.batch_locked and given.batch_size != self.batch_size:
             return None
-        values: FlatTensors = dict(given.items())
-        others = values.keys() - layout.state.keys()
-        if len(values) - len(others) != len(layout.state) or "_reset" in others:
-            return None
-        if others:
-            for key in others & self._dropped_keys(layout):
-                del values[key]
-        size, device = given.batch_size, self.device
-        for value in values.values():
-            if not isinstance(value, torch.Tensor) or value.device != device:
-                return None
-        for key, spec in layout.state.items():
-            values[key] = self._checked(key, values[key], spec, given)
-        if self.max_steps is not None:
-            values[_COUNTER_KEY] = torch.zeros(
-                (*size, 1), dtype=torch.int64, device=device
-            )
-        for key, spec in layout.predicted.items():
-            values[key] = spec.zero(size)
-        if heeds_done or layout.endings.can_end:
-            values.update(layout.endings.none(size, device))
-        return values
+        return self.imaginer.starts.kept_flat(given, auto_reset)
 
+    def _actor(
+        self, acting: Policy, at: Placement, start: TensorDictBase | None = None
+    ) -> Act:
+        if acting.given is None:
+            lead = torch.Size(()) if self.batch_locked else at.batch_size
+            return RandomActor(self.input_spec["full_action_spec"], lead)
+        if acting.callable is None:
+            raise _upstream.missing(_upstream.POLICY_WRAPPER)
+        return acting.actor(self.imaginer.layout, at, start)
 
-def _check_arguments(world_model: Any, base_env: Any, max_steps: Any) -> None:
-    if not isinstance(world_model, WorldModel):
-        raise TypeError(
-            f"world_model must be a torchrl_wm.WorldModel, got "
-            f"{type(world_model).__module__}.{type(world_model).__name__}. Compose one: "
-            f"WorldModel(encoder, dynamics, reward_head, done_head=..., decoder=...)."
-        )
-    if not isinstance(base_env, EnvBase):
-        raise TypeError(
-            f"base_env must be a torchrl.envs.EnvBase, whose specs are copied, got "
-            f"{type(base_env).__name__}. Wrap a Gymnasium env: torchrl.envs.GymWrapper(env)."
-        )
-    is_count = isinstance(max_steps, Integral) and not isinstance(max_steps, bool)
-    if max_steps is not None and (not is_count or max_steps <= 0):
-        raise ValueError(
-            f"max_steps must be a positive int or None, got {max_steps!r}."
-        )
+    def _policy(self, policy: Callable | None) -> Policy:
+        """Return a policy as TorchRL takes it, which wraps what reads tensors."""
+        if policy is None or isinstance(policy, TensorDictModuleBase):
+            return self.imaginer.policy(policy, policy)
+        given, wrapped = self.__dict__.get("_wrapped_policy", (None, None))
+        if given is not policy:  # the last one is kept
+            wrapped = _upstream.compatible_policy(policy, self.observation_spec, self)
+            self.__dict__["_wrapped_policy"] = policy, wrapped
+        return self.imaginer.policy(policy, wrapped)
+
+    def _explained(
+        self,
+        run: Callable[[], TensorDictBase],
+        policy: Callable | None,
+        start: TensorDictBase | None,
+    ) -> TensorDictBase:
+        """Run, and name what the policy reads and the env lacks, if that fails."""
+        try:
+            return run()
+        except KeyError as err:
+            layout = self.imaginer.layout
+            error = missing_reads(policy, start, layout, self.world_model)
+            if error is None:
+                raise
+            raise error from err
 
 
 def _group_map(env: EnvBase) -> dict | None:
-    """The agents by group, which multi-agent code looks for in an env."""
+    """Return the agents by group, which multi-agent code looks for in an env."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     # Not getattr: batched envs ask their workers, and start them.
     return env.__dict__.get("group_map")
-
-
-def _as_size(batch_size: int | Sequence[int] | None, default: torch.Size) -> torch.Size:
-    if batch_size is None:
-        return default
-    sizes = [batch_size] if isinstance(batch_size, Integral) else list(batch_size)
-    if not all(isinstance(size, Integral) and size > 0 for size in sizes):
-        raise ValueError(
-            f"batch_size must be a positive int or a sequence of them, [] for any batch size; "
-            f"got {batch_size!r}."
-        )
-    return torch.Size(int(size) for size in sizes)
 
 
 def _device_of(world_model: WorldModel, base_env: EnvBase) -> torch.device | None:

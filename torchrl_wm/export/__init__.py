@@ -1,4 +1,4 @@
-"""What hands imagined envs to other libraries: Gymnasium envs of any world model."""
+"""Gymnasium envs of any world model, for other libraries to act in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Stable-Baselines3 is optional, and takes a while to import.
+    # Stable-Baselines3 is optional, and slow to import.
     if name == "SB3VecEnv":
         from torchrl_wm.export.sb3 import SB3VecEnv
 

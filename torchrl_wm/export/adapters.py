@@ -1,4 +1,4 @@
-"""Any model object as a source of imagined steps, through callables or its own methods."""
+"""A source of imagined steps from any model object, through callables or its own methods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from torchrl_wm.export.trees import (
     to_numpy,
 )
 
-#: The methods that step a model, the first found counts.
+#: The methods that may step a model; the first that the model has is used.
 STEP_METHODS = (
     "env_step",
     "step",
@@ -61,13 +61,17 @@ class AdapterSource:
         rows: the number of envs ``N`` that the model steps at once; None for a model
             of one env, without a batch dim.
         functions: ``reset_fn``, ``transition_fn``, ``reward_fn``, ``terminal_fn`` and
-            ``action_transform_fn``, or None in their place.
-        initial_observation: where episodes begin that no reset starts.
-        initial_state: where the state begins; it is copied at every reset.
-        device: where actions and states are put.
-        torch_actions: whether callables get tensors, or arrays. What an action transform
-            gives becomes tensors only for a module, or where the state is one.
-        clip: whether observations are clipped to their bounds.
+            ``action_transform_fn``; None for those that are not given.
+        initial_observation: the first observation of episodes, without a reset function.
+        initial_state: the first state of episodes; it is copied at every reset.
+        device: the device of actions and states.
+        torch_actions: give callables tensors, else arrays. The output of an action transform
+            becomes a tensor only if the model is a module or the state has tensors.
+        clip: clip observations to their bounds.
+
+    Raises:
+        TypeError: if nothing steps or resets the model, or a callable is not clear.
+        ValueError: if the initial observation does not fit its space.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class AdapterSource:
         if device is not None and isinstance(model, nn.Module):
             model.to(device)
         self.device = device or _device_of(model)
-        self._moves = device is not None
+        self._moves_states = device is not None
         self.isolation = Isolation(model, self.device)
         self.read = Reader(observation_space, rows, "observation", clip)
         self.check_action = Checker(action_space, rows)
@@ -115,13 +119,13 @@ class AdapterSource:
         self._check_start()
         self._reset_form = ResetForm(self.read, _name(self._reset))
         self._step_form = StepForm(self.read, _name(self._step))
-        #: A model that keeps its own state is in one env's episode at a time.
+        #: Whether the model keeps its own state, and so serves one env's episode at a time.
         self.is_stateful = not self._step.takes("state")
-        #: Whether the observation is the state; None until a first start says so.
+        #: Whether the observation is the state; None before the first start.
         self._observes_state: bool | None = None
         self._np_random: Any = None
 
-    # What is called ------------------------------------------------------
+    # The callables -------------------------------------------------------
 
     def _find_step(self, function: Callable | None) -> Bound:
         if function is not None:
@@ -173,7 +177,7 @@ class AdapterSource:
             )
         if self._reset is None and not self._step.takes("state"):
             raise TypeError(
-                f"{_name(self._step)} takes no state, so the model keeps its own, and nothing "
+                f"{_name(self._step)} takes no state, so that the model keeps its own, and nothing "
                 f"resets it: pass reset_fn(model, seed, options), or let the step take the state."
             )
         if self.initial_observation is not None:
@@ -190,8 +194,8 @@ class AdapterSource:
         if self.is_stateful:
             if mask is not None and not mask.all():
                 raise RuntimeError(
-                    f"{_name(self._step)} takes no state, so the model keeps that of all "
-                    f"{self.rows} envs, and single ones cannot be reset. Let the step take the "
+                    f"{_name(self._step)} takes no state, so that the model keeps the state of all "
+                    f"{self.rows} envs, and single envs cannot be reset. Let the step take the "
                     f"state and return the next one."
                 )
             USERS.claim(self.model, self)
@@ -204,7 +208,7 @@ class AdapterSource:
         return first_moment(self.rows, fresh, observation, self._info(info))
 
     def _start(self, start: Start) -> Outcome:
-        """What a reset gives: by ``options``, a callable, or the initial values."""
+        """Return the start that ``options``, a reset function or the initial values give."""
         options = start.options
         given = {
             "model": self.model,
@@ -219,7 +223,8 @@ class AdapterSource:
         if unknown and not takes_options:
             raise ValueError(
                 f"reset got the options {unknown}, which nothing reads. Known are 'state' and "
-                f"'observation', where to start; others are for a reset_fn(model, seed, options)."
+                f"'observation', from which to start; a reset_fn(model, seed, options) may read "
+                f"others."
             )
         wanted = {k: options[k] for k in ("state", "observation") if k in options}
         if self._reset is not None and (takes_options or not wanted):
@@ -232,15 +237,11 @@ class AdapterSource:
             )
         if wanted:
             return self._start_given(wanted, given)
-        state, observation = self.initial_state, None
-        rows = self.rows
-        observation = self.initial_observation
-        state = self._placed(snapshot(state), rows)
-        if observation is not None:
-            observation = self._placed(snapshot(observation), rows)
-        elif self._decode is not None:
+        state = self._placed(snapshot(self.initial_state), self.rows)
+        observation = self._placed(snapshot(self.initial_observation), self.rows)
+        if observation is None and self._decode is not None:
             observation = self._decoded(self._decode, state)
-        else:
+        elif observation is None:
             warnings.warn(
                 "The first observation is a sample of the observation space and has nothing to "
                 "do with initial_state: there is no initial_observation, and the model has no "
@@ -254,9 +255,9 @@ class AdapterSource:
         return Outcome(observation, state=MISSING if state is None else state)
 
     def _start_given(self, wanted: dict[str, Any], given: dict[str, Any]) -> Outcome:
-        """A start from the options: from both parts, or from one that gives the other."""
+        """Return the start that the options give; one part may determine the other."""
         if self._observes_state is None and self._reset is not None:
-            with self.isolation:  # what the model's own starts are like
+            with self.isolation:  # the model's own start shows whether both are the same
                 self._first_state(self._reset_form(self._reset(given)))
         elif self._reset is None:
             self._observes_state = self.initial_state is None
@@ -269,7 +270,7 @@ class AdapterSource:
         if state is None:
             raise ValueError(
                 f"reset got options['observation'], but the state of {type(self.model).__name__} "
-                f"is not its observation, and nothing makes one of the other. Pass the state, too: "
+                f"is not its observation and does not follow from it. Pass the state, too: "
                 f"reset(options={{'observation': observation, 'state': state}}); or let reset_fn "
                 f"take the options."
             )
@@ -278,7 +279,7 @@ class AdapterSource:
             if decode is None:
                 raise ValueError(
                     f"reset got options['state'], but {type(self.model).__name__} has no "
-                    f"decode(state) that makes the first observation of it. Pass that, too: "
+                    f"decode(state) that returns the first observation. Pass that, too: "
                     f"reset(options={{'state': state, 'observation': observation}})."
                 )
             observation = self._decoded(decode, state)
@@ -294,19 +295,19 @@ class AdapterSource:
             return None
         if rows is not None:
             tree = expand_rows(tree, rows)
-        return to_device(tree, self.device) if self._moves else tree
+        return to_device(tree, self.device) if self._moves_states else tree
 
     def _is_given(self, start: Start) -> bool:
-        """Whether the options, and no function of the model's, say where to start."""
+        """Return whether the options, and not the reset function, give the start."""
         takes_options = self._reset is not None and self._reset.takes("options")
         return not takes_options and bool({"state", "observation"} & set(start.options))
 
     def _first_state(self, outcome: Outcome, known: bool = False) -> Any:
-        """The state that an episode begins with.
+        """Return the first state of an episode; None if the model keeps its own.
 
         Args:
-            outcome: what it begins with.
-            known: whether it is known already if the observation is the state.
+            outcome: the start.
+            known: whether it is already known if the observation is the state.
         """
         if self.is_stateful:
             return None
@@ -318,7 +319,7 @@ class AdapterSource:
             return snapshot(state)
         if self.initial_state is not None:
             return self._placed(snapshot(self.initial_state), self.rows)
-        # The observation is the state, as in models of the observations themselves.
+        # The observation is the state, as in models without latents.
         return snapshot(outcome.observation)
 
     # Stepping ------------------------------------------------------------
@@ -327,8 +328,8 @@ class AdapterSource:
         """Predict one step; see :class:`~torchrl_wm.export.sources.Source`."""
         if self.is_stateful and not USERS.holds(self.model, self):
             raise RuntimeError(
-                f"{_name(self._step)} takes no state, so the model keeps its own, and another env "
-                f"has used the model since this env's reset. Give each env a model of its own: "
+                f"{_name(self._step)} takes no state, so that the model keeps its own, and another "
+                f"env has used the model since this env's reset. Give each env a model of its own: "
                 f"copy.deepcopy(model)."
             )
         rows = self.rows
@@ -345,9 +346,9 @@ class AdapterSource:
             reward, terminated = outcome.reward, outcome.terminated
             done = outcome.done
             if reward is MISSING or reward is None:
-                reward = self._ask(self._reward, following, outcome, action)
+                reward = self._called(self._reward, following, outcome, action)
             if terminated is None or (terminated is MISSING and done is MISSING):
-                terminated = self._ask(self._terminal, following, outcome, action)
+                terminated = self._called(self._terminal, following, outcome, action)
         observation = self.read(outcome.observation)
         if done is not MISSING and done is not None:
             terminated, outcome.truncated = self._ends(outcome)
@@ -355,13 +356,13 @@ class AdapterSource:
         return Moment(
             following,
             observation,
-            self._nothing(0.0)
+            self._filled(0.0)
             if reward is None
             else read_reward(reward, rows, "reward"),
-            self._nothing(False)
+            self._filled(False)
             if terminated is None
             else read_flag(terminated, rows, "terminated"),
-            self._nothing(False)
+            self._filled(False)
             if truncated is MISSING or truncated is None
             else read_flag(truncated, rows, "truncated"),
             {} if info is MISSING else self._info(info),
@@ -372,7 +373,7 @@ class AdapterSource:
         return info if self.rows is None or not info else in_rows(info, self.rows)
 
     def _ends(self, outcome: Outcome) -> tuple[Any, Any]:
-        """Termination and truncation, of which ``done`` tells one that is not given."""
+        """Return termination and truncation; ``done`` determines the one that is not given."""
         rows, given = self.rows, {"done": outcome.done}
         for name in ("terminated", "truncated"):
             value = getattr(outcome, name)
@@ -387,14 +388,14 @@ class AdapterSource:
         if (done != (terminated | truncated)).any():
             raise ValueError(
                 f"{_name(self._step)} returned done={outcome.done}, terminated={terminated} and "
-                f"truncated={truncated}: done is one of the other two. Leave it out."
+                f"truncated={truncated}: done must be terminated | truncated. Leave it out."
             )
         return terminated, truncated
 
-    def _nothing(self, value: Any) -> Any:
+    def _filled(self, value: Any) -> Any:
         return value if self.rows is None else np.full(self.rows, value)
 
-    def _ask(
+    def _called(
         self, function: Bound | None, state: Any, outcome: Outcome, action: Any
     ) -> Any:
         if function is None:
@@ -418,7 +419,7 @@ class AdapterSource:
             return action
         given = {"model": self.model, "action": action, "np_random": self._np_random}
         action = self._transform(given)
-        # What a transform gives goes on as it is; a model in torch could not read arrays.
+        # The output of a transform stays as it is, unless the model needs tensors.
         in_torch = isinstance(self.model, nn.Module) or holds_tensors(state)
         return (
             as_tensors(action, self.device)
@@ -434,19 +435,19 @@ class AdapterSource:
             following = outcome.observation
             if not self._observes_state:
                 raise TypeError(
-                    f"{_name(self._step)} takes the state and returned none, and the state that "
-                    f"episodes begin with is not their observation, so it would stand still. Return (state, observation, reward) or another form that has it: "
-                    f"{STEP_FORMS}."
+                    f"{_name(self._step)} takes the state and returned none, and the first state of "
+                    f"an episode is not its observation: the state would stand still. Return "
+                    f"(state, observation, reward) or another form with the state: {STEP_FORMS}."
                 )
-        # Of its own: models hand out buffers that they write to again.
+        # A copy: models may return buffers that they write to again.
         return snapshot(following)
 
     def state_of(self, state: Any) -> Any:
-        """The state as numpy arrays of its own."""
+        """Return the state as new numpy arrays."""
         return to_numpy(state)
 
     def shown(self, state: Any, index: int | None = None) -> Any:
-        """A copy of the state: of one env, or of all."""
+        """Return a copy of the state, of one env or of all."""
         if self.rows is not None and index is not None:
             state = map_leaves(lambda leaf: leaf[index], state)
         return snapshot(state)
@@ -457,7 +458,7 @@ class AdapterSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = state.pop("_held")
         self.__dict__.update(state)
-        if held:  # a copy has a model of its own, in the same episode
+        if held:  # the copy's own model is in the same episode
             USERS.claim(self.model, self)
 
 

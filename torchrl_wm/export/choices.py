@@ -1,4 +1,4 @@
-"""Choices as Gymnasium has them, numbers of options, and as specs have them, one-hot blocks."""
+"""Conversion of choices between Gymnasium's numbers of options and the one-hot blocks of specs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torchrl_wm.export.spaces import space_of_spec
 
 
 def is_choice(spec: TensorSpec) -> bool:
-    """Whether an entry is one of several options, or several such."""
+    """Return whether an entry is one of several options, or several such choices."""
     kinds = (Categorical, MultiCategorical, OneHot, MultiOneHot)
     return isinstance(spec, kinds) and not isinstance(spec, Binary)
 
 
 def number_shape(spec: TensorSpec) -> torch.Size | None:
-    """The shape of an entry in its space; None if that is the spec's own."""
+    """Return the shape of an entry in its space; None if it is that of the spec."""
     if not is_choice(spec):
         return None
     shape = torch.Size(space_of_spec(spec).shape)
@@ -35,10 +35,10 @@ def number_shape(spec: TensorSpec) -> torch.Size | None:
 def to_numbers(
     value: torch.Tensor, spec: TensorSpec, shape: torch.Size
 ) -> torch.Tensor:
-    """Entries ``[*B, *spec.shape]`` as their space has them, ``[*B, *shape]``."""
+    """Turn entries ``[*B, *spec.shape]`` into those of their space, ``[*B, *shape]``."""
     batch = value.shape[: value.ndim - len(spec.shape)]
     if value.dtype is torch.bool:
-        value = value.to(torch.uint8)  # which argmax knows
+        value = value.to(torch.uint8)  # argmax takes no bools
     if isinstance(spec, MultiOneHot):
         blocks = value.split([int(n) for n in spec.nvec], -1)
         value = torch.stack([block.argmax(-1) for block in blocks], -1)
@@ -50,10 +50,10 @@ def to_numbers(
 def from_numbers(
     numbers: torch.Tensor, spec: TensorSpec, rows: int, key: NestedKey
 ) -> torch.Tensor:
-    """Numbers of options, for ``rows`` envs, as the spec has them: ``[rows, *spec.shape]``.
+    """Turn numbers of options, for ``rows`` envs, into entries ``[rows, *spec.shape]``.
 
     Raises:
-        ValueError: if there is no option of a number.
+        ValueError: if a number is that of no option.
     """
     nvec = None
     if isinstance(spec, MultiOneHot):

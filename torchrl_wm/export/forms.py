@@ -1,7 +1,7 @@
-"""What a model may return from a reset or a step, and how the forms are told apart.
+"""The forms in which models may return the results of resets and steps, and their recognition.
 
-A form that could be read in two ways is an error: a wrong guess would train a policy on
-the wrong numbers without a word.
+A form that could be read in two ways is an error: a wrong guess would silently train a policy
+on wrong numbers.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torchrl_wm.export.trees import tensor_to_numpy
 
 
 class _Missing:
-    """What a model did not return."""
+    """The mark of a part that a model did not return."""
 
     def __repr__(self) -> str:
         return "missing"
 
     def __reduce__(self) -> str:
-        return "MISSING"  # one object, in copies, too
+        return "MISSING"  # the same object in copies
 
 
 MISSING = _Missing()
 
-#: The names of observations in a mapping; those of the next step win.
+#: The names of observations in a mapping; those of the next step come first.
 _NEXT_OBSERVATIONS = ("next_observation", "next_obs")
 _OBSERVATIONS = ("observation", "obs", "image", "pixels")
 
@@ -52,7 +52,7 @@ STEP_FORMS = (
 
 @dataclass(slots=True)
 class Outcome:
-    """What a reset or a step returned, part by part."""
+    """The parts of the result of a reset or a step."""
 
     observation: Any
     state: Any = MISSING
@@ -60,16 +60,16 @@ class Outcome:
     terminated: Any = MISSING
     truncated: Any = MISSING
     info: Any = MISSING
-    #: Terminated or truncated, where one of these does not follow from the other.
+    #: Terminated or truncated, if the model does not say which.
     done: Any = MISSING
 
 
 class _Form:
-    """Reads what is returned; the first output decides how.
+    """A reader of results; the first one decides which form all have.
 
     Args:
-        reader: tells what fits the observation space.
-        name: what is called, for messages.
+        reader: the reader of observations, which tells what fits the observation space.
+        name: the name of the function that returned the results, for messages.
     """
 
     accepted: str
@@ -80,25 +80,25 @@ class _Form:
 
     def _refused(self, value: Any, why: str = "") -> TypeError:
         return TypeError(
-            f"{self.name} returned {shown(value)}.{why} Accepted are {self.accepted}. An "
+            f"{self.name} returned {described(value)}.{why} Accepted are {self.accepted}. An "
             f"observation is {self.reader.describe()}."
         )
 
 
 class ResetForm(_Form):
-    """Reads what resets return."""
+    """A reader of the results of resets."""
 
     accepted = RESET_FORMS
 
     def __call__(self, value: Any) -> Outcome:
-        """The parts.
+        """Return the parts of a result.
 
         Raises:
-            TypeError: if the form is none of those accepted, or not the first one's.
-            ValueError: if it could be two of them.
+            TypeError: if the form is not accepted, or not that of the first result.
+            ValueError: if it could be one of two forms.
         """
         value = as_mapping(value)
-        form = _once(self._form, self._form_of(value), self.name)
+        form = _same_form(self._form, self._form_of(value), self.name)
         self._form = form
         if form == "observation":
             return Outcome(value)
@@ -148,31 +148,31 @@ class ResetForm(_Form):
             return self._form
         if could_be_info:
             raise self._ambiguous(value, "(state, observation)", "(observation, info)")
-        return "(state, observation)"  # what is wrong with it shows when it is read
+        return "(state, observation)"  # reading it will raise the error
 
     def _ambiguous(self, value: Any, one: str, other: str) -> ValueError:
         return ValueError(
-            f"{self.name} returned {shown(value)}, which could be {one} or {other}. Say which: "
+            f"{self.name} returned {described(value)}, which could be {one} or {other}. Say which: "
             f"return {{'state': ..., 'observation': ...}} or (state, observation, info)."
         )
 
 
 class StepForm(_Form):
-    """Reads what steps return."""
+    """A reader of the results of steps."""
 
     accepted = STEP_FORMS
     _length: int | None = None
 
     def __call__(self, value: Any) -> Outcome:
-        """The parts.
+        """Return the parts of a result.
 
         Raises:
-            TypeError: if the form is none of those accepted, or not the first one's.
+            TypeError: if the form is not accepted, or not that of the first result.
         """
         if type(value) is not tuple or len(value) != self._length:
             value = as_mapping(value)
-            self._form = _once(self._form, self._form_of(value), self.name)
-            # Of tuples the length says it all from now on.
+            self._form = _same_form(self._form, self._form_of(value), self.name)
+            # For tuples, the length identifies the form from now on.
             self._length = len(value) if self._form != "mapping" else None
         if self._length is None:
             extra = {"reward", "terminated", "done", "truncated", "info"}
@@ -185,10 +185,9 @@ class StepForm(_Form):
             return Outcome(observation, MISSING, reward, terminated, truncated, info)
         if len(value) == 4:
             observation, reward, done, info = value
+            # With four outputs, Gym told truncations by this entry.
             limit = info.get("TimeLimit.truncated") if is_mapping(info) else None
-            if (
-                limit is not None
-            ):  # how Gym told the two apart before it had five outputs
+            if limit is not None:
                 return Outcome(
                     observation, MISSING, reward, truncated=limit, info=info, done=done
                 )
@@ -221,22 +220,22 @@ class StepForm(_Form):
         return f"tuple of {len(value)}"
 
     def _from_next(self, value: Any) -> dict:
-        """What stands below "next", as in a tensordict; what stands beside it is the past."""
+        """Return the entries below "next", as in a tensordict; those beside it are the past."""
         past = {"state", "action", *_OBSERVATIONS}
         beside = sorted(set(value.keys()) - past - {"next"}, key=str)
         if beside:
             raise TypeError(
                 f"{self.name} returned 'next' and, beside it, {beside}: it is not clear which "
-                f"counts. Put all that the step predicts below 'next'."
+                f"counts. Put all predictions of the step below 'next'."
             )
         inner = value["next"]
         return {key: inner[key] for key in inner.keys()}
 
 
-def _once(known: str | None, form: str, name: str) -> str:
+def _same_form(known: str | None, form: str, name: str) -> str:
     if known is not None and form != known:
         raise TypeError(
-            f"{name} returned a {form} where it returned a {known} before. Keep to one form."
+            f"{name} returned a {form}, and a {known} before. Keep to one form."
         )
     return form
 
@@ -244,13 +243,13 @@ def _once(known: str | None, form: str, name: str) -> str:
 def _from_mapping(value: Any, others: set[str], name: str, forms: str) -> Outcome:
     key = _observation_key(value, name)
     if key is None:
-        raise TypeError(f"{name} returned {shown(value)}. Accepted are {forms}.")
+        raise TypeError(f"{name} returned {described(value)}. Accepted are {forms}.")
     known = {*others, *_OBSERVATIONS, *_NEXT_OBSERVATIONS}
     unknown = sorted(set(value.keys()) - known, key=str)
     if unknown:
         raise TypeError(
             f"{name} returned a mapping with the unknown keys {unknown}, which nothing would "
-            f"read. Accepted are {forms}. What is for the eye only belongs into 'info'."
+            f"read. Accepted are {forms}. Put other outputs into 'info'."
         )
 
     def get(entry: str) -> Any:
@@ -288,12 +287,12 @@ def _observation_key(value: Any, name: str) -> str | None:
 
 
 def is_mapping(value: Any) -> bool:
-    """Whether entries are found by keys."""
+    """Return whether a value is a mapping or a tensordict."""
     return isinstance(value, (Mapping, TensorDictBase))
 
 
 def as_mapping(value: Any) -> Any:
-    """Named tuples and dataclasses whose fields have the accepted names, as mappings."""
+    """Turn a named tuple or a dataclass into a mapping, if its fields have the accepted names."""
     names = {*_OBSERVATIONS, *_NEXT_OBSERVATIONS}
     if isinstance(value, tuple) and names & set(getattr(value, "_fields", ())):
         return value._asdict()
@@ -309,10 +308,10 @@ def as_mapping(value: Any) -> Any:
 
 
 def read_reward(value: Any, rows: int | None, name: str) -> Any:
-    """A reward as a float, or ``[N]`` float64.
+    """Return a reward as a float, or as ``[N]`` float64.
 
     Raises:
-        ValueError: if it has another shape.
+        ValueError: if it has another shape, or is no number.
         FloatingPointError: if it is NaN or infinite.
     """
     kind = type(value)
@@ -344,10 +343,10 @@ def read_reward(value: Any, rows: int | None, name: str) -> Any:
 
 
 def read_flag(value: Any, rows: int | None, name: str) -> Any:
-    """A flag as a bool, or ``[N]`` bool.
+    """Return a flag as a bool, or as ``[N]`` bool.
 
     Raises:
-        ValueError: if it has another shape, or is no bool: a probability is not a flag.
+        ValueError: if it has another shape, or is not a bool: a probability is not a flag.
     """
     if type(value) is bool and rows is None:
         return value
@@ -357,8 +356,8 @@ def read_flag(value: Any, rows: int | None, name: str) -> Any:
     )
     if not is_flag:
         raise ValueError(
-            f"{name} must be a bool, got {array.dtype}: {value!r:.80}. Of a probability or a "
-            f"logit, return probability > 0.5 or logit > 0."
+            f"{name} must be a bool, got {array.dtype}: {value!r:.80}. In place of a probability "
+            f"or a logit, return probability > 0.5 or logit > 0."
         )
     out = array.astype(bool)
     return bool(out) if rows is None else out
@@ -372,7 +371,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _flat(value: Any, rows: int | None, name: str) -> np.ndarray:
-    """One number, or one for each row; dims of 1 behind are dropped."""
+    """Return one number, or one for each row, without trailing dims of 1."""
     if isinstance(value, torch.Tensor):
         array = tensor_to_numpy(value)
     else:
@@ -380,8 +379,8 @@ def _flat(value: Any, rows: int | None, name: str) -> np.ndarray:
     if rows is None:
         if array.size != 1:
             raise ValueError(
-                f"{name} must be one number, got the shape {array.shape}: {value!r:.80}. Of "
-                f"several envs at once make a GymWorldModelVectorEnv."
+                f"{name} must be one number, got the shape {array.shape}: {value!r:.80}. For "
+                f"several envs at once, make a GymWorldModelVectorEnv."
             )
         return array.reshape(())
     if array.shape not in ((rows,), (rows, 1)):
@@ -391,8 +390,8 @@ def _flat(value: Any, rows: int | None, name: str) -> np.ndarray:
     return array.reshape(rows)
 
 
-def shown(value: Any) -> str:
-    """The form of a value, for messages."""
+def described(value: Any) -> str:
+    """Return the form of a value, for messages."""
     if is_mapping(value):
         return f"a {type(value).__name__} with the keys {sorted(value.keys(), key=str)}"
     if isinstance(value, (tuple, list)):

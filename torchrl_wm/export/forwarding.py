@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.signatures import bind
 from torchrl_wm.export.trees import snapshot, to_numpy
 
@@ -28,7 +29,7 @@ _KNOWN = {
 
 
 def find(env: Any, name: str) -> tuple[Any, Any]:
-    """An attribute of a vector env, else of its model, and which of them has it.
+    """Return an attribute of a vector env, else of its model, and which of them has it.
 
     Raises:
         AttributeError: if neither has it; the message says how they may.
@@ -51,7 +52,7 @@ def find(env: Any, name: str) -> tuple[Any, Any]:
 
 
 def attribute_of_each(env: Any, name: str) -> tuple[Any, ...]:
-    """An attribute, once for each env: what has ``N`` rows is taken apart."""
+    """Return an attribute once for each env; a value of ``N`` rows is taken apart."""
     value, _ = find(env, name)
     if isinstance(value, (np.ndarray, torch.Tensor)):
         if value.shape[:1] == (env.num_envs,):
@@ -60,12 +61,17 @@ def attribute_of_each(env: Any, name: str) -> tuple[Any, ...]:
 
 
 def call_for_each(
-    env: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    env: Any,
+    isolation: Isolation,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Any, ...]:
     """Call a method of the vector env or of its model, once for all envs.
 
     Args:
         env: the vector env.
+        isolation: what the model runs in.
         name: the method.
         args, kwargs: what it is called with. Arguments with rows of their own (arrays,
             lists) are what the result is about, and each env has all of it, as if it had
@@ -93,7 +99,7 @@ def call_for_each(
     if owner is env:
         out = function(*args, **kwargs)
     else:
-        with env._source.isolation.apart():  # as everything else of the model's
+        with isolation.apart():  # as everything else of the model's
             out = function(*args, **kwargs)
     out = to_numpy(out)
     if rows:
@@ -104,7 +110,7 @@ def call_for_each(
 def _asked(
     env: Any, function: Callable, name: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The state and the observations, where a method takes them."""
+    """Return the state and the observations, if a method takes them."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin
@@ -129,7 +135,7 @@ def _has_rows(value: Any) -> bool:
 
 
 def _row(value: Any, index: int, count: int, name: str) -> Any:
-    """The row of one env; what has none holds for all."""
+    """Return the row of one env; a value without rows holds for all."""
     if isinstance(value, dict):
         return {key: _row(entry, index, count, name) for key, entry in value.items()}
     if isinstance(value, np.ndarray) and value.ndim or isinstance(value, (list, tuple)):

@@ -9,16 +9,15 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from torchrl_wm.export.rendering import Renderer
-from torchrl_wm.export.resolve import (
+from torchrl_wm.export.arguments import (
     checked_limit,
     checked_options,
     checked_render_mode,
     checked_seed,
     draw_seeds,
-    make_source,
-    StartSource,
 )
+from torchrl_wm.export.rendering import Renderer
+from torchrl_wm.export.resolve import make_source, StartSource
 from torchrl_wm.export.sources import ModelUser, Start
 from torchrl_wm.export.trees import snapshot
 
@@ -26,11 +25,11 @@ from torchrl_wm.export.trees import snapshot
 class GymWorldModelEnv(ModelUser, gymnasium.Env):
     """A world model as a :class:`gymnasium.Env`, for any library that takes one.
 
-    The model is a :class:`~torchrl_wm.WorldModelEnv`, whose specs give the spaces,
+    The model is a :class:`~torchrl_wm.WorldModelEnv`, whose specs define the spaces,
     or any object with spaces, stepped by callables or by its own methods.
 
-    Callables get the model first, and may take fewer arguments; they are told by
-    their names, or by their order where all are there:
+    Callables get the following arguments, and may take fewer of them. The names of
+    their parameters tell which, or the order if they take all:
 
     - ``reset_fn(model, seed, options)`` returns ``observation``,
       ``(observation, info)``, ``(state, observation)``,
@@ -40,71 +39,73 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
       ``(observation, reward, done, info)``, ``(state, observation, reward)``,
       ``(state, observation, reward, terminated, truncated, info)`` or a mapping.
     - ``reward_fn(model, state, obs, action)`` and
-      ``terminal_fn(model, state, obs, action)`` fill in what the transition does not
-      return; without them the reward is 0 and nothing terminates. ``state`` and
-      ``obs`` are those after the step.
-    - ``action_transform_fn(model, action)`` changes actions before the model sees
-      them.
+      ``terminal_fn(model, state, obs, action)`` return the reward and the termination, if
+      the transition does not; without them the reward is 0 and nothing terminates.
+      ``state`` and ``obs`` are those after the step.
+    - ``action_transform_fn(model, action)`` returns the action that the model gets.
     - ``render_fn(model, state, obs)`` draws.
 
     A mapping has an observation (``observation``, ``obs``, ``image``, ``pixels``,
     ``next_observation`` or ``next_obs``) and may have ``state`` or ``next_state``,
     ``reward``, ``terminated`` or ``done``, ``truncated`` and ``info``. The first
-    real output decides which form it is; what could be two of them is an error.
+    real output decides which form all have; an output that could have two forms is
+    an error.
 
-    Without callables the model's own methods serve, the first found of
+    Without callables the model's own methods are called, the first that it has of
     ``env_step, step, predict_step, predict, imagine_step, transition, __call__`` and of
     ``reset_env, reset_state, reset``.
 
-    No autograd graph is kept. What is handed out is numpy and shares no memory with
-    the model. Its torch random numbers are the env's own, begun anew at every reset
+    No autograd graph is kept. All outputs are numpy and share no memory with
+    the model. Torch draws from random numbers of the env, seeded at every reset
     from ``np_random``: after one seeded reset everything repeats. Modules run in
-    evaluation mode, and are left as they were.
+    evaluation mode, and return to the mode that they were in.
 
     Args:
         world_model: a :class:`~torchrl_wm.WorldModelEnv`; a
             :class:`~torchrl_wm.WorldModel` or the path of a saved one, with
             ``base_env`` or ``start_states``; or any object.
-        observation_space: of an object, needed. Of a ``WorldModelEnv``, which
-            entries to observe: by default all decoded ones, or, without any, all
-            latents; one gives a Box, several a Dict.
-        action_space: of an object, needed. Of a ``WorldModelEnv``, its action spec's.
+        observation_space: the observation space; an object needs it. For a
+            ``WorldModelEnv``, it chooses the entries to observe: by default all decoded
+            ones, or, without any, all latents. One entry has a Box, several have a Dict.
+        action_space: the action space; an object needs it. For a ``WorldModelEnv``, by
+            default that of its action spec.
 
     Keyword Args:
-        initial_observation: the observation that episodes begin with. Of a
-            ``WorldModelEnv`` it is encoded.
-        initial_state: the state that episodes begin with; copied at every reset. Of a
+        initial_observation: the first observation of episodes. A ``WorldModelEnv``
+            encodes it.
+        initial_state: the first state of episodes; copied at every reset. For a
             ``WorldModelEnv``, latents by name.
         reset_fn, transition_fn, reward_fn, terminal_fn, action_transform_fn: see above;
             not for a ``WorldModelEnv``.
-        render_fn: draws a frame ``[height, width, 3]``.
-        max_episode_steps: truncate episodes after so many steps.
+        render_fn: a function that draws a frame ``[height, width, 3]``.
+        max_episode_steps: the number of steps after which episodes are truncated.
         render_mode: ``"rgb_array"`` or None.
-        device: where actions and states are put; a module is moved there.
-        torch_actions: whether callables get tensors; else arrays. What an
-            ``action_transform_fn`` gives goes on as it is; it becomes a tensor only where
-            the model is a module or the state is a tensor.
+        device: the device of actions and states, to which a module is moved.
+        torch_actions: give callables tensors; else arrays. The output of an
+            ``action_transform_fn`` becomes a tensor only if the model is a module or the
+            state is a tensor.
         seed: the seed of the first reset, if that has none of its own.
         clip_observations: clip predictions to the observation space. By default they
-            are handed out as they are, and a warning says once that one is outside.
+            are returned as they are, and a warning tells once that one is outside.
         render_env: ``"Pendulum-v1"``, ``"CartPole-v1"`` or a MuJoCo env that observes
             positions and velocities (``"Hopper-v5"``): the real env's own renderer
             draws the observation.
-        base_env: with a ``WorldModel`` or path: the env whose specs it has (a TorchRL
-            env, a Gymnasium env or its id); episodes start from its resets unless
-            ``start_states`` are given. A model that a builder made knows its specs,
-            saved ones included, and does without; then ``start_states``,
-            ``initial_observation`` or ``reset(options=...)`` say where episodes start.
+        base_env: for a ``WorldModel`` or a path, the env whose specs it has (a TorchRL
+            env, a Gymnasium env or its id). Episodes start from its resets unless
+            ``start_states`` are given. A model that a builder made, also a saved one,
+            knows its specs and needs no ``base_env``; then episodes start from
+            ``start_states``, ``initial_observation`` or ``reset(options=...)``.
         start_states: see :class:`~torchrl_wm.WorldModelEnv`.
-        decode: see :class:`~torchrl_wm.WorldModelEnv`; by default if there is a
+        decode: see :class:`~torchrl_wm.WorldModelEnv`; by default True if there is a
             decoder.
 
     Raises:
-        TypeError: if a space is no ``gymnasium.Space``, or if it is not clear what the
-            model or a callable takes or returns.
+        TypeError: if a space is not a ``gymnasium.Space``, or if the arguments or results of
+            the model or of a callable are not clear.
         ValueError: if an argument has no meaning, or outputs do not fit the spaces.
         FloatingPointError: if the model predicts NaN or infinity.
-        RuntimeError: if it is stepped before a reset, after an episode's end or closed.
+        RuntimeError: for a step before a reset, after the end of an episode, or after
+            :meth:`close`.
 
     .. note:: TorchRL's own ``EnvBase.register_gym`` works on a
         :class:`~torchrl_wm.WorldModelEnv`, too: use it for tensors in and out, with
@@ -132,7 +133,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         >>> observation.dtype, type(reward), info["model_state"]["latent"].shape
         (dtype('float32'), <class 'float'>, (4,))
 
-        Any other model needs spaces, and says how it steps:
+        Any other model needs spaces, and a function that steps it:
 
         >>> import numpy as np
         >>> from gymnasium.spaces import Box
@@ -212,16 +213,16 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         self._state: Any = None
         self._observation: Any = None
         self._elapsed = 0
-        #: Why a step is not possible now; None when it is.
+        #: Why a step is not possible now; None if it is possible.
         self._refuses: str | None = "Call reset() before step()."
         self._closed = False
         self._use_model()
 
     @property
     def state(self) -> Any:
-        """A copy of the model's state, as the model has it; None before the first reset.
+        """A copy of the model's state, in the model's form; None before the first reset.
 
-        Of a :class:`~torchrl_wm.WorldModelEnv`, latents and context by name.
+        For a :class:`~torchrl_wm.WorldModelEnv`, latents and context by name.
         ``reset(options={"state": state})`` goes back to it.
         """
         return None if self._state is None else self._source.shown(self._state, 0)
@@ -237,14 +238,18 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         """Begin an episode.
 
         Args:
-            seed: begins ``np_random`` anew, and with it everything random. Without
+            seed: the seed of ``np_random``, and with it of everything random. Without
                 it, the next random numbers of ``np_random`` are used.
-            options: ``"state"`` or ``"observation"`` say where to start. A ``reset_fn``
+            options: the ``"state"`` or the ``"observation"`` to start from. A ``reset_fn``
                 that takes options gets all of them.
 
         Returns:
             The first observation, and an info with ``model_state`` and
             ``elapsed_steps``.
+
+        Raises:
+            RuntimeError: if the env is closed.
+            TypeError, ValueError: if seed, options or outputs of the model are wrong.
         """
         self._check_open()
         options = checked_options(options)
@@ -266,7 +271,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         """Predict one step.
 
         Args:
-            action: in the action space.
+            action: an action in the action space.
 
         Returns:
             Observation, reward, terminated, truncated, and an info with
@@ -274,6 +279,8 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
 
         Raises:
             RuntimeError: before a reset, or when the episode is over.
+            ValueError: if the action or an output of the model is not in its space.
+            FloatingPointError: if the model predicts NaN or infinity.
         """
         if self._refuses is not None:
             raise RuntimeError(self._refuses)
@@ -296,7 +303,7 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         )
 
     def _handed_out(self, observation: Any) -> Any:
-        # The env keeps one to render; without a need to, the reader's copy goes out.
+        # With a render mode the env keeps an observation, and so returns a copy of it.
         return observation if self.render_mode is None else snapshot(observation)
 
     def _info(self, moment: Any) -> dict[str, Any]:
@@ -306,10 +313,13 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
         return info
 
     def render(self) -> np.ndarray | None:
-        """The present state as a frame ``[height, width, 3]`` uint8.
+        """Draw the present state as a frame ``[height, width, 3]`` uint8.
+
+        Returns:
+            The frame; None without a render mode.
 
         Raises:
-            RuntimeError: before a reset, or if nothing says how to draw.
+            RuntimeError: before a reset, or if there is nothing to draw.
         """
         self._check_open()
         if self.render_mode is None:
@@ -337,4 +347,4 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if not self._closed:
-            self._use_model()  # a copy has a model of its own
+            self._use_model()  # the copy has its own model

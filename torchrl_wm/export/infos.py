@@ -1,4 +1,4 @@
-"""What models say beside their outputs, for many envs: a row for each, and where it holds."""
+"""The infos of models for many envs: a row for each env, and the envs for which it holds."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-#: By name, a value ``[N, ...]`` (or a dictionary of such) and ``[N]`` bool, where it holds.
+#: By name, a value ``[N, ...]`` (or a dictionary of such) and the envs with it, ``[N]`` bool.
 Infos = dict[str, tuple[Any, np.ndarray]]
 
 
 def in_rows(info: dict[str, Any], rows: int, name: str = "info") -> dict[str, Any]:
-    """A model's info with a row for each env.
+    """Return a model's info with a row for each env.
 
     Args:
-        info: arrays and lists have a row for each env; what is one value holds for all.
+        info: arrays and lists have a row for each env; any other value holds for all.
         rows: the number of envs ``N``.
-        name: what it is called in messages.
+        name: the name of the info, for messages.
 
     Raises:
         ValueError: if an array or a list has another length.
@@ -49,7 +49,7 @@ def _objects(values: Any) -> np.ndarray:
 
 
 def holding(info: dict[str, Any], mask: np.ndarray) -> Infos:
-    """A copy of an info whose rows hold where ``mask``."""
+    """Return a copy of an info that holds for the envs in ``mask``."""
     return {
         key: (
             holding(value, mask) if isinstance(value, dict) else value.copy(),
@@ -60,9 +60,9 @@ def holding(info: dict[str, Any], mask: np.ndarray) -> Infos:
 
 
 def merge(where: np.ndarray, new: Infos, old: Infos) -> Infos:
-    """The rows of ``new`` where ``where``, else those of ``old``.
+    """Return the rows of ``new`` in ``where``, else those of ``old``.
 
-    What only one of them has holds in its rows alone.
+    A key that only one of them has holds only in its rows.
     """
     out: Infos = {}
     for key in {**old, **new}:
@@ -81,18 +81,18 @@ def _merged(where: np.ndarray, new: Any, old: Any) -> np.ndarray:
         new = _nothing(old)
     if old is None:
         old = _nothing(new)
-    if new.shape != old.shape:  # rows of two shapes have no array in common
+    if new.shape != old.shape:  # no array holds rows of two shapes
         new, old = _objects(list(new)), _objects(list(old))
     return np.where(where.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
 def _nothing(like: np.ndarray) -> np.ndarray:
-    """What stands where nothing is said: zeros, or None among objects, as in Gymnasium."""
+    """Return rows without information: zeros, or None among objects, as in Gymnasium."""
     return np.full_like(like, None if like.dtype == object else 0)
 
 
 def with_masks(infos: Infos) -> dict[str, Any]:
-    """The form that Gymnasium has: each key, and ``_key``, where it holds."""
+    """Return Gymnasium's form: each key, and ``_key`` for the envs that have it."""
     out: dict[str, Any] = {}
     for key, (value, mask) in infos.items():
         out[key] = with_masks(value) if isinstance(value, dict) else value
@@ -101,7 +101,7 @@ def with_masks(infos: Infos) -> dict[str, Any]:
 
 
 def row_of(infos: dict[str, Any], index: int) -> dict[str, Any]:
-    """The info of one env, of infos in Gymnasium's form."""
+    """Return the info of one env from infos in Gymnasium's form."""
     return {
         key: row_of(value, index) if isinstance(value, dict) else value[index]
         for key, value in infos.items()

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace: no graph, own random numbers, evaluation mode."""
+"""Calls of a model without side effects: no graph, own random numbers, evaluation mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl_wm import _upstream
 _CPU = torch.default_generator
 _get_state, _set_state = _CPU.get_state, _CPU.set_state
 _set_grad = _upstream.grad_setter()
-#: Longer containers hold data, through which no reset should have to look.
+#: Longer containers hold data, which no reset should search for modules.
 _MOST = 1000
 
 
@@ -23,12 +23,12 @@ class Isolation:
 
     Within it, no autograd graph is kept, torch draws from a random state that
     belongs to this env, and the model's modules are in evaluation mode. Afterwards all three
-    are as they were, so that neither the caller's seeds nor its training notice.
+    are as they were, so that calls change neither the caller's random numbers nor its training.
 
     Args:
-        model: what is called; modules are looked for in it and in its attributes, also in
+        model: the model. Its modules are those in it and in its attributes, also in
             lists, tuples and dictionaries there.
-        device: where it runs, whose random state is kept, too.
+        device: the device of the model, whose random state is isolated, too.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class Isolation:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again for the modules of the model."""
+        """Find the modules of the model again."""
         model = self.model
         if isinstance(model, nn.Module):
             self._roots = [model]
@@ -68,7 +68,7 @@ class Isolation:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """As the context itself, but the env's random numbers stay where they are."""
+        """Enter the context without moving on the env's random numbers."""
         state, cuda_state = self._state, self._cuda_state
         try:
             with self:
@@ -77,14 +77,14 @@ class Isolation:
             self._state, self._cuda_state = state, cuda_state
 
     def seed(self, seed: int) -> None:
-        """Begin the env's own random numbers anew."""
+        """Seed the env's own random numbers."""
         self._state = torch.Generator().manual_seed(seed).get_state()
         if self._cuda is not None:
             generator = torch.Generator(self._cuda).manual_seed(seed)
             self._cuda_state = generator.get_state()
 
     def __enter__(self) -> None:
-        # At every step of every env, so in as few calls as there can be.
+        # Every step of every env runs this: it has as few calls as possible.
         self._outer_grad = torch.is_grad_enabled()
         _set_grad(False)
         self._outer = _get_state()
@@ -96,7 +96,7 @@ class Isolation:
             if root.training:
                 self._modes = {m: m.training for m in self._modules}
                 for module in self._modes:
-                    # As module.training = False, without nn.Module's bookkeeping.
+                    # module.training = False, without the cost of nn.Module.__setattr__.
                     module.__dict__["training"] = False
                 break
 
@@ -117,7 +117,7 @@ class Isolation:
 
 
 def _modules_in(tree: Any) -> Iterator[nn.Module]:
-    """The modules in plain containers, which may hold each other in a circle."""
+    """Yield the modules in plain containers, which may contain each other in a circle."""
     seen: set[int] = set()
     left = [tree]
     while left:

@@ -7,22 +7,28 @@ from typing import Any
 from torchrl_wm.export.gym_env import GymWorldModelEnv
 from torchrl_wm.export.vector_env import GymWorldModelVectorEnv
 
-#: The names of the backend of :func:`make_env`, whatever their case.
+#: The names of the backend of :func:`make_env`, in lower case.
 WORLD_MODEL_BACKENDS = ("world-model", "world_model", "model", "wm")
 
 
 def make_world_model_env(
     model: Any, *, num_envs: int | None = None, **kwargs: Any
 ) -> GymWorldModelEnv | GymWorldModelVectorEnv:
-    """A Gymnasium env of a world model.
+    """Make a Gymnasium env of a world model.
 
     Args:
         model: see :class:`~torchrl_wm.GymWorldModelEnv`.
 
     Keyword Args:
-        num_envs: make a :class:`~torchrl_wm.GymWorldModelVectorEnv` of so many envs.
-        kwargs: for :class:`~torchrl_wm.GymWorldModelEnv` or
-            :class:`~torchrl_wm.GymWorldModelVectorEnv`.
+        num_envs: the number of envs of a :class:`~torchrl_wm.GymWorldModelVectorEnv`; None
+            for a :class:`~torchrl_wm.GymWorldModelEnv`.
+        kwargs: the other arguments of that class.
+
+    Returns:
+        The env.
+
+    Raises:
+        TypeError, ValueError: as :class:`~torchrl_wm.GymWorldModelEnv`.
 
     Examples:
         >>> import numpy as np
@@ -47,15 +53,18 @@ def make_world_model_env(
 def make_env(
     model: Any, backend: str = "world-model", **kwargs: Any
 ) -> GymWorldModelEnv | GymWorldModelVectorEnv:
-    """:func:`make_world_model_env`, by the name of a backend.
+    """Make an env by the name of a backend, with :func:`make_world_model_env`.
 
     Args:
         model: see :class:`~torchrl_wm.GymWorldModelEnv`.
         backend: ``"world-model"``, or one of its other names ``world_model``, ``model``
-            and ``wm``, whatever the case.
+            and ``wm``, in upper or lower case.
 
     Keyword Args:
-        kwargs: for :func:`make_world_model_env`.
+        kwargs: the other arguments of :func:`make_world_model_env`.
+
+    Returns:
+        The env.
 
     Raises:
         ValueError: for another backend.

@@ -1,4 +1,4 @@
-"""Frames of imagined states: decoded pixels, a function's, or the real env's own renderer's."""
+"""Frames of imagined states, from decoded pixels, a function, or the real env's renderer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from torchrl_wm.envs.rendering import as_frame, IMAGE_KEYS, RealEnvRenderer
+from torchrl_wm._rendering import as_frame, IMAGE_KEYS, RealEnvRenderer
 from torchrl_wm.export.signatures import bind
 from torchrl_wm.export.sources import Source
 from torchrl_wm.export.trees import snapshot, to_numpy
 
 
 class Renderer:
-    """Draws the present state of one env.
+    """A renderer of the present state of one env.
 
     Args:
-        source: what is drawn.
-        render_fn: draws, ``(model, state, obs)``.
-        render_env: the id of a real env, or the env, whose renderer draws.
+        source: the source of the states.
+        render_fn: a function that draws, ``(model, state, obs)``.
+        render_env: a real env whose renderer draws, or its id.
+
+    Raises:
+        ValueError: if both are given.
     """
 
     def __init__(
@@ -39,11 +42,14 @@ class Renderer:
         self._space = source.observation_space
 
     def __call__(self, state: Any, observation: Any) -> np.ndarray:
-        """A frame ``[height, width, 3]`` uint8.
+        """Draw a frame ``[height, width, 3]`` uint8.
 
         Args:
             state: a copy of the model's state.
-            observation: of one env.
+            observation: the observation of one env.
+
+        Raises:
+            RuntimeError: if there is nothing to draw.
         """
         if self._function is not None:
             source = self.source
@@ -54,7 +60,7 @@ class Renderer:
                         "model": model,
                         "state": state,
                         "obs": snapshot(observation),
-                        # Of its own: pictures do not change what comes next.
+                        # A generator of its own: pictures do not change the episode.
                         "np_random": np.random.default_rng(0),
                     }
                 )
@@ -80,5 +86,6 @@ class Renderer:
         )
 
     def close(self) -> None:
+        """Close the real env that draws, if there is one."""
         if self.real is not None:
             self.real.close()

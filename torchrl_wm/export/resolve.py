@@ -1,15 +1,13 @@
-"""What the constructors of the Gymnasium envs share: arguments checked, the model found out."""
+"""Finding out what steps a model, for the constructors of the Gymnasium envs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from numbers import Integral
+from collections.abc import Callable
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, Union
 
 import gymnasium
-import numpy as np
+import torch
 from gymnasium import spaces
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
@@ -25,7 +23,7 @@ from torchrl_wm.export.world_models import WorldModelSource
 from torchrl_wm.modules import Entry, WorldModel
 from torchrl_wm.modules.keys import unique
 
-#: The callables that an object may be stepped by.
+#: The callables that may step an object.
 FUNCTIONS = [
     "reset_fn",
     "transition_fn",
@@ -52,7 +50,7 @@ def make_source(
     decode: bool | None = None,
     **functions: Callable | None,
 ) -> Source:
-    """What steps a model of any make.
+    """Make the source of imagined steps of a model of any kind.
 
     Args:
         rows: the number of envs at once; None for one.
@@ -61,46 +59,34 @@ def make_source(
             functions: see :class:`~torchrl_wm.GymWorldModelEnv`.
 
     Raises:
-        TypeError: if it is nothing that can be stepped; the message says what to pass.
+        TypeError: if the model cannot be stepped; the message says what to pass.
     """
     unknown = sorted(set(functions) - set(FUNCTIONS))
     if unknown:
         raise TypeError(f"Unknown arguments {unknown}. The callables are {FUNCTIONS}.")
     device = as_device(device)
-    for space, name in (
-        (observation_space, "observation_space"),
-        (action_space, "action_space"),
-    ):
+    given = {"observation_space": observation_space, "action_space": action_space}
+    for name, space in given.items():
         if space is not None:
             checked_space(space, name)
-    world_model = _imagined_env(
-        world_model, rows, base_env, start_states, decode, device
-    )
-    if isinstance(world_model, WorldModelEnv):
-        given = sorted(name for name, value in functions.items() if value is not None)
-        if given:
-            raise TypeError(
-                f"{given} are for models that are no WorldModelEnv: in one, the components of the "
-                f"world model say what a step does. Put them there, e.g. "
-                f"WorldModel(..., reward_head=..., done_head=...)."
-            )
+    model = _instance(world_model)
+    of_models = {"base_env": base_env, "start_states": start_states, "decode": decode}
+    if isinstance(model, WorldModel):
+        model = _imagined_env(model, device=device, **of_models)
+    else:
+        _check_model(model, device, of_models)
+    if isinstance(model, WorldModelEnv):
+        _check_no_functions(functions)
         return WorldModelSource(
-            world_model,
+            model,
             rows,
-            observation_space=observation_space,
-            action_space=action_space,
+            **given,
             initial={"state": initial_state, "observation": initial_observation},
             clip=clip_observations,
         )
-    for space, name in (
-        (observation_space, "observation_space"),
-        (action_space, "action_space"),
-    ):
-        checked_space(space, name)  # a None is refused here
     return AdapterSource(
-        world_model,
-        checked_space(observation_space, "observation_space"),
-        checked_space(action_space, "action_space"),
+        model,
+        *(checked_space(space, name) for name, space in given.items()),
         rows,
         functions={name: functions.get(name) for name in FUNCTIONS},
         initial_observation=initial_observation,
@@ -111,42 +97,48 @@ def make_source(
     )
 
 
-def _imagined_env(
-    model: Any,
-    rows: int | None,
-    base_env: Any,
-    start_states: StartSource | None,
-    decode: bool | None,
-    device: Any,
-) -> Any:
-    """A WorldModelEnv where the model is one or gives one; else the model itself."""
+def _instance(model: Any) -> Any:
+    """Return the model itself, loaded if it is a path."""
     if isinstance(model, type):
         raise TypeError(
             f"The model is the class {model.__name__}; pass an instance of it."
         )
-    if isinstance(model, (str, Path)):
-        model = load(model)
-    if isinstance(model, WorldModel):
-        if base_env is None:
-            base_env = _reference_env(model)  # never reset: it has specs alone
-        else:
-            base_env = as_torchrl_env(base_env, "base_env")
-            _check_serves(model, base_env)
-            start_states = base_env if start_states is None else start_states
-        if isinstance(start_states, (str, gymnasium.Env)):
-            start_states = as_torchrl_env(start_states, "start_states")
-        if isinstance(start_states, EnvBase) and start_states is not base_env:
-            _check_starts(model, start_states, base_env)
-        return WorldModelEnv(
-            model,
-            base_env,
-            batch_size=[],
-            device=device,
-            start_states=start_states,
-            decode=model.decoder is not None if decode is None else decode,
-        )
-    given = {"base_env": base_env, "start_states": start_states, "decode": decode}
-    extra = [name for name, value in given.items() if value is not None]
+    return load(model) if isinstance(model, (str, Path)) else model
+
+
+def _imagined_env(
+    model: WorldModel,
+    base_env: Any,
+    start_states: StartSource | None,
+    decode: bool | None,
+    device: torch.device | None,
+) -> WorldModelEnv:
+    """Make the env that a world model imagines."""
+    if base_env is None:
+        base_env = _reference_env(model)  # never reset: it has only specs
+    else:
+        base_env = as_torchrl_env(base_env, "base_env")
+        _check_serves(model, base_env)
+        start_states = base_env if start_states is None else start_states
+    if isinstance(start_states, (str, gymnasium.Env)):
+        start_states = as_torchrl_env(start_states, "start_states")
+    if isinstance(start_states, EnvBase) and start_states is not base_env:
+        _check_starts(model, start_states, base_env)
+    return WorldModelEnv(
+        model,
+        base_env,
+        batch_size=[],
+        device=device,
+        start_states=start_states,
+        decode=model.decoder is not None if decode is None else decode,
+    )
+
+
+def _check_model(
+    model: Any, device: torch.device | None, of_models: dict[str, Any]
+) -> None:
+    """Refuse models that cannot be stepped, and arguments that are only for a WorldModel."""
+    extra = [name for name, value in of_models.items() if value is not None]
     if extra:
         raise TypeError(
             f"{extra} go with a WorldModel or the path of a saved one, got "
@@ -178,41 +170,49 @@ def _imagined_env(
             f"WorldModelEnv, a WorldModel with base_env, or an object with spaces and "
             f"transition_fn."
         )
-    return model
+
+
+def _check_no_functions(functions: dict[str, Callable | None]) -> None:
+    given = sorted(name for name, value in functions.items() if value is not None)
+    if given:
+        raise TypeError(
+            f"{given} do not go with a WorldModelEnv: the components of its world model say what "
+            f"a step does. Put them there, e.g. WorldModel(..., reward_head=..., done_head=...)."
+        )
 
 
 def _reference_env(model: WorldModel) -> EnvBase:
-    """The specs that a ready-made model was built for, as an env.
+    """Return the specs that a ready-made model was built for, as an env.
 
     Raises:
-        TypeError: if the model knows none.
+        TypeError: if the model does not know them.
     """
-    recipe = getattr(model, "recipe", None)
-    if recipe is None:
+    blueprint = getattr(model, "recipe", None)
+    if blueprint is None:
         raise TypeError(
             "A WorldModel that was wired by hand does not know its spaces. Pass the env whose "
             "specs it has, base_env='Pendulum-v1' (an id, a Gymnasium or a TorchRL env), or a "
             "WorldModelEnv(world_model, base_env, start_states=...)."
         )
     try:
-        return recipe.specs.reference_env()
+        return blueprint.specs.reference_env()
     except ValueError as err:
         raise TypeError(
-            f"The spaces of the world model are not known. {err} It is the env whose specs the "
+            f"The spaces of the world model are not known. {err} This is the env whose specs the "
             f"model has: an id, a Gymnasium or a TorchRL env."
         ) from err
 
 
 def _check_serves(model: WorldModel, base_env: EnvBase) -> None:
-    """Refuse an env of other entries than those a ready-made model was built for.
+    """Refuse an env with other entries than those that a ready-made model was built for.
 
     Raises:
         ValueError: naming the entry that differs.
     """
-    recipe = getattr(model, "recipe", None)
-    if recipe is None:
-        return  # wired by hand: the WorldModelEnv tries it
-    specs = recipe.specs
+    blueprint = getattr(model, "recipe", None)
+    if blueprint is None:
+        return  # wired by hand: the WorldModelEnv checks it
+    specs = blueprint.specs
     observations = (*specs.vectors, *specs.pixels)
     for kind, entries, spec in (
         ("observation", observations, base_env.full_observation_spec_unbatched),
@@ -221,15 +221,15 @@ def _check_serves(model: WorldModel, base_env: EnvBase) -> None:
         for own in entries:
             other = _entry(spec, own.key)
             if other is None or not _alike(own, other):
+                has = "none of that name" if other is None else _described(other)
                 raise ValueError(
-                    f"The world model was built for an env with the {kind} {_form(own)}; base_env "
-                    f"has {'none of that name' if other is None else _form(other)}. Pass the env "
-                    f"that the model was built for."
+                    f"The world model was built for an env with the {kind} {_described(own)}; "
+                    f"base_env has {has}. Pass the env that the model was built for."
                 )
 
 
 def _check_starts(model: WorldModel, starts: EnvBase, base_env: EnvBase) -> None:
-    """Refuse an env to start from whose observations are not the model's.
+    """Refuse an env to start from with other observations than the model's.
 
     Raises:
         ValueError: naming the entry that differs.
@@ -239,34 +239,33 @@ def _check_starts(model: WorldModel, starts: EnvBase, base_env: EnvBase) -> None
         given = _entry(starts.full_observation_spec_unbatched, key)
         if own is not None and given is not None and not _alike(own, given):
             raise ValueError(
-                f"The world model reads the observation {_form(own)}; start_states has "
-                f"{_form(given)}. Let episodes begin in an env with the model's observations."
+                f"The world model reads the observation {_described(own)}; start_states has "
+                f"{_described(given)}. Let episodes begin in an env with the model's observations."
             )
 
 
 def _entry(spec: Composite, key: NestedKey) -> Entry | None:
-    """An entry of a spec without batch dims, if it is there."""
+    """Return an entry of a spec without batch dims; None if the spec lacks it."""
     present = key in unique(spec.keys(True, True))
     return Entry.from_spec(key, spec[key]) if present else None
 
 
 def _alike(one: Entry, other: Entry) -> bool:
-    # Not the dtype: a model may read several.
+    # The dtype is not compared: a model may read several.
     return (one.shape, one.classes) == (other.shape, other.classes)
 
 
-def _form(entry: Entry) -> str:
-    """The key and the shape of an entry, and of class numbers how many classes there are."""
+def _described(entry: Entry) -> str:
+    """Return the key, the shape and the numbers of classes of an entry, for messages."""
     classes = f" and the classes {list(entry.classes)}" if entry.classes else ""
     return f"{entry.key!r} of the shape {tuple(entry.shape)}{classes}"
 
 
 def load(path: str | Path) -> WorldModel:
-    """The world model that was saved at ``path``.
+    """Load the world model that was saved at ``path``.
 
     Raises:
         FileNotFoundError: if nothing is there.
-        ImportError: if this version cannot load models.
     """
     path = Path(path)
     if not path.exists():
@@ -274,20 +273,14 @@ def load(path: str | Path) -> WorldModel:
             f"There is no saved world model at {str(path)!r}. Pass the path given to "
             f"torchrl_wm.models.save_world_model, or the model itself."
         )
-    # By name, as Gymnasium finds entry points: packages of one layer do not import
-    # each other, and only a path needs this one.
-    try:
-        load_world_model = resolve_name("torchrl_wm.models:load_world_model")
-    except (ImportError, AttributeError) as err:
-        raise ImportError(
-            f"Cannot load {str(path)!r}: torchrl_wm.models.load_world_model is missing from this "
-            f"version. Load the model yourself, and pass it with base_env."
-        ) from err
+    # Only a path needs the builders, which take a while to import.
+    from torchrl_wm.models import load_world_model
+
     return load_world_model(path)
 
 
 def as_torchrl_env(env: Any, name: str) -> EnvBase:
-    """A TorchRL env of a Gymnasium env or its id."""
+    """Return a TorchRL env for a Gymnasium env or its id."""
     if isinstance(env, EnvBase):
         return env
     if isinstance(env, str):
@@ -297,50 +290,3 @@ def as_torchrl_env(env: Any, name: str) -> EnvBase:
     raise TypeError(
         f"{name} must be a TorchRL env, a Gymnasium env or its id, got {type(env).__name__}."
     )
-
-
-def checked_limit(limit: Any) -> int | None:
-    """A number of steps after which episodes are truncated, or None."""
-    if limit is None:
-        return None
-    is_count = isinstance(limit, Integral) and not isinstance(limit, bool)
-    if not is_count or limit <= 0:
-        raise ValueError(
-            f"max_episode_steps must be a positive int, or None for no limit, got {limit!r}."
-        )
-    return int(limit)
-
-
-def checked_options(options: Any) -> dict[str, Any]:
-    """A copy of the options of a reset; none are an empty one."""
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(
-            f"options must be a dictionary, as {{'observation': observation}}, or None, got "
-            f"{options!r:.80}."
-        )
-    return dict(options or {})
-
-
-def checked_seed(seed: Any) -> int | None:
-    """A seed that Gymnasium takes, or None."""
-    is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and seed >= 0
-    if seed is not None and not is_seed:
-        raise ValueError(f"seed must be an int of at least 0, or None, got {seed!r}.")
-    return None if seed is None else int(seed)
-
-
-def checked_render_mode(mode: Any, metadata: dict[str, Any]) -> str | None:
-    """A render mode that there is, or None."""
-    modes = metadata["render_modes"]
-    if mode is not None and mode not in modes:
-        raise ValueError(
-            f"render_mode must be one of {modes} or None, got {mode!r}. To watch on a screen: "
-            f"gymnasium.wrappers.HumanRendering(env) over 'rgb_array'."
-        )
-    return mode
-
-
-def draw_seeds(np_random: np.random.Generator) -> tuple[int, int]:
-    """Seeds for a reset and for torch's random numbers in the episode."""
-    first, second = np_random.integers(0, 2**31 - 1, size=2)
-    return int(first), int(second)

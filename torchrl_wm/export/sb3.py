@@ -16,26 +16,27 @@ try:
     from stable_baselines3.common.vec_env import VecEnv
 
     _MISSING = None
-except ImportError as err:  # the extra is asked for when the class is used
+except ImportError as err:  # the error is raised when the class is used
     VecEnv, _MISSING = object, err
 
 
 class SB3VecEnv(VecEnv):
     """``N`` imagined envs for Stable-Baselines3, stepped as one batch.
 
-    Episodes begin anew in the step that ends them; the last observation stands in
-    that env's info under ``terminal_observation``, and ``TimeLimit.truncated`` says
-    whether it was the time that ended it, as SB3's algorithms expect. Episode
-    returns are recorded by SB3's own ``VecMonitor``. What the model itself says in
-    its ``info`` stands there, too; ``model_state`` does not: it is in ``env.state``.
+    Episodes begin anew in the step that ends them. That env's info then holds the last
+    observation under ``terminal_observation``, and under ``TimeLimit.truncated`` whether
+    a time limit ended the episode, as SB3's algorithms expect. SB3's own
+    ``VecMonitor`` records episode returns. Infos hold the model's own info, but not
+    ``model_state``, which is in ``env.state``.
 
     Args:
         env: a :class:`~torchrl_wm.GymWorldModelVectorEnv` with
-            ``autoreset_mode="SameStep"``; or what makes one, with its arguments.
-        args, kwargs: for :class:`~torchrl_wm.GymWorldModelVectorEnv`.
+            ``autoreset_mode="SameStep"``; or the model for one, with further arguments.
+        args, kwargs: the other arguments of :class:`~torchrl_wm.GymWorldModelVectorEnv`.
 
     Raises:
         ImportError: without stable-baselines3.
+        TypeError: if arguments are given beside a vector env.
         ValueError: if the env has another autoreset mode.
 
     Examples:
@@ -129,12 +130,16 @@ class SB3VecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the vector env, else of the model, for each of the envs asked for."""
+        """Return an attribute of the vector env, else of the model, for each env in ``indices``."""
         values = self.env.get_attr(attr_name)
         return [values[i] for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the vector env, else of the model, which all envs share."""
+        """Set an attribute of the vector env, else of the model, for all envs.
+
+        Raises:
+            ValueError: if ``indices`` are not all envs, which share the attribute.
+        """
         if len(list(self._get_indices(indices))) != self.num_envs:
             raise ValueError(
                 f"The envs are one batch and share {attr_name!r}: set it for all of them."
@@ -150,35 +155,35 @@ class SB3VecEnv(VecEnv):
     ) -> list[Any]:
         """Call a method of the vector env, else of the model: once, for all envs.
 
-        See :meth:`~torchrl_wm.GymWorldModelVectorEnv.call` for what it gets and what is
-        made of what it returns.
+        :meth:`~torchrl_wm.GymWorldModelVectorEnv.call` describes its arguments and how
+        results are split.
 
         Raises:
-            ValueError: if it returns nothing, so that it is there for what it changes,
-                and was called for some of the envs alone: all have changed.
+            ValueError: if it returns nothing and was called only for some of the envs:
+                such a method changes the model, which all envs share.
         """
         values = self.env.call(method_name, *method_args, **method_kwargs)
         chosen = list(self._get_indices(indices))
         if len(chosen) < self.num_envs and all(value is None for value in values):
             raise ValueError(
                 f"{method_name!r} returned nothing, and the envs are one batch: it was called for "
-                f"all {self.num_envs}, not for {chosen} alone. Call it without indices."
+                f"all {self.num_envs}, not only for {chosen}. Call it without indices."
             )
         return [values[i] for i in chosen]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """False: the envs are not wrapped one by one; VecEnv wrappers go around all."""
+        """Return False for each env: VecEnv wrappers wrap the whole batch."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """The frames of all envs."""
+        """Return the frames of all envs."""
         if self.render_mode is None:
             return [None] * self.num_envs
         return list(self.env.render())
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two options say the same; they may hold arrays and tensors."""
+    """Return whether two options are equal; they may hold arrays and tensors."""
     if one is other:
         return True
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -192,6 +197,6 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _models_own(infos: dict[str, Any]) -> dict[str, Any]:
-    """What the model says: the env's own entries, for each env one by one, would cost time."""
+    """Return the model's own infos, as splitting the env's own entries by env takes time."""
     own = {"model_state", "elapsed_steps"}
     return {key: value for key, value in infos.items() if key.lstrip("_") not in own}

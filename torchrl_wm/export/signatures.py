@@ -1,4 +1,4 @@
-"""What a callable wants to be given: resolved once, from its parameters' names and places."""
+"""The arguments that a callable takes, resolved once from its parameters' names and order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-#: The names under which each argument is known.
+#: The names of parameters that mean each argument.
 NAMES = {
     "model": {"model", "world_model", "wm", "m"},
     "state": {
@@ -21,7 +21,7 @@ NAMES = {
     "seed": {"seed"},
     "options": {"options"},
 }
-#: Given only where a parameter has the name.
+#: Arguments that only parameters of such names get.
 EXTRA = {"np_random": {"np_random", "rng"}}
 
 _POSITIONAL = (
@@ -35,7 +35,7 @@ class Bound:
     """A callable with the arguments it takes.
 
     Args:
-        function: what is called.
+        function: the callable.
         positional: the arguments given by position.
         keywords: the arguments given by name, by the parameter.
     """
@@ -45,15 +45,11 @@ class Bound:
     keywords: dict[str, str]
 
     def takes(self, role: str) -> bool:
-        """Whether the callable is given this argument."""
+        """Return whether the callable gets this argument."""
         return role in self.positional or role in self.keywords.values()
 
     def __call__(self, given: dict[str, Any]) -> Any:
-        """Call it.
-
-        Args:
-            given: all arguments there are, by role.
-        """
+        """Call it with those of the ``given`` arguments, by role, that it takes."""
         positional = map(given.__getitem__, self.positional)
         if not self.keywords:
             return self.function(*positional)
@@ -69,62 +65,39 @@ def bind(
 ) -> Bound:
     """Find out which of ``roles`` a callable takes, and how.
 
-    Parameters are told by their names. Where a required one has a name of its own,
-    the documented order decides, if it can: all parameters are there, or the
-    first ones are. Optional parameters with other names keep their defaults.
+    The names of the parameters tell. A required one may have a name of its own if the
+    documented order decides: all parameters are there, or the first ones are. Optional
+    parameters with other names keep their defaults.
 
     Args:
         function: the callable.
         roles: the arguments there are, in the documented order.
-        name: what the callable is called in messages.
+        name: the name of the callable, for messages.
         aliases: names that mean another argument here, as ``{"obs": "state"}``.
 
     Raises:
-        TypeError: if it is not callable, or if it is not clear what it takes.
+        TypeError: if it is not callable, or if its parameters are not clear.
     """
     if not callable(function):
         raise TypeError(f"{name} must be callable, got {type(function).__name__}.")
     parameters = _parameters(function)
     if parameters is None:  # a builtin
         return Bound(function, tuple(roles), {})
+    known = _named(parameters, roles, aliases)
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     takes_more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    known = {p.name: _role(p.name, roles, aliases) for p in parameters}
-    claimed = {known[p.name] for p in parameters if p.default is p.empty}
-    for p in parameters:
-        # `lambda state, s=scale: ...`: a default under a short or second name is its own.
-        if p.default is not p.empty and (len(p.name) == 1 or known[p.name] in claimed):
-            known[p.name] = None
-
-    unclear = [
-        p.name for p in keyword_only if known[p.name] is None and p.default is p.empty
-    ]
-    required = [p for p in positional if p.default is p.empty]
-    by_name = all(known[p.name] for p in required)
     if takes_more and all(
         i < len(roles) and known[p.name] in (None, roles[i])
         for i, p in enumerate(positional)
     ):
         return Bound(function, tuple(roles), {})
-    if not by_name:
-        named = sum(known[p.name] is not None for p in required)
-        # `lambda a, b, c`: letters in a row; one that is also a name is so by chance.
-        letters = len(required) == len(roles) and named == 1
-        in_place = len(required) <= len(roles) and all(
-            known[p.name] in (None, role) or (letters and len(p.name) == 1)
-            for p, role in zip(required, roles)
-        )
-        anchored = required and (
-            len(required) == len(roles)
-            or known[required[0].name] is not None
-            or all(_is_unused(p.name) for p in required if not known[p.name])
-        )
-        if in_place and anchored:
-            known.update({p.name: r for p, r in zip(required, roles)})
-        else:
-            unclear += [p.name for p in required if known[p.name] is None]
-    taken = [known[p.name] for p in (*positional, *keyword_only) if known[p.name]]
+    required = [p for p in positional if p.default is p.empty]
+    if not all(known[p.name] for p in required) and _in_order(required, known, roles):
+        known.update({p.name: role for p, role in zip(required, roles)})
+    needed = [*keyword_only, *positional]
+    unclear = [p.name for p in needed if p.default is p.empty and not known[p.name]]
+    taken = [known[p.name] for p in needed if known[p.name]]
     twice = sorted({role for role in taken if taken.count(role) > 1})
     if unclear or twice:
         problem = (
@@ -137,6 +110,52 @@ def bind(
             f"and may take fewer of these. Give its parameters these names, or take all "
             f"{len(roles)} in this order. Known are {_known_names(roles)}."
         )
+    return _bound(function, positional, keyword_only, known, name)
+
+
+def _named(
+    parameters: Sequence[inspect.Parameter],
+    roles: Sequence[str],
+    aliases: dict[str, str] | None,
+) -> dict[str, str | None]:
+    """Return the role of each parameter that its name tells, by the name."""
+    known = {p.name: _role(p.name, roles, aliases) for p in parameters}
+    claimed = {known[p.name] for p in parameters if p.default is p.empty}
+    for p in parameters:
+        # `lambda state, s=scale: ...`: a default under a short or second name is its own.
+        if p.default is not p.empty and (len(p.name) == 1 or known[p.name] in claimed):
+            known[p.name] = None
+    return known
+
+
+def _in_order(
+    required: Sequence[inspect.Parameter],
+    known: dict[str, str | None],
+    roles: Sequence[str],
+) -> bool:
+    """Return whether the required parameters are the documented ones, in their order."""
+    named = sum(known[p.name] is not None for p in required)
+    # `lambda a, b, c`: letters in a row; if one is also a name, that is by chance.
+    letters = len(required) == len(roles) and named == 1
+    in_place = len(required) <= len(roles) and all(
+        known[p.name] in (None, role) or (letters and len(p.name) == 1)
+        for p, role in zip(required, roles)
+    )
+    return in_place and (
+        len(required) == len(roles)
+        or known[required[0].name] is not None
+        or all(_is_unused(p.name) for p in required if not known[p.name])
+    )
+
+
+def _bound(
+    function: Callable,
+    positional: Sequence[inspect.Parameter],
+    keyword_only: Sequence[inspect.Parameter],
+    known: dict[str, str | None],
+    name: str,
+) -> Bound:
+    """Return the callable with its arguments: by position up to an unknown one, then by name."""
     args: list[str] = []
     keywords: dict[str, str] = {}
     gap = False

@@ -1,4 +1,4 @@
-"""What the Gymnasium envs step: one interface over world models of every make."""
+"""The sources of imagined steps: one interface over world models of every kind."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torchrl_wm.export.trees import to_numpy
 
 @dataclass(slots=True)
 class Moment:
-    """What a reset or a step leads to, checked and copied.
+    """The result of a reset or a step, checked and copied.
 
-    With ``N`` envs at once all but ``state`` and ``info`` begin with ``N``.
+    With ``N`` envs at once, ``N`` is the first dim of all but ``state`` and ``info``.
 
     Args:
-        state: what the next step starts from, as the model has it.
+        state: the state from which the next step starts, in the model's form.
         observation: arrays of the observation space.
         reward: a float, or ``[N]`` float64.
         terminated: a bool, or ``[N]`` bool.
         truncated: a bool, or ``[N]`` bool.
-        info: what the model says beside these.
+        info: other outputs of the model.
     """
 
     state: Any
@@ -40,14 +40,14 @@ class Moment:
 
 @dataclass
 class Start:
-    """How episodes are to begin.
+    """A request to begin episodes.
 
     Args:
-        seed: for whatever is random and has no random numbers of ours.
+        seed: the seed for randomness outside of ``np_random`` and torch.
         np_random: the env's random numbers.
         options: the caller's options, without ``reset_mask``.
-        mask: ``[N]`` bool, which envs begin; None for all.
-        state: the state of the others.
+        mask: the envs that begin, ``[N]`` bool; None for all.
+        state: the state of the other envs.
     """
 
     seed: int
@@ -58,7 +58,7 @@ class Start:
 
 
 class Source(Protocol):
-    """Imagines one env, or ``rows`` envs at once."""
+    """A source of imagined steps of one env, or of ``rows`` envs at once."""
 
     observation_space: spaces.Space
     action_space: spaces.Space
@@ -72,16 +72,16 @@ class Source(Protocol):
         """Predict one step of all envs with one call of the model."""
 
     def state_of(self, state: Any) -> Any:
-        """The state as numpy arrays of its own, for ``info["model_state"]``."""
+        """Return the state as new numpy arrays, for ``info["model_state"]``."""
 
     def shown(self, state: Any, index: int | None = None) -> Any:
-        """A copy of the state as the model has it: of one env, or ``[N, ...]`` of all."""
+        """Return a copy of the state in the model's form: of one env, or of all, ``[N, ...]``."""
 
 
 def first_moment(
     rows: int | None, state: Any, observation: Any, info: dict[str, Any]
 ) -> Moment:
-    """The moment that a reset leads to: no reward, and nothing over."""
+    """Return the result of a reset: no reward, and no end."""
     if rows is None:
         return Moment(state, observation, 0.0, False, False, info)
     over = np.zeros(rows, bool)
@@ -89,10 +89,10 @@ def first_moment(
 
 
 def as_device(device: Any) -> torch.device | None:
-    """A device that is there.
+    """Return a device that this machine has, or None.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if the machine lacks it.
     """
     if device is None:
         return None
@@ -105,19 +105,19 @@ def as_device(device: Any) -> torch.device | None:
 
 
 class _Users:
-    """Which open envs use a model, and whose episode is in a model that keeps its own state."""
+    """The open envs of each model, and the env whose episode a model with its own state is in."""
 
     def __init__(self) -> None:
         self._users: dict[int, weakref.WeakSet] = {}
         self._last: dict[int, weakref.ref] = {}
 
     def add(self, model: Any, env: Any) -> None:
-        """Note that ``env`` uses ``model``."""
+        """Record that ``env`` uses ``model``."""
         self._users = {key: users for key, users in self._users.items() if len(users)}
         self._users.setdefault(id(model), weakref.WeakSet()).add(env)
 
     def remove(self, model: Any, env: Any) -> bool:
-        """Note that it does no more; whether it was the last one."""
+        """Record that ``env`` no longer uses ``model``, and return whether no other env does."""
         users = self._users.get(id(model), weakref.WeakSet())
         users.discard(env)
         if len(users):
@@ -127,11 +127,11 @@ class _Users:
         return True
 
     def claim(self, model: Any, owner: Any) -> None:
-        """Note whose episode the model is in."""
+        """Record that the model is in an episode of ``owner``."""
         self._last[id(model)] = weakref.ref(owner)
 
     def holds(self, model: Any, owner: Any) -> bool:
-        """Whether the model is still in the owner's episode."""
+        """Return whether the model is still in an episode of ``owner``."""
         last = self._last.get(id(model))
         return last is not None and last() is owner
 
@@ -141,13 +141,13 @@ USERS = _Users()
 
 
 class ModelUser:
-    """The part of an env that says which model it uses, and closes it as the last one."""
+    """The part of an env that counts the users of its model; the last one closes the model."""
 
     _source: Source
 
     @property
     def world_model(self) -> Any:
-        """The model, as it was given; of a ``WorldModelEnv`` the world model."""
+        """The given model, or the world model of a given ``WorldModelEnv``."""
         source = self._source
         return source.model if hasattr(source, "model") else source.env.world_model
 
@@ -166,7 +166,11 @@ class ModelUser:
 
 
 def numpy_info(info: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A model's info with arrays of its own in place of tensors."""
+    """Return a model's info with new arrays in place of tensors.
+
+    Raises:
+        TypeError: if it is neither a dictionary nor None.
+    """
     if info is None:
         return {}
     if not hasattr(info, "items"):

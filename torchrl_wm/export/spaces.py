@@ -1,4 +1,4 @@
-"""Gymnasium spaces: from TorchRL's specs, and what they let in and out."""
+"""Gymnasium spaces: made from TorchRL's specs, and checks of values and actions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from torchrl_wm.export.trees import tensor_to_numpy
 _TORCH_TO_NUMPY = {v: np.dtype(k) for k, v in numpy_to_torch_dtype_dict.items()}
 _CONTAINERS = (spaces.Dict, spaces.Tuple)
 _LEAVES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-#: How far, of the width of its bounds, an action may be outside by rounding.
+#: How far an action may be outside of its bounds by rounding, as a share of their width.
 _TOLERANCE = 1e-5
 
 
 def checked_space(space: Any, name: str) -> spaces.Space:
-    """A copy of a space that the env can serve.
+    """Return a copy of a space, if the env can serve it.
 
     Raises:
         TypeError: if it is not a Gymnasium space, or of an unsupported kind.
-        ValueError: if it is empty.
+        ValueError: if it is empty, or its bounds are in the wrong order.
     """
     if not isinstance(space, spaces.Space):
         raise TypeError(
@@ -62,7 +62,7 @@ def checked_space(space: Any, name: str) -> spaces.Space:
 
 
 def leaves_of(space: spaces.Space, path: str = "") -> list[tuple[str, spaces.Space]]:
-    """The leaf spaces, with their places as they are written in Python."""
+    """Return the leaf spaces, each with its path as Python writes it."""
     if isinstance(space, spaces.Dict):
         children = [(f"{path}[{key!r}]", child) for key, child in space.spaces.items()]
     elif isinstance(space, spaces.Tuple):
@@ -73,10 +73,13 @@ def leaves_of(space: spaces.Space, path: str = "") -> list[tuple[str, spaces.Spa
 
 
 def space_of_spec(spec: TensorSpec) -> spaces.Space:
-    """The space of a spec without batch dims.
+    """Return the space of a spec without batch dims.
 
-    Beyond TorchRL's own conversion, dtypes and the shape of discrete specs are kept, and an
-    unbounded entry has no bounds.
+    Unlike TorchRL's own conversion, this one keeps dtypes and the shape of discrete specs, and
+    gives an unbounded entry no bounds.
+
+    Raises:
+        NotImplementedError: if no space holds the values of the spec.
     """
     if isinstance(spec, (MultiCategorical, MultiOneHot)):
         return spaces.MultiDiscrete([int(n) for n in spec.nvec])
@@ -101,7 +104,7 @@ def space_of_spec(spec: TensorSpec) -> spaces.Space:
             torch.where(bound.abs() >= end, bound.sign() * torch.inf, bound)
             for bound in (low, high)
         )
-    if spec.dtype is torch.bfloat16:  # numpy has none
+    if spec.dtype is torch.bfloat16:  # which numpy lacks
         low, high = low.float(), high.float()
     dtype = _TORCH_TO_NUMPY.get(spec.dtype, np.dtype(np.float32))
     low, high = (
@@ -111,32 +114,31 @@ def space_of_spec(spec: TensorSpec) -> spaces.Space:
     return spaces.Box(low, high, dtype=dtype.type)
 
 
-class Reader:
-    """Turns what a model gives into what a space holds, as arrays of its own.
+class _LeafByLeaf:
+    """A check of values against a space, leaf by leaf.
 
     Args:
         space: the space of one env.
-        rows: the number of envs ``N`` that are given at once, as a first dim; None
-            for one without it.
-        name: what is read, for messages.
-        clip: clip to the bounds. By default values outside are let through, since a
-            model's predictions are seldom exact, and a warning says so once.
+        rows: the number of envs ``N`` in a value, as a first dim; None for one env without it.
+        name: the name of the value, for messages.
+        settings: further arguments of the class, for the parts of the space.
     """
 
     def __init__(
-        self, space: spaces.Space, rows: int | None, name: str, clip: bool = False
+        self, space: spaces.Space, rows: int | None, name: str, **settings: Any
     ) -> None:
-        self.space = space
-        self.rows, self.name, self.clip = rows, name, clip
+        self.space, self.rows, self.name = space, rows, name
+        kind = type(self)
+        #: The checks of the parts of a Dict or a Tuple; None for a leaf.
         self.parts: Any = None
         if isinstance(space, spaces.Dict):
             self.parts = {
-                key: Reader(child, rows, f"{name}[{key!r}]", clip)
+                key: kind(child, rows, f"{name}[{key!r}]", **settings)
                 for key, child in space.spaces.items()
             }
         elif isinstance(space, spaces.Tuple):
             self.parts = [
-                Reader(child, rows, f"{name}[{i}]", clip)
+                kind(child, rows, f"{name}[{i}]", **settings)
                 for i, child in enumerate(space.spaces)
             ]
         else:
@@ -144,22 +146,54 @@ class Reader:
             self.shape = space.shape if rows is None else (rows, *space.shape)
             self.low, self.high = _bounds(space)
             self._inside = _Inside(self.low, self.high, self.shape)
-            self._castable: dict[np.dtype, bool] = {}
-            self._warned = False
+
+    def _of_parts(self, value: Any) -> Any:
+        """Apply the checks of the parts to those of a value."""
+        if isinstance(self.parts, dict):
+            if not _is_mapping(value) or set(value.keys()) != set(self.parts):
+                keys = sorted(self.parts)
+                raise self._refused(value, f"a dictionary with the keys {keys}")
+            return {key: part(value[key]) for key, part in self.parts.items()}
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.parts):
+            raise self._refused(value, f"a tuple of {len(self.parts)}")
+        return tuple(part(one) for part, one in zip(self.parts, value))
+
+    def _refused(self, value: Any, expected: str) -> ValueError:
+        got = f"{value!r:.80}"
+        if _is_mapping(value):
+            got = str(sorted(value.keys(), key=str))
+        return ValueError(f"{self.name} must be {expected}, got {got}.")
+
+
+class Reader(_LeafByLeaf):
+    """A conversion of a model's outputs to values of a space, as new arrays.
+
+    Args:
+        space: the space of one env.
+        rows: the number of envs ``N`` that are given at once, as a first dim; None
+            for one env without it.
+        name: the name of the value, for messages.
+        clip: clip to the bounds. By default values outside are let through, since a
+            model's predictions are seldom exact, and a warning says so once.
+    """
+
+    def __init__(
+        self, space: spaces.Space, rows: int | None, name: str, clip: bool = False
+    ) -> None:
+        super().__init__(space, rows, name, clip=clip)
+        self.clip = clip
+        self._castable: dict[np.dtype, bool] = {}
+        self._warned = False
 
     def __call__(self, value: Any) -> Any:
-        """A value as arrays that share no memory with it.
+        """Return a value as arrays that share no memory with it.
 
         Raises:
             ValueError: if shape, dtype or keys do not fit the space.
             FloatingPointError: if it is NaN or infinite.
         """
         if self.parts is not None:
-            if isinstance(self.parts, dict):
-                self._check_keys(value)
-                return {key: part(value[key]) for key, part in self.parts.items()}
-            self._check_length(value)
-            return tuple(part(one) for part, one in zip(self.parts, value))
+            return self._of_parts(value)
         array = _as_array(value)
         if array.shape != self.shape:
             raise ValueError(self._shape_message(array.shape))
@@ -170,13 +204,13 @@ class Reader:
                 f"clamp(0, 255).to(torch.uint8); or declare a space of dtype {array.dtype}."
             )
         out = array.astype(self.dtype)
-        # Before the cast, in which integers would wrap around.
+        # The uncast array: in the cast one, integers have wrapped around.
         if not self._inside(array):
             out = self._out_of_bounds(out, array)
         return out if out.ndim else out[()]
 
     def fits(self, value: Any) -> bool:
-        """Whether a value has the structure, shapes and kinds of dtype of the space."""
+        """Return whether a value has the structure, shapes and kinds of dtype of the space."""
         if isinstance(self.parts, dict):
             return (
                 _is_mapping(value)
@@ -198,7 +232,7 @@ class Reader:
         return array.shape == self.shape and self._can_cast(array.dtype)
 
     def misfit(self, value: Any) -> str:
-        """Why a value does not fit, for messages."""
+        """Return why a value does not fit, for messages."""
         try:
             self(value)
         except (ValueError, TypeError, FloatingPointError) as err:
@@ -206,7 +240,7 @@ class Reader:
         return f"{self.name} does not fit."
 
     def describe(self) -> str:
-        """What is expected, for messages."""
+        """Return the structure, shapes and dtypes that fit, for messages."""
         if isinstance(self.parts, dict):
             inner = ", ".join(f"{k!r}: {p.describe()}" for k, p in self.parts.items())
             return f"a dictionary {{{inner}}}"
@@ -218,7 +252,7 @@ class Reader:
         known = self._castable.get(dtype)
         if known is None:
             known = dtype != object and np.can_cast(dtype, self.dtype, "same_kind")
-            # Integers of another width are checked by their values.
+            # The values of integers of another width are checked later.
             known = known or {dtype.kind, self.dtype.kind} <= {"i", "u"}
             self._castable[dtype] = known
         return known
@@ -243,7 +277,7 @@ class Reader:
             warnings.warn(
                 f"{self.name} is outside of the bounds of its space{self._where(bad)}, e.g. "
                 f"{out[bad][0]}. It is handed out as the model predicts it; pass "
-                f"clip_observations=True to clip it. This is said once.",
+                f"clip_observations=True to clip it. This warning appears once.",
                 stacklevel=4,
             )
         return out
@@ -264,87 +298,46 @@ class Reader:
             f"{self.name} has the shape {shape}; its space asks for {self.shape}.{hint}"
         )
 
-    def _check_keys(self, value: Any) -> None:
-        if not _is_mapping(value) or set(value.keys()) != set(self.parts):
-            got = (
-                sorted(value.keys(), key=str)
-                if _is_mapping(value)
-                else type(value).__name__
-            )
-            raise ValueError(
-                f"{self.name} must be a dictionary with the keys {sorted(self.parts)}, got {got}."
-            )
 
-    def _check_length(self, value: Any) -> None:
-        if not isinstance(value, (tuple, list)) or len(value) != len(self.parts):
-            raise ValueError(
-                f"{self.name} must be a tuple of {len(self.parts)}, got {value!r:.80}."
-            )
-
-
-class Checker:
-    """Checks actions against a space and copies them.
+class Checker(_LeafByLeaf):
+    """A check of actions against a space, which copies them.
 
     Args:
         space: the space of one env.
         rows: the number of envs ``N`` that act at once; None for one.
-        name: what is checked, for messages.
+        name: the name of the action, for messages.
     """
 
     def __init__(
         self, space: spaces.Space, rows: int | None, name: str = "action"
     ) -> None:
-        self.space = space
-        self.name, self.rows = name, rows
-        self.parts: Any = None
-        if isinstance(space, spaces.Dict):
-            self.parts = {
-                key: Checker(child, rows, f"{name}[{key!r}]")
-                for key, child in space.spaces.items()
-            }
-        elif isinstance(space, spaces.Tuple):
-            self.parts = [
-                Checker(child, rows, f"{name}[{i}]")
-                for i, child in enumerate(space.spaces)
-            ]
-        else:
-            self.dtype = np.dtype(space.dtype)
-            self.shape = space.shape if rows is None else (rows, *space.shape)
-            self.low, self.high = _bounds(space)
-            self._inside = _Inside(self.low, self.high, self.shape)
+        super().__init__(space, rows, name)
 
     def __call__(self, action: Any) -> Any:
-        """The action as arrays of its own, in the space's dtype.
+        """Return the action as new arrays, in the space's dtype.
 
         Raises:
-            ValueError: if it is outside of the space. What is outside of a Box by
-                rounding alone is clipped.
+            ValueError: if it is outside of the space. An action that is outside of a Box
+                by rounding is clipped instead.
         """
         if self.parts is not None:
-            if isinstance(self.parts, dict):
-                if not _is_mapping(action) or set(action.keys()) != set(self.parts):
-                    raise self._error(
-                        action, f"a dictionary with the keys {sorted(self.parts)}"
-                    )
-                return {key: part(action[key]) for key, part in self.parts.items()}
-            if not isinstance(action, (tuple, list)) or len(action) != len(self.parts):
-                raise self._error(action, f"a tuple of {len(self.parts)}")
-            return tuple(part(one) for part, one in zip(self.parts, action))
+            return self._of_parts(action)
         try:
             array = _as_array(action)
         except (TypeError, ValueError):
-            raise self._error(action, f"an array of shape {self.shape}") from None
+            raise self._refused(action, f"an array of shape {self.shape}") from None
         if array.shape != self.shape:
-            raise self._error(action, f"the shape {self.shape}", array.shape)
+            raise self._refused(action, f"the shape {self.shape}", array.shape)
         kinds = "fiu" if self.dtype.kind == "f" else "iub"
         if array.dtype.kind not in kinds:
-            raise self._error(action, f"the dtype {self.dtype}", array.dtype)
+            raise self._refused(action, f"the dtype {self.dtype}", array.dtype)
         out = array.astype(self.dtype)
         if not self._inside(array):
             out = self._settle(action, out)
         return out
 
     def _settle(self, action: Any, out: np.ndarray) -> np.ndarray:
+        """Clip an action that is outside by rounding; refuse others."""
         if self.dtype.kind == "f" and not np.isnan(out).any():
             low, high = self.space.low, self.space.high
             with np.errstate(invalid="ignore"):
@@ -352,19 +345,19 @@ class Checker:
             clipped = np.clip(out, low, high)
             if (np.abs(out - clipped) <= _TOLERANCE * width).all():
                 return clipped
-        raise self._error(action, f"a value in {self.space}")
+        raise self._refused(action, f"a value in {self.space}")
 
-    def _error(self, action: Any, expected: str, got: Any = None) -> ValueError:
+    def _refused(self, value: Any, expected: str, got: Any = "") -> ValueError:
         rows = "" if self.rows is None else f" for each of {self.rows} envs"
         return ValueError(
-            f"{self.name} must be {expected}{rows}, got {got if got is not None else ''} "
-            f"{action!r:.120}. env.action_space.sample() gives one that fits; "
-            f"gymnasium.wrappers.ClipAction and RescaleAction bring others into the bounds."
+            f"{self.name} must be {expected}{rows}, got {got} {value!r:.120}. "
+            f"env.action_space.sample() gives one that fits; gymnasium.wrappers.ClipAction and "
+            f"RescaleAction bring others into the bounds."
         )
 
 
 class _Inside:
-    """Whether all of an array is within bounds; NaN is not.
+    """A test of whether all of an array is within bounds; NaN is not.
 
     Args:
         low, high: the bounds of one env.
@@ -380,7 +373,7 @@ class _Inside:
         self.is_unbounded = kind.kind == "f" and bool(
             ((low == -np.finfo(kind).max) & (high == np.finfo(kind).max)).all()
         )
-        if np.prod(shape) <= 16:  # where Python's own loop is the faster one
+        if np.prod(shape) <= 16:  # Python's own loop is faster then
             bounds = (np.broadcast_to(bound, shape).ravel() for bound in (low, high))
             self.pairs = list(zip(*(bound.tolist() for bound in bounds)))
 
@@ -391,7 +384,7 @@ class _Inside:
                     return False
             return True
         if self.is_unbounded and array.dtype == self.low.dtype:
-            # Finite if its square is; if that overflows, the bounds tell.
+            # All numbers are finite if their squares are; if these overflow, the bounds tell.
             flat = array.ravel()
             if isfinite(flat.dot(flat)):
                 return True
@@ -413,7 +406,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest values; comparing with them is False for all that is not finite."""
+    """Return the least and greatest values, between which no NaN or infinity lies."""
     if isinstance(space, spaces.Box):
         if np.dtype(space.dtype).kind != "f":
             return space.low, space.high
@@ -427,12 +420,12 @@ def _bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample_start(space: spaces.Space, seed: int) -> Any:
-    """A sample of a space, by a seed of its own."""
+    """Return a sample of a space, drawn with its own seed."""
     drawn = copy.deepcopy(space)
     drawn.seed(seed)
     return drawn.sample()
 
 
 def batched(space: spaces.Space, rows: int) -> spaces.Space:
-    """The space of ``rows`` envs at once."""
+    """Return the space of ``rows`` envs at once."""
     return gymnasium.vector.utils.batch_space(space, rows)

@@ -1,4 +1,4 @@
-"""States of any make: tensors, arrays, and containers of them."""
+"""States of any form: tensors, arrays, and containers of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tensordict import TensorDictBase
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply ``function`` to the leaves of containers of one structure.
+    """Apply ``function`` to the leaves of containers of the same structure.
 
-    Mappings, lists, tuples and tensordicts are containers; all else is a leaf.
+    Mappings, lists, tuples and tensordicts are containers; other values are leaves.
     """
     if isinstance(tree, TensorDictBase):
         return tree.apply(function, *rest)
@@ -36,7 +36,7 @@ def _rebuilt(tree: Mapping, entries: dict) -> Mapping:
 
 
 def snapshot(tree: Any) -> Any:
-    """A copy that shares no memory with ``tree`` and carries no autograd graph."""
+    """Return a copy that shares no memory with ``tree`` and carries no autograd graph."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().clone() if tree.requires_grad else tree.clone()
     if isinstance(tree, np.ndarray):
@@ -53,7 +53,7 @@ def _copy_leaf(leaf: Any) -> Any:
 
 
 def detached(tree: Any) -> Any:
-    """``tree`` without autograd graphs; the memory is shared."""
+    """Return ``tree`` without autograd graphs; the memory is shared."""
     if isinstance(tree, torch.Tensor):
         return tree.detach() if tree.requires_grad else tree
     if isinstance(tree, np.ndarray) or tree is None:
@@ -62,14 +62,12 @@ def detached(tree: Any) -> Any:
 
 
 def to_numpy(tree: Any) -> Any:
-    """A copy with numpy arrays in place of tensors, in plain dictionaries."""
+    """Return a copy with numpy arrays in place of tensors, in plain dictionaries."""
     if isinstance(tree, torch.Tensor):
         return tensor_to_numpy(tree).copy()
     if isinstance(tree, np.ndarray):
         return tree.copy()
-    if isinstance(tree, TensorDictBase):
-        return {key: to_numpy(value) for key, value in tree.items()}
-    if isinstance(tree, Mapping):
+    if isinstance(tree, (TensorDictBase, Mapping)):
         return {key: to_numpy(value) for key, value in tree.items()}
     return map_leaves(
         lambda x: to_numpy(x)
@@ -80,9 +78,9 @@ def to_numpy(tree: Any) -> Any:
 
 
 def tensor_to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as an array, which may share its memory. numpy has no bfloat16: float32."""
+    """Return a tensor as an array, which may share its memory; bfloat16 becomes float32."""
     try:
-        return tensor.numpy()  # a third of the time of force=True, where it can be had
+        return tensor.numpy()  # takes a third of the time of force=True
     except (TypeError, RuntimeError):
         if tensor.dtype is torch.bfloat16:
             tensor = tensor.float()
@@ -90,20 +88,20 @@ def tensor_to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """``tree`` with its tensors on ``device``."""
+    """Return ``tree`` with its tensors on ``device``."""
     return map_leaves(
         lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree
     )
 
 
 def as_tensors(action: Any, device: torch.device) -> Any:
-    """An action with tensors on ``device`` in place of arrays and numbers."""
+    """Return an action with tensors on ``device`` in place of arrays and numbers."""
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return leaf
         array = np.asarray(leaf)
-        if array.dtype == np.float64:  # as torch makes floats of Python's
+        if array.dtype == np.float64:  # torch's default for Python's floats
             array = array.astype(np.float32)
         tensor = torch.from_numpy(array) if array.ndim else torch.as_tensor(array[()])
         return tensor if device.type == "cpu" else tensor.to(device)
@@ -115,7 +113,7 @@ def as_tensors(action: Any, device: torch.device) -> Any:
 
 
 def holds_tensors(tree: Any) -> bool:
-    """Whether a state is a tensor, or has one among its leaves."""
+    """Return whether a state is a tensor, or has one among its leaves."""
     if isinstance(tree, (torch.Tensor, TensorDictBase)):
         return True
     if isinstance(tree, Mapping):
@@ -124,7 +122,7 @@ def holds_tensors(tree: Any) -> bool:
 
 
 def expand_rows(tree: Any, rows: int) -> Any:
-    """``rows`` copies of a state, one for each env: every leaf gets a first dim."""
+    """Return ``rows`` copies of a state, one for each env, along a new first dim."""
 
     def expand(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -137,14 +135,14 @@ def expand_rows(tree: Any, rows: int) -> Any:
 
 
 def merge_rows(mask: np.ndarray, new: Any, old: Any) -> Any:
-    """The rows of ``new`` where ``mask``, else those of ``old``.
+    """Return the rows of ``new`` in ``mask``, else those of ``old``.
 
     Args:
         mask: ``[N]`` bool.
         new: a state whose leaves are ``[N, ...]``.
         old: a state of the same structure.
     """
-    if new is None:  # of a model that keeps its own state
+    if new is None:  # the model keeps its own state
         return None
     torch_mask = torch.from_numpy(mask)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,18 +10,19 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 
+from torchrl_wm._checks import positive_int
 from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.export.forwarding import attribute_of_each, call_for_each
-from torchrl_wm.export.infos import holding, in_rows, Infos, merge, with_masks
-from torchrl_wm.export.rendering import Renderer
-from torchrl_wm.export.resolve import (
+from torchrl_wm.export.arguments import (
     checked_limit,
     checked_options,
     checked_render_mode,
     checked_seed,
     draw_seeds,
-    make_source,
 )
+from torchrl_wm.export.forwarding import attribute_of_each, call_for_each
+from torchrl_wm.export.infos import holding, in_rows, Infos, merge, with_masks
+from torchrl_wm.export.rendering import Renderer
+from torchrl_wm.export.resolve import make_source
 from torchrl_wm.export.sources import ModelUser, Moment, Start
 from torchrl_wm.export.spaces import batched, sample_start
 from torchrl_wm.export.trees import merge_rows, snapshot
@@ -31,33 +31,33 @@ from torchrl_wm.export.trees import merge_rows, snapshot
 class GymWorldModelVectorEnv(ModelUser, VectorEnv):
     """``N`` imagined envs as one batch: one call of the model for each vector step.
 
-    Everything is as in :class:`~torchrl_wm.GymWorldModelEnv`, but that all the model
-    gives and gets has a first dim ``N``. A :class:`~torchrl_wm.WorldModelEnv` does
-    that by itself. Another model's ``transition_fn`` gets states and actions
-    ``[N, ...]`` and returns observations ``[N, ...]``, rewards and flags ``[N]`` or
-    ``[N, 1]``; ``initial_observation`` and ``initial_state`` are those of one env and
-    are repeated; a ``reset_fn`` returns ``N`` rows, of which those are used that
-    begin, and finds ``N`` in ``options["num_envs"]``.
+    Everything is as in :class:`~torchrl_wm.GymWorldModelEnv`, but the inputs and outputs
+    of the model have a first dim ``N``. A :class:`~torchrl_wm.WorldModelEnv` needs no
+    change for this. The ``transition_fn`` of another model gets states and actions
+    ``[N, ...]`` and returns observations ``[N, ...]``, and rewards and flags ``[N]`` or
+    ``[N, 1]``. ``initial_observation`` and ``initial_state`` are those of one env and
+    are repeated. A ``reset_fn`` finds ``N`` in ``options["num_envs"]`` and returns ``N``
+    rows, of which those of the envs that begin are used.
 
     Episodes that end begin anew as Gymnasium defines it:
 
     - ``NEXT_STEP``: the step after the end ignores the action, and returns the first
       observation, reward 0 and no flags;
     - ``SAME_STEP``: the step that ends an episode returns the first observation of the
-      next one; the last one stands in ``infos["final_obs"]``, its info in
+      next one, with the last one in ``infos["final_obs"]`` and its info in
       ``infos["final_info"]``;
-    - ``DISABLED``: ``reset(options={"reset_mask": mask})`` is the caller's to call.
+    - ``DISABLED``: the caller calls ``reset(options={"reset_mask": mask})``.
 
     Args:
         world_model: see :class:`~torchrl_wm.GymWorldModelEnv`.
-        observation_space: of one env.
-        action_space: of one env.
+        observation_space: the observation space of one env.
+        action_space: the action space of one env.
 
     Keyword Args:
         num_envs: the number of envs ``N``; by default the ``WorldModelEnv``'s batch size.
-        autoreset_mode: see above; Stable-Baselines3 and most PPO implementations of
-            CleanRL's kind expect ``"SameStep"``.
-        max_episode_steps: truncate each env's episodes after so many steps.
+        autoreset_mode: see above; Stable-Baselines3 and most PPO implementations like
+            CleanRL's expect ``"SameStep"``.
+        max_episode_steps: the number of steps after which an env's episode is truncated.
         seed: the seed of the first reset, if that has none of its own.
         kwargs: initial_observation, initial_state, reset_fn, transition_fn, reward_fn,
             terminal_fn, render_fn, action_transform_fn, render_mode, device,
@@ -133,7 +133,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         self._state: Any = None
         self._observation: Any = None
         self._elapsed = np.zeros(self.num_envs, np.int64)
-        #: Which envs' episodes are over.
+        #: The envs whose episodes are over.
         self._over = np.zeros(self.num_envs, bool)
         self._refuses: str | None = "Call reset() before step()."
         self._use_model()
@@ -164,14 +164,18 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         """Begin episodes.
 
         Args:
-            seed: begins everything random anew. One int, or one for each env.
-            options: ``"reset_mask"``, ``[N]`` bool, says which envs; the others stay as
-                they are. ``"state"`` or ``"observation"``, ``[N, ...]``, say where to
-                start.
+            seed: the seed of everything random: one int, or one for each env.
+            options: the envs that begin, ``"reset_mask"``, ``[N]`` bool, while the others
+                stay as they are; and the ``"state"`` or the ``"observation"`` to start
+                from, ``[N, ...]``.
 
         Returns:
             The observations of all envs, and infos with ``model_state`` and
             ``elapsed_steps``.
+
+        Raises:
+            RuntimeError: if the env is closed, or for a mask before the first reset.
+            TypeError, ValueError: if seed, options or outputs of the model are wrong.
         """
         if self.closed:
             raise RuntimeError("The env is closed. Make a new one.")
@@ -226,20 +230,20 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         seeds = [checked_seed(one) for one in seed]
         if len(seeds) != self.num_envs:
             raise ValueError(
-                f"A list of seeds has one for each of the {self.num_envs} envs, got {len(seeds)}."
+                f"A list of seeds needs one for each of the {self.num_envs} envs, got {len(seeds)}."
             )
         if seeds == [None] * self.num_envs:
             return None
         if None in seeds:
             raise ValueError(
-                f"Of a list of seeds all or none are None, for the envs share their random "
-                f"numbers; got {seeds}."
+                f"Either give seeds for every env or for none: they share one random stream; got "
+                f"{seeds}."
             )
-        # The envs share one stream of random numbers, which all seeds decide.
+        # All seeds together seed the random stream that the envs share.
         return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
     def _begin(self, mask: np.ndarray) -> Moment:
-        """Begin the episodes of some envs, by the next random numbers."""
+        """Begin the episodes of the envs in ``mask``, with the next random numbers."""
         seed, _ = draw_seeds(self.np_random)
         return self._source.reset(Start(seed, self.np_random, {}, mask, self._state))
 
@@ -251,11 +255,16 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         """Predict one step of all envs.
 
         Args:
-            actions: in the action space, ``[N, ...]``.
+            actions: actions in the action space, ``[N, ...]``.
 
         Returns:
             Observations ``[N, ...]``, rewards ``[N]`` float64, terminations and
             truncations ``[N]`` bool, and infos.
+
+        Raises:
+            RuntimeError: before a reset, and without autoreset when an episode is over.
+            ValueError: if an action or an output of the model is not in its space.
+            FloatingPointError: if the model predicts NaN or infinity.
         """
         if self._refuses is not None:
             raise RuntimeError(self._refuses)
@@ -269,11 +278,11 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
                     f"them: reset(options={{'reset_mask': terminations | truncations}}); or make "
                     f"the env with autoreset_mode='NextStep'."
                 )
-            # Begun before the model is called, so that it never sees an ended state.
+            # Before the call of the model, so that it never gets the state of an ended episode.
             begun = self._begin(ended)
             self._state = begun.state
         if begun is not None and begun.state is None and ended.all():
-            # A step would move the model on, and with it the episodes that have just begun.
+            # A step would move on the model's own state, and so the episodes just begun.
             moment = begun
         else:
             moment = self._source.step(self._state, actions)
@@ -293,7 +302,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             self._over = over
             infos = self._infos(infos)
         return (
-            snapshot(self._observation),  # its own is needed by partial resets
+            snapshot(self._observation),  # partial resets need the original
             moment.reward,
             moment.terminated,
             moment.truncated,
@@ -301,7 +310,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         )
 
     def _checked(self, actions: Any, ended: np.ndarray | None) -> Any:
-        """Actions that may be anything where episodes begin, for there nothing reads them."""
+        """Check actions; where episodes begin they are not used, and may be anything."""
         check = self._source.check_action
         if ended is None or self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             return check(actions)
@@ -311,12 +320,12 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
             valid = sample_start(self.action_space, 0)
             try:
                 actions = merge_rows(ended, valid, actions)
-            except Exception:  # not of the space's structure at all
+            except Exception:  # they have not even the structure of the space
                 raise err from None
             return check(actions)
 
     def _put_begun(self, moment: Moment, begun: Moment, ended: np.ndarray) -> None:
-        """Where episodes begin, put their first state in place of a predicted one."""
+        """Replace predictions by the first state of the episodes that begin."""
         if moment.state is not None:
             moment.state = merge_rows(ended, begun.state, moment.state)
         moment.observation = merge_rows(ended, begun.observation, moment.observation)
@@ -349,7 +358,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         return out
 
     def _infos(self, model: Infos, where: np.ndarray | None = None) -> dict[str, Any]:
-        """What Gymnasium makes of the envs' infos: arrays, and where they hold."""
+        """Return infos in Gymnasium's form: arrays, and the envs for which they hold."""
         mask = np.ones(self.num_envs, bool) if where is None else where
         own = {
             "model_state": self._source.state_of(self._state),
@@ -360,10 +369,11 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
     # The rest ------------------------------------------------------------
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """The present states as frames ``[height, width, 3]`` uint8, one for each env.
+        """Draw the present states as frames ``[height, width, 3]`` uint8, one for each env.
 
         Raises:
-            RuntimeError: before a reset, or if nothing says how to draw.
+            RuntimeError: without a render mode, before a reset, after :meth:`close`, or if
+                there is nothing to draw.
         """
         if self.closed:
             raise RuntimeError("The env is closed. Make a new one.")
@@ -390,12 +400,12 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if not self.closed:
-            self._use_model()  # a copy has a model of its own
+            self._use_model()  # the copy has its own model
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """An attribute of this env, else of the model, once for each env.
+        """Return an attribute of this env, else of the model, once for each env.
 
-        Arrays and tensors with a row for each env are taken apart.
+        Arrays and tensors with a row for each env are split.
 
         Raises:
             AttributeError: if neither has it.
@@ -403,7 +413,7 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         return attribute_of_each(self, name)
 
     def set_attr(self, name: str, value: Any) -> None:
-        """Set an attribute that all envs share: the model's, if only the model has it."""
+        """Set an attribute that all envs share: that of the model, if only the model has it."""
         model = self.world_model
         own = hasattr(self, name) or not hasattr(model, name)
         setattr(self if own else model, name, value)
@@ -412,30 +422,27 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
         """Call a method of this env, else of the model, once for all envs.
 
         Args:
-            name: the method. Called without arguments, it gets the model's state and the
-                observations, ``[N, ...]``, where it has a parameter ``state`` or ``obs``.
-            args, kwargs: what it is called with. Where these have rows of their own
-                (arrays, lists), the result is about them, and given whole for each env.
+            name: the name of the method. Without arguments, a parameter ``state`` or
+                ``obs`` of it gets the model's state or the observations, ``[N, ...]``.
+            args, kwargs: the arguments. If they have rows of their own (arrays, lists),
+                the result belongs to these rows, and each env gets all of it.
 
         Returns:
-            What it returns for each env, as numpy: its row of ``[N, ...]``, or the one
-            value for all.
+            The result for each env, as numpy: its row of ``[N, ...]``, or the one value
+            for all.
 
         Raises:
-            AttributeError: if neither has the method; the message says how they may.
+            AttributeError: if neither has the method; the message says how to add one.
             NotImplementedError: for ``reset``, ``step`` and ``close``.
-            ValueError: if what it returns has another number of rows.
+            ValueError: if the result has another number of rows.
         """
-        return call_for_each(self, name, args, kwargs)
+        return call_for_each(self, self._source.isolation, name, args, kwargs)
 
 
 def _count(num_envs: Any, world_model: Any) -> int:
     if num_envs is None and isinstance(world_model, WorldModelEnv):
         num_envs = world_model.batch_size.numel() if world_model.batch_size else None
-    is_count = isinstance(num_envs, Integral) and not isinstance(num_envs, bool)
-    if not is_count or num_envs <= 0:
-        raise ValueError(f"num_envs must be a positive int, got {num_envs!r}.")
-    return int(num_envs)
+    return positive_int("num_envs", num_envs)
 
 
 def _as_mode(mode: Any) -> AutoresetMode:

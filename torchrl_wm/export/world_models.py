@@ -61,7 +61,7 @@ class WorldModelSource:
                 f"{self.count} are asked for. {fix}"
             )
         self.device = env.device or torch.device("cpu")
-        layout = env._layout
+        layout = env.imaginer.layout
         self.initial = {
             key: value for key, value in initial.items() if value is not None
         }
@@ -98,7 +98,7 @@ class WorldModelSource:
         self.read = Reader(self.observation_space, rows, "observation", clip)
         self.check_action = Checker(self.action_space, rows)
         self.isolation = Isolation(env.world_model, self.device)
-        self._never = layout.endings.never(self.size, self.device)
+        self._never = layout.endings.never(Placement(self.size, self.device))
         self._program: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,9 +130,10 @@ class WorldModelSource:
         return first_moment(self.rows, fresh, self._observation(fresh), {})
 
     def _first(self, start: TensorDictBase | None, count: int) -> FlatTensors:
-        env, layout = self.env, self.env._layout
+        env, starts = self.env, self.env.imaginer.refreshed().starts
+        layout = starts.layout
         if start is not None:
-            values = env._state_from(start, layout)
+            values = starts.from_given(start)
             if values is None:
                 raise ValueError(
                     f"reset cannot start from {sorted(start.keys(True, True), key=str)}: it takes "
@@ -148,7 +149,7 @@ class WorldModelSource:
             )
         else:
             empty = TensorDict({}, batch_size=[count], device=env.device)
-            values = env._sample_state(empty, layout)
+            values = starts.sampled(empty)
         if env.step_kernel.rounded:  # which would hide it
             bad = [key for key in layout.latent if not values[key].isfinite().all()]
             if bad:
@@ -156,20 +157,19 @@ class WorldModelSource:
                     f"The latents {bad} that the episode begins with are NaN or infinite. Look "
                     f"at what it starts from, and at the training of encoder and posterior."
                 )
-        counter = env.step_kernel.counter_key
-        if counter is not None:
-            values[counter] = torch.zeros(
-                (count, 1), dtype=torch.int64, device=self.device
-            )
+        limit = layout.time_limit
+        if limit is not None:
+            at = Placement(torch.Size([count]), self.device)
+            values[limit.key] = limit.begin(at)
         return {key: value.detach().clone() for key, value in values.items()}
 
     def _given(
         self, given: dict[str, Any], count: int, expand: bool
     ) -> TensorDictBase | None:
-        """A start from ``options`` or the constructor, as a tensordict ``[N]``."""
+        """Return a start from ``options`` or the constructor, as a tensordict ``[N]``."""
         if not given:
             return None
-        env, layout = self.env, self.env._layout
+        env, layout = self.env, self.env.imaginer.layout
         out = TensorDict({}, batch_size=[count], device=env.device)
         specs = {**layout.observed, **layout.state, **self._decoded}
         defaults = {
@@ -235,7 +235,7 @@ class WorldModelSource:
     def _merged(
         self, mask: np.ndarray, fresh: FlatTensors, state: FlatTensors, whole: bool
     ) -> FlatTensors:
-        """The fresh rows where ``mask``, else those of ``state``."""
+        """Return the fresh rows where ``mask``, else those of ``state``."""
         where = torch.from_numpy(mask).to(self.device)
         out = {}
         for key, old in state.items():
@@ -305,26 +305,28 @@ class WorldModelSource:
     def shown(
         self, state: FlatTensors, index: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """A copy of latents and context by name: of one env, or of all."""
+        """Return a copy of latents and context by name: of one env, or of all."""
         picked = slice(None) if index is None else index
-        return {_name(k): state[k][picked].clone() for k in self.env._layout.state}
+        return {
+            _name(k): state[k][picked].clone() for k in self.env.imaginer.layout.state
+        }
 
     def state_of(self, state: FlatTensors) -> dict[str, np.ndarray]:
-        """The latents as numpy arrays of their own, by name."""
+        """Return the latents as separate numpy arrays, by name."""
         out = {}
-        for key in self.env._layout.latent:
+        for key in self.env.imaginer.layout.latent:
             array = tensor_to_numpy(state[key])
             out[_name(key)] = (array[0] if self.rows is None else array).copy()
         return out
 
 
 def _name(key: NestedKey) -> str:
-    """A key as one string: Gymnasium's Dict spaces have no nested keys that SB3 could read."""
+    """Return a key as one string: Gymnasium's Dict spaces have no nested keys that SB3 could read."""
     return "/".join(as_tuple(key))
 
 
 def _space_of(entries: dict[NestedKey, TensorSpec]) -> spaces.Space:
-    """The space of one entry, or a Dict of several."""
+    """Return the space of one entry, or a Dict of several."""
     parts = {_name(key): space_of_spec(spec) for key, spec in entries.items()}
     return next(iter(parts.values())) if len(parts) == 1 else spaces.Dict(parts)
 
@@ -354,7 +356,7 @@ def _entries_for(
     defaults: dict[NestedKey, TensorSpec],
     every: dict[NestedKey, TensorSpec],
 ) -> dict[NestedKey, TensorSpec]:
-    """The entries that a given observation space asks for."""
+    """Return the entries that a given observation space needs."""
     checked_space(space, "observation_space")
     named = {_name(key): (key, spec) for key, spec in every.items()}
     if isinstance(space, spaces.Dict):
@@ -394,7 +396,7 @@ def _entries_for(
 
 
 def _as_real(spec: TensorSpec, real: TensorSpec | None) -> TensorSpec:
-    """The spec of a decoded entry: the real env's, where that is one of options.
+    """Return the spec of a decoded entry: the real env's, if that is one of options.
 
     A decoder's dtype and shape alone do not say which numbers there are.
     """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
+from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry
 from torchrl_wm.models.mlp import make_mlp_world_model, MLPConfig
 from torchrl_wm.models.persistence import load_world_model, save_world_model
 from torchrl_wm.models.reference import ActionEntry
 from torchrl_wm.models.rssm import make_rssm_world_model, RSSMConfig
-from torchrl_wm.models.specs import EnvSpecs, PixelEntry, read_specs
+from torchrl_wm.models.specs import read_specs
 from torchrl_wm.models.tdmpc2 import (
     make_tdmpc2_q_ensemble,
     make_tdmpc2_world_model,

@@ -1,22 +1,23 @@
-"""What all builders share: configs, the registry of builders, and the recipe of a model."""
+"""The registry of builders, and how they build a model from a config and an env."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torchrl.envs import EnvBase
 
-from torchrl_wm.models.specs import EnvSpecs, read_specs
+from torchrl_wm._checks import check_choice, check_settings
+from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.specs import read_specs
 from torchrl_wm.modules import Mish, WorldModel
 from torchrl_wm.modules.blocks.normalizer import share_notice
+from torchrl_wm.modules.integrity import mark_pristine
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
-from torchrl_wm.modules.parts import remember_parts
 from torchrl_wm.objectives import WorldModelLoss
 
 #: Wires a model and its loss from specs and a config.
@@ -28,9 +29,9 @@ class Builder:
     """A kind of ready-made model.
 
     Args:
-        name: what it is called in files.
+        name: its name in files.
         config: the dataclass of its settings.
-        wire: wires model and loss.
+        wire: the function that wires model and loss.
         reserved: the names of the model's own entries, beside those of its heads.
     """
 
@@ -42,11 +43,11 @@ class Builder:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a ready-made model was made from, with which it can be made again.
+    """The settings and specs of a ready-made model, from which it can be made again.
 
     Args:
         builder: the name of the builder.
-        config: its settings.
+        config: the settings.
         specs: the entries of the env.
     """
 
@@ -55,7 +56,7 @@ class Blueprint:
     specs: EnvSpecs
 
 
-#: Entries of a batch that are no observations to a loss: weights, and labels of other names.
+#: Entries that a loss does not take for observations: weights, and labels under other names.
 _READ_BY_LOSSES = frozenset(
     {
         "weight",
@@ -85,9 +86,12 @@ BUILDERS: dict[str, Builder] = {}
 def register(
     name: str, config: type, *, reserved: Sequence[str] = ()
 ) -> Callable[[Wire], Wire]:
-    """Make a wiring function known under ``name``, for :func:`build` and for files.
+    """Register a wiring function under a name, for :func:`build` and for files.
 
-    ``reserved`` are the names of the model's own entries, which no entry of an env may have.
+    Args:
+        name: the name.
+        config: the dataclass of its settings.
+        reserved: the names of the model's own entries, which no entry of an env may have.
     """
 
     def add(wire: Wire) -> Wire:
@@ -103,11 +107,18 @@ def build(
     """Build a ready-made model for ``env``, on the device of ``env``.
 
     Args:
-        name: the builder.
+        name: the name of the builder.
         env: the env whose specs are read. A config with ``observation_keys``
             chooses among its observations.
         config: the settings; the builder's defaults if None.
-        overrides: settings by name, which go before the config's.
+        overrides: settings by name, which replace those of the config.
+
+    Returns:
+        The model and its loss.
+
+    Raises:
+        TypeError: if ``config`` is of another class, or a setting is unknown.
+        ValueError: if the builder cannot serve the env.
     """
     config = resolve_config(BUILDERS[name].config, config, overrides)
     specs = read_specs(env, observation_keys=getattr(config, "observation_keys", None))
@@ -116,20 +127,21 @@ def build(
         return rebuild(Blueprint(name, config, specs))
 
 
-def rebuild(recipe: Blueprint) -> tuple[WorldModel, WorldModelLoss]:
-    """The model and the loss of a recipe, newly initialised; the model keeps the recipe."""
-    world_model, loss = BUILDERS[recipe.builder].wire(recipe.specs, recipe.config)
-    world_model.__dict__["recipe"] = recipe
-    remember_parts(world_model)
+def rebuild(blueprint: Blueprint) -> tuple[WorldModel, WorldModelLoss]:
+    """Build the model and the loss of a blueprint, which the model keeps as its ``recipe``."""
+    wire = BUILDERS[blueprint.builder].wire
+    world_model, loss = wire(blueprint.specs, blueprint.config)
+    world_model.recipe = blueprint
+    mark_pristine(world_model)
     share_notice(world_model)
     return world_model, loss
 
 
 def _check_names(builder: Builder, env: EnvBase, specs: EnvSpecs) -> None:
-    """Refuse entries of the env that the model or its loss would take for others.
+    """Refuse an env with entries that the model or its loss would take for their own.
 
     Raises:
-        ValueError: if there are; the message names them.
+        ValueError: naming the entries.
     """
     heads = ("terminated_logits", "continue_pred", "continue_prob")
     own = {
@@ -139,11 +151,11 @@ def _check_names(builder: Builder, env: EnvBase, specs: EnvSpecs) -> None:
     }
     used = [*specs.observation_keys, *specs.action_keys, specs.reward.key]
     taken = {key: "the model's own entries" for key in used if key in own}
-    # A loss reads these from the batch whether or not the model reads them.
+    # A loss reads these entries of a batch even if the model does not.
     present = [*unique(env.full_observation_spec_unbatched.keys(True, True)), *used]
     for key in present:
         if key in _READ_BY_LOSSES:
-            taken[key] = "what the loss reads from the batch, such as weights"
+            taken[key] = "the entries that the loss reads, such as weights"
     if taken:
         key, what = next(iter(taken.items()))
         other = sibling(key, f"env_{as_tuple(key)[-1]}")
@@ -155,13 +167,13 @@ def _check_names(builder: Builder, env: EnvBase, specs: EnvSpecs) -> None:
         )
         raise ValueError(
             f"make_{builder.name}_world_model cannot serve an env with the entry {key!r}: this is "
-            f"a name of {what}, and the two would be mixed up (in all: {list(taken)}). Rename it: "
+            f"one of {what}, and the two would be mixed up (in all: {list(taken)}). Rename it: "
             f"torchrl.envs.TransformedEnv(env, torchrl.envs.RenameTransform({change}))."
         )
 
 
 def resolve_config(kind: type, config: Any, overrides: dict[str, Any]) -> Any:
-    """A config with some settings replaced.
+    """Return a config with some settings replaced.
 
     Raises:
         TypeError: if ``config`` is of another class, or a setting is unknown.
@@ -172,33 +184,23 @@ def resolve_config(kind: type, config: Any, overrides: dict[str, Any]) -> Any:
             f"config must be a {kind.__name__}, got {type(config).__name__}. Settings can also "
             f"be given by name."
         )
-    known = [field.name for field in fields(kind)]
-    for name in overrides:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(
-                f"{kind.__name__} has no setting {name!r}.{hint} There are {known}."
-            )
+    check_settings(kind, overrides)
     return replace(config, **overrides)
 
 
 def activation(name: str) -> type[nn.Module]:
-    """The class of an activation by its name in a config.
+    """Return the class of an activation by its name in a config.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if the name is unknown.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            f"Unknown activation {name!r}. Valid choices are {sorted(ACTIVATIONS)}."
-        )
+    check_choice("activation", name, sorted(ACTIVATIONS))
     return ACTIVATIONS[name]
 
 
 class Same(nn.Module):
-    """Gives what it gets: the encoder of a model whose latents are observations."""
+    """The identity of one or several entries: the encoder of latents that are observations."""
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """The values themselves; a single one as itself."""
+        """Return the values; a single one without a tuple."""
         return values[0] if len(values) == 1 else values

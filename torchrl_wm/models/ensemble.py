@@ -12,8 +12,10 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs import EnvBase
 
+from torchrl_wm._checks import check_choice
 from torchrl_wm.models.building import activation, build, register, Same
-from torchrl_wm.models.specs import EnvSpecs
+from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.heads import end_head
 from torchrl_wm.modules import (
     BoundedLogVar,
     DrawnMember,
@@ -38,29 +40,31 @@ class EnsembleConfig:
 
     Args:
         observation_keys: the observations to model; all by default.
-        members: how many networks the ensemble has, ``E``.
-        elites: how many of them predict, once they were chosen; 5, or all of fewer,
-            if None.
+        members: the number of networks of the ensemble, ``E``.
+        elites: the number of members that predict after
+            :meth:`~torchrl_wm.modules.EnsembleDynamics.choose_elites`; by default 5, or
+            all if there are fewer.
         hidden: the sizes of the members' hidden layers.
         activation: ``"silu"``, ``"relu"``, ``"elu"``, ``"gelu"``, ``"mish"`` or ``"tanh"``.
         target: ``"delta"``, the members predict changes, or ``"absolute"``.
         propagation: ``"ts1"``, ``"tsinf"``, ``"expectation"`` or ``"mean"``;
             :func:`~torchrl_wm.modules.with_propagation` gives the same model with another.
-        normalize: whether inputs and targets are normalised.
-        bootstrap: whether each member is trained on a sample of its own.
-        beta: how much of the variance the likelihood is weighted with
+        normalize: normalise inputs and targets.
+        bootstrap: train each member on a bootstrap sample of its own.
+        beta: the power of the variance that weights the likelihood
             (:class:`~torchrl_wm.objectives.GaussianNLLTerm`).
-        log_var_low, log_var_high: where the learned bounds of the log-variance
-            begin, in units of the normalised targets.
-        termination: ``"learned"``, by a head on the next observation; or
-            ``"none"``: episodes end by time alone.
+        log_var_low, log_var_high: the first values of the learned bounds of the
+            log-variance, in units of the normalised targets.
+        termination: ``"learned"``, by a head on the next observation, or ``"none"`` if only
+            a time limit ends episodes.
         termination_hidden: the sizes of that head's hidden layers.
-        termination_members: how many networks the head has, of which each row asks one,
-            drawn anew: what they do not agree on ends some of the imagined episodes.
-        termination_threshold: the probability from which on an episode ends.
-        sample_termination: draw terminations instead.
-        reward_function: ``f(observation, action, next_observation)``, the reward
-            if it is known; else the members predict it.
+        termination_members: the number of networks of that head. A network drawn at
+            random predicts each row, so that states on which they disagree end some of the
+            imagined episodes.
+        termination_threshold: the probability above which an episode ends.
+        sample_termination: draw terminations from their probability instead.
+        reward_function: the known reward, ``f(observation, action, next_observation)``;
+            the members predict the reward if None.
         termination_function: the same for terminations, a bool.
     """
 
@@ -88,14 +92,14 @@ class EnsembleConfig:
 def make_ensemble_world_model(
     env: EnvBase, config: EnsembleConfig | None = None, **overrides: Any
 ) -> tuple[WorldModel, WorldModelLoss]:
-    """A probabilistic ensemble over the observations of ``env``, and its loss.
+    """Make a probabilistic ensemble over the observations of ``env``, and its loss.
 
     The latents are the observations themselves (PETS, arXiv 1805.12114; MBPO, arXiv
     1906.08253), so real and imagined transitions fit one replay buffer. The loss
-    has the terms ``"nll"``, which trains all members on transitions, and, unless
-    terminations are known or not wanted, ``"done"``.
+    has the term ``"nll"``, which trains all members on transitions, and ``"done"`` if
+    terminations are learned.
 
-    Before training, fit the normalisers; after it, choose the elites::
+    Fit the normalisers before training, and choose the elites after it::
 
         fit_normalizers(world_model, batch)
         ...
@@ -104,15 +108,15 @@ def make_ensemble_world_model(
     Args:
         env: the env whose specs are read. Vector and dictionary observations of
             float dtypes, continuous, discrete and multi-dimensional actions.
-        config: the settings.
-        overrides: settings by name.
+        config, overrides: the settings, as a whole and by name.
 
     Returns:
-        The world model and the loss that trains it.
+        The model and its loss.
 
     Raises:
-        TypeError: for unknown settings.
-        ValueError: for specs that it cannot serve, such as images.
+        TypeError: for an unknown setting.
+        ValueError: for an entry that the model cannot serve, such as an image; the message
+            names it.
 
     Examples:
         >>> import torch
@@ -202,11 +206,12 @@ def _done_head(specs: EnvSpecs, config: EnsembleConfig) -> TensorDictModule | No
         return FunctionHead(
             config.termination_function, specs.vectors, specs.actions, flag
         )
-    if config.termination not in ("learned", "none"):
-        raise ValueError(
-            f"Unknown termination {config.termination!r}. Valid choices are ['learned', 'none'], "
-            f"or give a termination_function."
-        )
+    check_choice(
+        "termination",
+        config.termination,
+        ("learned", "none"),
+        ", or give a termination_function",
+    )
     if config.termination == "none":
         return None
     network = DrawnMember(
@@ -218,11 +223,6 @@ def _done_head(specs: EnvSpecs, config: EnsembleConfig) -> TensorDictModule | No
             activation=activation(config.activation),
         )
     )
-    return TerminationHead(
-        NormalizedNetwork(specs.vectors, network, normalize=config.normalize),
-        [join("next", key) for key in specs.vector_keys],
-        done_key=specs.done.key,
-        shape=specs.done.shape,
-        threshold=config.termination_threshold,
-        sample=config.sample_termination,
-    )
+    network = NormalizedNetwork(specs.vectors, network, normalize=config.normalize)
+    reads = [join("next", key) for key in specs.vector_keys]
+    return end_head(TerminationHead, network, reads, specs, config)

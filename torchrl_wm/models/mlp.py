@@ -12,13 +12,15 @@ from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP
 
+from torchrl_wm._checks import check_choice
 from torchrl_wm.models.building import activation, build, register
+from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.heads import end_head
 from torchrl_wm.models.networks import (
     ObservationDecoder,
     ObservationEncoder,
     WithActions,
 )
-from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import (
     DenormalizedNetwork,
     JoinEntries,
@@ -47,17 +49,20 @@ class MLPConfig:
         latent_size: ``L``, at least 2. Latents have a root mean square of 1.
         hidden: the sizes of the hidden layers of every network.
         activation: ``"silu"``, ``"relu"``, ``"elu"``, ``"gelu"``, ``"mish"`` or ``"tanh"``.
-        normalize: whether vector observations and rewards are normalised.
-        pixel_depth, pixel_multipliers: of the image encoders and decoders; see
-            :class:`~torchrl_wm.modules.PixelEncoder`.
-        termination: ``"learned"``, or ``"none"``: episodes end by time alone.
-        termination_threshold: the probability from which on an episode ends.
-        sample_termination: draw terminations instead.
+        normalize: normalise vector observations and rewards.
+        pixel_depth, pixel_multipliers: the ``depth`` and the ``multipliers`` of the image
+            networks; see :class:`~torchrl_wm.modules.PixelEncoder`.
+        termination: ``"learned"``, or ``"none"`` if only a time limit ends episodes.
+        termination_threshold: the probability above which an episode ends.
+        sample_termination: draw terminations from their probability instead.
         multi_step: train open loop over sequences ``[*B, T]``, in place of single
             transitions.
         decay: the weight of a step relative to the one before it, with ``multi_step``.
-        reward_weight, reconstruction_weight, latent_weight, done_weight: of the
-            losses.
+        reward_weight, reconstruction_weight, latent_weight, done_weight: the weights of
+            the losses.
+
+    Raises:
+        ValueError: if ``latent_size`` is below 2.
     """
 
     observation_keys: tuple[NestedKey, ...] | None = None
@@ -80,22 +85,22 @@ class MLPConfig:
     def __post_init__(self) -> None:
         if self.latent_size < 2:
             raise ValueError(
-                f"latent_size must be at least 2, got {self.latent_size}: of one number of fixed "
-                f"size only the sign would be left."
+                f"latent_size must be at least 2, got {self.latent_size}: latents have a fixed "
+                f"length, and one number would keep only its sign."
             )
 
 
 def make_mlp_world_model(
     env: EnvBase, config: MLPConfig | None = None, **overrides: Any
 ) -> tuple[WorldModel, WorldModelLoss]:
-    """A deterministic latent model of ``env``: the plainest that serves everything.
+    """Make a deterministic latent model of ``env``: the simplest one that serves all envs.
 
-    Observations of all kinds become one latent, ``"latent"``, which moves by
-    what a network of it and the action adds to it. The loss decodes the
-    *predicted* latents and compares them with the next observations, in units of
-    their own spread, and compares the predicted latents with the encodings of the
-    next observations; beside these it trains reward and termination. Fit the
-    normalisers before training::
+    Observations of all kinds are encoded as one latent, ``"latent"``. A network of the
+    latent and the action predicts its change. The loss decodes the *predicted*
+    latents and compares them with the next observations, in units of their own
+    spread; it also compares the predicted latents with the encodings of the next
+    observations, and trains reward and termination. Fit the normalisers before
+    training::
 
         fit_normalizers(world_model, batch)
 
@@ -108,9 +113,9 @@ def make_mlp_world_model(
         The model and its loss.
 
     Raises:
-        TypeError: for a setting that there is not.
-        ValueError: for specs that it cannot serve, such as class numbers among the
-            observations.
+        TypeError: for an unknown setting.
+        ValueError: for an entry that the model cannot serve, such as class numbers among
+            the observations; the message names it.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -171,7 +176,7 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
 
 
 class _Encoder(nn.Module):
-    """Observations as a latent."""
+    """The encoder of observations to a latent."""
 
     def __init__(self, specs: EnvSpecs, config: MLPConfig) -> None:
         super().__init__()
@@ -190,8 +195,7 @@ class _Encoder(nn.Module):
             specs,
             vectors,
             width,
-            pixel_depth=config.pixel_depth,
-            pixel_multipliers=config.pixel_multipliers,
+            config,
         )
         self.latent = nn.Sequential(
             activation(config.activation)(),
@@ -209,7 +213,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """A latent as observations."""
+    """The decoder of a latent to observations."""
 
     in_env_units = True
 
@@ -228,11 +232,7 @@ class _Decoder(nn.Module):
             return nn.Sequential(network, _Applied(self.normalizer, inverse=True))
 
         self.observations = ObservationDecoder(
-            specs,
-            config.latent_size,
-            vectors,
-            pixel_depth=config.pixel_depth,
-            pixel_multipliers=config.pixel_multipliers,
+            specs, config.latent_size, vectors, config
         )
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -244,7 +244,7 @@ class _Decoder(nn.Module):
             self.normalizer.fit(self.join(*vectors))
 
     def scale(self, key: NestedKey) -> torch.Tensor | float:
-        """The unit of an observation's errors: its spread, or an image's largest value."""
+        """Return the unit of an observation's errors: its spread, or an image's largest value."""
         key = unique([key])[0]
         if key in self.image_scales:
             return self.image_scales[key]
@@ -256,11 +256,11 @@ class _Decoder(nn.Module):
 
 
 class _Applied(nn.Module):
-    """A normaliser inside a network, which belongs to what is around it and fits it."""
+    """The use of a normaliser within a network; the module around it owns and fits it."""
 
     def __init__(self, normalizer: Normalizer, *, inverse: bool = False) -> None:
         super().__init__()
-        # Not registered: each tensor stands once in a state_dict.
+        # Not registered: a state_dict holds each tensor once.
         self.__dict__["normalizer"] = normalizer
         self.inverse = inverse
 
@@ -270,7 +270,7 @@ class _Applied(nn.Module):
 
 
 class _Dynamics(nn.Module):
-    """Moves a latent by what the network makes of it and the action."""
+    """The dynamics: a latent plus the change that a network predicts."""
 
     def __init__(self, change: nn.Module, norm: nn.Module) -> None:
         super().__init__()
@@ -281,29 +281,20 @@ class _Dynamics(nn.Module):
 
 
 def _unit_size(config: MLPConfig) -> nn.Module:
-    """Keeps latents at a root mean square of 1.
+    """Return a module that keeps latents at a root mean square of 1.
 
-    Left alone they grow: the heads like it, and the comparison of latents, whose
-    errors grow with them, tears the model apart in the end.
+    Otherwise latents grow, which helps the heads. The errors of the predicted latents grow
+    with them, until training diverges.
     """
     return nn.RMSNorm(config.latent_size, eps=1e-6, elementwise_affine=False)
 
 
 def _done_head(specs: EnvSpecs, config: MLPConfig) -> TerminationHead | None:
+    check_choice("termination", config.termination, ("learned", "none"))
     if config.termination == "none":
         return None
-    if config.termination != "learned":
-        raise ValueError(
-            f"Unknown termination {config.termination!r}. Valid choices are ['learned', 'none']."
-        )
-    return TerminationHead(
-        _mlp(config, config.latent_size, specs.done.size),
-        [join("next", _LATENT)],
-        done_key=specs.done.key,
-        shape=specs.done.shape,
-        threshold=config.termination_threshold,
-        sample=config.sample_termination,
-    )
+    network = _mlp(config, config.latent_size, specs.done.size)
+    return end_head(TerminationHead, network, [join("next", _LATENT)], specs, config)
 
 
 def _mlp(config: MLPConfig, in_features: int, out_features: int) -> MLP:

@@ -5,29 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
+from typing import Any
 
 import torch
 from torch import nn
 from torchrl.modules import symexp, symlog
 
-from torchrl_wm.models.specs import EnvSpecs
+from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.modules import JoinEntries, PixelDecoder, PixelEncoder, SplitEntries
 
-#: Makes a network from its numbers of inputs and outputs.
+#: Makes a network with so many inputs and outputs.
 MakeNetwork = Callable[[int, int], nn.Module]
 
 
 class ObservationEncoder(nn.Module):
-    """Observations as one vector: vectors together through a network, each image through its own.
+    """An encoder of observations to one vector.
+
+    The vector observations together go through one network, and each image through a network
+    of its own.
 
     Args:
         specs: the entries of the env. Their ``observation_keys`` are the order of
             the inputs.
-        make: makes the network for the vectors.
-        out_features: its size.
-        squash: whether the vectors go through symlog first.
-        pixel_depth: channels of the image encoders.
-        pixel_multipliers: of their stages.
+        make: makes the network of the vector observations.
+        out_features: the number of outputs of that network.
+        config: the settings; ``pixel_depth`` and ``pixel_multipliers`` are used.
+        squash: apply symlog to the vector observations first.
     """
 
     def __init__(
@@ -35,10 +38,9 @@ class ObservationEncoder(nn.Module):
         specs: EnvSpecs,
         make: MakeNetwork,
         out_features: int,
+        config: Any,
         *,
         squash: bool = False,
-        pixel_depth: int = 16,
-        pixel_multipliers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.squash = squash
@@ -46,22 +48,13 @@ class ObservationEncoder(nn.Module):
         self.vectors = None
         if specs.vectors:
             self.vectors = make(self.join.out_features, out_features)
-        self.images = nn.ModuleList(
-            PixelEncoder(
-                entry.chw,
-                layout=entry.layout,
-                scale=entry.scale,
-                depth=pixel_depth,
-                multipliers=pixel_multipliers,
-            )
-            for entry in specs.pixels
-        )
+        self.images = _image_networks(PixelEncoder, specs, config)
         #: The length of the vector.
         self.out_features = sum(image.out_features for image in self.images)
         self.out_features += out_features if specs.vectors else 0
 
     def forward(self, *observations: torch.Tensor) -> torch.Tensor:
-        """``[*B, *feature]`` each, as ``[*B, out_features]``."""
+        """Encode observations ``[*B, *feature]`` as ``[*B, out_features]``."""
         count = len(observations) - len(self.images)
         parts = []
         if self.vectors is not None:
@@ -73,20 +66,20 @@ class ObservationEncoder(nn.Module):
 
 
 class ObservationDecoder(nn.Module):
-    """Latents as observations, in the units of the env and as floats.
+    """A decoder of latents to observations, in the units of the env and as floats.
 
     Args:
         specs: the entries of the env. Their ``observation_keys`` are the order of
             the outputs.
-        in_features: the size of the latents together.
-        make, pixel_depth, pixel_multipliers: as the encoder's.
-        squash: whether the vectors' network speaks in symlog space.
+        in_features: the size of all latents together.
+        make, config: as those of :class:`ObservationEncoder`.
+        squash: apply symexp to the output of the network of the vector observations.
 
     Raises:
         ValueError: if an observation is a class number; the message names it.
     """
 
-    #: What an imagined env asks: bytes, bits and one-hot entries may be had by rounding.
+    #: Imagined envs read this: they round such outputs to bytes, bits and one-hot entries.
     in_env_units = True
 
     def __init__(
@@ -94,22 +87,21 @@ class ObservationDecoder(nn.Module):
         specs: EnvSpecs,
         in_features: int,
         make: MakeNetwork,
+        config: Any,
         *,
         squash: bool = False,
-        pixel_depth: int = 16,
-        pixel_multipliers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.squash = squash
         numbers = [entry.key for entry in specs.vectors if entry.classes]
         if numbers:
             raise ValueError(
-                f"The observations {numbers} are class numbers, which a decoder cannot tell "
-                f"apart as numbers. Make them one-hot (GymEnv(..., "
+                f"The observations {numbers} are class numbers, which a decoder cannot predict "
+                f"as numbers. Make them one-hot (GymEnv(..., "
                 f"categorical_action_encoding=False) does), or leave them out: "
                 f"observation_keys=[...]."
             )
-        # One-hot vectors and integers are decoded as floats: only these can be trained.
+        # One-hot vectors and integers are decoded as floats, which can be trained.
         dtype = torch.get_default_dtype()
         entries = [
             e if e.dtype.is_floating_point else replace(e, dtype=dtype)
@@ -119,22 +111,12 @@ class ObservationDecoder(nn.Module):
         self.vectors = None
         if entries:
             self.vectors = make(in_features, self.split.in_features)
-        self.images = nn.ModuleList(
-            PixelDecoder(
-                in_features,
-                entry.chw,
-                layout=entry.layout,
-                scale=entry.scale,
-                depth=pixel_depth,
-                multipliers=pixel_multipliers,
-            )
-            for entry in specs.pixels
-        )
+        self.images = _image_networks(PixelDecoder, specs, config, in_features)
 
     def forward(
         self, *latents: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """``[*B, n]`` each, as one ``[*B, *feature]`` for each observation."""
+        """Decode latents ``[*B, n]`` to observations ``[*B, *feature]``."""
         out = []
         if self.vectors is not None:
             vector = self.vectors(*latents)
@@ -144,21 +126,38 @@ class ObservationDecoder(nn.Module):
         return out[0] if len(out) == 1 else tuple(out)
 
 
-def _unsquashed(value: torch.Tensor) -> torch.Tensor:
-    """``symexp``, which stays finite, and whose gradient always leads back.
+def _image_networks(
+    kind: type[nn.Module], specs: EnvSpecs, config: Any, *sizes: int
+) -> nn.ModuleList:
+    """Return a network of ``kind`` for each image; its sizes stand before the image's shape."""
+    return nn.ModuleList(
+        kind(
+            *sizes,
+            entry.chw,
+            layout=entry.layout,
+            scale=entry.scale,
+            depth=config.pixel_depth,
+            multipliers=config.pixel_multipliers,
+        )
+        for entry in specs.pixels
+    )
 
-    Losses take the symlog of it: of infinity that has no gradient, and of a constant
-    none that would ever make the network's output smaller.
+
+def _unsquashed(value: torch.Tensor) -> torch.Tensor:
+    """Return a finite ``symexp``, with the gradient of the unclamped one.
+
+    Losses take its symlog. At infinity that has no gradient, and the gradient of a clamped
+    output is zero and would never make it smaller.
     """
     limit = 0.9 * log(torch.finfo(value.dtype).max)
     return symexp(value + (value.clamp(-limit, limit) - value).detach())
 
 
 class WithActions(nn.Module):
-    """A network of a latent and of actions, which become one float vector first.
+    """A network of a latent and of actions, which are joined to one float vector.
 
     Args:
-        network: reads both, joined or as two inputs.
+        network: a network of both, joined or as two inputs.
         specs: the entries of the env. Their ``action_keys`` are the order of the
             inputs after the latent.
     """
@@ -169,17 +168,17 @@ class WithActions(nn.Module):
         self.actions = JoinEntries(specs.actions)
 
     def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
-        """A latent ``[*B, L]`` and actions ``[*B, *feature]``, as what the network makes of them."""
+        """Return the network's output for a latent ``[*B, L]`` and actions ``[*B, *feature]``."""
         return self.network(latent, self.actions(*actions))
 
 
 class Shaped(nn.Module):
-    """A network whose vector is given the shape and the dtype of an entry.
+    """A network whose output gets the shape and the dtype of an entry.
 
     Args:
-        network: its inputs as ``[*B, n]``.
-        shape: the feature shape, of ``n`` numbers.
-        dtype: the entry's.
+        network: a network with the output ``[*B, n]``.
+        shape: the feature shape of the entry, with ``n`` elements.
+        dtype: the dtype of the entry.
     """
 
     def __init__(
@@ -189,5 +188,5 @@ class Shaped(nn.Module):
         self.network, self.shape, self.dtype = network, tuple(shape), dtype
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The inputs as ``[*B, *shape]``."""
+        """Return the network's output as ``[*B, *shape]``."""
         return self.network(*inputs).unflatten(-1, self.shape).to(self.dtype)

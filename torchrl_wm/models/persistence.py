@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import Blueprint, BUILDERS, rebuild, resolve_config
-from torchrl_wm.models.specs import EnvSpecs
+from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.parts import has_its_parts
+from torchrl_wm.modules.integrity import is_pristine
 
-#: What marks a file as one of ours.
+#: The mark of the package's files.
 FORMAT = "torchrl_wm.world_model"
-#: Raised with each change that an older version cannot read.
+#: The version of the format, raised with each change that older versions cannot read.
 VERSION = 1
 
 
@@ -28,20 +28,19 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     """Write a world model into a file.
 
     The file holds tensors, numbers and strings, and is read with
-    ``torch.load(weights_only=True)``. Of a model that a builder made it holds the
-    settings and the env's specs, too, so that :func:`load_world_model` needs
-    nothing else; unless a component of it, or a module within one, was replaced. What
-    else was changed on modules after building is not part of it, nor is the
-    optimiser's state.
+    ``torch.load(weights_only=True)``. For a model that a builder made it also holds the
+    settings and the env's specs, so that :func:`load_world_model` needs nothing else,
+    unless a component, or a module within one, was replaced. It holds neither other
+    changes of the modules after building nor the state of an optimiser.
 
     Args:
-        world_model: the model; ready-made or wired by hand.
+        world_model: the model, ready-made or wired by hand.
         path: the file. It is replaced as a whole, or not at all.
 
     Raises:
-        TypeError: if the model's state or settings hold what is neither tensor
-            nor plain data.
-        ValueError: if the model has lazy parameters that nothing has run through.
+        TypeError: if the model is not a ``WorldModel``, or if its state or settings hold
+            something that is neither a tensor nor plain data.
+        ValueError: if the model has lazy parameters that are not initialised yet.
 
     Examples:
         >>> import tempfile, pathlib
@@ -69,16 +68,16 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
             f"state). Run the model once on data first: world_model(batch)."
         )
     state = {
-        # Copies: of a view the whole storage would be written.
+        # Copies: for a view, the whole storage would be written.
         key: value.detach().clone() if isinstance(value, torch.Tensor) else value
         for key, value in own.items()
     }
     check_plain(state, "state_dict")
     content = {"format": FORMAT, "version": VERSION, "state_dict": state}
-    recipe = getattr(world_model, "recipe", None)
-    if not has_its_parts(world_model):
-        recipe = None  # it would make another model
-    content["recipe"] = None if recipe is None else _plain_recipe(recipe)
+    blueprint = getattr(world_model, "recipe", None)
+    if not is_pristine(world_model):
+        blueprint = None  # it would make another model
+    content["recipe"] = None if blueprint is None else _plain_blueprint(blueprint)
     write_plain(content, path)
 
 
@@ -90,29 +89,28 @@ def load_world_model(
 ) -> WorldModel:
     """Read a world model from a file that :func:`save_world_model` wrote.
 
-    Nothing in the file is executed, wherever it comes from.
+    Nothing in the file is executed, so that files of any origin are safe.
 
     Args:
         path: the file.
-        world_model: a model to load the weights into, in place, with its loss and
-            optimiser staying what they are. Needed for models that were wired by
-            hand, with components that were replaced, or with functions of yours
-            (``reward_function``); without it the model is made anew from the settings
-            in the file.
+        world_model: a model to load the weights into, in place: its loss and optimiser
+            stay valid. Needed for models that were wired by hand, that have replaced
+            components, or that use functions of yours (``reward_function``). Without it
+            the model is made anew from the settings in the file.
 
     Keyword Args:
-        device: where to put a model that is made anew; the CPU by default.
+        device: the device of a model that is made anew; the CPU by default.
 
     Returns:
         The world model.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, no world model's, of a newer version,
-            or of another model than the one given.
+        ValueError: if the file is damaged, is no world model file, or has a newer version,
+            or if it holds another model than the given one.
 
     Examples:
-        See :func:`save_world_model`. To go on training:
+        See :func:`save_world_model`. To continue training:
 
         >>> import tempfile, pathlib
         >>> from torchrl.envs import GymEnv
@@ -129,10 +127,10 @@ def load_world_model(
         return _made_anew(content, path, device)
     if device is not None:
         raise ValueError(
-            "device is for models that are made anew. The given world_model stays where it is; "
+            "device is for models that are made anew. The given world_model stays on its device; "
             "move it with world_model.to(device)."
         )
-    _check_recipe(content["recipe"], getattr(world_model, "recipe", None), path)
+    _check_same_model(content["recipe"], getattr(world_model, "recipe", None), path)
     _load_state(world_model, content["state_dict"], path)
     return world_model
 
@@ -141,7 +139,7 @@ def load_world_model(
 
 
 def _read(path: str | os.PathLike) -> dict[str, Any]:
-    """The file's content, checked."""
+    """Return the content of a file, checked."""
     content = read_plain(
         path, "world model file", "save_world_model(world_model, path)"
     )
@@ -156,17 +154,17 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(path)!r} is of version {version!r} of the format, and this torchrl_wm "
             f"reads versions from 1 to {VERSION}. Update torchrl_wm, if a newer one wrote it."
         )
-    missing = [key for key in ("state_dict", "recipe") if key not in content]
-    missing += [
+    kinds = {"state_dict": dict, "recipe": (dict, type(None))}
+    lacking = [
         key
-        for key, kinds in (("state_dict", dict), ("recipe", (dict, type(None))))
-        if key in content and not isinstance(content[key], kinds)
+        for key, kind in kinds.items()
+        if key not in content or not isinstance(content[key], kind)
     ]
-    if missing or not all(isinstance(key, str) for key in content["state_dict"]):
+    if lacking or not all(isinstance(key, str) for key in content["state_dict"]):
         raise ValueError(
-            f"{os.fspath(path)!r} is damaged: it lacks {missing or ['state_dict']}."
+            f"{os.fspath(path)!r} is damaged: it lacks {lacking or ['state_dict']}."
         )
-    if _holds_tensors(content["recipe"]):  # which compare as nothing else does
+    if _holds_tensors(content["recipe"]):  # comparisons of tensors have no truth value
         raise _foreign_settings(path, TypeError("a setting is a tensor"))
     return content
 
@@ -196,14 +194,14 @@ def _made_anew(
             f"make_{content['recipe'].get('builder')}_world_model(env, ...); load_world_model(path, "
             f"world_model)."
         )
-    recipe = _recipe(content["recipe"], path)
+    blueprint = _blueprint(content["recipe"], path)
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are thrown away
-            world_model, _ = rebuild(recipe)
-    except Exception as err:  # whatever a network makes of settings of any kind
+            world_model, _ = rebuild(blueprint)
+    except Exception as err:  # networks may raise anything for wrong settings
         raise _foreign_settings(path, err) from err
-    # As it was saved, dtypes included: also of what the state does not hold. Not where they
-    # are the same: `to` would also narrow what keeps a float64 env's numbers apart.
+    # The dtype of the saved weights is also that of tensors outside of the state. If it is the
+    # dtype already, `to` would only narrow tensors that keep the float64 numbers of an env.
     dtypes = _float_dtypes(content["state_dict"])
     if len(dtypes) == 1 and dtypes != _float_dtypes(world_model.state_dict()):
         world_model.to(*dtypes)
@@ -219,7 +217,7 @@ def _float_dtypes(state: Mapping[str, Any]) -> set[torch.dtype]:
 def _load_state(
     world_model: nn.Module, state: Mapping[str, Any], path: Any, *, assign: bool = False
 ) -> None:
-    """Load weights, or say what does not fit, before anything is changed."""
+    """Load weights, or refuse weights that do not fit before anything is changed."""
     own = world_model.state_dict()
     problems = [f"the file lacks {key!r}" for key in own if key not in state]
     problems += [f"the model lacks {key!r}" for key in state if key not in own]
@@ -241,41 +239,41 @@ def _load_state(
         shown = "; ".join(sorted(problems)[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"The weights in {os.fspath(path)!r} are those of another model, or of one whose "
+            f"The weights in {os.fspath(path)!r} belong to another model, or to one whose "
             f"components were replaced: {shown}{more}. Wire the same model and load into it: "
             f"load_world_model(path, world_model)."
         )
     world_model.load_state_dict(dict(state), assign=assign)
 
 
-# Recipes -------------------------------------------------------------------
+# Blueprints ----------------------------------------------------------------
 
 
-def _plain_recipe(recipe: Blueprint) -> dict[str, Any]:
-    """The recipe as plain data; of functions only the names."""
-    if not is_dataclass(recipe.config):
+def _plain_blueprint(blueprint: Blueprint) -> dict[str, Any]:
+    """Return a blueprint as plain data, with functions by their names."""
+    if not is_dataclass(blueprint.config):
         raise TypeError(
             f"The config of the world model must be a dataclass, got "
-            f"{type(recipe.config).__name__}."
+            f"{type(blueprint.config).__name__}."
         )
     config, functions = {}, {}
-    for field in fields(recipe.config):
-        value = getattr(recipe.config, field.name)
+    for field in fields(blueprint.config):
+        value = getattr(blueprint.config, field.name)
         if callable(value) and not isinstance(value, type):
             functions[field.name] = getattr(value, "__name__", type(value).__name__)
         else:
             check_plain(value, field.name)
             config[field.name] = value
     return {
-        "builder": recipe.builder,
+        "builder": blueprint.builder,
         "config": config,
         "functions": functions,
-        "specs": recipe.specs.to_plain(),
+        "specs": blueprint.specs.to_plain(),
     }
 
 
-def _recipe(data: Mapping[str, Any], path: Any) -> Blueprint:
-    """The recipe of a file."""
+def _blueprint(data: Mapping[str, Any], path: Any) -> Blueprint:
+    """Return the blueprint in a file."""
     try:
         name, settings, specs = data["builder"], data["config"], data["specs"]
         if name not in BUILDERS:
@@ -284,27 +282,27 @@ def _recipe(data: Mapping[str, Any], path: Any) -> Blueprint:
             )
         config = resolve_config(BUILDERS[name].config, None, dict(settings))
         return Blueprint(name, config, EnvSpecs.from_plain(specs))
-    except Exception as err:  # plain data of any kind may stand there
+    except Exception as err:  # the file may hold plain data of any kind
         raise _foreign_settings(path, err) from err
 
 
 def _foreign_settings(path: Any, err: Exception) -> ValueError:
     return ValueError(
-        f"The settings in {os.fspath(path)!r} are not those of this torchrl_wm "
+        f"The settings in {os.fspath(path)!r} do not fit this version of torchrl_wm "
         f"({type(err).__name__}: {err}). Update torchrl_wm, or make the model and load into it: "
         f"load_world_model(path, world_model)."
     )
 
 
-def _check_recipe(data: Any, own: Blueprint | None, path: Any) -> None:
-    """Refuse weights that were trained for something else, though they may fit by shape."""
+def _check_same_model(data: Any, own: Blueprint | None, path: Any) -> None:
+    """Refuse weights of another builder or of other specs, though their shapes may fit."""
     if data is None or own is None:
         return
-    here = _plain_recipe(own)
+    here = _plain_blueprint(own)
     for name, what in (("builder", "by the builder"), ("specs", "for the env specs")):
         there, mine = data.get(name), here[name]
         if name == "specs":
-            there, mine = _what_networks_see(there), _what_networks_see(mine)
+            there, mine = _without_bounds(there), _without_bounds(mine)
         if there != mine:
             raise ValueError(
                 f"{os.fspath(path)!r} holds a model made {what} {there!r}, and the given "
@@ -318,14 +316,14 @@ def _check_recipe(data: Any, own: Blueprint | None, path: Any) -> None:
     if changed:
         warnings.warn(
             f"The model in {os.fspath(path)!r} was made with other settings than the given one "
-            f"(file, given): {changed}. The weights are loaded; the settings stay the given "
-            f"one's.",
+            f"(file, given): {changed}. The weights are loaded; the given model keeps its "
+            f"settings.",
             stacklevel=3,
         )
 
 
-def _what_networks_see(specs: Any) -> Any:
-    """Plain specs without the actions' bounds, which no weight depends on."""
+def _without_bounds(specs: Any) -> Any:
+    """Return plain specs without the actions' bounds, on which no weight depends."""
     if not isinstance(specs, dict) or not isinstance(specs.get("actions"), list):
         return specs
     actions = [

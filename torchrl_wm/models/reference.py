@@ -1,4 +1,4 @@
-"""An env that is only specs: what a file knows of the env that its model was made for."""
+"""An env that has only specs: those in a file, of the env that its model was made for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.modules.blocks.entries import Entry
 
-#: Kinds of specs; each before those whose class it derives from.
+#: The kinds of specs; subclasses stand before their base classes.
 _KINDS: dict[str, type[TensorSpec]] = {
     "multi_one_hot": data.MultiOneHot,
     "one_hot": data.OneHot,
@@ -28,13 +28,13 @@ _KINDS: dict[str, type[TensorSpec]] = {
 
 @dataclass(frozen=True)
 class SpecEntry(Entry):
-    """An entry with what it takes to make its spec again.
+    """An entry from which its spec can be made again.
 
     Args:
-        kind: the kind of its spec, such as ``"bounded"``; empty where it is unknown.
-        sizes: of a discrete spec, the numbers of choices.
-        low: of a bounded spec, the least values, flattened.
-        high: the greatest ones.
+        kind: the kind of its spec, such as ``"bounded"``; empty if it is unknown.
+        sizes: the numbers of choices of a discrete spec.
+        low: the lower bounds of a bounded spec, flattened.
+        high: the upper bounds, flattened.
     """
 
     kind: str = ""
@@ -44,7 +44,7 @@ class SpecEntry(Entry):
 
     @classmethod
     def from_spec(cls, key: NestedKey, spec: TensorSpec) -> SpecEntry:
-        """The entry of a spec without batch dims."""
+        """Return the entry of a spec without batch dims."""
         plain = Entry.from_spec(key, spec)
         kind = next((name for name, k in _KINDS.items() if isinstance(spec, k)), "")
         sizes: Sequence[Any] = ()
@@ -71,7 +71,7 @@ class SpecEntry(Entry):
         )
 
     def to_spec(self) -> TensorSpec:
-        """The spec, without batch dims.
+        """Return the spec, without batch dims.
 
         Raises:
             ValueError: if the kind of the spec is unknown.
@@ -96,23 +96,23 @@ class SpecEntry(Entry):
         if self.kind == "unbounded":
             return Unbounded(**form)
         raise ValueError(
-            f"The spec of the action {self.key!r} is not known: the file was written by an older "
-            f"version, or the spec is of a kind that no file holds. Pass the env, base_env=..."
+            f"The spec of the action {self.key!r} is not known: an older version wrote the file, "
+            f"or files cannot hold specs of this kind. Pass the env, base_env=..."
         )
 
 
 class ActionEntry(SpecEntry):
-    """An action, with what it takes to make its spec again; see :class:`SpecEntry`."""
+    """An action from which its spec can be made again; see :class:`SpecEntry`."""
 
 
 class SpecsOnlyEnv(EnvBase):
-    """An env that has specs and nothing behind them: a reference env for imagination.
+    """An env that has only specs: a reference env for imagination.
 
     Args:
-        observations: the observations' entries. Of floats the bounds are not known.
-        actions: the actions' entries.
-        reward: the reward's entry.
-        done: the done entry; its siblings are made beside it.
+        observations: the entries of the observations. Floats have no bounds.
+        actions: the entries of the actions.
+        reward: the entry of the reward.
+        done: the entries of "done", "terminated" and "truncated".
 
     Raises:
         ValueError: if the spec of an action is not known.
@@ -136,8 +136,9 @@ class SpecsOnlyEnv(EnvBase):
 
     def _nothing(self) -> NotImplementedError:
         return NotImplementedError(
-            "This env has specs only: the model was made again from a file, without the env. "
-            "Pass base_env=..., the real env, or start_states=..., where episodes begin."
+            "This env has only specs: the model was made again from a file, without the env. "
+            "Pass the real env, base_env=..., or the states where episodes begin, "
+            "start_states=..."
         )
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Recurrent state space models: PlaNet's and the Dreamers'."""
+"""Recurrent state space models, as in PlaNet and Dreamer, from an env's specs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from torchrl.modules import (
 )
 
 from torchrl_wm.models.building import build, register
+from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.heads import end_head, two_hot_reward_head
 from torchrl_wm.models.networks import ObservationDecoder, ObservationEncoder, Shaped
-from torchrl_wm.models.specs import EnvSpecs
 from torchrl_wm.modules import (
     ContinueHead,
     JoinEntries,
     RSSMDynamics,
     RSSMPosteriorHead,
-    TwoHotHead,
     WorldModel,
 )
-from torchrl_wm.modules.keys import join, suffixed
+from torchrl_wm.modules.keys import join
 from torchrl_wm.objectives import (
     KLTerm,
     LossTerm,
@@ -47,46 +47,48 @@ _STATE, _BELIEF, _EMBEDDING = "state", "belief", "embedding"
 
 @dataclass
 class RSSMConfig:
-    """Settings of :func:`make_rssm_world_model`.
+    """The settings of :func:`make_rssm_world_model`.
 
     The defaults are DreamerV3's architecture and losses in a size for small
-    problems; :meth:`planet`, :meth:`dreamer_v2` and :meth:`dreamer_v3` give the
-    papers' choices, each with settings of your own: ``RSSMConfig.planet(
+    problems. :meth:`planet`, :meth:`dreamer_v2` and :meth:`dreamer_v3` give the
+    papers' settings, some of which you may replace: ``RSSMConfig.planet(
     belief_size=100)``.
 
     Args:
-        latent: the stochastic state: ``"categorical"`` or ``"gaussian"``. On problems
-            of a few numbers the latter is the more exact one after a short training.
+        latent: the kind of stochastic state: ``"categorical"`` or ``"gaussian"``. For
+            observations of a few numbers, ``"gaussian"`` is more exact after a short
+            training.
         recurrent: the cell of a categorical model: ``"block_gru"`` (DreamerV3) or
             ``"gru"``. Gaussian models have a GRU.
-        belief_size: of the deterministic state.
-        state_size: of a Gaussian state.
+        belief_size: the size of the deterministic state.
+        state_size: the size of a Gaussian state.
         categoricals: the number of distributions of a categorical state.
-        classes: the classes of each of them.
-        blocks: of the block GRU; they divide ``belief_size``.
-        hidden_size: of prior and posterior.
-        num_cells: of the layers of encoder, decoder and heads.
+        classes: the number of classes of each distribution.
+        blocks: the number of blocks of the block GRU; a divisor of ``belief_size``.
+        hidden_size: the size of the hidden layer of prior and posterior.
+        num_cells: the size of the hidden layers of encoder, decoder and heads.
         depth: the number of these layers.
-        normed: RMS-normed SiLU layers (DreamerV3), or plain ELU layers.
-        pixel_depth: channels of the image networks.
-        pixel_multipliers: of their stages; chosen by the images' size if None.
-        symlog: whether vector observations are encoded and compared in symlog
-            space.
-        reward_bins: of the two-hot reward head; None predicts the reward itself.
-        continue_head: whether the end of episodes is predicted.
-        termination_threshold: the probability from which on an episode ends.
-        sample_termination: draw terminations instead.
-        kl_balance: the KL's weights of dynamics and representation; None for
+        normed: RMS-normed SiLU layers (DreamerV3) in place of plain ELU layers.
+        pixel_depth: the channels of the image networks.
+        pixel_multipliers: the factors on these channels, one for each stage; chosen by
+            the images' size if None.
+        symlog: encode and compare vector observations in symlog space.
+        reward_bins: the number of bins of the two-hot reward head; None predicts the
+            reward itself.
+        continue_head: predict the end of episodes.
+        termination_threshold: the probability above which an episode ends.
+        sample_termination: draw terminations from their probability instead.
+        kl_balance: the weights of the dynamics' and the representation's KL; None for
             the plain KL.
-        free_nats: of the KL, per step.
+        free_nats: the free nats of the KL, per step.
         unimix: the uniform share of categorical distributions.
-        kl_weight, reconstruction_weight, reward_weight, continue_weight: of the
-            losses.
-        observation_keys: which observations to use, all if None.
+        kl_weight, reconstruction_weight, reward_weight, continue_weight: the weights of
+            the losses.
+        observation_keys: the observations to model; all by default.
 
     Raises:
-        ValueError: for unknown choices, and for blocks that do not divide the
-            belief.
+        ValueError: for unknown choices, and if ``blocks`` does not divide
+            ``belief_size``.
     """
 
     latent: Literal["categorical", "gaussian"] = "categorical"
@@ -137,14 +139,14 @@ class RSSMConfig:
 
     @property
     def stochastic_size(self) -> int:
-        """The size of the stochastic state, as a vector."""
+        """The length of the stochastic state as a vector."""
         if self.latent == "gaussian":
             return self.state_size
         return self.categoricals * self.classes
 
     @classmethod
     def planet(cls, **settings: Any) -> RSSMConfig:
-        """As in PlaNet (arXiv 1811.04551) and the first Dreamer (1912.01603): Gaussian, plain KL."""
+        """Return the settings of PlaNet (arXiv 1811.04551) and the first Dreamer (1912.01603)."""
         paper = {
             "latent": "gaussian",
             "belief_size": 200,
@@ -158,7 +160,7 @@ class RSSMConfig:
             "kl_balance": None,
             "free_nats": 3.0,
             "unimix": 0.0,
-            # Of Gaussians of unit variance.
+            # The negative log-likelihood of a Gaussian with unit variance.
             "reconstruction_weight": 0.5,
             "reward_weight": 0.5,
         }
@@ -166,7 +168,7 @@ class RSSMConfig:
 
     @classmethod
     def dreamer_v2(cls, **settings: Any) -> RSSMConfig:
-        """As in DreamerV2 (arXiv 2010.02193): categorical, with KL balancing."""
+        """Return the settings of DreamerV2 (arXiv 2010.02193): categorical, with KL balancing."""
         paper = {
             "recurrent": "gru",
             "belief_size": 600,
@@ -189,7 +191,7 @@ class RSSMConfig:
 
     @classmethod
     def dreamer_v3(cls, **settings: Any) -> RSSMConfig:
-        """As in DreamerV3 (arXiv 2301.04104), its smallest size of 12 million parameters."""
+        """Return the settings of DreamerV3 (arXiv 2301.04104) with 12 million parameters."""
         paper = {
             "belief_size": 2048,
             "categoricals": 32,
@@ -204,28 +206,28 @@ class RSSMConfig:
 def make_rssm_world_model(
     env: EnvBase, config: RSSMConfig | None = None, **overrides: Any
 ) -> tuple[WorldModel, WorldModelLoss]:
-    """A recurrent state space model of ``env``, and the loss that trains it.
+    """Make a recurrent state space model of ``env``, and the loss that trains it.
 
-    The latents are ``"state"``, drawn from a distribution, and ``"belief"``,
-    which is not. TorchRL's RSSM networks are their dynamics and posterior; all
-    observations are encoded together, and decoded; the reward is two-hot, and
-    a continue head predicts the end of episodes, as the config says.
+    The latents are ``"state"``, which is drawn from a distribution, and ``"belief"``,
+    which is deterministic. TorchRL's RSSM networks are the dynamics and the posterior.
+    All observations are encoded together, and decoded. The reward is two-hot, and a
+    continue head predicts the end of episodes, unless the config says otherwise.
 
-    The loss is trained on sequences, ``[*B, T]``: it filters the observations
-    (:meth:`~torchrl_wm.WorldModel.observe`), and compares the filtered latents'
-    observations, rewards and continuations, and the posterior with the prior.
+    The loss takes sequences, ``[*B, T]``. It filters the observations
+    (:meth:`~torchrl_wm.WorldModel.observe`), compares the observations, rewards and
+    continuations that the filtered latents predict with the real ones, and the
+    posterior with the prior.
 
     Args:
         env: the env whose specs are read; it is neither reset nor stepped.
-        config: the settings.
-        overrides: settings by name.
+        config, overrides: the settings, as a whole and by name.
 
     Returns:
         The model and its loss.
 
     Raises:
         TypeError: for an unknown setting.
-        ValueError: if a spec cannot be served; the message names it.
+        ValueError: for an entry that the model cannot serve; the message names it.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -266,28 +268,20 @@ def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLo
         specs,
         lambda n, m: _mlp(config, n, m),
         config.num_cells,
+        config,
         squash=config.symlog,
-        pixel_depth=config.pixel_depth,
-        pixel_multipliers=config.pixel_multipliers,
     )
     decoder = ObservationDecoder(
         specs,
         features,
         lambda n, m: _mlp(config, n, m),
+        config,
         squash=config.symlog,
-        pixel_depth=config.pixel_depth,
-        pixel_multipliers=config.pixel_multipliers,
     )
     done_head = None
     if config.continue_head:
-        done_head = ContinueHead(
-            _mlp(config, features, specs.done.size),
-            next_latents,
-            done_key=specs.done.key,
-            shape=specs.done.shape,
-            threshold=config.termination_threshold,
-            sample=config.sample_termination,
-        )
+        network = _mlp(config, features, specs.done.size)
+        done_head = end_head(ContinueHead, network, next_latents, specs, config)
     dynamics, posterior = _rssm(specs, config, encoder.out_features)
     world_model = WorldModel(
         TensorDictModule(encoder, specs.observation_keys, [_EMBEDDING]),
@@ -319,7 +313,7 @@ def _rssm(
         names = ("mean", "std")
         prior = RSSMPrior(
             Unbounded((specs.action_size,)),
-            # TorchRL's prior reads the belief as it reads its input.
+            # TorchRL's prior takes a belief of the size of its hidden layer.
             hidden_dim=config.belief_size,
             rnn_hidden_dim=config.belief_size,
             state_dim=config.state_size,
@@ -373,22 +367,15 @@ def _rssm(
 def _reward_head(
     specs: EnvSpecs, config: RSSMConfig, features: int, reads: list[NestedKey]
 ) -> TensorDictModule:
-    reward = specs.reward
-    writes = join("next", reward.key)
     if config.reward_bins is None:
         reward = specs.float_reward("make_rssm_world_model with reward_bins=None")
         network = Shaped(
             _mlp(config, features, reward.size), reward.shape, reward.dtype
         )
-        return TensorDictModule(network, reads, [writes])
+        return TensorDictModule(network, reads, [join("next", reward.key)])
     bins = config.reward_bins
-    network = _mlp(config, features, reward.size * bins)
-    logits = suffixed(reward.key, "_logits")
-    return TensorDictModule(
-        TwoHotHead(network, SymExpTwoHot(bins), shape=reward.shape, dtype=reward.dtype),
-        reads,
-        [join("next", logits), writes],
-    )
+    network = _mlp(config, features, specs.reward.size * bins)
+    return two_hot_reward_head(network, SymExpTwoHot(bins), reads, specs)
 
 
 def _terms(specs: EnvSpecs, config: RSSMConfig) -> list[str | LossTerm]:
@@ -412,7 +399,7 @@ def _terms(specs: EnvSpecs, config: RSSMConfig) -> list[str | LossTerm]:
 
 
 def _mlp(config: RSSMConfig, in_features: int, out_features: int) -> nn.Module:
-    """A network; several inputs are joined."""
+    """Return a network that joins its inputs."""
     if config.normed:
         return DreamerV3MLP(
             in_features, out_features, depth=config.depth, num_cells=config.num_cells

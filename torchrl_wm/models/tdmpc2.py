@@ -1,4 +1,4 @@
-"""TD-MPC2's latent world model."""
+"""The latent world model of TD-MPC2, from an env's specs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models.building import build, register, resolve_config
+from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.heads import end_head, two_hot_reward_head
 from torchrl_wm.models.networks import ObservationEncoder, WithActions
-from torchrl_wm.models.specs import EnvSpecs, read_specs
+from torchrl_wm.models.specs import read_specs
 from torchrl_wm.modules import (
     Mish,
     NormedMLP,
@@ -22,11 +24,10 @@ from torchrl_wm.modules import (
     SimNorm,
     SymlogTwoHot,
     TerminationHead,
-    TwoHotHead,
     WorldModel,
 )
 from torchrl_wm.modules.blocks.latent import NormedLinear
-from torchrl_wm.modules.keys import join, suffixed
+from torchrl_wm.modules.keys import join
 from torchrl_wm.objectives import ConsistencyTerm, DoneTerm, TwoHotTerm, WorldModelLoss
 
 _LATENT = "latent"
@@ -34,34 +35,35 @@ _LATENT = "latent"
 
 @dataclass
 class TDMPC2Config:
-    """Settings of :func:`make_tdmpc2_world_model`; the defaults are the paper's.
+    """The settings of :func:`make_tdmpc2_world_model`; the defaults are the paper's.
 
     Args:
-        latent_size: ``L``.
-        group: of the latent's simplices; it divides ``latent_size``.
-        num_cells: of the layers of dynamics and heads.
+        latent_size: the size of the latent, ``L``.
+        group: the size of the latent's simplices; a divisor of ``latent_size``.
+        num_cells: the size of the hidden layers of dynamics and heads.
         depth: the number of these layers.
-        encoder_cells: of the encoder's layers.
-        encoder_depth: the number of these layers, before the one that gives the
-            latent.
-        pixel_depth: channels of the image encoders.
-        pixel_multipliers: of their stages; chosen by the images' size if None.
-        bins: of the two-hot reward and values.
-        limit: they span ``[-limit, limit]`` in symlog space.
-        done_head: whether the end of episodes is predicted.
-        termination_threshold: the probability from which on an episode ends.
-        sample_termination: draw terminations instead.
-        consistency_weight, reward_weight, done_weight: of the losses.
-        decay: of the losses' steps.
+        encoder_cells: the size of the encoder's layers.
+        encoder_depth: the number of these layers, without the last one, whose output is
+            the latent.
+        pixel_depth: the channels of the image encoders.
+        pixel_multipliers: the factors on these channels, one for each stage; chosen by
+            the images' size if None.
+        bins: the number of bins of the two-hot reward and values.
+        limit: the bins span ``[-limit, limit]`` in symlog space.
+        done_head: predict the end of episodes.
+        termination_threshold: the probability above which an episode ends.
+        sample_termination: draw terminations from their probability instead.
+        consistency_weight, reward_weight, done_weight: the weights of the losses.
+        decay: the weight of a step relative to the one before it.
         num_q: the number of action values.
-        q_dropout: in their first layer.
+        q_dropout: the dropout in their first layer.
         log_std_min: the least logarithm of the policy's standard deviation.
         log_std_max: the greatest one.
-        observation_keys: which observations to use, all if None.
+        observation_keys: the observations to model; all by default.
 
     Raises:
         ValueError: if ``group`` does not divide ``latent_size``, and for sizes, numbers and
-            shares with which nothing would be learned.
+            shares with which the model could not learn.
     """
 
     latent_size: int = 512
@@ -98,14 +100,13 @@ class TDMPC2Config:
             ("pixel_depth", 1),
             ("num_q", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least {least}."
-                )
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
         if self.latent_size % self.group:
             raise ValueError(
-                f"group={self.group} does not divide latent_size={self.latent_size}, as SimNorm "
-                f"needs."
+                f"group={self.group} does not divide latent_size={self.latent_size}: SimNorm "
+                f"splits the latent into groups of equal size."
             )
         if not 0 <= self.q_dropout < 1:
             raise ValueError(
@@ -119,36 +120,34 @@ class TDMPC2Config:
 
     @property
     def cells(self) -> list[int]:
-        """The layers of dynamics and heads."""
+        """The sizes of the hidden layers of dynamics and heads."""
         return [self.num_cells] * self.depth
 
 
 def make_tdmpc2_world_model(
     env: EnvBase, config: TDMPC2Config | None = None, **overrides: Any
 ) -> tuple[WorldModel, WorldModelLoss]:
-    """TD-MPC2's world model of ``env`` (arXiv 2310.16828), and the loss that trains it.
+    """Make TD-MPC2's world model of ``env`` (arXiv 2310.16828), and the loss that trains it.
 
-    The latent, ``"latent"``, lies on simplices; dynamics, reward and termination
-    are normed MLPs; there is no decoder. The loss rolls the latent of a
-    sequence's first observation through its actions, ``[*B, T]`` (the paper's
-    ``T`` is 3), and compares latents with encodings, rewards and terminations,
-    step ``t`` weighed by ``decay ** t``.
+    The latent, ``"latent"``, lies on simplices. Dynamics, reward and termination are
+    normed MLPs; there is no decoder. The loss encodes the first observation of a
+    sequence ``[*B, T]`` (the paper's ``T`` is 3), predicts the latents from its actions,
+    and compares latents with encodings, and rewards and terminations with the real
+    ones. Step ``t`` has the weight ``decay ** t``.
 
-    The paper's action values are :func:`make_tdmpc2_q_ensemble`; they join the
-    loss as a :class:`~torchrl_wm.objectives.ValueTerm`. Its policy is
-    :func:`make_tdmpc2_policy`.
+    :func:`make_tdmpc2_q_ensemble` makes the paper's action values, which join the loss
+    as a :class:`~torchrl_wm.objectives.ValueTerm`, and :func:`make_tdmpc2_policy` its policy.
 
     Args:
         env: the env whose specs are read; it is neither reset nor stepped.
-        config: the settings.
-        overrides: settings by name.
+        config, overrides: the settings, as a whole and by name.
 
     Returns:
         The model and its loss.
 
     Raises:
         TypeError: for an unknown setting.
-        ValueError: if a spec cannot be served; the message names it.
+        ValueError: for an entry that the model cannot serve; the message names it.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -171,12 +170,18 @@ def make_tdmpc2_world_model(
 def make_tdmpc2_q_ensemble(
     env: EnvBase, config: TDMPC2Config | None = None, **overrides: Any
 ) -> QEnsemble:
-    """The action values that go with :func:`make_tdmpc2_world_model`.
+    """Make the action values that go with :func:`make_tdmpc2_world_model`.
 
     Args:
-        env: the env whose specs are read.
-        config: the settings; those of the world model.
-        overrides: settings by name.
+        env: the env whose specs are read; it is neither reset nor stepped.
+        config, overrides: the settings of the world model, as a whole and by name.
+
+    Returns:
+        The action values, on the device of ``env``.
+
+    Raises:
+        TypeError: for an unknown setting.
+        ValueError: for an entry that the values cannot serve; the message names it.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -205,19 +210,13 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
     size = config.latent_size
     with_action = size + specs.action_size
     observed = [_LATENT, *specs.action_keys]
-    reward, bins = specs.reward, SymlogTwoHot(config.bins, config.limit)
-    network = NormedMLP(with_action, reward.size * config.bins, config.cells)
-    logits = suffixed(reward.key, "_logits")
+    bins = SymlogTwoHot(config.bins, config.limit)
+    rewards = NormedMLP(with_action, specs.reward.size * config.bins, config.cells)
     done_head = None
     if config.done_head:
-        done_head = TerminationHead(
-            NormedMLP(size, specs.done.size, config.cells),
-            [join("next", _LATENT)],
-            done_key=specs.done.key,
-            shape=specs.done.shape,
-            threshold=config.termination_threshold,
-            sample=config.sample_termination,
-        )
+        network = NormedMLP(size, specs.done.size, config.cells)
+        reads = [join("next", _LATENT)]
+        done_head = end_head(TerminationHead, network, reads, specs, config)
     world_model = WorldModel(
         TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),
         TensorDictModule(
@@ -227,16 +226,7 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
             observed,
             [join("next", _LATENT)],
         ),
-        TensorDictModule(
-            TwoHotHead(
-                WithActions(network, specs),
-                bins,
-                shape=reward.shape,
-                dtype=reward.dtype,
-            ),
-            observed,
-            [join("next", logits), join("next", reward.key)],
-        ),
+        two_hot_reward_head(WithActions(rewards, specs), bins, observed, specs),
         done_head=done_head,
     )
     losses = [
@@ -253,7 +243,7 @@ def _wire(specs: EnvSpecs, config: TDMPC2Config) -> tuple[WorldModel, WorldModel
 
 
 class _Encoder(nn.Module):
-    """Observations on simplices."""
+    """The encoder of observations to a latent on simplices."""
 
     def __init__(self, specs: EnvSpecs, config: TDMPC2Config) -> None:
         super().__init__()
@@ -262,8 +252,7 @@ class _Encoder(nn.Module):
             specs,
             lambda n, m: NormedMLP(n, m, hidden, activation=Mish),
             config.encoder_cells,
-            pixel_depth=config.pixel_depth,
-            pixel_multipliers=config.pixel_multipliers,
+            config,
         )
         self.latent = NormedLinear(
             self.features.out_features,

@@ -22,14 +22,14 @@ _LATENT = "latent"
 def make_tdmpc2_policy(
     env: EnvBase, config: TDMPC2Config | None = None, **overrides: Any
 ) -> ProbabilisticActor:
-    """The policy that goes with :func:`make_tdmpc2_world_model` (arXiv 2310.16828).
+    """Make the policy that belongs to :func:`make_tdmpc2_world_model` (arXiv 2310.16828).
 
-    A normed MLP of the latent, whose outputs are mean and logarithm of the standard deviation of
-    a Gaussian that tanh squashes into the bounds of the action. The logarithm lies between
-    ``log_std_min`` and ``log_std_max``, by a tanh, too. Of an action that is a choice, which
-    the paper does not have, it gives the probabilities of the options.
+    The policy is a normed MLP of the latent. Its outputs are the mean and the logarithm of the
+    standard deviation of a Gaussian that tanh squashes into the bounds of the action. Another
+    tanh keeps the logarithm between ``log_std_min`` and ``log_std_max``. For an action that is a
+    choice, which the paper does not have, the outputs are the logits of the options.
 
-    It is trained by :class:`~torchrl_wm.objectives.PolicyPriorLoss`.
+    :class:`~torchrl_wm.objectives.PolicyPriorLoss` trains it.
 
     Args:
         env: the env whose specs are read.
@@ -37,8 +37,8 @@ def make_tdmpc2_policy(
         overrides: settings by name.
 
     Returns:
-        The policy. It reads ``"latent"``, writes the action, and samples it unless the exploration
-        type says otherwise; see its ``get_dist``.
+        The policy. It reads ``"latent"`` and writes the action, a sample unless the exploration
+        type is another; ``get_dist`` returns the distribution.
 
     Raises:
         ValueError: if the env has several actions, or the action is neither continuous within
@@ -126,8 +126,8 @@ class _Gaussian(nn.Module):
     """A network whose outputs are mean and standard deviation of an action.
 
     Args:
-        network: gives both, ``[*B, 2 * n]``.
-        spec: of the action.
+        network: maps latents to both, ``[*B, 2 * n]``.
+        spec: the spec of the action.
         low, high: the bounds of the standard deviation's logarithm.
     """
 
@@ -139,7 +139,7 @@ class _Gaussian(nn.Module):
         self.low, self.high = low, high
 
     def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[*B, L]`` as mean and standard deviation, ``[*B, *A]`` each."""
+        """Return mean and standard deviation, ``[*B, *A]`` each, for latents ``[*B, L]``."""
         loc, share = self.network(latent).chunk(2, -1)
         scale = (self.low + 0.5 * (self.high - self.low) * (share.tanh() + 1)).exp()
         shape = (*latent.shape[:-1], *self.shape)

@@ -1,4 +1,11 @@
-"""What predicts: the world model and its blocks."""
+"""Prediction: the world model and its blocks.
+
+- ``world_model/``: :class:`WorldModel`, what it does with its components, and how it filters
+  observations over time. Its docstring has a line for each file.
+- ``blocks/``: modules that the components can be made of; likewise.
+- ``keys.py``: nested keys; ``errors.py``: the error of a missing entry; ``modes.py``: evaluation
+  mode; ``integrity.py``: whether a model still has the modules of its builder.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +16,7 @@ from torchrl_wm.modules.blocks.ensemble import (
     EnsembleMLP,
     GaussianEnsemble,
 )
-from torchrl_wm.modules.blocks.ensemble_dynamics import (
-    EnsembleDynamics,
-    SampleMember,
-    with_propagation,
-)
+from torchrl_wm.modules.blocks.ensemble_dynamics import EnsembleDynamics
 from torchrl_wm.modules.blocks.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.blocks.gaussian import BoundedLogVar
 from torchrl_wm.modules.blocks.heads import (
@@ -30,6 +33,7 @@ from torchrl_wm.modules.blocks.normalizer import (
     Normalizer,
 )
 from torchrl_wm.modules.blocks.pixels import PixelDecoder, PixelEncoder
+from torchrl_wm.modules.blocks.propagation import SampleMember, with_propagation
 from torchrl_wm.modules.blocks.q_ensemble import QEnsemble
 from torchrl_wm.modules.blocks.rssm import (
     ContinuationModel,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class MissingEntryError(KeyError):
-    """An entry that is needed is not there.
+    """The error of an entry that is needed and missing.
 
     A :class:`KeyError` whose message prints as it is, without the quotes and
     escapes that Python puts around the argument of one.

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; afterwards each module has its own mode again."""
+    """Put models in eval mode for a while; afterwards each module has its own mode again."""
     modules = {module for model in models for module in model.modules()}
     training = [module for module in modules if module.training]
     try:
@@ -26,5 +26,5 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def draws() -> bool:
-    """Whether to sample: not where a mode, a mean or a median is asked for."""
+    """Return whether to sample: True unless the interaction type is a mode, mean or median."""
     return interaction_type() in (None, InteractionType.RANDOM)

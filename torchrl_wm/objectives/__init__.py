@@ -1,4 +1,4 @@
-"""What trains a world model: one loss and its terms."""
+"""The training of a world model: one loss and its terms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torchrl_wm.objectives.gaussian import (
     gaussian_nll,
     GaussianNLLTerm,
 )
+from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.kl import KLTerm
 from torchrl_wm.objectives.observation import ObservationTerm
 from torchrl_wm.objectives.policy import PolicyPriorLoss, ValueScale
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,
+    LossContext,
     LossTerm,
     ReconstructionTerm,
     RewardTerm,
@@ -29,6 +31,8 @@ __all__ = [
     "GaussianNLLTerm",
     "KLTerm",
     "LatentTerm",
+    "LossContext",
+    "LossKeys",
     "LossTerm",
     "ObservationTerm",
     "PolicyPriorLoss",

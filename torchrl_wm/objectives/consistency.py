@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.world_model.wiring import written_keys
-from torchrl_wm.objectives.terms import (
+from torchrl_wm.objectives.comparisons import (
     check_distance,
+    check_encoded,
     DISTANCES,
-    LatentTerm,
     per_sample,
 )
+from torchrl_wm.objectives.terms import LatentTerm
 
 
 class ConsistencyTerm(LatentTerm):
-    """Distance of predicted latents from the encodings of what was observed.
+    """Distance of predicted latents from the encodings of the observations.
 
     With ``WorldModelLoss(..., multi_step=True, decay=rho)`` this is the joint
     embedding loss of TD-MPC2 (arXiv 2310.16828, eq. 3): the first observation's
@@ -27,7 +27,7 @@ class ConsistencyTerm(LatentTerm):
     Args:
         distance: ``"l2"``, ``"l1"``, ``"smooth_l1"``, or ``"cosine"``: 1 minus the
             cosine of the angle between the two, as in SPR (arXiv 2007.05929).
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         name: the loss appears as ``loss_<name>``.
     """
 
@@ -40,14 +40,14 @@ class ConsistencyTerm(LatentTerm):
 
     def check(self, world_model: WorldModel) -> None:
         super().check(world_model)
-        encoded = written_keys(world_model.encoder)
-        missing = [key for key in world_model.latent_keys if key not in encoded]
-        if missing:
-            raise ValueError(
-                f"The loss {self.name!r} compares latents with encodings, and the encoder writes "
-                f"{encoded}, not {missing}. For a recurrent model use KLTerm, or the loss "
-                f"'latent', which compares what the encoder writes."
-            )
+        check_encoded(
+            self.name,
+            "compares latents with encodings",
+            world_model.latent_keys,
+            world_model,
+            " For a recurrent model use KLTerm, or the loss 'latent', which compares the "
+            "latents that the encoder writes.",
+        )
 
     def compare(self, predicted, target, key, batch) -> torch.Tensor:
         if self.distance != "cosine":

@@ -13,41 +13,42 @@ from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.blocks.gaussian import BoundedLogVar
 from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, unique
 from torchrl_wm.modules.world_model.wiring import written_keys
-from torchrl_wm.objectives.terms import LossTerm, read_label
+from torchrl_wm.objectives.comparisons import next_observations, read_label
+from torchrl_wm.objectives.keys import LossKeys
+from torchrl_wm.objectives.terms import LossContext, LossTerm
 
 
 class GaussianNLLTerm(LossTerm):
     """Negative log-likelihood of real entries under predicted Gaussians, in nats per dimension.
 
-    Of an ensemble, all members are trained, whichever of them the dynamics
-    propagate (PETS, arXiv 1805.12114, eq. 1; MBPO, arXiv 1906.08253). The target
-    of a latent is the encoder's latent of the next observation, without gradient.
+    All members of an ensemble are trained, whichever of them the dynamics propagate
+    (PETS, arXiv 1805.12114, eq. 1; MBPO, arXiv 1906.08253). The target of a latent is
+    the encoder's latent of the next observation, without gradient.
 
     Args:
-        targets: the entries below "next" that are predicted, in the order in
-            which the Gaussians' dims join them; by default what the component
-            says (:attr:`~torchrl_wm.modules.EnsembleDynamics.targets`), else the
-            model's latents.
+        targets: the predicted entries below "next", in the order in which the
+            Gaussians' dims join them; by default the component's own
+            (:attr:`~torchrl_wm.modules.EnsembleDynamics.targets`), else the model's
+            latents.
 
     Keyword Args:
         loc, log_var: the means and log-variances among the predictions,
-            ``[*B, D]``, or ``[*B, E, D]`` of an ensemble.
-        component: what writes them.
-        bootstrap: let each member see a sample of the data of its own. Each
-            transition counts 0, 1, 2, ... times for a member, Poisson distributed
-            with mean 1, as in a bootstrap of many samples. The counts follow from
-            the transition itself (what is encoded, the step's inputs and the labels),
-            by a hash, so that they are the same in every epoch, whatever the replay
-            buffer does.
-        seed: other seeds, other counts.
-        beta: how much of the variance the likelihood is weighted with, 0 to 1 (beta-NLL,
-            arXiv 2203.09168). With 0, the plain likelihood, rows that are hard to
-            predict get a large variance and with it hardly a gradient, and stay badly
-            predicted; 0.5 is the paper's advice. The weights of a batch have mean 1 in
-            each dimension.
+            ``[*B, D]``, or ``[*B, E, D]`` for an ensemble.
+        component: the component that writes them.
+        bootstrap: let each member see its own sample of the data. Each transition
+            counts 0, 1, 2, ... times for a member, Poisson distributed with mean 1,
+            as in a bootstrap of many samples. The counts are a hash of the transition
+            itself (the encoder's and the step's inputs, and the labels), so that they
+            are the same in every epoch, whatever the replay buffer does.
+        seed: the seed of the counts.
+        beta: the exponent of the variance by which the likelihood is weighted, 0 to 1
+            (beta-NLL, arXiv 2203.09168). With 0, the plain likelihood, rows that are
+            hard to predict get a large variance, hence hardly a gradient, and stay
+            badly predicted; the paper advises 0.5. The weights of a batch have mean 1
+            in each dimension.
         bound_weight: the weight of the distance of learned log-variance bounds
             (:meth:`~torchrl_wm.modules.BoundedLogVar.width`).
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         name: the loss appears as ``loss_<name>``.
 
     .. note:: A batch that has ``"member_weight"``, ``[*B, E]`` float, uses these counts
@@ -97,11 +98,11 @@ class GaussianNLLTerm(LossTerm):
     def of_head(
         cls, component: str, target: NestedKey, **settings: Any
     ) -> GaussianNLLTerm:
-        """The term that trains a :class:`~torchrl_wm.modules.GaussianHead`.
+        """Return the term that trains a :class:`~torchrl_wm.modules.GaussianHead`.
 
         Args:
-            component: where the head is, ``"reward_head"`` say.
-            target: what it predicts, without the "next".
+            component: the component that is the head, e.g. ``"reward_head"``.
+            target: the entry that it predicts, without the "next".
             settings: other arguments of the term.
 
         Examples:
@@ -128,21 +129,22 @@ class GaussianNLLTerm(LossTerm):
             )
 
     def _targets(self, world_model: WorldModel) -> list[NestedKey]:
+        """Return the predicted entries, without the "next"."""
         if self.targets is not None:
             return self.targets
         own = getattr(getattr(world_model, self.component), "targets", None)
         return world_model.latent_keys if own is None else own
 
     def _encoded(self, world_model: WorldModel) -> list[NestedKey]:
-        """The targets that the encoder writes."""
+        """Return the targets that the encoder writes."""
         encoded = written_keys(world_model.encoder)
         return [key for key in self._targets(world_model) if key in encoded]
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
         encoded = self._encoded(world_model)
         given = [key for key in self._targets(world_model) if key not in encoded]
-        inputs = unique(world_model.encoder.in_keys) if encoded else []
-        return [join("next", key) for key in (*inputs, *given)]
+        observed = next_observations(world_model) if encoded else []
+        return [*observed, *(join("next", key) for key in given)]
 
     def __call__(self, predicted, batch, loss):
         target = self._joined(batch, loss)  # [*B, D]
@@ -175,19 +177,19 @@ class GaussianNLLTerm(LossTerm):
     def _mean_of_valid(
         self, weights: torch.Tensor, valid: torch.Tensor | None
     ) -> torch.Tensor:
-        """The mean of each dimension, ``[D]``, over all rows and members but for padding."""
+        """Return the mean of each dimension, ``[D]``, over members and all rows but padding."""
         rows = weights.flatten(0, -2)
         if valid is None:
             return rows.mean(0)
         lead = weights.shape[:-1]
         counts = valid.reshape(valid.shape + (1,) * (len(lead) - valid.ndim))
         counts = counts.expand(lead).reshape(-1, 1).to(weights.dtype)
-        # A batch with nothing valid is masked as a whole: its mean is anything but zero.
+        # A batch with nothing valid is masked as a whole: any mean but zero will do.
         none = (counts.sum() == 0).to(weights.dtype)
         return ((rows * counts).sum(0) + none) / (counts.sum() + none)
 
-    def _joined(self, batch: TensorDictBase, loss) -> torch.Tensor:
-        """The real entries side by side, ``[*B, D]``."""
+    def _joined(self, batch: TensorDictBase, loss: LossContext) -> torch.Tensor:
+        """Return the real entries side by side, ``[*B, D]``."""
         parts = []
         encoded = self._encoded(loss.world_model)
         latents = loss.encode_next(batch) if encoded else None
@@ -199,10 +201,10 @@ class GaussianNLLTerm(LossTerm):
             parts.append(_flat(value, batch))
         return torch.cat(parts, -1)
 
-    def _transitions(self, batch: TensorDictBase, loss) -> torch.Tensor:
-        """What tells transitions apart, as they are in the batch: ``[*B, D]``.
+    def _transitions(self, batch: TensorDictBase, loss: LossContext) -> torch.Tensor:
+        """Return the inputs and labels of the batch, which identify transitions: ``[*B, D]``.
 
-        Not the encoded target, which changes with the encoder, and is the same for
+        The encoded target does not: it changes with the encoder, and is the same for
         all states that lead to one.
         """
         world_model = loss.world_model
@@ -214,8 +216,9 @@ class GaussianNLLTerm(LossTerm):
         return torch.cat(rows, -1)
 
     def _member_weights(
-        self, loc: torch.Tensor, batch: TensorDictBase, loss
+        self, loc: torch.Tensor, batch: TensorDictBase, loss: LossContext
     ) -> torch.Tensor | float:
+        """Return the weights of samples for members, ``[*B, E]``."""
         members = loc.shape[-2]
         given = batch.get("member_weight", None)
         if given is not None:
@@ -231,15 +234,15 @@ class GaussianNLLTerm(LossTerm):
         return self.member_counts(batch, loss, members).to(loc.dtype)
 
     def member_counts(
-        self, batch: TensorDictBase, loss: Any, members: int
+        self, batch: TensorDictBase, loss: LossContext, members: int
     ) -> torch.Tensor:
-        """How often each transition counts for each member, ``[*B, E]`` int64.
+        """Return how often each transition counts for each member, ``[*B, E]`` int64.
 
-        Under ``"member_weight"`` in the batch, as floats, they need not be computed again.
+        A batch that has them as floats under ``"member_weight"`` saves computing them.
 
         Args:
             batch: the transitions.
-            loss: the loss that the term is one of.
+            loss: the loss that the term is part of.
             members: ``E``.
         """
         return bootstrap_counts(self._transitions(batch, loss), members, self.seed)
@@ -248,7 +251,7 @@ class GaussianNLLTerm(LossTerm):
 def gaussian_nll(
     value: torch.Tensor, loc: torch.Tensor, log_var: torch.Tensor
 ) -> torch.Tensor:
-    """``-log N(value; loc, exp(log_var))``, elementwise, in nats.
+    """Return ``-log N(value; loc, exp(log_var))``, elementwise, in nats.
 
     Examples:
         >>> import torch
@@ -260,12 +263,12 @@ def gaussian_nll(
 
 
 def bootstrap_counts(rows: torch.Tensor, members: int, seed: int = 0) -> torch.Tensor:
-    """How often each row counts for each member: Poisson(1) numbers that depend on the row alone.
+    """Return how often each row counts for each member: Poisson(1) numbers, a hash of the row.
 
     Args:
         rows: ``[*B, D]`` float.
         members: ``E``.
-        seed: other seeds, other numbers.
+        seed: the seed of the hash.
 
     Returns:
         ``[*B, E]`` int64.
@@ -295,16 +298,16 @@ def bootstrap_counts(rows: torch.Tensor, members: int, seed: int = 0) -> torch.T
 
 
 def _flat(value: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
-    """``[*B, *feature]`` as ``[*B, n]``."""
+    """Return ``[*B, *feature]`` as ``[*B, n]``."""
     return value.reshape(*batch.batch_size, -1)
 
 
-#: 2**64 over the golden ratio, as a signed number; steps by it are spread evenly.
+#: 2**64 over the golden ratio, as a signed number; its multiples are spread evenly.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def _mixed(value: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64: every bit depends on every bit. Integers wrap around."""
+    """Return integers mixed by the finaliser of SplitMix64: every bit depends on every bit."""
     for shift, factor in (
         (30, 0xBF58476D1CE4E5B9 - 2**64),
         (27, 0x94D049BB133111EB - 2**64),
@@ -314,5 +317,5 @@ def _mixed(value: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """A shift to the right that brings in zeros, which int64's own does not."""
+    """Return a shift to the right that brings in zeros; int64's own brings in the sign."""
     return (value >> bits) & (2 ** (64 - bits) - 1)

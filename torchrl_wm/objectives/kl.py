@@ -8,8 +8,9 @@ from torch.distributions import kl_divergence, Normal
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, suffixed
+from torchrl_wm.modules.keys import is_next, join, leaf_keys, suffixed
 from torchrl_wm.modules.world_model.wiring import written_keys
+from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.terms import LossTerm
 
 
@@ -33,18 +34,18 @@ class KLTerm(LossTerm):
     DreamerV3   (1.0, 0.1)      1            0.01, arXiv 2301.04104, eq. 5
     ==========  ==============  ===========  ======
 
-    Which it is, Gaussian or categorical, follows from what the model writes below
-    "next": ``prior_mean`` and ``prior_std`` (``[*B, S]``), or ``prior_logits``
-    (``[*B, categoricals, classes]``), and the same of the posterior.
+    The distributions follow from the entries that the model writes below "next":
+    Gaussian with ``prior_mean`` and ``prior_std`` (``[*B, S]``), categorical with
+    ``prior_logits`` (``[*B, categoricals, classes]``), and likewise for the posterior.
 
     Args:
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         balance: the weights of dynamics and representation, or None.
-        free_nats: KL below which there is no gradient.
+        free_nats: the KL below which there is no gradient.
         unimix: the share of the uniform distribution that is mixed into both
             categorical distributions, as TorchRL's RSSM-V3 does when it samples.
-        prior: the beginning of the prior's keys, below "next".
-        posterior: the beginning of the posterior's keys.
+        prior: the prefix of the prior's keys, below "next".
+        posterior: the prefix of the posterior's keys.
         name: the loss appears as ``loss_<name>``.
 
     Raises:
@@ -83,7 +84,7 @@ class KLTerm(LossTerm):
         super().check(world_model)
         self._statistics(world_model)
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
         return []
 
     def __call__(self, predicted: TensorDictBase, batch, loss) -> torch.Tensor:
@@ -102,7 +103,7 @@ class KLTerm(LossTerm):
     def _kl(
         self, left: list[torch.Tensor], right: list[torch.Tensor], dims: int
     ) -> torch.Tensor:
-        """``max(free nats, KL(left | right))``, summed over the state's dims: ``[*B]``."""
+        """Return ``max(free nats, KL(left | right))``, summed over the state's dims: ``[*B]``."""
         if len(left) == 2:
             kl = kl_divergence(Normal(*left), Normal(*right))
         else:
@@ -111,6 +112,7 @@ class KLTerm(LossTerm):
         return kl.flatten(dims).sum(-1).clamp_min(self.free_nats)
 
     def _log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities, with the uniform distribution mixed in."""
         if not self.unimix:
             return logits.log_softmax(-1)
         uniform = self.unimix / logits.shape[-1]
@@ -119,24 +121,24 @@ class KLTerm(LossTerm):
     def _statistics(
         self, world_model: WorldModel
     ) -> tuple[list[NestedKey], list[NestedKey]]:
-        """The keys of the prior's and the posterior's statistics."""
+        """Return the keys of the prior's and the posterior's statistics."""
         writers = {"prior": world_model.dynamics, "posterior": world_model.posterior}
         for endings in (("logits",), ("mean", "std")):
             found = {
                 which: [_ending(getattr(self, which), e) for e in endings]
                 for which in writers
             }
-            # What the posterior writes may stand at the root: it is filtered into "next".
+            # The posterior may write at the root: the filter puts that below "next".
             if all(
                 {*keys} <= {*map(_below, written_keys(writers[which]))}
                 for which, keys in found.items()
             ):
                 return found["prior"], found["posterior"]
         raise ValueError(
-            f"The loss {self.name!r} compares what dynamics and posterior write below 'next': "
+            f"The loss {self.name!r} compares outputs of dynamics and posterior below 'next': "
             f"{self.prior!r} and {self.posterior!r}, each with '_logits', or with '_mean' and "
             f"'_std'. dynamics write {written_keys(world_model.dynamics)}, the posterior "
-            f"{written_keys(world_model.posterior)}. Name them so, or say their beginnings: "
+            f"{written_keys(world_model.posterior)}. Name them so, or give their prefixes: "
             f"KLTerm(prior=..., posterior=...)."
         )
 
@@ -144,7 +146,7 @@ class KLTerm(LossTerm):
         value = predicted.get(key, None)
         if value is None:
             raise MissingEntryError(
-                f"The loss {self.name!r} needs {key!r}, and what was predicted has "
+                f"The loss {self.name!r} needs {key!r}, and the predictions have "
                 f"{leaf_keys(predicted)}. The posterior only runs where sequences are filtered, "
                 f"not with multi_step=True."
             )
@@ -152,9 +154,9 @@ class KLTerm(LossTerm):
 
 
 def _ending(key: NestedKey, name: str) -> NestedKey:
-    """``("next", <key>_<name>)``."""
+    """Return ``("next", <key>_<name>)``."""
     return join("next", suffixed(key, f"_{name}"))
 
 
 def _below(key: NestedKey) -> NestedKey:
-    return key if as_tuple(key)[0] == "next" else join("next", key)
+    return key if is_next(key) else join("next", key)

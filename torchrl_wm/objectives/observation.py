@@ -10,30 +10,30 @@ from tensordict import NestedKey
 from torchrl.modules import symlog
 
 from torchrl_wm.modules.keys import is_next, strip_next, unique
-from torchrl_wm.objectives.terms import distance, read_label, ReconstructionTerm
+from torchrl_wm.objectives.comparisons import distance, read_label
+from torchrl_wm.objectives.terms import ReconstructionTerm
 
 
 class ObservationTerm(ReconstructionTerm):
     """Squared distance of decoded observations from the real ones, summed over their dims.
 
-    A sum, where :class:`ReconstructionTerm` takes the mean, as the
-    log-likelihoods are with which an RSSM balances its KL: with ``weight=0.5`` it
-    is the negative log-likelihood of a Gaussian of unit variance but for a
-    constant (PlaNet, arXiv 1811.04551, eq. 3). In symlog space it is DreamerV3's
-    (arXiv 2301.04104, eq. 4).
+    It is a sum, where :class:`ReconstructionTerm` takes the mean, because an RSSM
+    balances its KL with a log-likelihood: with ``weight=0.5`` the term is the
+    negative log-likelihood of a Gaussian of unit variance, up to a constant (PlaNet,
+    arXiv 1811.04551, eq. 3). In symlog space it is DreamerV3's (arXiv 2301.04104,
+    eq. 4).
 
-    Of a recurrent model's sequences the observation that they begin with is
-    reconstructed, too, and counts in their first step.
+    With a recurrent model, the observation that a sequence begins with is
+    reconstructed, too, and counts in the first step.
 
     Args:
         distance: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         target: ``"next"`` decodes the predicted (in recurrent models, filtered)
             latents, ``"observation"`` the encoded ones.
-        symlog: whether to compare in symlog space: of all observations, of none,
-            or of those named.
-        scale: what observations are divided by first, by key: 255 for images of
-            bytes.
+        symlog: the observations to compare in symlog space: all (True), none
+            (False), or their keys.
+        scale: the divisors of observations, by key: 255 for images of bytes.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ObservationTerm(ReconstructionTerm):
         value = super().__call__(predicted, batch, loss)
         if self.target != "next" or not loss.world_model.is_recurrent:
             return value
-        # Nothing else says what the latents are to hold that a sequence begins with.
+        # Nothing else trains the latents that a sequence begins with.
         first, labels = predicted[..., 0], batch[..., 0]
         decoded = loss.world_model.decode(first.exclude("next").copy())
         begin = 0.0

@@ -1,45 +1,72 @@
 """The terms of the world model loss: small objects of one shape.
 
-A term says which components it trains, which labels it reads, and turns the
-model's predictions and the labels into one number per sample.
+A term names the components that it trains and the labels that it reads, and turns
+predictions and labels into one number per sample.
 """
 
 from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Callable
-from typing import Any, TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.modules import symlog
-from torchrl.objectives.utils import distance_loss
 
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import (
-    as_tuple,
-    is_next,
-    join,
-    leaf_keys,
-    sibling,
-    strip_next,
-    unique,
-)
+from torchrl_wm.modules.keys import as_tuple, is_next, join, sibling, strip_next, unique
 from torchrl_wm.modules.world_model.wiring import written_keys
+from torchrl_wm.objectives.comparisons import (
+    check_distance,
+    check_shapes,
+    distance,
+    DISTANCES,
+    next_observations,
+    per_sample,
+    prediction,
+    read_label,
+    reward_label,
+    Scale,
+)
+from torchrl_wm.objectives.keys import LossKeys
 
-if TYPE_CHECKING:
-    from torchrl_wm.objectives.world_model_loss import WorldModelLoss
-
-#: Gives the unit in which an entry is compared, by its key.
-Scale = Callable[[NestedKey], "torch.Tensor | float"]
-DISTANCES = ("l2", "l1", "smooth_l1", "symlog")
-#: What a done head writes that is read as logits where it is a float.
+#: The entries of a done head that are read as logits if they are floats.
 _LOGITS = ("terminated_logits", "continue_pred", "terminated", "done")
+
+
+class LossContext(Protocol):
+    """The loss as its terms see it.
+
+    Attributes:
+        world_model: the model that is trained.
+        tensor_keys: the keys that :meth:`WorldModelLoss.set_keys` changes.
+    """
+
+    world_model: WorldModel
+    tensor_keys: LossKeys
+
+    def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
+        """Return the latents of the next observations, by the target encoder."""
+
+    def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
+        """Return the observations that the predicted next latents stand for."""
+
+    def judge_real_next(
+        self, name: str, predicted: TensorDictBase, batch: TensorDictBase
+    ) -> TensorDictBase:
+        """Return the outputs of a head on the real next latents."""
+
+    def target_parameters(self, name: str) -> AbstractContextManager[None]:
+        """Let a module use its target parameters for a while."""
+
+    def valid(self, batch: TensorDictBase) -> torch.Tensor | None:
+        """Return where samples are valid, ``[*B]``; None without a mask."""
 
 
 class LossTerm(abc.ABC):
@@ -47,7 +74,7 @@ class LossTerm(abc.ABC):
 
     Args:
         name: the loss appears as ``loss_<name>``.
-        weight: what it is multiplied with.
+        weight: the factor of the term.
 
     To add a term of your own, subclass this and hand an instance to the loss:
     ``WorldModelLoss(world_model, losses=["reward", MyTerm()])``.
@@ -74,9 +101,9 @@ class LossTerm(abc.ABC):
         ['loss_reward', 'loss_size']
     """
 
-    #: The heads whose outputs the term reads; they are run only if some term needs them.
+    #: The heads whose outputs the term reads. A head that no term reads is not run.
     components: tuple[str, ...] = ()
-    #: Those of its own :meth:`modules` that have target parameters, too.
+    #: The names of modules, among its own :meth:`modules`, that have target parameters.
     delayed: tuple[str, ...] = ()
 
     def __init__(self, name: str, weight: float = 1.0) -> None:
@@ -84,15 +111,15 @@ class LossTerm(abc.ABC):
         self.weight = weight
 
     def modules(self) -> dict[str, nn.Module]:
-        """Modules beside the world model's components that the term trains, by name.
+        """Return the modules, beside the model's components, that the term trains, by name.
 
-        The loss holds their parameters as ``<name>_params``, and, for names in
-        ``delayed``, as ``target_<name>_params``.
+        The loss registers them. It gives their parameters as ``<name>_params``, and,
+        for names in ``delayed``, their target parameters as ``target_<name>_params``.
         """
         return {}
 
     def check(self, world_model: WorldModel) -> None:
-        """Refuse, at the loss's construction, a model that lacks a component.
+        """Check, at the loss's construction, that the model has what the term needs.
 
         Raises:
             ValueError: naming the component and how to give it.
@@ -111,8 +138,8 @@ class LossTerm(abc.ABC):
                 )
 
     @abc.abstractmethod
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        """The entries of the batch that the term reads, beside the model's inputs.
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
+        """Return the entries of the batch that the term reads, beside the model's inputs.
 
         Args:
             world_model: the model that is trained.
@@ -121,26 +148,19 @@ class LossTerm(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, predicted: TensorDictBase, batch: TensorDictBase, loss: WorldModelLoss
+        self, predicted: TensorDictBase, batch: TensorDictBase, loss: LossContext
     ) -> torch.Tensor:
-        """The loss of each sample.
+        """Return the loss of each sample.
 
         Args:
-            predicted: what the model made of the batch, ``[*B]``: latents at
-                the root, predictions under ``"next"``.
+            predicted: the model's predictions, ``[*B]``: latents at the root, what
+                follows under ``"next"``.
             batch: the real transitions, ``[*B]``.
-            loss: the loss module, for its ``tensor_keys``, ``encode_next`` and
-                ``decode_next``.
+            loss: the loss module that the term is part of.
 
         Returns:
             ``[*B]`` float: the mean over feature dims.
         """
-
-
-def label_key(keys: Any, name: str) -> NestedKey:
-    """Where the label ``name`` stands in the batch: under ``true_<name>``, if that was set."""
-    own = getattr(keys, f"true_{name}")
-    return getattr(keys, name) if own == f"true_{name}" else own
 
 
 class RewardTerm(LossTerm):
@@ -148,7 +168,7 @@ class RewardTerm(LossTerm):
 
     Args:
         distance: ``"l2"``, ``"l1"``, ``"smooth_l1"`` or ``"symlog"``.
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         key: the reward, below "next"; by default the loss's ``reward`` key. With
             several rewards give one term for each:
             ``losses=[RewardTerm(key=("red", "reward"), name="red"), ...]``.
@@ -171,20 +191,15 @@ class RewardTerm(LossTerm):
         self.key = key
         self.scale = scale
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", self.key or label_key(keys, "reward"))]
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
+        return [keys.label_key("reward") if not self.key else join("next", self.key)]
 
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
         key = join("next", self.key or keys.reward)
-        reward = prediction(predicted, key, "reward_head", loss)
-        label = None
-        if self.key is None:
-            label = batch.get(join("next", keys.true_reward), None)
-        if label is None:
-            label = read_label(batch, key, self.name)
-        reward, label = _in_units(self.scale, key, reward, label)
-        return distance(reward, label, self.distance, key, batch)
+        reward = prediction(predicted, key, "reward_head", loss.world_model)
+        label = reward_label(batch, keys, self.name, self.key)
+        return distance(reward, label, self.distance, key, batch, self.scale)
 
 
 class DoneTerm(LossTerm):
@@ -195,7 +210,7 @@ class DoneTerm(LossTerm):
 
     Args:
         distance: ``"bce"`` on the logits, or a distance of their sigmoid.
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         real_next: let the head judge the latents that the encoder makes of the
             *real* next observation, in place of the predicted ones. The head then
             learns from the first batch on, and the dynamics learn nothing from
@@ -211,12 +226,9 @@ class DoneTerm(LossTerm):
         self.distance = check_distance("done_loss", distance, ("bce", *DISTANCES))
         self.real_next = real_next
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        labels = [join("next", label_key(keys, n)) for n in ("terminated", "done")]
-        if self.real_next:
-            observed = unique(world_model.encoder.in_keys)
-            labels += [join("next", key) for key in observed]
-        return labels
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
+        labels = [keys.label_key(name) for name in ("terminated", "done")]
+        return labels + next_observations(world_model) if self.real_next else labels
 
     def __call__(self, predicted, batch, loss):
         key, goes_on = self.prediction_key(loss)
@@ -234,7 +246,7 @@ class DoneTerm(LossTerm):
             label = 1 - label
         if self.distance != "bce":
             return distance(logits.sigmoid(), label, self.distance, key, batch)
-        _same_shape(logits, label, key)
+        check_shapes(logits, label, key)
         loss_value = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
         return per_sample(loss_value, batch)
 
@@ -250,8 +262,8 @@ class DoneTerm(LossTerm):
                 )
 
     @staticmethod
-    def prediction_key(loss: WorldModelLoss) -> tuple[NestedKey, bool]:
-        """What the head writes, and whether it is the logit of going on."""
+    def prediction_key(loss: LossContext) -> tuple[NestedKey, bool]:
+        """Return the key that the head writes, and whether it is the logit of going on."""
         keys = loss.tensor_keys
         written = written_keys(loss.world_model.done_head)
         candidates = (
@@ -270,18 +282,15 @@ class DoneTerm(LossTerm):
         )
 
     @staticmethod
-    def label(batch: TensorDictBase, loss: WorldModelLoss) -> torch.Tensor:
-        """Whether the real episodes terminated, ``[*B, 1]``."""
+    def label(batch: TensorDictBase, loss: LossContext) -> torch.Tensor:
+        """Return whether the real episodes terminated, ``[*B, 1]``."""
         keys = loss.tensor_keys
-        for key in (keys.true_terminated, keys.terminated):
-            terminated = batch.get(join("next", key), None)
-            if terminated is not None:
-                return terminated
-        done = batch.get(join("next", keys.true_done), None)
+        terminated = keys.find_label(batch, "terminated")
+        if terminated is not None:
+            return terminated
+        done = keys.find_label(batch, "done")
         if done is None:
-            done = batch.get(join("next", keys.done), None)
-        if done is None:
-            raise missing_label(
+            done = read_label(
                 batch,
                 join("next", keys.terminated),
                 "done",
@@ -296,14 +305,14 @@ class ReconstructionTerm(LossTerm):
 
     Args:
         distance: ``"l2"``, ``"l1"``, ``"smooth_l1"`` or ``"symlog"``.
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         target: ``"observation"`` decodes the encoded latents and compares with
             the observation they came from; ``"next"`` decodes the *predicted*
             latents and compares with the next observation, and so trains the
             dynamics, too.
-        scale: gives, for a key without its "next", what prediction and label are
-            divided by first, such as a fitted standard deviation: then features
-            of all sizes count alike.
+        scale: gives, for a key without its "next", the divisor of prediction and
+            label, such as a fitted standard deviation: then features of all sizes
+            count alike.
     """
 
     components = ("decoder",)
@@ -324,8 +333,10 @@ class ReconstructionTerm(LossTerm):
             )
         self.target = target
 
-    def pairs(self, world_model: WorldModel, keys) -> list[tuple[NestedKey, NestedKey]]:
-        """What the decoder writes, each with the observation it stands for."""
+    def pairs(
+        self, world_model: WorldModel, keys: LossKeys
+    ) -> list[tuple[NestedKey, NestedKey]]:
+        """Return the keys that the decoder writes, each with the observation it stands for."""
         written = written_keys(world_model.decoder)
         by_name = {strip_next(key): key for key in written}
         if keys.reconstructed_observation in by_name:
@@ -336,37 +347,32 @@ class ReconstructionTerm(LossTerm):
         return [(key, strip_next(key)) for key in written]
 
     def _of_next(self, key: NestedKey) -> bool:
-        # A decoder that writes below "next" says by itself what it decodes.
+        # A decoder that writes below "next" decodes the next observation in any case.
         return self.target == "next" or is_next(key)
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
         return [
             join("next", observation) if self._of_next(key) else observation
             for key, observation in self.pairs(world_model, keys)
         ]
 
     def __call__(self, predicted, batch, loss):
-        total = 0.0
-        decoded_next = None
+        total, decoded_next = 0.0, None
         for key, observation in self.pairs(loss.world_model, loss.tensor_keys):
-            if not self._of_next(key):
-                decoded, label_key = predicted.get(key), observation
-            else:
-                label_key = join("next", observation)
-                if is_next(key):
-                    decoded = predicted.get(key)
-                else:
+            place, decoded = observation, predicted
+            if self._of_next(key):
+                place = join("next", observation)
+                if not is_next(key):
                     if decoded_next is None:
                         decoded_next = loss.decode_next(predicted)
-                    decoded = decoded_next.get(key)
-            label = read_label(batch, label_key, self.name)
-            total = total + self.compare(decoded, label, label_key, batch)
+                    decoded = decoded_next
+            label = read_label(batch, place, self.name)
+            total = total + self.compare(decoded.get(key), label, place, batch)
         return total
 
     def compare(self, predicted, target, key, batch) -> torch.Tensor:
-        """How far a decoded observation is from the real one, ``[*B]``."""
-        predicted, target = _in_units(self.scale, key, predicted, target)
-        return distance(predicted, target, self.distance, key, batch)
+        """Return how far a decoded observation is from the real one, ``[*B]``."""
+        return distance(predicted, target, self.distance, key, batch, self.scale)
 
 
 class LatentTerm(LossTerm):
@@ -381,8 +387,8 @@ class LatentTerm(LossTerm):
         super().__init__("latent", weight)
         self.distance = check_distance("latent_loss", distance, DISTANCES)
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", key) for key in unique(world_model.encoder.in_keys)]
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
+        return next_observations(world_model)
 
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
@@ -396,7 +402,7 @@ class LatentTerm(LossTerm):
             if value is None:
                 raise MissingEntryError(
                     f"The batch has {keys.target_latent!r}, but the world model does not write "
-                    f"{keys.predicted_latent!r}. Say which latent it is the target of: "
+                    f"{keys.predicted_latent!r}. Name the latent that it is the target of: "
                     f"loss.set_keys(predicted_latent=('next', ...))."
                 )
             return self.compare(value, target.detach(), name, batch)
@@ -418,12 +424,35 @@ class LatentTerm(LossTerm):
         return total
 
     def compare(self, predicted, target, key, batch) -> torch.Tensor:
-        """How far a predicted latent is from its target, ``[*B]``."""
+        """Return how far a predicted latent is from its target, ``[*B]``."""
         return distance(predicted, target, self.distance, key, batch)
 
 
+def as_terms(
+    losses: str | LossTerm | Sequence[str | LossTerm], named: dict[str, LossTerm]
+) -> list[LossTerm]:
+    """Return terms for names and terms; raise an error for unknown or repeated names."""
+    losses = [losses] if isinstance(losses, (str, LossTerm)) else list(losses)
+    unknown = [x for x in losses if not isinstance(x, LossTerm) and x not in named]
+    if unknown:
+        raise ValueError(
+            f"Unknown loss type(s): {unknown}. Valid choices are {sorted(named)}, or a "
+            f"torchrl_wm.objectives.LossTerm."
+        )
+    if not losses:
+        raise ValueError(f"losses is empty. Valid choices are {sorted(named)}.")
+    terms = [x if isinstance(x, LossTerm) else named[x] for x in losses]
+    names = [term.name for term in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"losses has {twice} more than once; each term needs its own name."
+        )
+    return terms
+
+
 def _ends_in_sigmoid(module: nn.Module, key: NestedKey) -> bool:
-    """Whether what ``module`` writes under ``key`` comes out of an ``nn.Sigmoid``."""
+    """Return whether the entry ``key`` of ``module`` comes out of an ``nn.Sigmoid``."""
     if isinstance(module, TensorDictSequential):
         writers = [m for m in module.module.children() if key in written_keys(m)]
         return bool(writers) and _ends_in_sigmoid(writers[-1], key)
@@ -432,95 +461,3 @@ def _ends_in_sigmoid(module: nn.Module, key: NestedKey) -> bool:
     if isinstance(module, nn.Sequential) and len(module):
         return _ends_in_sigmoid(module[-1], key)
     return isinstance(module, nn.Sigmoid)
-
-
-# What the terms share ------------------------------------------------------
-
-
-def check_distance(argument: str, value: str, known: tuple[str, ...]) -> str:
-    """Refuse an unknown distance where it is given, not at the first batch."""
-    if value not in known:
-        raise ValueError(
-            f"Unknown {argument}={value!r}. Valid choices are {list(known)}."
-        )
-    return value
-
-
-def distance(
-    value: torch.Tensor,
-    label: torch.Tensor,
-    name: str,
-    key: NestedKey,
-    batch: TensorDictBase,
-) -> torch.Tensor:
-    """The distance per sample, ``[*B]``; shapes must be equal, nothing is broadcast.
-
-    ``"symlog"`` is the squared distance of the symmetric logarithms (arXiv 2301.04104, eq. 10).
-    """
-    _same_shape(value, label, key)
-    # Not in the lower precision of the two, where both could round to the same.
-    dtype = torch.promote_types(value.dtype, label.dtype)
-    value, label = value.to(dtype), label.to(dtype)
-    if name == "symlog":  # squares of large numbers would drown the small ones
-        value, label, name = symlog(value), symlog(label), "l2"
-    loss = distance_loss(value, label, name)
-    return per_sample(loss, batch)
-
-
-def _in_units(
-    scale: Scale | None, key: NestedKey, value: torch.Tensor, label: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prediction and label divided by the scale of their entry."""
-    if scale is None:
-        return value, label
-    _same_shape(value, label, key)
-    unit = scale(strip_next(key))
-    return value / unit, label / unit
-
-
-def read_label(batch: TensorDictBase, key: NestedKey, term: str) -> torch.Tensor:
-    """An entry of the batch, or an error that says which loss needs it."""
-    value = batch.get(key, None)
-    if value is None:
-        raise missing_label(batch, key, term)
-    return value
-
-
-def missing_label(
-    batch: TensorDictBase, key: NestedKey, term: str, also: NestedKey | None = None
-) -> MissingEntryError:
-    """The error for a label that is not in the batch."""
-    alternative = "" if also is None else f" (nor {also!r})"
-    return MissingEntryError(
-        f"The loss {term!r} needs the label {key!r}{alternative}, and the batch has {leaf_keys(batch)}. Add "
-        f"it to the batch, name it with loss.set_keys(...), or leave {term!r} out of losses."
-    )
-
-
-def prediction(
-    predicted: TensorDictBase, key: NestedKey, component: str, loss: WorldModelLoss
-) -> torch.Tensor:
-    """What ``component`` predicted under ``key``, or an error that says what it writes."""
-    value = predicted.get(key, None)
-    if value is None:
-        written = written_keys(getattr(loss.world_model, component))
-        raise MissingEntryError(
-            f"{component} writes {written}, not {key!r}. Change its out_key to {key!r}, or, for "
-            f"another key below 'next', call loss.set_keys({as_tuple(key)[-1]}=<that key>, "
-            f"true_{as_tuple(key)[-1]}={strip_next(key)!r})."
-        )
-    return value
-
-
-def _same_shape(value: torch.Tensor, label: torch.Tensor, key: NestedKey) -> None:
-    if value.shape != label.shape:
-        raise ValueError(
-            f"The prediction {key!r} has the shape {tuple(value.shape)}, its label "
-            f"{tuple(label.shape)}. They must be equal; nothing is broadcast."
-        )
-
-
-def per_sample(loss: torch.Tensor, batch: TensorDictBase) -> torch.Tensor:
-    """``[*B, *feature]`` as ``[*B]``, by the mean over the feature dims."""
-    dims = batch.batch_dims
-    return loss if loss.ndim == dims else loss.flatten(dims).mean(-1)

@@ -9,13 +9,9 @@ from torch import nn
 from torchrl_wm.modules import TwoHotHead, WorldModel
 from torchrl_wm.modules.keys import join, suffixed
 from torchrl_wm.modules.world_model.wiring import written_keys
-from torchrl_wm.objectives.terms import (
-    label_key,
-    LossTerm,
-    per_sample,
-    prediction,
-    read_label,
-)
+from torchrl_wm.objectives.comparisons import per_sample, prediction, reward_label
+from torchrl_wm.objectives.keys import LossKeys
+from torchrl_wm.objectives.terms import LossTerm
 
 
 class TwoHotTerm(LossTerm):
@@ -26,12 +22,12 @@ class TwoHotTerm(LossTerm):
     the reward, as :class:`~torchrl_wm.modules.TwoHotHead` writes them.
 
     Args:
-        weight: what the term is multiplied with.
+        weight: the factor of the term.
         key: the reward, below "next"; by default the loss's ``reward`` key.
         logits_key: its logits, below "next"; by default ``<reward>_logits``
             beside it.
         two_hot: the bins, an object with ``loss(logits, target)``; by default
-            those of the reward head.
+            the reward head's.
         name: the loss appears as ``loss_<name>``.
     """
 
@@ -54,20 +50,15 @@ class TwoHotTerm(LossTerm):
         if self.two_hot is None:
             self._bins(world_model)
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        return [join("next", self.key or label_key(keys, "reward"))]
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
+        return [keys.label_key("reward") if not self.key else join("next", self.key)]
 
     def __call__(self, predicted, batch, loss) -> torch.Tensor:
         keys = loss.tensor_keys
         name = self.key or keys.reward
-        logits_key = self.logits_key or suffixed(name, "_logits")
-        logits_key = join("next", logits_key)
-        logits = prediction(predicted, logits_key, "reward_head", loss)
-        label = None
-        if self.key is None:
-            label = batch.get(join("next", keys.true_reward), None)
-        if label is None:
-            label = read_label(batch, join("next", name), self.name)
+        logits_key = join("next", self.logits_key or suffixed(name, "_logits"))
+        logits = prediction(predicted, logits_key, "reward_head", loss.world_model)
+        label = reward_label(batch, keys, self.name, self.key)
         scalar = logits.shape[:-1]
         if label.shape not in (scalar, (*scalar, 1)):
             raise ValueError(
@@ -86,6 +77,7 @@ class TwoHotTerm(LossTerm):
         return per_sample(two_hot.loss(logits, label.to(logits.dtype)), batch)
 
     def _bins(self, world_model: WorldModel) -> nn.Module:
+        """Return the bins of the reward head."""
         head = world_model.reward_head
         for module in head.modules():
             if isinstance(module, TwoHotHead):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, set_interaction_type, TensorDictModuleBase
 from torch import nn
 
 from torchrl_wm.modules import QEnsemble, WorldModel
-from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.wiring import written_keys
-from torchrl_wm.objectives.terms import DoneTerm, LossTerm, per_sample, read_label
+from torchrl_wm.objectives.comparisons import (
+    check_encoded,
+    next_observations,
+    per_sample,
+    read_label,
+    reward_label,
+)
+from torchrl_wm.objectives.keys import LossKeys
+from torchrl_wm.objectives.terms import DoneTerm, LossContext, LossTerm
 
 
 class ValueTerm(LossTerm):
@@ -24,16 +32,15 @@ class ValueTerm(LossTerm):
     exploration type. The target carries no gradient; that of the values reaches dynamics and
     encoder.
 
-    The loss holds the ensemble's parameters, ``q_ensemble_params`` and
-    ``target_q_ensemble_params``; move the latter with
-    :class:`~torchrl.objectives.SoftUpdate`.
+    The loss registers the ensemble, with target parameters
+    ``target_q_ensemble_params``; move these with :class:`~torchrl.objectives.SoftUpdate`.
 
     Args:
         q_ensemble: the action values.
         policy: writes actions from latents. It is not trained here.
         gamma: the discount.
-        weight: what the term is multiplied with.
-        subset: over how many target networks the minimum is taken.
+        weight: the factor of the term.
+        subset: the number of target networks that the minimum is taken over; None for all.
         name: the loss appears as ``loss_<name>``.
 
     Raises:
@@ -91,16 +98,11 @@ class ValueTerm(LossTerm):
 
     def check(self, world_model: WorldModel) -> None:
         super().check(world_model)
-        encoded = written_keys(world_model.encoder)
-        missing = [key for key in self._latents if key not in encoded]
-        if missing:
-            raise ValueError(
-                f"The loss {self.name!r} reads the latents {self._latents} of the next "
-                f"observation, and the encoder writes {encoded}."
-            )
+        use = f"reads the latents {self._latents} of the next observation"
+        check_encoded(self.name, use, self._latents, world_model)
 
-    def labels(self, world_model: WorldModel, keys) -> list[NestedKey]:
-        observed = [join("next", key) for key in unique(world_model.encoder.in_keys)]
+    def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
+        observed = next_observations(world_model)
         ends = [join("next", key) for key in (keys.terminated, keys.done)]
         return [*self._actions, join("next", keys.reward), *observed, *ends]
 
@@ -114,7 +116,8 @@ class ValueTerm(LossTerm):
         return per_sample(self.q_ensemble.two_hot.loss(logits, values), batch)
 
     @torch.no_grad()
-    def _target(self, batch, loss) -> torch.Tensor:
+    def _target(self, batch: TensorDictBase, loss: LossContext) -> torch.Tensor:
+        """Return the TD targets of the values, ``[*B, 1]``."""
         q, keys = self.q_ensemble, loss.tensor_keys
         latents = loss.encode_next(batch).select(*self._latents)
         with evaluation_mode(q, self.policy):
@@ -127,9 +130,7 @@ class ValueTerm(LossTerm):
             )
             with loss.target_parameters("q_ensemble"):
                 value = q.value(q.logits(*inputs), "min", self.subset)
-        reward = batch.get(join("next", keys.true_reward), None)
-        if reward is None:
-            reward = read_label(batch, join("next", keys.reward), self.name)
+        reward = reward_label(batch, keys, self.name)
         if reward.shape != value.shape:
             raise ValueError(
                 f"The loss {self.name!r} adds rewards to values of the shape "

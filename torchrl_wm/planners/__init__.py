@@ -1,4 +1,4 @@
-"""What acts by search: planners that imagine candidate plans and take the best one's first action."""
+"""Planners: policies that imagine candidate plans and take the first action of the best one."""
 
 from __future__ import annotations
 

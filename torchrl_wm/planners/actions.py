@@ -1,9 +1,9 @@
-"""Where planners search: sequences of actions, bounded or of a finite choice.
+"""The spaces that planners search: sequences of actions with bounds, or of choices.
 
-A planner works on *samples*: of a bounded action the numbers from -1 (the lower bound) to 1
-(the upper one), of a choice the index of the option. A *plan* is what a proposal is centred
-on, and zero where nothing is preferred: for bounded actions the mean in those units, for a
-choice the probability of each option beside the uniform one.
+A planner works on *samples*: for a bounded action numbers from -1 (the lower bound) to 1 (the
+upper one), for a choice the index of the option. A *plan* is the centre of a proposal, and zero
+if nothing is preferred: for bounded actions the mean in those units, for a choice the
+probability of each option less that of a uniform draw.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class Proposal(NamedTuple):
     """A distribution over samples, independent from step to step.
 
     Args:
-        plan: what it is centred on, ``[B, H, *S]``.
-        spread: the standard deviations, of the same shape; for a choice it is
-            not used.
+        plan: its centre, ``[B, H, *S]``.
+        spread: the standard deviations, of the same shape; not used for choices.
     """
 
     plan: torch.Tensor
@@ -37,7 +36,7 @@ class Proposal(NamedTuple):
 
 
 class ActionSpace(ABC):
-    """The actions of one spec, as a planner sees them.
+    """The actions of one spec, as a planner searches them.
 
     Args:
         spec: the spec of one action, without batch dims, ``[*A]``.
@@ -55,12 +54,12 @@ class ActionSpace(ABC):
         self.spec = spec
 
     def proposal(self, plan: torch.Tensor, init_std: float) -> Proposal:
-        """Where a search begins."""
+        """Return the proposal at the beginning of a search."""
         return Proposal(plan, torch.full_like(plan, init_std))
 
     @abstractmethod
     def noise(self, rows: int, number: int, horizon: int) -> torch.Tensor:
-        """What makes samples differ: ``[rows, number, horizon, *S]``."""
+        """Draw the noise by which samples differ: ``[rows, number, horizon, *S]``."""
 
     @abstractmethod
     def sample(
@@ -70,32 +69,32 @@ class ActionSpace(ABC):
         min_std: float,
         correlation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Samples ``[B, N, H, ...]`` from a proposal.
+        """Return samples ``[B, N, H, ...]`` from a proposal.
 
         Args:
             proposal: ``[B, H, *S]``.
-            noise: of :meth:`noise`.
+            noise: the noise that :meth:`noise` drew.
             min_std: for a choice, the share that is drawn uniformly.
-            correlation: ``[H, H]``, which makes white noise over time coloured.
+            correlation: ``[H, H]``, the matrix that colours white noise over time.
         """
 
     @abstractmethod
     def fit(
         self, samples: torch.Tensor, weights: torch.Tensor, min_std: float
     ) -> Proposal:
-        """The proposal that fits weighted samples, ``[B, K, H, ...]`` and ``[B, K]``."""
+        """Return the proposal that fits samples ``[B, K, H, ...]`` with weights ``[B, K]``."""
 
     @abstractmethod
     def mode(self, plan: torch.Tensor) -> torch.Tensor:
-        """The sample that a plan stands for, ``[B, H, ...]``."""
+        """Return the most likely sample of a plan, ``[B, H, ...]``."""
 
     @abstractmethod
     def action(self, samples: torch.Tensor) -> torch.Tensor:
-        """Samples ``[..., ...]`` as actions ``[..., *A]``, in the spec's dtype and bounds."""
+        """Turn samples into actions ``[..., *A]``, in the spec's dtype and bounds."""
 
     @abstractmethod
     def from_action(self, action: torch.Tensor) -> torch.Tensor:
-        """Actions as samples."""
+        """Turn actions into samples."""
 
 
 class BoundedSpace(ActionSpace):
@@ -151,17 +150,17 @@ class BoundedSpace(ActionSpace):
 
     def from_action(self, action: torch.Tensor) -> torch.Tensor:
         half = self.half.clamp_min(torch.finfo(action.dtype).tiny)
-        # What is not finite must not spread to the plan.
+        # Values that are not finite must not spread to the plan.
         samples = ((action - self.center) / half).nan_to_num(0.0)
         return samples.clamp(-1.0, 1.0)
 
 
 class ChoiceSpace(ActionSpace):
-    """Actions that are one of a number of options, or several such at once.
+    """Actions that are one of several options, or several such choices at once.
 
     Args:
         spec: a ``Categorical`` or ``OneHot`` spec.
-        device: where plans are.
+        device: the device of plans.
     """
 
     def __init__(self, spec: OneHot | Categorical, device: torch.device | None) -> None:
@@ -200,7 +199,7 @@ class ChoiceSpace(ActionSpace):
         return Proposal(plan, torch.zeros_like(plan))
 
     def _one_hot(self, samples: torch.Tensor) -> torch.Tensor:
-        # torch's own looks at the values, for which it waits for the device.
+        # torch's one_hot reads the values, and so waits for the device.
         options = torch.arange(self.options, device=samples.device)
         return samples.unsqueeze(-1) == options
 
@@ -222,12 +221,18 @@ def action_space(
     action_range: tuple | None,
     device: torch.device | None,
 ) -> ActionSpace:
-    """What a planner searches, given the spec of one action without batch dims.
+    """Return the space of an action.
+
+    Args:
+        spec: the spec of one action, without batch dims, ``[*A]``.
+        key: the entry of the action, for messages.
+        action_range: the bounds ``(low, high)``, or None for those of the spec.
+        device: the device of plans.
 
     Raises:
         ValueError: if the spec has no bounds and no range is given, or if the
             range does not fit.
-        TypeError: if it is of a kind that planners cannot serve.
+        TypeError: if planners cannot search actions of this kind.
     """
     several = isinstance(spec, (MultiOneHot, MultiCategorical, Binary))
     if isinstance(spec, (OneHot, Categorical)) and not several:
@@ -240,17 +245,17 @@ def action_space(
     if several or not spec.dtype.is_floating_point:
         raise TypeError(
             f"Planners search continuous, one-hot and categorical actions, and the spec of {key!r} "
-            f"is a {type(spec).__name__} of {spec.dtype}. Wrap the env so that its action is one "
-            f"of those: a choice among all combinations, for example."
+            f"is a {type(spec).__name__} of {spec.dtype}. Wrap the env so that its action is of "
+            f"one of these kinds: a choice among all combinations, for example."
         )
     low, high = _bounds(spec, key, action_range)
     return BoundedSpace(spec, low.to(device), high.to(device))
 
 
 def finite_bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The bounds of a spec of floats; None if it has none."""
+    """Return the bounds of a spec of floats; None if it has none."""
     bounds = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
-    # Specs without bounds have the largest number there is.
+    # Specs without bounds have the largest number of their dtype.
     most = torch.finfo(spec.dtype).max / 4
     if bounds[0] is None or not all(bound.abs().max() < most for bound in bounds):
         return None
@@ -260,24 +265,22 @@ def finite_bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
 def _bounds(
     spec: TensorSpec, key: NestedKey, action_range: tuple | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    source = "action_range"
-    own = finite_bounds(spec)
+    """Return the bounds to search in, checked, ``[*A]`` each."""
+    source = "action_range" if action_range is not None else "the action spec"
     if action_range is None:
-        source = "the action spec"
-        if own is None:
-            raise ValueError(
-                f"The action spec of {key!r} has no finite bounds, and a planner must know where "
-                f"to search. Pass action_range=(low, high), numbers or tensors of the shape "
-                f"{tuple(spec.shape)}."
-            )
-        low, high = own
-    else:
-        try:
-            low, high = action_range
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"action_range must be a pair (low, high), got {action_range!r}."
-            ) from None
+        action_range = finite_bounds(spec)
+    if action_range is None:
+        raise ValueError(
+            f"The action spec of {key!r} has no finite bounds, and a planner searches between "
+            f"bounds. Pass action_range=(low, high), numbers or tensors of the shape "
+            f"{tuple(spec.shape)}."
+        )
+    try:
+        low, high = action_range
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"action_range must be a pair (low, high), got {action_range!r}."
+        ) from None
     try:
         low, high = (
             torch.as_tensor(bound, dtype=spec.dtype).expand(spec.shape).clone()
@@ -293,18 +296,25 @@ def _bounds(
             f"The bounds of {key!r} must be finite, the lower ones not above the upper ones; "
             f"{source} gives {low.tolist()} and {high.tolist()}."
         )
-    # Each side for itself: a spec may have one, or bound some dims alone.
+    _check_within(spec, key, low, high)
+    return low, high
+
+
+def _check_within(
+    spec: TensorSpec, key: NestedKey, low: torch.Tensor, high: torch.Tensor
+) -> None:
+    """Refuse a range that leads out of the bounds of the spec."""
+    # Each side separately: a spec may bound one side only, or some of the dims.
     least, most = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
     below = least is not None and (low < least.to(low)).any()
     above = most is not None and (high > most.to(high)).any()
     if below or above:
         raise ValueError(
             f"action_range {low.tolist()} to {high.tolist()} leads out of the bounds of {key!r}, "
-            f"{least.tolist()} to {most.tolist()}. Choose a part of them, or leave it out."
+            f"{least.tolist()} to {most.tolist()}. Choose a range within them, or leave it out."
         )
-    return low, high
 
 
 def _beside(weights: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """Weights ``[B, K]``, to be multiplied with samples ``[B, K, ...]``."""
+    """Give weights ``[B, K]`` the dims of the samples ``[B, K, ...]`` that they multiply."""
     return weights.reshape(weights.shape + (1,) * (samples.ndim - weights.ndim))

@@ -1,11 +1,10 @@
-"""Model-predictive control: plan from the present state, act once, plan again."""
+"""Model-predictive control: plan from the present state, act once, and plan again."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -17,75 +16,39 @@ from torchrl.modules import MPCPlannerBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.collecting import leave_out_collectors
-from torchrl_wm.envs.compiler import Compiler
 from torchrl_wm.modules.keys import join, unique
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 from torchrl_wm.planners.actions import action_space, ChoiceSpace, Proposal
-from torchrl_wm.planners.checks import (
-    check_env,
-    check_modules,
-    check_plan_key,
-    positive,
-)
+from torchrl_wm.planners.carried import Carried, CarriedSpecs, moved, read_carried
+from torchrl_wm.planners.checks import check_env, check_modules, check_plan_key
 from torchrl_wm.planners.objective import EnvObjective, ModelObjective
-
-Carried = dict[NestedKey, torch.Tensor]
-
-
-class Population(NamedTuple):
-    """The candidates of one iteration.
-
-    Args:
-        samples: ``[B, N, H, ...]``.
-        returns: what is predicted for them, ``[B, N]``; -inf if that is not finite.
-    """
-
-    samples: torch.Tensor
-    returns: torch.Tensor
-
-    def best(self, number: int) -> Population:
-        """The best ones, best first."""
-        returns, index = self.returns.topk(number, dim=1)
-        rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
-        return Population(self.samples[rows, index], returns)
-
-
-class Search(NamedTuple):
-    """How far a search has come.
-
-    Args:
-        proposal: where the next candidates come from.
-        best: the best candidate so far, ``[B, 1, H, ...]``, with its return.
-        kept: candidates that stay, ``[B, K, H, ...]``; None if none do.
-    """
-
-    proposal: Proposal
-    best: Population
-    kept: torch.Tensor | None
+from torchrl_wm.planners.search import finite_mean, Population, Search, without_copies
+from torchrl_wm.planners.settings import PlannerSettings
 
 
 class MPCPlanner(MPCPlannerBase):
-    """What all planners share; :class:`~torchrl_wm.planners.CEMPlanner` shows how to use one.
+    """The base of all planners; :class:`~torchrl_wm.planners.CEMPlanner` shows how to use one.
 
     A planner is a policy. It reads the state that the env steps from (latents,
     or the observations that they are encoded from), ``[*B]``, imagines
     ``num_candidates`` plans for each of the ``B`` states at once, and writes the
-    first action of the plan it ends with. Rewards count up to and including the
-    step at which an episode is predicted to end. Candidates whose return is not
-    finite lose. No graph is built, and the host does not wait for the device. Model, policy
-    and terminal value are in eval mode meanwhile: a plan knows no dropout.
+    first action of the plan that the search ends with. Rewards count up to and
+    including the step at which an episode is predicted to end. Candidates whose
+    return is not finite lose. No graph is built, and the host does not wait for the
+    device. Model, policy and terminal value are in eval mode during a search.
 
-    A subclass says how a population of candidates becomes the next one
+    A subclass defines how one population of candidates leads to the next one
     (:meth:`improve`).
 
     Args:
-        env: what predicts: a :class:`~torchrl_wm.WorldModelEnv`, or any env that
+        env: the env to plan in: a :class:`~torchrl_wm.WorldModelEnv`, or any env that
             takes tensordicts of every batch size.
         planning_horizon: the number of steps ``H`` of a plan.
-        optim_steps: how often the candidates are improved.
+        optim_steps: the number of iterations of a search.
         num_candidates: the number of candidates ``N`` for each state.
-        top_k: how many of the best ones are learnt from.
+        top_k: the number of best candidates that the next ones are drawn like.
         reward_key: the reward, below "next". Rewards of several agents add up.
         action_key: the action to plan, and to write.
 
@@ -94,34 +57,39 @@ class MPCPlanner(MPCPlannerBase):
         action_range: the bounds ``(low, high)`` to search in, numbers or ``[*A]``.
             By default those of the action spec.
         warm_start: begin each search with the plan of the step before, moved by
-            one step. It travels in the tensordict under ``plan_key`` and begins
-            anew where ``is_init`` (:class:`~torchrl.envs.InitTracker`) says so. By
-            default in envs that know the entry, by :meth:`make_tensordict_primer`;
-            with True, the planner itself adds it everywhere.
-        plan_key: where the plan travels.
+            one step. The plan travels in the tensordict under ``plan_key`` and
+            begins anew where ``is_init`` (:class:`~torchrl.envs.InitTracker`) is True.
+            By default, searches are warm in envs that have the entry, by
+            :meth:`make_tensordict_primer`; with True, the planner adds it everywhere.
+        plan_key: the entry in which the plan travels.
         terminal_value: a module that writes the value of the states at the
             horizon (``"state_value"``, or its only output). A truncated episode is
             worth its last state, a terminated one nothing.
-        policy: proposes candidates, rolled out through the model, as in TD-MPC2
-            (arXiv 2310.16828).
-        num_policy_candidates: how many of the ``num_candidates``.
-        num_particles: how often each candidate is imagined where the model is
-            random; its return is the mean.
-        init_std: the standard deviation to begin with, as a share of half the
+        policy: a policy that proposes candidates, rolled out through the model, as in
+            TD-MPC2 (arXiv 2310.16828).
+        num_policy_candidates: the number of candidates that the policy proposes; a
+            twentieth of ``num_candidates`` by default.
+        num_particles: the number of times that a random model imagines each candidate;
+            its return is the mean.
+        init_std: the standard deviation at the start, as a share of half the
             range of an action.
         min_std: the least standard deviation, in the same unit; 0 by default. For
             actions that are a choice, the share of candidates that choose at
             random; 0.05 by default, as a probability of 0 never comes back.
-        momentum: how much of the last proposal stays in the next one, 0 to 1.
+        momentum: the share of the last proposal that stays in the next one, 0 to 1.
         act_on: the ``"mean"`` of the last proposal or the ``"best"`` candidate seen.
-            A mean is surer where the model is random. By default the best for
+            A mean is safer if the model is random. By default the best for
             iCEM and for actions that are a choice, which have no mean, else the
             mean.
 
     Raises:
+        TypeError: if the env, the policy or the value is of a wrong type, or if the
+            actions are of a kind that planners do not search.
         ValueError: if the env is batch-locked, if a number does not make sense,
             or if the actions have no bounds.
     """
+
+    #: The default of ``act_on`` for actions that have a mean.
 
     default_act_on = "mean"
 
@@ -150,80 +118,38 @@ class MPCPlanner(MPCPlannerBase):
     ) -> None:
         check_env(env, action_key, reward_key)
         check_plan_key(env, plan_key, action_key)
-        counts = {
-            "planning_horizon": planning_horizon,
-            "optim_steps": optim_steps,
-            "num_candidates": num_candidates,
-            "top_k": top_k,
-            "num_particles": num_particles,
-        }
-        for name, value in counts.items():
-            counts[name] = positive(name, value)
         action_key, reward_key = unravel_key(action_key), unravel_key(reward_key)
         check_modules(policy, terminal_value, action_key)
-        num_candidates, top_k = counts["num_candidates"], counts["top_k"]
-        if policy is None:
-            if num_policy_candidates:
-                raise ValueError(
-                    f"num_policy_candidates={num_policy_candidates} need a policy that proposes "
-                    f"them: pass policy=..."
-                )
-            num_policy_candidates = 0
-        elif num_policy_candidates is None:
-            # TD-MPC2 takes 24 of 512.
-            num_policy_candidates = max(1, num_candidates // 20)
-        if top_k > num_candidates:
-            raise ValueError(
-                f"top_k={top_k} of num_candidates={num_candidates}: there are not so many. "
-                f"Choose a top_k of about a tenth of the candidates."
-            )
-        if not 0 <= num_policy_candidates < num_candidates:
-            raise ValueError(
-                f"num_policy_candidates={num_policy_candidates} must be less than "
-                f"num_candidates={num_candidates}, of which they are a part."
-            )
-        for name, value in {"discount": discount, "momentum": momentum}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
-        if momentum == 1:
-            raise ValueError("With momentum=1 the proposal would never move.")
-        if not 0 < init_std < inf or not 0 <= (min_std or 0) <= init_std:
-            raise ValueError(
-                f"0 <= min_std <= init_std and 0 < init_std < inf are needed, got "
-                f"min_std={min_std} and init_std={init_std}."
-            )
-        if warm_start not in (None, True, False):
-            raise ValueError(
-                f"warm_start must be True, False, or None, where the env decides; got "
-                f"{warm_start!r}."
-            )
-        if act_on not in (None, "mean", "best"):
-            raise ValueError(f"act_on must be 'mean' or 'best', got {act_on!r}.")
+        settings = PlannerSettings(
+            planning_horizon,
+            optim_steps,
+            num_candidates,
+            top_k,
+            discount=discount,
+            warm_start=warm_start,
+            num_policy_candidates=num_policy_candidates,
+            num_particles=num_particles,
+            init_std=init_std,
+            min_std=min_std,
+            momentum=momentum,
+            act_on=act_on,
+            has_policy=policy is not None,
+        )
         super().__init__(env, action_key)
         # TorchRL registers the env twice, which doubles its state dict.
         del self.env
-        self.__dict__["env"] = env
+        self.__dict__.update(vars(settings), env=env)
         self.action_spec = env.full_action_spec_unbatched[action_key]
-        self.action_key = action_key
-        self.reward_key = reward_key
-        self.planning_horizon = counts["planning_horizon"]
-        self.optim_steps = counts["optim_steps"]
-        self.num_candidates = counts["num_candidates"]
-        self.top_k = counts["top_k"]
-        self.discount = float(discount)
-        self.warm_start = warm_start
+        self.action_key, self.reward_key = action_key, reward_key
         self.plan_key = plan_key
         self.terminal_value = terminal_value
         self.policy = policy
-        self.num_policy_candidates = num_policy_candidates
-        self.num_particles = counts["num_particles"]
-        self.init_std = float(init_std)
-        self.momentum = float(momentum)
         self.space = action_space(
             self.action_spec, action_key, action_range, env.device
         )
         is_choice = isinstance(self.space, ChoiceSpace)
-        self.min_std = (0.05 if is_choice else 0.0) if min_std is None else min_std
+        if min_std is None:
+            self.min_std = 0.05 if is_choice else 0.0
         self.act_on = act_on or ("best" if is_choice else self.default_act_on)
         kind = ModelObjective if isinstance(env, WorldModelEnv) else EnvObjective
         self.objective = kind(
@@ -250,19 +176,24 @@ class MPCPlanner(MPCPlannerBase):
     def improve(
         self, search: Search, population: Population
     ) -> tuple[Proposal, torch.Tensor | None]:
-        """The next proposal, and the candidates to keep, from an evaluated population."""
+        """Return the next proposal, and the candidates to keep, from a rated population.
+
+        Args:
+            search: the search so far.
+            population: its latest candidates, with their returns.
+        """
 
     def choose(self, search: Search) -> torch.Tensor:
-        """The plan to act on when the search is over, as samples ``[B, H, ...]``."""
+        """Return the plan to act on at the end of a search, as samples ``[B, H, ...]``."""
         if self.act_on == "best":
             return search.best.samples[:, 0]
         return self.space.mode(search.proposal.plan)
 
     def explore(self, search: Search, population: Population) -> torch.Tensor:
-        """The first step to take under ``ExplorationType.RANDOM``, ``[B, ...]``.
+        """Return the first step to take under ``ExplorationType.RANDOM``, ``[B, ...]``.
 
-        By default the one that is chosen: planners that search by samples of a random model
-        explore by what the model does not know.
+        By default it is the first step of the chosen plan: planners that search by samples
+        of a random model explore where the model is uncertain.
 
         Args:
             search: the search when it is over.
@@ -271,32 +202,32 @@ class MPCPlanner(MPCPlannerBase):
         return self.choose(search)[:, 0]
 
     def population_size(self, iteration: int) -> int:
-        """The number of candidates of an iteration."""
+        """Return the number of candidates of an iteration."""
         return self.num_candidates
 
     def draw(self, search: Search, noise: torch.Tensor) -> torch.Tensor:
-        """New candidates ``[B, N, H, ...]``, one for each row of ``noise``."""
+        """Draw new candidates ``[B, N, H, ...]``, one for each row of ``noise``."""
         return self.space.sample(search.proposal, noise, self.min_std)
 
     def carried_shapes(self) -> dict[NestedKey, tuple[int, ...]]:
-        """What goes on from one step to the next beside the plan, without batch dims."""
+        """Return the shapes of the entries that travel beside the plan, without batch dims."""
         return {}
 
     def carry(self, search: Search) -> Carried:
-        """What the next search begins with, moved by one step."""
+        """Return the plan, and what travels beside it, moved by one step for the next search."""
         return {self.plan_key: moved(search.proposal.plan, 1)}
 
     def begin(self, carried: Carried) -> Search:
-        """The search before the first iteration."""
+        """Return the search before the first iteration."""
         plan = carried[self.plan_key]
-        # Before all that was tried and found infinite.
+        # Above -inf: a candidate whose return is not finite never replaces the plan.
         lowest = torch.finfo(torch.float32).min
         nothing = torch.full((plan.shape[0], 1), lowest, device=plan.device)
         best = Population(self.space.mode(plan).unsqueeze(1), nothing)
         return Search(self.space.proposal(plan, self.init_std), best, None)
 
     def score(self, state: Any, samples: torch.Tensor) -> torch.Tensor:
-        """The predicted returns ``[B, N]`` of samples ``[B, N, H, ...]``."""
+        """Return the predicted returns ``[B, N]`` of samples ``[B, N, H, ...]``."""
         rows, number = samples.shape[:2]
         particles = self.num_particles
         actions = self.space.action(samples).flatten(0, 1)
@@ -310,10 +241,10 @@ class MPCPlanner(MPCPlannerBase):
     def refit(
         self, search: Search, elites: Population, weights: torch.Tensor
     ) -> Proposal:
-        """The proposal that fits the elites, ``[B, K]``, by their weights."""
-        # Returns, and what follows from them, may be of another dtype than the plan.
+        """Return the proposal that fits the elites, ``[B, K]``, by their weights."""
+        # Returns, and weights made of them, may have another dtype than the plan.
         weights = weights.to(search.proposal.plan.dtype)
-        # What was not finite loses, however few are left.
+        # Candidates that are not finite lose, however few are left.
         weights = torch.where(elites.returns > -torch.inf, weights, 0.0)
         any_left = weights.sum(1) > 0
         weights = torch.where(any_left.unsqueeze(1), weights, 1.0)
@@ -332,13 +263,13 @@ class MPCPlanner(MPCPlannerBase):
         proposed: torch.Tensor | None,
         noise: torch.Tensor,
     ) -> tuple[Search, Population]:
-        # The plan itself is a candidate: a search never forgets what it had.
+        # The plan itself is a candidate: a search never loses what it had.
         plan = self.space.mode(search.proposal.plan).unsqueeze(1)
         parts = [plan, proposed, self.draw(search, noise), search.kept]
         samples = torch.cat([part for part in parts if part is not None], 1)
         returns = self.score(state, samples)
         if proposed is not None:
-            returns = _without_copies(returns, proposed)
+            returns = without_copies(returns, proposed)
         population = Population(samples, returns)
         best = Population(*(torch.cat(p, 1) for p in zip(search.best, population)))
         proposal, kept = self.improve(search, population)
@@ -364,16 +295,16 @@ class MPCPlanner(MPCPlannerBase):
         if self.policy is not None:
             starts = self.objective.repeat(state, self.num_policy_candidates)
             propose = self._function(self.objective.proposed, "proposed", rows)
-            # One plan, again and again, is what a policy would propose as its mode.
+            # Without noise, a policy would propose the same plan for all its candidates.
             with set_interaction_type(InteractionType.RANDOM):
                 actions = propose(starts, self.planning_horizon)
             shape = (rows, self.num_policy_candidates, *actions.shape[1:])
             proposed = self.space.from_action(actions.reshape(shape))
         for i in range(self.optim_steps):
-            # Drawn here, so that a compiled plan has the random numbers of an eager one.
+            # Drawn outside of the graph: compiled plans have the random numbers of eager ones.
             fresh = max(1, self.population_size(i) - self.num_policy_candidates - 1)
             noise = self.space.noise(rows, fresh, self.planning_horizon)
-            # A graph for each shape: dynamo gives up on functions of many.
+            # One graph for each shape: dynamo gives up on functions of many shapes.
             shapes = (noise.shape, search.kept is None)
             iterate = self._function(self._iterate, "iterate", shapes)
             search, population = iterate(state, search, proposed, noise)
@@ -392,18 +323,22 @@ class MPCPlanner(MPCPlannerBase):
     ) -> TensorDictBase:
         """Plan, and write the first action.
 
-        Under ``ExplorationType.RANDOM`` (a collector's default) it explores, if the planner
-        does; else it is the first action of the chosen plan.
+        Under ``ExplorationType.RANDOM`` (a collector's default) the action is that of
+        :meth:`explore`; else it is the first action of the chosen plan.
 
         Args:
             tensordict: the state, ``[*B]``, with the plan of the step before if
                 there is one.
-            tensordict_out: where to write; ``tensordict`` by default.
+            tensordict_out: the tensordict to write to; ``tensordict`` by default.
 
         Returns:
-            The tensordict with the action ``[*B, *A]`` and, where the plan travels
-            on, the plan for the next step under ``("next", plan_key)`` and
-            ``plan_key``.
+            The tensordict with the action ``[*B, *A]`` and, if the plan travels,
+            the plan for the next step under ``("next", plan_key)`` and ``plan_key``.
+
+        Raises:
+            TypeError: for keyword arguments: a planner takes a tensordict.
+            MissingEntryError: if the state lacks entries.
+            ValueError: if an entry has a wrong shape or dtype.
         """
         if kwargs:
             raise TypeError(f"A planner takes a tensordict, and got {sorted(kwargs)}.")
@@ -415,19 +350,19 @@ class MPCPlanner(MPCPlannerBase):
             for key, value in self.carry(search).items():
                 value = value.reshape(*size, *value.shape[1:])
                 out.set(join("next", key), value)
-                # Rollouts in an env that does not know the entry take it from here.
+                # Rollouts in an env without the entry keep what stands at the root.
                 out.set(key, value.clone())
         return out
 
     @torch.no_grad()
     def planning(self, td: TensorDictBase) -> torch.Tensor:
-        """The first action ``[*B, *A]`` of a plan from the states in ``td``, ``[*B]``."""
+        """Return the first action ``[*B, *A]`` of a plan from the states in ``td``, ``[*B]``."""
         search, population, _ = self._solve(td)
         return self._first_action(search, population, td.batch_size)
 
     @torch.no_grad()
     def plan(self, tensordict: TensorDictBase) -> TensorDict:
-        """Plan, and return all there is to know of it; the tensordict is not modified.
+        """Plan, and return the plan with the course of its search; ``tensordict`` stays as it is.
 
         Args:
             tensordict: the state, ``[*B]``.
@@ -436,13 +371,12 @@ class MPCPlanner(MPCPlannerBase):
             A tensordict ``[*B]`` with
 
             - ``"actions"``: the plan, ``[*B, H, *A]``;
-            - ``"predicted_return"``: what the model predicts for it, ``[*B, 1]``;
+            - ``"predicted_return"``: its predicted return, ``[*B, 1]``;
             - ``"candidates"`` and ``"returns"``: those of the last iteration, kept
               ones included, ``[*B, N, H, *A]`` and ``[*B, N]``;
             - ``("iterations", name)`` for the names ``"max_return"``,
-              ``"mean_return"`` and ``"elite_return"``: how the search went,
-              ``[*B, optim_steps]``. Candidates that lost because their return
-              is not finite do not count.
+              ``"mean_return"`` and ``"elite_return"``: the returns of each iteration,
+              ``[*B, optim_steps]``, without those that are not finite.
         """
         seen: list[Population] = []
         search, _, state = self._solve(tensordict, seen.append)
@@ -450,8 +384,8 @@ class MPCPlanner(MPCPlannerBase):
         tops = [population.returns.topk(self.top_k, 1).values for population in seen]
         iterations = {
             "max_return": [top[:, 0] for top in tops],
-            "mean_return": [_mean(population.returns) for population in seen],
-            "elite_return": [_mean(top) for top in tops],
+            "mean_return": [finite_mean(population.returns) for population in seen],
+            "elite_return": [finite_mean(top) for top in tops],
         }
         with evaluation_mode(self, self.env):
             predicted = self.score(state, chosen.unsqueeze(1))
@@ -466,14 +400,17 @@ class MPCPlanner(MPCPlannerBase):
         return out.reshape(tensordict.batch_size)
 
     def make_tensordict_primer(self, **kwargs: Any) -> TensorDictPrimer:
-        """A transform that gives an env the entries in which the plan travels.
+        """Make a transform that gives an env the entries in which the plan travels.
 
-        They are zero at a reset, which is a search from nothing. Needed where an
-        env must know all entries beforehand: in collectors and batched envs.
+        They are zero at a reset: a search then begins without a plan. Collectors and
+        batched envs, which must know all entries beforehand, need it.
 
         Args:
             kwargs: for :class:`~torchrl.envs.TensorDictPrimer`, such as
                 ``reset_key``.
+
+        Raises:
+            RuntimeError: if the planner carries no plan (``warm_start=False``).
         """
         if self.warm_start is False:
             raise RuntimeError(
@@ -486,10 +423,10 @@ class MPCPlanner(MPCPlannerBase):
         return TensorDictPrimer(spec, default_value=0.0, expand_specs=True, **kwargs)
 
     def compile(self, **kwargs: Any) -> MPCPlanner:
-        """Compile the search: each iteration, all its imagination included, is one graph.
+        """Compile the search: each iteration, with all its imagination, becomes one graph.
 
-        A graph is made for each shape of the state and each population size, at
-        the first call (some ten seconds to a minute or more), and kept. Replacing a
+        The first call for each shape of the state and each population size makes a
+        graph (ten seconds to a minute or more), which is kept. Replacing a
         component makes new ones.
 
         Args:
@@ -497,8 +434,11 @@ class MPCPlanner(MPCPlannerBase):
                 False unless given.
 
         Returns:
-            The planner itself. Where there is no compiler, a warning says so at
-            the first call, and planning stays eager. :meth:`eager` undoes it.
+            The planner itself. Without a compiler, the first call warns, and planning
+            stays eager. :meth:`eager` undoes it.
+
+        Raises:
+            TypeError: if the env is not a ``WorldModelEnv``.
         """
         if not isinstance(self.env, WorldModelEnv):
             raise TypeError(
@@ -509,7 +449,7 @@ class MPCPlanner(MPCPlannerBase):
         return self
 
     def eager(self) -> MPCPlanner:
-        """Undo :meth:`compile`."""
+        """Undo :meth:`compile`, and return the planner itself."""
         self.__dict__["_compiler"] = None
         return self
 
@@ -520,7 +460,7 @@ class MPCPlanner(MPCPlannerBase):
     # Details ---------------------------------------------------------------
 
     def _update(self) -> None:
-        """Tell the objective what the planner is now."""
+        """Hand the planner's present settings to its objective."""
         self.objective.update(
             policy=self.policy,
             terminal_value=self.terminal_value,
@@ -531,12 +471,12 @@ class MPCPlanner(MPCPlannerBase):
         self.__dict__["_held"] = self.objective.prepare()
 
     def _function(self, function: Callable, name: str, shapes: Any) -> Callable:
-        """A function, compiled if that was asked for."""
+        """Return a function, compiled after :meth:`compile`."""
         compiler = self.__dict__.get("_compiler")
         if compiler is None:
             return function
         if name == "proposed" and self.objective.program is None:
-            return function  # the policy may be anything
+            return function  # a policy of any kind
         key = (name, shapes, self.discount, self.reward_key)
         return compiler.wrap(function, self._held, (), key)
 
@@ -550,7 +490,7 @@ class MPCPlanner(MPCPlannerBase):
         action = self.space.action(sample)
         return action.reshape((*size, *action.shape[1:]))
 
-    def _carried_specs(self) -> dict[NestedKey, tuple[torch.Size, torch.dtype]]:
+    def _carried_specs(self) -> CarriedSpecs:
         plan = (self.planning_horizon, *self.space.plan_shape)
         dtype = self.space.dtype
         specs = {self.plan_key: (torch.Size(plan), dtype)}
@@ -569,57 +509,6 @@ class MPCPlanner(MPCPlannerBase):
         return self.warm_start
 
     def carried(self, tensordict: TensorDictBase) -> Carried:
-        """What was carried from the step before, by rows; zeros where an episode begins."""
-        size, device = tensordict.batch_size, self.env.device
-        warm = self._is_warm(tensordict)
-        begins = tensordict.get(IS_INIT, None) if warm else None
-        if begins is not None:
-            begins = begins.reshape(size.numel(), -1).all(-1).to(device)
-        out: Carried = {}
-        for key, (shape, dtype) in self._carried_specs().items():
-            value = tensordict.get(key, None) if warm else None
-            if value is None:
-                out[key] = torch.zeros(size.numel(), *shape, dtype=dtype, device=device)
-                continue
-            if tuple(value.shape) != (*size, *shape):
-                raise ValueError(
-                    f"{key!r} has the shape {tuple(value.shape)}, and this planner carries "
-                    f"{(*size, *shape)} there. Is it another planner's? Give each its own: "
-                    f"plan_key=..."
-                )
-            value = value.reshape(-1, *shape).to(device)
-            if begins is not None:
-                rows = begins.reshape(-1, *(1,) * len(shape))
-                value = torch.where(rows, torch.zeros_like(value), value)
-            out[key] = value
-        return out
-
-
-def moved(steps: torch.Tensor, dim: int) -> torch.Tensor:
-    """A plan one step later: the first step is gone, and nothing is known of the last."""
-    later = steps.narrow(dim, 1, steps.shape[dim] - 1)
-    return torch.cat([later, torch.zeros_like(steps.narrow(dim, 0, 1))], dim)
-
-
-def _without_copies(returns: torch.Tensor, proposed: torch.Tensor) -> torch.Tensor:
-    """Returns in which proposals that equal the first one lose.
-
-    A policy that is not random proposes one plan: as the whole elite it would
-    leave nothing to search.
-
-    Args:
-        returns: ``[B, N]``, of the plan, the proposals and others.
-        proposed: ``[B, P, H, ...]``.
-    """
-    copies = (proposed[:, 1:] == proposed[:, :1]).flatten(2).all(-1)
-    others = returns[:, 2 : 1 + proposed.shape[1]]
-    others = torch.where(copies, -torch.inf, others)
-    rest = returns[:, 1 + proposed.shape[1] :]
-    return torch.cat([returns[:, :2], others, rest], 1)
-
-
-def _mean(returns: torch.Tensor) -> torch.Tensor:
-    """The mean of the finite ones, ``[B]``."""
-    finite = returns > -torch.inf
-    total = torch.where(finite, returns, 0.0).sum(1)
-    return total / finite.sum(1).clamp_min(1)
+        """Return the plan of the step before and what travels beside it, ``[B, ...]``."""
+        specs, warm = self._carried_specs(), self._is_warm(tensordict)
+        return read_carried(tensordict, specs, self.env.device, warm=warm)

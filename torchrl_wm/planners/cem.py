@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from torchrl_wm.planners.actions import Proposal
-from torchrl_wm.planners.base import MPCPlanner, Population, Search
+from torchrl_wm.planners.base import MPCPlanner
+from torchrl_wm.planners.search import Population, Search
 
 
 class CEMPlanner(MPCPlanner):
     """Plan by the cross-entropy method.
 
     Candidates are drawn from a Gaussian around the plan (for an action that is a
-    choice, from probabilities), and the next Gaussian is fitted to the best of
-    them. It acts on the mean. Reference: De Boer et al., "A tutorial on the
+    choice, from probabilities), and the next Gaussian is fitted to the best
+    ones. The planner acts on the mean. Reference: De Boer et al., "A tutorial on the
     cross-entropy method", 2005; in model-based RL, PETS (arXiv 1805.12114).
 
     The arguments are those of TorchRL's
@@ -43,7 +44,7 @@ class CEMPlanner(MPCPlanner):
         >>> base_env.rollout(5, planner)["action"].shape
         torch.Size([5, 1])
 
-        What the search found from one state:
+        The plan from one state, and the course of its search:
 
         >>> plan = planner.plan(base_env.reset())
         >>> plan["actions"].shape, plan["predicted_return"].shape

@@ -1,9 +1,8 @@
-"""What a planner refuses, and what to do instead."""
+"""Checks of the env, the modules and the state that a planner is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import index
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase, unravel_key
@@ -19,25 +18,10 @@ from torchrl_wm.modules.keys import join, leaf_keys, unique
 from torchrl_wm.modules.world_model.wiring import written_keys
 
 
-def positive(name: str, value: Any) -> int:
-    """A count as an int.
-
-    Raises:
-        ValueError: if it is none, or not positive.
-    """
-    try:
-        number = 0 if isinstance(value, bool) else index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}.")
-    return number
-
-
 def check_modules(
     policy: Callable | None, terminal_value: Any, action_key: NestedKey
 ) -> None:
-    """Refuse a policy that writes no action, and a terminal value that cannot judge states."""
+    """Refuse a policy that writes no action, and a terminal value that reads one."""
     if policy is not None and not callable(policy):
         raise TypeError(
             f"policy must be a module or a function of tensordicts that writes the action, got "
@@ -46,19 +30,20 @@ def check_modules(
     written = unique(getattr(policy, "out_keys", None) or [action_key])
     if action_key not in written:
         raise ValueError(
-            f"The policy writes {written}, and is to propose {action_key!r}."
+            f"The policy writes {written}, and should write the action {action_key!r}."
         )
     if terminal_value is None:
         return
     if not isinstance(terminal_value, TensorDictModuleBase):
         raise TypeError(
             f"terminal_value must be a TensorDict module, got {type(terminal_value).__name__}. "
-            f"Say what it reads: ValueOperator(network, in_keys=['latent'])."
+            f"Wrap a network with the entries that it reads: ValueOperator(network, "
+            f"in_keys=['latent'])."
         )
     if action_key in unique(terminal_value.in_keys):
         raise ValueError(
-            f"terminal_value reads {action_key!r}, and at the horizon nothing has been done yet. "
-            f"Let a policy act before it: TensorDictSequential(policy, terminal_value)."
+            f"terminal_value reads {action_key!r}, and there is no action at the horizon. Let a "
+            f"policy act before it: TensorDictSequential(policy, terminal_value)."
         )
 
 
@@ -72,8 +57,8 @@ def check_plan_key(env: EnvBase, plan_key: NestedKey, action_key: NestedKey) -> 
     ]
     if unravel_key(plan_key) in unique(taken):
         raise ValueError(
-            f"plan_key {plan_key!r} is an entry of the env, and would be overwritten. Choose "
-            f"another."
+            f"plan_key {plan_key!r} is an entry of the env, which the plan would overwrite. "
+            f"Choose another key."
         )
 
 
@@ -117,9 +102,9 @@ def check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> Non
     if join(action_key) in masked:
         reference = "the reference env" if model_env else "the env"
         raise TypeError(
-            f"Planners do not heed masks, and {reference}'s spec of {action_key!r} has one: some "
-            f"options would be taken that it forbids. If none is forbidden, take the mask off "
-            f"before the planner{' and its env are' if model_env else ' is'} made: "
+            f"Planners do not heed masks, and {reference}'s spec of {action_key!r} has one: plans "
+            f"would take options that it forbids. If it forbids none, remove the mask before the "
+            f"planner{' and its env are' if model_env else ' is'} made: "
             f"env.full_action_spec[{action_key!r}].update_mask(None)."
         )
 
@@ -130,10 +115,14 @@ def check_start(
     tensordict: TensorDictBase,
     missing: list[NestedKey],
 ) -> None:
-    """Refuse a state that lacks entries, and say of each kind where it comes from."""
+    """Refuse a state that lacks entries; the message says how to get each kind of them.
+
+    Raises:
+        MissingEntryError: if ``missing`` is not empty.
+    """
     if not missing:
         return
-    # An encoder may write context, too.
+    # Encoders may write context entries, too.
     encoded = {*layout.latent, *written_keys(model.encoder)}
     latents = [key for key in missing if key in encoded]
     others = [key for key in missing if key not in encoded]
@@ -153,13 +142,13 @@ def check_start(
         shape = (*tensordict.batch_size, *layout.context[context[0]].shape)
         needs.append(
             f"needs {context}, which the model's step reads as constant context and no encoder "
-            f"makes. Set it beside the observations: tensordict[{context[0]!r}] = ..., of the "
+            f"writes. Set it beside the observations: tensordict[{context[0]!r}] = ..., of the "
             f"shape {shape}."
         )
     if read:
         needs.append(
             f"needs the observations {read}, which its policy or its terminal value reads. Give "
-            f"them, or let world_model.decode(tensordict) make them of latents."
+            f"them, or decode them from latents: world_model.decode(tensordict)."
         )
     raise MissingEntryError(
         f"The tensordict has {leaf_keys(tensordict)}, and the planner "

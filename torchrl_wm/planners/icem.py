@@ -6,37 +6,43 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey
-from torchrl.envs import EnvBase
 
 from torchrl_wm.modules.keys import suffixed
 from torchrl_wm.planners.actions import Proposal
-from torchrl_wm.planners.base import Carried, moved, MPCPlanner, Population, Search
+from torchrl_wm.planners.base import MPCPlanner
+from torchrl_wm.planners.carried import Carried, moved
 from torchrl_wm.planners.noise import coloring
+from torchrl_wm.planners.search import Population, Search
+from torchrl_wm.planners.settings import passes_on_to
 
 
 class ICEMPlanner(MPCPlanner):
     """Plan by the improved cross-entropy method, iCEM (arXiv 2008.06389).
 
-    Beside :class:`~torchrl_wm.planners.CEMPlanner`: candidates vary smoothly
-    over time (coloured noise), a part of the elites stays from iteration to
-    iteration and, moved by one step, from plan to plan, each iteration has fewer
-    candidates than the one before, and it acts on the best candidate seen. Unlike
-    in the paper, the elites become fewer with the candidates: a share that grows
-    from iteration to iteration would stop the search from converging.
+    It differs from :class:`~torchrl_wm.planners.CEMPlanner` in four ways: candidates
+    vary smoothly over time (coloured noise); a part of the elites stays from
+    iteration to iteration and, moved by one step, from plan to plan; each iteration
+    has fewer candidates than the one before; and the planner acts on the best
+    candidate seen. Unlike in the paper, the elites become fewer with the candidates:
+    a share that grows from iteration to iteration would stop the search from
+    converging.
 
     Args:
         env, planning_horizon, optim_steps, num_candidates, top_k, reward_key, action_key:
-            see :class:`~torchrl_wm.planners.MPCPlanner`, as the other keywords.
+            see :class:`~torchrl_wm.planners.MPCPlanner`, as for the other keywords.
 
     Keyword Args:
         noise_beta: the exponent of the noise's power spectrum over time,
-            ``1 / f ** noise_beta``: 0 is white, the paper's tasks take 0.25 to 4,
-            the slower the more. Not used for choices.
+            ``1 / f ** noise_beta``: 0 is white noise. The paper takes 0.25 to 4, more
+            for slower tasks. Not used for choices.
         kept_elites: the share of the ``top_k`` that stays.
-        population_decay: by which factor the number of candidates falls from
+        population_decay: the factor by which the number of candidates falls from
             iteration to iteration, never below ``top_k``.
         momentum: 0.1 by default, as in the paper.
         init_std: 0.5 by default, as in the paper.
+
+    Raises:
+        TypeError, ValueError: as :class:`~torchrl_wm.planners.MPCPlanner`.
 
     Examples:
         >>> import torch
@@ -59,16 +65,10 @@ class ICEMPlanner(MPCPlanner):
 
     default_act_on = "best"
 
+    @passes_on_to(MPCPlanner.__init__)
     def __init__(
         self,
-        env: EnvBase,
-        planning_horizon: int,
-        optim_steps: int,
-        num_candidates: int,
-        top_k: int,
-        reward_key: NestedKey = ("next", "reward"),
-        action_key: NestedKey = "action",
-        *,
+        *args: Any,
         noise_beta: float = 0.5,
         kept_elites: float = 0.3,
         population_decay: float = 1.25,
@@ -84,30 +84,24 @@ class ICEMPlanner(MPCPlanner):
             )
         if population_decay < 1:
             raise ValueError(
-                f"population_decay is what the number of candidates is divided by, at least 1, "
-                f"got {population_decay}."
+                f"population_decay divides the number of candidates and must be at least 1, got "
+                f"{population_decay}."
             )
-        self.num_kept = round(kept_elites * top_k)
+        self.kept_elites = kept_elites
         self.population_decay = population_decay
-        super().__init__(
-            env,
-            planning_horizon,
-            optim_steps,
-            num_candidates,
-            top_k,
-            reward_key,
-            action_key,
-            momentum=momentum,
-            init_std=init_std,
-            **kwargs,
-        )
+        super().__init__(*args, momentum=momentum, init_std=init_std, **kwargs)
         self.noise_beta = noise_beta
         self._coloring: torch.Tensor | None = None
         self._colors()
 
     @property
+    def num_kept(self) -> int:
+        """The number of elites that stay."""
+        return round(self.kept_elites * self.top_k)
+
+    @property
     def elites_key(self) -> NestedKey:
-        """Where the elites that stay travel."""
+        """The entry in which the elites that stay travel."""
         return suffixed(self.plan_key, "_elites")
 
     def population_size(self, iteration: int) -> int:
@@ -123,7 +117,7 @@ class ICEMPlanner(MPCPlanner):
         return self.space.sample(search.proposal, noise, self.min_std, self._coloring)
 
     def _colors(self) -> None:
-        """Fit the noise to the horizon, which may have been set anew."""
+        """Fit the noise to the horizon, which a user may have set anew."""
         steps = self.planning_horizon
         if self._coloring is None or len(self._coloring) != steps:
             self._coloring = coloring(
@@ -152,6 +146,6 @@ class ICEMPlanner(MPCPlanner):
     def carry(self, search: Search) -> Carried:
         carried = super().carry(search)
         if self.num_kept:
-            # The paper draws the new last step; the plan's mean there is zero, too.
+            # The paper draws a new last step; here it is zero, the mean of the moved plan.
             carried[self.elites_key] = moved(search.kept, 2)
         return carried

@@ -5,36 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import NestedKey
 from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_wm.planners.actions import BoundedSpace, Proposal
-from torchrl_wm.planners.base import MPCPlanner, Population, Search
+from torchrl_wm.planners.base import MPCPlanner
 from torchrl_wm.planners.objective import done_keys, rewards_until_end
+from torchrl_wm.planners.search import Population, Search
+from torchrl_wm.planners.settings import passes_on_to
 
 
 class MPPIPlanner(MPCPlanner):
     """Plan by model-predictive path integral control (arXiv 1509.01149).
 
     The next Gaussian is fitted to the best candidates, weighted by the softmax of
-    ``temperature`` times their returns; it acts on the weighted mean. With a
+    ``temperature`` times their returns; the planner acts on the weighted mean. With a
     ``terminal_value``, a ``policy`` and ``min_std`` it is the planner of TD-MPC2
     (arXiv 2310.16828). Under ``ExplorationType.RANDOM`` it explores as TD-MPC2 does: it takes
     one of the best candidates, drawn by their weights, and adds noise of the proposal's
-    standard deviation. A choice is that candidate's.
+    standard deviation. An action that is a choice gets no noise.
 
     Args:
-        env: what predicts.
-        advantage_module: a value estimator (:class:`~torchrl.objectives.value.TDLambdaEstimator`
-            for instance) whose advantage at the first step is what candidates
-            are compared by. Whole trajectories are imagined for it. None takes
-            the return, which is faster.
-        temperature: what the returns are multiplied by. TorchRL's convention: the
-            higher, the fewer candidates count. The default fits returns that
-            differ by about one.
+        env: the env to plan in.
+        advantage_module: a value estimator, for instance
+            :class:`~torchrl.objectives.value.TDLambdaEstimator`. Candidates are compared
+            by its advantage at the first step, for which whole trajectories are
+            imagined. With None they are compared by their returns, which is faster.
+        temperature: the factor on the returns. As in TorchRL, fewer candidates count
+            when it is higher. The default fits returns that differ by about one.
         planning_horizon, optim_steps, num_candidates, top_k, reward_key, action_key:
-            see :class:`~torchrl_wm.planners.MPCPlanner`, as the other keywords.
+            see :class:`~torchrl_wm.planners.MPCPlanner`, as for the keywords.
+
+    Raises:
+        TypeError: if the advantage module is not a module, and as
+            :class:`~torchrl_wm.planners.MPCPlanner`.
+        ValueError: if ``temperature`` is not positive, if an advantage module has
+            a ``discount`` or a ``terminal_value`` beside it, and as
+            :class:`~torchrl_wm.planners.MPCPlanner`.
 
     Examples:
         >>> import torch
@@ -57,6 +64,7 @@ class MPPIPlanner(MPCPlanner):
         torch.Size([5, 1])
     """
 
+    @passes_on_to(MPCPlanner.__init__)
     def __init__(
         self,
         env: EnvBase,
@@ -66,8 +74,7 @@ class MPPIPlanner(MPCPlanner):
         optim_steps: int = 6,
         num_candidates: int = 512,
         top_k: int = 64,
-        reward_key: NestedKey = ("next", "reward"),
-        action_key: NestedKey = "action",
+        *keys: Any,
         **kwargs: Any,
     ) -> None:
         if advantage_module is not None and not isinstance(advantage_module, nn.Module):
@@ -85,14 +92,7 @@ class MPPIPlanner(MPCPlanner):
                 f"{sorted(ignored)}."
             )
         super().__init__(
-            env,
-            planning_horizon,
-            optim_steps,
-            num_candidates,
-            top_k,
-            reward_key,
-            action_key,
-            **kwargs,
+            env, planning_horizon, optim_steps, num_candidates, top_k, *keys, **kwargs
         )
         self.advantage_module = advantage_module
         self.register_buffer("temperature", torch.as_tensor(float(temperature)))
@@ -131,6 +131,6 @@ class MPPIPlanner(MPCPlanner):
         return self.space.sample(around, noise, self.min_std)[:, 0, 0]
 
     def _weights(self, elites: Population) -> torch.Tensor:
-        """Return how much each elite counts, ``[B, K]``: the best one 1, however large returns are."""
+        """Return the weights of elites, ``[B, K]``; the best has 1, however large the returns."""
         lead = (elites.returns - elites.returns[:, :1]).nan_to_num(0.0)
         return (self.temperature * lead).exp()

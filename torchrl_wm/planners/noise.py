@@ -1,4 +1,4 @@
-"""Noise that is coloured over time."""
+"""Noise that is correlated over time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ def coloring(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """The matrix that turns white noise over time into coloured noise.
+    """Return the matrix that turns white noise over time into coloured noise.
 
-    Gaussian noise is known by its covariance. That of noise with the power
-    spectrum ``1 / f ** beta`` over a period of ``steps`` (with the power at zero
-    frequency that of the lowest other one) is circulant; a square root of it,
-    applied to white noise, gives what shaping the noise's Fourier transform
-    gives (Timmer and Koenig, 1995), by one matrix product. The variance is 1.
+    The covariance determines Gaussian noise. Noise with the power spectrum
+    ``1 / f ** beta`` over a period of ``steps`` (and at frequency zero the power of
+    the lowest other frequency) has a circulant one. Its square root, applied to white
+    noise, does by one matrix product what Timmer and Koenig (1995) do by shaping the
+    noise's Fourier transform. The variance is 1.
 
     Args:
         steps: the number of time steps ``H``.
-        beta: the exponent; 0 is white.
-        dtype: of the matrix.
-        device: of the matrix.
+        beta: the exponent; 0 gives white noise.
+        dtype: the dtype of the matrix; torch's default if None.
+        device: the device of the matrix.
 
     Returns:
-        ``[H, H]``.
+        The matrix, ``[H, H]``.
     """
     frequency = torch.fft.fftfreq(steps, dtype=torch.float64).abs()
     frequency[0] = 1 / steps
     amplitude = frequency.pow(-beta / 2)
-    # The symmetric root of a circulant matrix has the amplitudes as its spectrum.
+    # The amplitudes are the spectrum of the symmetric root of a circulant matrix.
     first = torch.fft.ifft(amplitude.to(torch.complex128)).real
     index = torch.arange(steps)
     root = first[(index.unsqueeze(0) - index.unsqueeze(1)) % steps]

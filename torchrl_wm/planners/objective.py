@@ -13,9 +13,10 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.envs.acting import ProgramActor
+from torchrl_wm.envs.entries import fits, widened
 from torchrl_wm.envs.layout import Layout
-from torchrl_wm.envs.step import StepKernel, widened
-from torchrl_wm.envs.unroll import ProgramActor
+from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules.keys import (
     as_tuple,
     join,
@@ -24,9 +25,13 @@ from torchrl_wm.modules.keys import (
     strip_next,
     unique,
 )
-from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.flat import (
+    FlatTensors,
+    Placement,
+    to_tensordict,
+    where,
+)
 from torchrl_wm.modules.world_model.program import Program
-from torchrl_wm.modules.world_model.recurrence import where
 from torchrl_wm.planners.checks import check_start
 
 #: The names under which TorchRL's modules write values.
@@ -79,7 +84,7 @@ class Objective(ABC):
 
     @abstractmethod
     def start(self, tensordict: TensorDictBase) -> Any:
-        """The states that plans begin from, as rows ``[B]``; whatever :meth:`repeat` takes."""
+        """Return the states that plans begin from, as rows ``[B]``, in a form that :meth:`repeat` takes."""
 
     @abstractmethod
     def repeat(self, state: Any, times: int) -> Any:
@@ -87,22 +92,22 @@ class Objective(ABC):
 
     @abstractmethod
     def stepper(self, state: Any) -> Step:
-        """What makes one step after the other, from the rows of ``state`` on."""
+        """Return the function that makes one step after the other, from the rows of ``state`` on."""
 
     @abstractmethod
     def actor(self, state: Any) -> Callable[[Any, int], Any]:
-        """What lets the policy act on the rows of a state, given the number of the step."""
+        """Return the function that lets the policy act on rows of a state, given the number of the step."""
 
     @abstractmethod
     def select(self, rows: torch.Tensor, new: Any, old: Any) -> Any:
-        """``new`` in the ``rows``, ``[R]`` bool, else ``old``."""
+        """Return ``new`` in the ``rows``, ``[R]`` bool, else ``old``."""
 
     @abstractmethod
     def evaluate(self, state: Any) -> torch.Tensor:
-        """The terminal value of states, ``[R, 1]``."""
+        """Return the terminal value of states, ``[R, 1]``."""
 
     def returns(self, state: Any, actions: torch.Tensor) -> torch.Tensor:
-        """The returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
+        """Return the returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
         advance = self.stepper(state)
         value = None if self.terminal_value is None else _Value(self)
         total = going = None
@@ -122,7 +127,7 @@ class Objective(ABC):
         return total if value is None else total + value()
 
     def proposed(self, state: Any, horizon: int) -> torch.Tensor:
-        """What the policy does from the rows of ``state``: ``[R, H, *A]``."""
+        """Return the actions of the policy from the rows of ``state`` on, ``[R, H, *A]``."""
         advance, act, actions = self.stepper(state), self.actor(state), []
         for step in range(horizon):
             state = act(state, step)
@@ -133,7 +138,7 @@ class Objective(ABC):
 
     @abstractmethod
     def imagine(self, state: Any, actions: torch.Tensor) -> TensorDictBase:
-        """The whole trajectories ``[R, H]`` of the actions ``[R, H, *A]``."""
+        """Return the whole trajectories ``[R, H]`` of the actions ``[R, H, *A]``."""
 
 
 class ModelObjective(Objective):
@@ -181,21 +186,18 @@ class ModelObjective(Objective):
                 env.world_model, kernel.layout, tensordict, missing_from(state, needed)
             )
         values = {key: state.get(key) for key in needed}
-        if kernel.counter_key is not None:
-            count = tensordict.get(kernel.counter_key, None)
+        for key in kernel.layout.counter:
+            count = tensordict.get(key, None)
             if count is not None:
-                values[kernel.counter_key] = count
-        dims = tensordict.batch_dims
-        for key in needed:
-            spec = specs[key]
-            expected = (*tensordict.batch_size, *spec.shape)
+                values[key] = count
+        dims, batch_size = tensordict.batch_dims, tensordict.batch_size
+        for key, spec in specs.items():
             values[key] = widened(values[key], spec.dtype)
-            if tuple(values[key].shape) != expected or values[key].dtype != spec.dtype:
+            if not fits(values[key], spec, batch_size):
                 raise ValueError(
                     f"The planner's {key!r} has the shape {tuple(values[key].shape)} and "
-                    f"{values[key].dtype}; the tensordict's batch size "
-                    f"{tuple(tensordict.batch_size)} and the env's spec ask for {expected} and "
-                    f"{spec.dtype}."
+                    f"{values[key].dtype}; the tensordict's batch size {tuple(batch_size)} and "
+                    f"the env's spec ask for {(*batch_size, *spec.shape)} and {spec.dtype}."
                 )
         return {
             key: value.reshape(-1, *value.shape[dims:]).to(env.device)
@@ -203,7 +205,7 @@ class ModelObjective(Objective):
         }
 
     def _read_observations(self, layout: Layout) -> dict[NestedKey, TensorSpec]:
-        """The decoded observations that the policy or the terminal value read."""
+        """Return the decoded observations that the policy or the terminal value read."""
         modules = (self.policy, self.terminal_value)
         read = {key for m in modules for key in unique(getattr(m, "in_keys", []))}
         return {key: spec for key, spec in layout.decoded.items() if key in read}
@@ -224,21 +226,19 @@ class ModelObjective(Objective):
         return rows
 
     def stepper(self, state: FlatTensors) -> Step:
-        kernel, device = self.kernel, self.env.device
-        layout, size = kernel.layout, _rows(state)
+        kernel, layout = self.kernel, self.kernel.layout
         endings = layout.endings
-        never = endings.never(size, device)
+        at = self._at(state)
+        trusted, never = at._replace(trusted=True), endings.never(at)
         place = strip_next(self.reward_key)
         observed = list(self._read_observations(layout))
-        moving = [*layout.latent, *observed]
-        if kernel.counter_key is not None:
-            moving.append(kernel.counter_key)
+        moving = [*layout.latent, *observed, *layout.counter]
 
         def advance(state: FlatTensors, action: torch.Tensor, step: int) -> tuple:
             values = {**state, self.action_key: action}
             predicted = kernel.predict(
                 values,
-                Placement(size, device, trusted=step > 0),
+                trusted if step else at,
                 never,
                 decode=bool(observed),
                 check_finite=False,
@@ -249,7 +249,7 @@ class ModelObjective(Objective):
             if endings.can_end:
                 # As in TorchRL's planners: one of several groups ends it.
                 ended, terminated = (
-                    endings.ended(predicted, size, name, any_group=True)
+                    endings.ended(predicted, at, name, any_group=True)
                     for name in ("done", "terminated")
                 )
             return values, predicted[place], ended, terminated
@@ -257,11 +257,11 @@ class ModelObjective(Objective):
         return advance
 
     def actor(self, state: FlatTensors) -> Callable[[FlatTensors, int], FlatTensors]:
-        size = _rows(state)
+        at = self._at(state)
         if self.program is not None:
-            write = ProgramActor(self.program, size, self.env.device)
+            write = ProgramActor(self.program, at)
         else:
-            write = self.env.actor(self.policy, size)
+            write = self.env.actor(self.policy, at.batch_size)
 
         def act(state: FlatTensors, step: int) -> FlatTensors:
             values = dict(state)
@@ -277,12 +277,16 @@ class ModelObjective(Objective):
 
     def evaluate(self, state: FlatTensors) -> torch.Tensor:
         values = dict(state)
-        self.value(values, Placement(_rows(values), self.env.device))
+        self.value(values, self._at(state))
         return values[self.value_key]
 
     def imagine(self, state: FlatTensors, actions: torch.Tensor) -> TensorDictBase:
-        start = to_tensordict(state, Placement(actions.shape[:1], self.env.device))
+        start = to_tensordict(state, self._at(state))
         return self.env.imagine(actions.shape[1], tensordict=start, actions=actions)
+
+    def _at(self, state: FlatTensors) -> Placement:
+        """Return the number of rows of a state, ``[R]``, and its device."""
+        return Placement(next(iter(state.values())).shape[:1], self.env.device)
 
 
 class _Value:
@@ -422,10 +426,6 @@ def value_key(module: TensorDictModuleBase) -> NestedKey:
         f"terminal_value writes {keys}, and it is not clear which is the value: let it write one "
         f"of {list(_VALUE_NAMES)}, or nothing else."
     )
-
-
-def _rows(state: FlatTensors) -> torch.Size:
-    return next(iter(state.values())).shape[:1]
 
 
 def _scaled(reward: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Runs: recipes from a real env to a trained policy, and what joins world models to TorchRL's Trainer."""
+"""Runs: recipes from a real env to a trained policy, and hooks for TorchRL's Trainer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
 from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
 from torchrl_wm.trainers.logged_data import load_transitions
 from torchrl_wm.trainers.model_training import RecordedEnv, train_world_model
-from torchrl_wm.trainers.pictures import (
-    plot_learning_curve,
-    save_prediction_fan,
-    write_run_report,
-)
 from torchrl_wm.trainers.policies import load_policy, Policy
 from torchrl_wm.trainers.real_envs import make_real_env
 from torchrl_wm.trainers.recipe import Recipe
@@ -29,6 +24,11 @@ from torchrl_wm.trainers.recipes import (
     TDMPC2Config,
 )
 from torchrl_wm.trainers.run_folder import RunFolder
+from torchrl_wm.trainers.run_report import (
+    plot_learning_curve,
+    save_prediction_fan,
+    write_run_report,
+)
 from torchrl_wm.trainers.runs import resume_run, start_run, trainer_class
 from torchrl_wm.trainers.settings import RunConfig
 from torchrl_wm.trainers.steps import Steps

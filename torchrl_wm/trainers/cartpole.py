@@ -29,7 +29,7 @@ class ContinuousCartPoleEnv(CartPoleEnv):
         self._newtons = self.force_mag
 
     def step(self, action: np.ndarray) -> tuple:
-        """One step of 0.02 s."""
+        """Make a step of 0.02 s."""
         force = float(np.clip(np.asarray(action).reshape(-1)[0], -1.0, 1.0))
         # CartPole pushes to the right with force_mag for the action 1.
         self.force_mag = self._newtons * force

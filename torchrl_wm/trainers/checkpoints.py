@@ -1,8 +1,8 @@
 """Checkpoints of runs, on TorchRL's Checkpoint: plain files, and replay that is appended.
 
 A checkpoint is a folder with a manifest and a file for each part. The transitions of a replay
-buffer stand beside the checkpoints, in files to which each checkpoint adds what came since
-the one before: what a checkpoint writes does not grow with what the replay holds.
+buffer are in files beside the checkpoints, to which each checkpoint adds what is new since the
+one before. What a checkpoint writes does not grow with the replay.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SEGMENT = re.compile(r"rows_(\d+)_(\d+)_(\d+)\.pt")
 
 
 class MisfitError(ValueError):
-    """A part of a checkpoint is whole, and does not fit what it is loaded into."""
+    """A part of a checkpoint is not damaged, but does not fit what it is loaded into."""
 
 
 class PlainAdapter(CheckpointAdapter):
-    """Saves the ``state_dict`` of a part as one file of tensors and plain data.
+    """A checkpoint adapter that saves the ``state_dict`` of a part as one file of plain data.
 
-    The file is written as a whole or not at all, its checksums are compared when it is read, and
-    nothing in it is executed.
+    The file is written as a whole or not at all. Reading it compares its checksums, and executes
+    nothing in it.
 
     Args:
         name: the part's name, for errors.
@@ -58,7 +58,7 @@ class PlainAdapter(CheckpointAdapter):
         write_plain(component.state_dict(), path / "state.pt")
         if self._is_readable:
             return
-        try:  # once: what is written can be anything, and what is read cannot
+        try:  # once: more can be written than can be read
             read_plain(path / "state.pt", "part of a checkpoint", _WRITER)
         except ValueError as err:
             found = re.search(r"GLOBAL (\S+)", str(err.__cause__))
@@ -70,7 +70,7 @@ class PlainAdapter(CheckpointAdapter):
         self._is_readable = True
 
     def load(self, component: Any, path: Path, **_: Any) -> None:
-        """Read it into ``component``.
+        """Read the state of a part into ``component``.
 
         Raises:
             ValueError: if the file is damaged.
@@ -90,14 +90,14 @@ class PlainAdapter(CheckpointAdapter):
 
 
 class ReplayAdapter(CheckpointAdapter):
-    """Appends the new transitions of a replay buffer to the files of a run.
+    """A checkpoint adapter that appends the new transitions of a replay buffer to a run's files.
 
-    All rows that were ever written are numbered. A buffer is restored from the last ones up to
-    a checkpoint's count, and a file is removed when no checkpoint needs its rows any more.
-    Emptying the buffer begins another series of files. Rows must not be changed in place.
+    All rows that were ever written are numbered. A buffer is restored from the newest rows up to
+    a checkpoint's count, and a file is removed once no checkpoint needs its rows. Emptying the
+    buffer begins a new series of files. Rows must not be changed in place.
 
     Args:
-        folder: where the files are, those of all checkpoints.
+        folder: the folder of the files, which all checkpoints share.
         buffer: the buffer.
     """
 
@@ -125,7 +125,7 @@ class ReplayAdapter(CheckpointAdapter):
         first = max(last if series == self._series else 0, count - len(component))
         if first < count:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The row that comes next will stand at the cursor.
+            # The next row will be written at the cursor.
             at = (torch.arange(first, count) - count + cursor) % capacity
             segment = _Segment(self._series, first, count)
             entries = plain_entries(component.storage[at])
@@ -133,7 +133,7 @@ class ReplayAdapter(CheckpointAdapter):
             write_plain(content, self.folder / segment.name)
             self._segments().append(segment)
         self._saved = [*self._saved, (self._series, count)][-KEEP - 1 :]
-        # The checkpoint that this is a part of may still fail: keep what one more needs.
+        # The checkpoint that this belongs to may still fail: keep what one more needs.
         if len(self._saved) > KEEP:
             self._remove_before(min(self._saved), capacity)
         path.mkdir(parents=True, exist_ok=True)
@@ -173,17 +173,17 @@ class ReplayAdapter(CheckpointAdapter):
         component.sampler.load_state_dict(state["sampler"])
 
     def drop_later(self) -> None:
-        """Remove what came after the checkpoint that was loaded, before the run goes on."""
+        """Remove the rows after the checkpoint that was loaded, before the run goes on."""
         last = self._saved[-1] if self._saved else (0, 0)
         for segment in self._segments():
             if segment.place > last:
                 (self.folder / segment.name).unlink(missing_ok=True)
-        for left in self.folder.glob(".rows_*"):  # of a kill while writing
+        for left in self.folder.glob(".rows_*"):  # left by a kill while writing
             left.unlink()
         self._files = None
 
     def _segments(self) -> list[_Segment]:
-        """The files in order; they are looked for once, as there can be thousands."""
+        """Return the files in order; the folder is searched once, as there can be thousands."""
         if self._files is None:
             found = (_SEGMENT.fullmatch(file.name) for file in self.folder.glob("*"))
             self._files = sorted(
@@ -192,7 +192,7 @@ class ReplayAdapter(CheckpointAdapter):
         return self._files
 
     def _remove_before(self, oldest: tuple[int, int], capacity: int) -> None:
-        """Remove the files that hold nothing of a checkpoint or of those after it."""
+        """Remove the files that neither a checkpoint nor those after it need."""
         series, count = oldest
         files, number = self._segments(), 0
         while number < len(files) and files[number].place <= (series, count - capacity):
@@ -201,10 +201,10 @@ class ReplayAdapter(CheckpointAdapter):
         del files[:number]
 
     def _rows(self, first: int, end: int) -> TensorDictBase:
-        """The rows ``first`` to ``end`` of all that was written."""
+        """Return the rows ``first`` to ``end`` of all that were written."""
         parts, at = [], first
         for segment in self._segments():
-            # One that goes on beyond the end is of a later checkpoint, or of none.
+            # A file that goes on beyond the end belongs to a later checkpoint, or to none.
             if segment.series != self._series or not (
                 segment.first <= at < segment.end <= end
             ):
@@ -231,7 +231,7 @@ class _Segment(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Up to where it goes, to compare with checkpoints."""
+        """The end of its rows, to compare with checkpoints."""
         return self.series, self.end
 
     @property
@@ -242,11 +242,11 @@ class _Segment(NamedTuple):
 def make_checkpoint(
     parts: Mapping[str, Any], folder: Path
 ) -> tuple[Checkpoint, list[ReplayAdapter]]:
-    """Return TorchRL's checkpoint of some parts, and what appends those that are replay buffers.
+    """Return TorchRL's checkpoint of some parts, and the adapters of their replay buffers.
 
     Args:
         parts: by name; each with a ``state_dict``, or a replay buffer.
-        folder: where replay is appended.
+        folder: the folder to which replay is appended.
 
     Raises:
         TypeError: if a part cannot be saved.
@@ -268,13 +268,13 @@ def all_parts(
     replay: ReplayBuffer | None,
     own: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the parts of a recipe and those of its run; refuse what would be lost.
+    """Return the parts of a recipe and those of its run; refuse parts that would be lost.
 
     Args:
         recipe: the name of the recipe.
-        parts: those of the recipe.
-        replay: its replay, which must be one of them.
-        own: those of the run.
+        parts: the parts of the recipe.
+        replay: its replay, which must be one of the parts.
+        own: the parts of the run.
 
     Raises:
         TypeError: if a part has no state, or is a replay buffer that cannot be appended.

@@ -18,7 +18,7 @@ from torchrl_wm.modules.keys import strip_next
 from torchrl_wm.trainers.episodes import Episodes
 from torchrl_wm.trainers.evaluation import MAX_STEPS
 from torchrl_wm.trainers.real_envs import (
-    another,
+    copied_source,
     EnvSource,
     episode_seeds,
     make_real_env,
@@ -28,12 +28,12 @@ from torchrl_wm.trainers.steps import Steps
 
 
 class Acting(TensorDictModuleBase):
-    """What acts in the real envs: at random in some episodes, the policy in the others.
+    """The policy of the real envs: random actions in some episodes, the run's policy in others.
 
     Args:
         policy: the policy.
         env: one of the envs, whose actions are drawn.
-        episodes: which of them are random.
+        episodes: say which of them are random.
         hold: for how many steps a random action is kept.
     """
 
@@ -76,7 +76,7 @@ class Acting(TensorDictModuleBase):
         return tensordict
 
     def _draw(self) -> torch.Tensor:
-        """The random actions, ``[N, *A]``: new ones where those held have been kept long enough."""
+        """Return the random actions, ``[N, *A]``: new ones where the held ones have been kept long enough."""
         episodes = self.episodes
         renewed = episodes.lengths % self.hold == 0
         if renewed.any() or episodes.held is None:
@@ -89,17 +89,17 @@ class Acting(TensorDictModuleBase):
 
 
 class RealSteps:
-    """The collector of a run: TorchRL's, over one real env or several, made when a run begins.
+    """The collector of a run: TorchRL's, over the real envs, made when the run begins.
 
     Args:
-        config: says how many envs, and where they run.
-        source: what makes them.
-        env: one of them, which acts itself where there is only one in this process.
-        policy: what acts.
-        device: where the policy is.
+        config: says how many envs there are, and where they run.
+        source: makes the envs.
+        env: one of them, which is used itself if it is the only one in this process.
+        policy: the policy.
+        device: the device of the policy.
     """
 
-    #: Read by TorchRL's Trainer: the random steps are ours.
+    #: Read by TorchRL's Trainer, which would count random steps itself.
     init_random_frames = 0
 
     def __init__(
@@ -113,21 +113,21 @@ class RealSteps:
         self.config = config
         is_alone = config.num_envs == 1 and config.collector == "single"
         if not is_alone or config.evaluation_interval or config.film_interval:
-            another(source)  # refused now, not when the run has begun
+            copied_source(source)  # refused now, not when the run has begun
         if config.collector == "processes":
             _pickled(source)
         check_device(policy, device)
-        #: Where the envs are.
+        #: The episodes that go on in the envs.
         self.episodes = Episodes(env, config.num_envs, carried_keys(policy))
         self.acting = Acting(policy, env, self.episodes, config.random_hold)
         self._source, self._env, self._device = source, env, device
         self._collector: Collector | None = None
-        #: Called when the envs stand where the run goes on, before anything acts.
+        #: Called when the envs are where the run goes on, before the first action.
         self.on_begin: Callable[[], None] = lambda: None
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The parts that a checkpoint holds."""
         return {"episodes": self.episodes}
 
     def begin(self) -> None:
@@ -136,7 +136,7 @@ class RealSteps:
         self.episodes.begin(everywhere, random=True)
 
     def count(self, steps: TensorDictBase, total: int) -> Steps:
-        """Count the steps that were just made; ``total`` is how many there are with them."""
+        """Count the newest steps; ``total`` is the number of all steps, these included."""
         ended = self.episodes.add(steps)
         lengths, random = self.episodes.lengths.clone(), self.episodes.random.clone()
         return Steps(steps, total, ended, lengths, random)
@@ -145,7 +145,7 @@ class RealSteps:
         """End the episodes that ended; return a row of the metrics for each.
 
         Args:
-            steps: the steps that were just made.
+            steps: the newest steps.
             before: how many episodes had ended before.
         """
         episodes, rows = self.episodes, []
@@ -174,7 +174,7 @@ class RealSteps:
                 "env_device": "cpu",
                 "storing_device": "cpu",
             }
-        processes = self.config.collector == "processes"  # which begin here
+        processes = self.config.collector == "processes"  # which are started here
         with blocked_interrupts() if processes else nullcontext():
             env = prepared(self._envs(), self.acting.policy)
             if continued is not None:
@@ -200,18 +200,18 @@ class RealSteps:
             self._collector = None
 
     def make_env(self, **kwargs: Any) -> EnvBase:
-        """Return another real env like those of the run, as the policy needs it.
+        """Return another real env of the run, with the entries that the policy needs.
 
         Args:
-            kwargs: for Gymnasium, such as ``render_mode``.
+            kwargs: arguments for Gymnasium, such as ``render_mode``.
         """
-        env = another(self._source)
+        env = copied_source(self._source)
         made = make_real_env(env, **self.config.env_settings, **kwargs)
         return prepared(made, self.acting.policy)
 
     def _envs(self) -> EnvBase:
         config, number = self.config, len(self.episodes)
-        # Of N envs, each has every N-th episode, whenever the others end theirs.
+        # Each of N envs has every N-th episode, whenever the others end theirs.
         firsts = (torch.arange(number) + number * self.episodes.finished).tolist()
         if number == 1 and config.collector == "single":
             episode_seeds(self._env).episode = firsts[0]
@@ -219,7 +219,7 @@ class RealSteps:
         common = {**config.env_settings, "stride": number}
         settings = [{"first_episode": first, **common} for first in firsts]
         for each in settings:
-            each["env"] = another(self._source)
+            each["env"] = copied_source(self._source)
         if config.collector == "single":
             return SerialEnv(number, make_real_env, create_env_kwargs=settings)
         for each in settings:
@@ -231,16 +231,16 @@ def prepared(env: EnvBase, policy: Any) -> EnvBase:
     """Return a real env with the entries that a policy carries from step to step."""
     if getattr(policy, "make_tensordict_primer", None) is None:
         return env
-    # Zero at a reset of the whole env, of which it may have done flags of parts, too.
+    # Zero at a reset of the whole env; the env may also have done flags of its parts.
     primer = policy.make_tensordict_primer(reset_key=env.reset_keys[0])
     return TransformedEnv(env, primer.to("cpu"), auto_unwrap=False)
 
 
 def check_device(policy: TensorDictModuleBase, device: torch.device) -> None:
-    """Refuse a policy with tensors elsewhere: the collector would act with a copy of it.
+    """Refuse a policy on another device: the collector would act with a copy of it.
 
     Raises:
-        ValueError: if there are some.
+        ValueError: if a tensor of it is on another device.
     """
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if tensor.device.type != device.type:
@@ -251,16 +251,16 @@ def check_device(policy: TensorDictModuleBase, device: torch.device) -> None:
 
 
 def carried_keys(policy: Any) -> list:
-    """Return the entries that a policy hands on: what it reads, and writes there or under "next"."""
+    """Return the entries that a policy carries from step to step: those that it reads and writes."""
     read = set(policy.in_keys)
     return [key for key in policy.out_keys if strip_next(key) in read]
 
 
 def _pickled(source: EnvSource) -> bytes:
-    """Return what makes an env as another process takes it: a lambda, too.
+    """Return what makes an env in a form for other processes; lambdas are supported.
 
     Raises:
-        ValueError: if it cannot be sent there.
+        ValueError: if it cannot be sent to another process.
     """
     try:
         return cloudpickle.dumps(source)
@@ -273,5 +273,5 @@ def _pickled(source: EnvSource) -> bytes:
 
 
 def _make_pickled(env: bytes, **kwargs: Any) -> EnvBase:
-    """Make a real env in a process of its own."""
+    """Make a real env in its own process."""
     return make_real_env(cloudpickle.loads(env), **kwargs)

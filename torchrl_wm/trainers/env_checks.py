@@ -1,4 +1,4 @@
-"""What recipes ask of a real env; their errors say what to wrap an env in that is otherwise."""
+"""What recipes need of a real env. Errors say which wrapper makes an env fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchrl_wm.modules.keys import as_tuple, unique
 from torchrl_wm.planners.actions import finite_bounds
 from torchrl_wm.trainers.gym_actions import own_action_space
 
-#: One vector in place of any number of continuous actions, of whatever shapes.
+#: One vector in place of any number of continuous actions of any shapes.
 _JOINED_ACTIONS = (
     "space = env.action_space; env = gymnasium.wrappers.TransformAction(env, lambda action: "
     "gymnasium.spaces.unflatten(space, action), gymnasium.spaces.flatten_space(space))."
@@ -37,7 +37,7 @@ _FLOAT_OBSERVATIONS = (
 _WHERE = (
     "On the command line, name a function that makes the env so: --env module:function."
 )
-#: So many options a planner can tell apart by trying them.
+#: The most options that a planner can compare by trying them.
 _MOST_OPTIONS = 10_000
 
 
@@ -83,7 +83,7 @@ def check_bounds(spec: TensorSpec, key: NestedKey) -> None:
 
 
 def check_float_observations(env: EnvBase) -> None:
-    """Refuse observations that are not floats, which an ensemble cannot predict as they are.
+    """Refuse observations that are not floats, as ensembles predict floats.
 
     Raises:
         ValueError: if there are; the message names them.
@@ -97,7 +97,7 @@ def check_float_observations(env: EnvBase) -> None:
             others[key] = type(spec).__name__
         elif pixel_entry(key, spec) is not None:
             images.append(key)
-        # TorchRL stacks the parts of a Tuple, into dims of no fixed size where they differ.
+        # TorchRL stacks the parts of a Tuple; where their sizes differ, the dim has no fixed size.
         elif not spec.dtype.is_floating_point or min(spec.shape, default=1) < 1:
             others[key] = f"{list(spec.shape)} {spec.dtype}"
     without = (
@@ -110,7 +110,7 @@ def check_float_observations(env: EnvBase) -> None:
         )
     if others:
         raise ValueError(
-            f"The recipes predict observations as floats, and these of the env are others: "
+            f"The recipes predict observations as floats, and these of the env are no floats: "
             f"{others}. Make one vector of floats of all observations; of a Gymnasium env: "
             f"{_FLOAT_OBSERVATIONS} {_WHERE} Of a TorchRL env: torchrl.envs.DTypeCastTransform. "
             f"Or leave them out, {without}."
@@ -133,7 +133,7 @@ def check_planned_action(env: EnvBase) -> None:
 
 
 def check_policy_action(env: EnvBase) -> None:
-    """Refuse actions that SAC's policy does not give: it gives bounded vectors.
+    """Refuse actions other than bounded vectors, which SAC's policy gives.
 
     Raises:
         ValueError: if they are something else.
@@ -158,7 +158,7 @@ def check_policy_action(env: EnvBase) -> None:
 
 
 def check_policy_observations(env: EnvBase, keys: Sequence[NestedKey]) -> None:
-    """Refuse observations that SAC's networks do not read: they read vectors.
+    """Refuse observations other than vectors, which SAC's networks read.
 
     Raises:
         ValueError: if some are of other shapes; the message names them.
@@ -181,7 +181,7 @@ def _is_choice(spec: TensorSpec) -> bool:
 
 
 def _one_choice(env: EnvBase) -> str:
-    """How to make one choice of several numbers: a number for each combination."""
+    """Say how to make one choice of several numbers: a number for each combination."""
     space = own_action_space(env)
     if space is None:
         return "Give the env one one-hot action, with an option for each combination."
@@ -204,7 +204,7 @@ def _one_choice(env: EnvBase) -> str:
 
 
 def _options(space: gymnasium.Space) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How many options each number of an action has, and the least; nothing if not a vector."""
+    """Return how many options each number of a vector has, and its least value; nothing for other spaces."""
     if len(space.shape or ()) != 1:
         return (), ()
     if isinstance(space, gymnasium.spaces.MultiDiscrete):

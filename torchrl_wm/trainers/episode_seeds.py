@@ -11,16 +11,16 @@ from torchrl_wm import _upstream
 
 
 class EpisodeSeeds(Transform):
-    """Seeds each episode of an env from ``(seed, number of the episode)``.
+    """A transform that seeds each episode of an env from ``(seed, number of the episode)``.
 
-    How an episode begins then depends on nothing that came before it: a run that goes on
-    from a checkpoint, or one that trains differently in between, meets the same episodes.
-    The global random state of torch is left as it was.
+    The start of an episode then depends on nothing before it: a run that goes on from a
+    checkpoint, or that trains differently in between, meets the same episodes. The global
+    random state of torch is left as it was.
 
     Args:
         seed: the seed of the run.
         episode: the number of the episode that the next reset begins.
-        stride: how much is added to the number at each reset: of several envs each has
+        stride: how much is added to the number at each reset: each of ``stride`` envs has
             every ``stride``-th episode.
 
     Examples:
@@ -53,5 +53,5 @@ class EpisodeSeeds(Transform):
 
 
 def episode_seed(seed: int, episode: int) -> int:
-    """A seed of 31 bits for an episode of a run; those of different runs have nothing in common."""
+    """Return a seed of 31 bits for an episode of a run; different runs have unrelated seeds."""
     return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0] >> 1)

@@ -1,4 +1,4 @@
-"""The episodes that go on in the real envs of a run, and how new envs come to where they are."""
+"""The unfinished episodes in the real envs of a run, and how new envs continue them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchrl_wm.trainers.checkpoints import from_plain_entries, plain_entries
 
 
 class Episodes:
-    """The episodes that go on in the real envs of a run, and how they came to where they are.
+    """The unfinished episodes in the real envs of a run, with their actions so far.
 
-    Each env begins its episodes from seeds (:class:`EpisodeSeeds`), so that the actions since
-    then bring it to where it is: a run goes on from a checkpoint in the midst of episodes.
+    Each env begins its episodes from seeds (:class:`EpisodeSeeds`), so that repeating the actions
+    since then restores its state: a run can go on from a checkpoint within episodes.
 
     Args:
         env: one of the envs.
@@ -26,8 +26,8 @@ class Episodes:
 
     Attributes:
         finished: how many episodes each env has finished, ``[N]``.
-        returns, lengths: of the episodes so far, ``[N]``.
-        random: which of them are acted at random, ``[N]``.
+        returns, lengths: those of the episodes so far, ``[N]``.
+        random: the episodes with random actions, ``[N]``.
     """
 
     def __init__(self, env: EnvBase, num_envs: int, carried_keys: list) -> None:
@@ -36,9 +36,9 @@ class Episodes:
         self.returns = torch.zeros(num_envs, dtype=torch.double)
         self.lengths = torch.zeros(num_envs, dtype=torch.long)
         self.random = torch.zeros(num_envs, dtype=torch.bool)
-        #: The random actions that are held, ``[N, *A]``.
+        #: The random actions that are repeated, ``[N, *A]``.
         self.held: torch.Tensor | None = None
-        #: What was done at the steps since the oldest of the episodes began, ``[N]`` each.
+        #: The actions since the oldest of the episodes began, ``[N]`` each.
         self._actions: list[TensorDictBase] = []
         self._last: TensorDictBase | None = None
 
@@ -51,7 +51,7 @@ class Episodes:
         self._forget()
 
     def abandon(self) -> None:
-        """Begin new episodes in all envs, random ones where random ones went on."""
+        """Begin new episodes in all envs; random episodes stay random."""
         self.finished += 1
         self.returns.zero_(), self.lengths.zero_()
         self._forget()
@@ -98,32 +98,32 @@ class Episodes:
             self._actions = list(actions.unbind(1))
 
     def _forget(self) -> None:
-        """Leave no actions but those of the episodes that go on."""
+        """Forget the actions of finished episodes."""
         longest = int(self.lengths.max())
         self._actions = self._actions[-longest:] if longest else []
 
     def continued(self) -> ContinuedEpisodes | None:
-        """Return what brings new envs to where these are; None where all are at the beginning."""
+        """Return what continues the episodes in new envs; None if no episode has begun."""
         if not self.lengths.any():
             return None
         lengths = self.lengths.clone()
         return ContinuedEpisodes(*self._so_far(), lengths, self._carried_keys)
 
     def _so_far(self) -> tuple[TensorDictBase, TensorDictBase]:
-        """The actions since the oldest episode began, ``[N, T]``, and the last step, ``[N]``."""
+        """Return the actions since the oldest episode began, ``[N, T]``, and the last step, ``[N]``."""
         observed = [join("next", key) for key in self._env.observation_keys]
         last = self._last.select(*observed, *self._carried_keys, strict=False)
         return torch.stack(self._actions, 1), last
 
 
 class ContinuedEpisodes(Transform):
-    """Brings envs at their first reset to where the episodes of a checkpoint were.
+    """A transform that continues the episodes of a checkpoint at the first reset of new envs.
 
     Args:
-        actions: what was done, ``[N, T]``, the newest action last.
+        actions: the actions so far, ``[N, T]``, the newest last.
         last: the last step, ``[N]``.
         lengths: how many of the actions belong to the episode of each env, ``[N]``.
-        carried_keys: what of the last step goes on with the policy.
+        carried_keys: the entries of the last step that the policy carries on.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ContinuedEpisodes(Transform):
         self._actions: TensorDictBase | None = actions
         self._last, self._lengths = last, lengths
         self._carried_keys = carried_keys
-        #: Whether the envs did something else than before, and began new episodes.
+        #: Whether the envs did not repeat themselves, and began new episodes.
         self.is_abandoned = False
 
     def _reset(
@@ -150,20 +150,20 @@ class ContinuedEpisodes(Transform):
         now = tensordict_reset
         longest = int(self._lengths.max())
         for step in range(longest):
-            # Episodes are of different lengths: the shorter ones are acted in later.
+            # Shorter episodes begin later, so that all end at the same step.
             acts = (longest - step) <= self._lengths
             before = now.copy().update(done[:, step - longest].reshape(size))
             if not acts.all():
                 before.set("_step", acts)
-            # What the root has at a reset, and no more: actions stay behind.
+            # Only the entries of a reset: actions are left out.
             after = env.step_mdp(env.step(before)).select(*now.keys(True, True))
             now = after if acts.all() else torch.where(acts, after, now)
         last, goes_on = self._last, self._lengths > 0
         observed = last.exclude(*self._carried_keys).get("next")
         if not _is_same(now.reshape(-1)[goes_on], observed[goes_on]):
             warnings.warn(
-                "The real env does not repeat itself from its seed and actions: the episodes that "
-                "went on at the checkpoint are left, and new ones begin.",
+                "The real env does not repeat itself from its seed and actions: the unfinished "
+                "episodes of the checkpoint are given up, and new ones begin.",
                 stacklevel=2,
             )
             self.is_abandoned = True
@@ -178,7 +178,7 @@ class ContinuedEpisodes(Transform):
 
 
 def _is_same(now: TensorDictBase, before: TensorDictBase) -> bool:
-    """Whether observations are those that were recorded, NaN included."""
+    """Return whether observations are those that were recorded, NaN included."""
     return all(
         torch.equal(now.get(key).nan_to_num(), before.get(key).nan_to_num())
         for key in before.keys(True, True)

@@ -19,7 +19,7 @@ from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.real_envs import episode_seeds
 
-#: The longest episode where nobody limits it.
+#: The most steps of an episode without a time limit.
 MAX_STEPS = 10_000
 
 
@@ -28,7 +28,7 @@ def forked_random(seed: int | None = None) -> Iterator[None]:
     """Leave all global random states as they were: torch's on all devices, NumPy's and Python's.
 
     Args:
-        seed: the seed inside; the states go on from where they are if None.
+        seed: the seed inside; None goes on from the current states.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     of_numpy, of_python = np.random.get_state(), random.getstate()
@@ -55,20 +55,19 @@ def run_episodes(
     callback: Callable | None = None,
     exploration: ExplorationType = ExplorationType.DETERMINISTIC,
 ) -> list[TensorDictBase]:
-    """Whole episodes of a policy, which does not explore unless asked to.
+    """Return whole episodes of a policy, by default without exploration.
 
     Args:
         env: a real env of batch size ``[]``.
-        policy: what acts, on the env's device or on one of its own, modules in eval mode; random
-            actions if None.
-        episodes: how many.
+        policy: the policy, on any device; modules act in eval mode. None acts at random.
+        episodes: how many episodes to run.
 
     Keyword Args:
-        first_episode: the number of the first one, which with the seed of the env says how
-            they begin; needs an env of :func:`~torchrl_wm.trainers.make_real_env`.
+        first_episode: the number of the first episode. The numbers and the seed of the env, one
+            of :func:`~torchrl_wm.trainers.make_real_env`, determine how episodes begin.
         max_steps: where to cut episodes that do not end.
-        callback: as of :meth:`torchrl.envs.EnvBase.rollout`.
-        exploration: how the policy acts.
+        callback: as for :meth:`torchrl.envs.EnvBase.rollout`.
+        exploration: the exploration type of the policy.
 
     Returns:
         The episodes, ``[T]`` each. The global random states are left as they were.
@@ -100,7 +99,7 @@ def run_episodes(
 
 
 def episode_return(env: EnvBase, episode: TensorDictBase) -> float:
-    """The sum of an episode's rewards."""
+    """Return the sum of an episode's rewards."""
     return episode.get(join("next", env.reward_key)).sum().item()
 
 

@@ -1,4 +1,4 @@
-"""Films of a run's policy, with what its model imagines beside the real where that can be drawn."""
+"""Films of a run's policy, beside what its model imagines if that can be drawn."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tensordict import NestedKey, TensorDictBase
 
+from torchrl_wm._registry import load_object
 from torchrl_wm.diagnostics import observation_renderer, render_comparison, save_video
-from torchrl_wm.diagnostics.film import resized
-from torchrl_wm.diagnostics.video import drawn_frames, Render
+from torchrl_wm.diagnostics.compare_frames import drawn_frames, Render
+from torchrl_wm.diagnostics.video_files import resized
 from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.keys import as_tuple, unique
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.real_envs import load_object, rendered_frame
+from torchrl_wm.trainers.real_envs import rendered_frame
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 
@@ -25,7 +26,7 @@ class Film(NamedTuple):
     Args:
         frames: ``[T, height, width, 3]`` uint8; None if nothing draws them.
         episode: the real episode, ``[T]``.
-        has_imagined: whether what is imagined stands beside the real.
+        has_imagined: whether it also shows what the model imagines.
     """
 
     frames: np.ndarray | None
@@ -46,11 +47,11 @@ def film_policy(
     episode: TensorDictBase | None = None,
     render: Render | None = None,
 ) -> bool:
-    """Film an episode of a run's policy, what the model imagines beside it where that can be drawn.
+    """Film an episode of a run's policy, beside what the model imagines if that can be drawn.
 
     The model imagines the same actions, and looks at the real state again every ``horizon``
-    steps. A run whose model has learnt nothing yet, or that has none, is filmed in the real env
-    alone.
+    steps. A run without a model, or with one that has learnt nothing yet, is filmed only in the
+    real env.
 
     Args:
         trainer: the run.
@@ -58,23 +59,23 @@ def film_policy(
 
     Keyword Args:
         horizon: for how many steps the model imagines without another look.
-        max_steps: the length of the film.
-        real_only: film the real env alone.
-        seed: of how the episode begins.
-        fps, height: of the film; the height of the env's own frames if None.
-        episode: a real episode ``[T]`` to show, in place of a fresh one. Not for what the real
-            env's own renderer draws, which is filmed while the policy acts.
-        render: draws observations, for an env of your own: a function
-            ``render(observation) -> frame``, or its name, ``"module:function"``. It gets what the
-            model predicts of one step, real or imagined: an array ``[*O]`` (of several
-            observations a dictionary of arrays, nested keys joined by dots), as the run's real
-            env gives it after its transforms. It returns ``[height, width, 3]`` or
-            ``[height, width]``, uint8, or floats in [0, 1]. By default pendulum, cart-pole and
-            MuJoCo's envs of Gymnasium are drawn from what they observe, and the real env alone
-            as it renders itself.
+        max_steps: the greatest length of the film, in steps.
+        real_only: film only the real env.
+        seed: the seed of how the episode begins.
+        fps, height: frames in a second, and their height; None for the height as drawn.
+        episode: a real episode ``[T]`` to show, in place of a fresh one. It is not used if the
+            real env's own renderer draws, which films while the policy acts.
+        render: draws observations of your own env: a function
+            ``render(observation) -> frame``, or its name, ``"module:function"``. It gets the
+            observations of one step that the model predicts, real or imagined, as the run's real
+            env gives them after its transforms: an array ``[*O]``, or for several observations
+            a dictionary of arrays with nested keys joined by dots. It returns
+            ``[height, width, 3]`` or ``[height, width]``, uint8, or floats in [0, 1]. By default
+            pendulum, cart-pole and MuJoCo's envs of Gymnasium are drawn from their observations,
+            and films of only the real env by its own renderer.
 
     Returns:
-        Whether the imagined is beside the real.
+        Whether the film also shows what the model imagines.
 
     Raises:
         ValueError: if nothing can be drawn.
@@ -90,7 +91,7 @@ def film_policy(
         ...     return frame
         >>> trainer = MBPOTrainer(env="Pendulum-v1", max_episode_steps=20)
         >>> path = os.path.join(tempfile.mkdtemp(), "film.gif")
-        >>> film_policy(trainer, path, render=draw)  # it has learnt nothing yet
+        >>> film_policy(trainer, path, render=draw)  # the model has learnt nothing yet
         False
     """
     film = take_film(
@@ -154,13 +155,13 @@ def take_film(
     with forked_random(seed):
         for window in shown.split(horizon):
             part = render_comparison(env, window, render=draw, height=height)
-            # A window begins with what the one before ended with.
+            # A window begins with the last frame of the one before.
             parts.append(part if not parts else part[1:])
     return Film(np.concatenate(parts), episode, True)
 
 
 def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
-    """What draws observations: what the user gave, or what is known of the env."""
+    """Return what draws observations: the user's function, or one that is known for the env."""
     if render is None:
         return observation_renderer(trainer.env)
     draw = observation_renderer(found_render(render))
@@ -173,14 +174,14 @@ def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
 
 
 def found_render(render: Render | None) -> Render | None:
-    """Return what draws: the function where its name was given, ``"module:function"``."""
+    """Return the function if its name was given, ``"module:function"``; else what was given."""
     if isinstance(render, str) and ":" in render:
         return load_object(render)
     return render
 
 
 def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
-    """The observations that the model predicts; all of the real env where there is no model."""
+    """Return the observations that the model predicts, or those of the real env without a model."""
     if trainer.recipe.world_model is not None:
         return unique(trainer.recipe.diagnosed_env().observation_spec.keys(True, True))
     keys = unique(trainer.env.observation_spec.keys(True, True))
@@ -190,21 +191,21 @@ def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
 def _real_film(
     trainer: RecipeTrainer, seed: int, max_steps: int, height: int | None
 ) -> Film:
-    """The film of an episode, as the real env's own renderer draws it."""
+    """Return the film of an episode, as the real env's own renderer draws it."""
     env, frames = trainer.make_env(render_mode="rgb_array"), []
 
     def take(*_: Any) -> None:
         if len(frames) <= max_steps:
             frames.append(rendered_frame(env))
 
-    # Before each action; not by the rollout's callback, which misses both ends.
+    # Before each action: the rollout's callback misses the first and the last state.
     hook = trainer.policy.register_forward_pre_hook(take)
     try:
         (episode,) = trainer.evaluate(1, env, seed=seed)
         take()
     finally:
         hook.remove()
-        env.close()  # a run makes many films, and renderers hold on to what they draw with
+        env.close()  # a run makes many films, and renderers keep their resources
     if any(frame is None for frame in frames):
         return Film(None, episode, False)
     shown = np.stack(frames)

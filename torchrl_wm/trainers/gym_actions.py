@@ -1,13 +1,14 @@
-"""Gymnasium's actions as TorchRL gives them: options counted from 0, and no dictionary of one."""
+"""Gymnasium's actions in TorchRL's form: options counted from 0, no dictionaries of one entry."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import gymnasium
 from gymnasium import spaces
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 
 from torchrl_wm import _upstream
 
@@ -15,9 +16,9 @@ from torchrl_wm import _upstream
 class TorchRLActions(gymnasium.ActionWrapper):
     """A Gymnasium env that takes actions as TorchRL's wrappers hand them out.
 
-    They number options 0, 1, ..., ``n - 1``, whatever the ``start`` of the space: here 0 is
-    what the env calls ``start``. And they hand out the value alone where a dictionary has one
-    entry: here the env gets the dictionary.
+    TorchRL numbers options 0, 1, ..., ``n - 1``, whatever the ``start`` of the space: this env
+    adds ``start``. TorchRL gives only the value of a dictionary with one entry: this env makes
+    the dictionary.
 
     Args:
         env: the env.
@@ -37,37 +38,52 @@ class TorchRLActions(gymnasium.ActionWrapper):
         self.action_space = _from_zero(env.action_space)
 
     def action(self, action: Any) -> Any:
-        """The action as the env has it."""
+        """Return the action as the env takes it."""
         return _as_the_env(self.env.action_space, action)
 
 
 def as_torchrl_acts(env: gymnasium.Env) -> gymnasium.Env:
-    """The env, in a :class:`TorchRLActions` where its action space needs it."""
+    """Return the env, in a :class:`TorchRLActions` where its action space needs it."""
     space = env.action_space
     needed = isinstance(space, spaces.Dict) or _from_zero(space) != space
     return TorchRLActions(env) if needed else env
 
 
 def gymnasium_env(env: EnvBase) -> gymnasium.Env | None:
-    """The Gymnasium env within a TorchRL env; None if there is none."""
+    """Return the Gymnasium env within a TorchRL env; None if there is none."""
     inner = wrapped_env(env)
     return inner if isinstance(inner, gymnasium.Env) else None
 
 
 def wrapped_env(env: EnvBase) -> Any:
-    """What a TorchRL env wraps, of whatever library; None if it wraps nothing."""
+    """Return the env of another library that a TorchRL env wraps; None if it wraps none."""
     return _upstream.wrapped_env(innermost(env))
 
 
 def innermost(env: EnvBase) -> EnvBase:
-    """The env within all transforms."""
+    """Return the env within all transforms."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env
 
 
+def layers(env: EnvBase) -> Iterator[list[Transform]]:
+    """Give the transforms around an env: a list for each layer, the outer ones first."""
+    while isinstance(env, TransformedEnv):
+        yield list(_single(env.transform))
+        env = env.base_env
+
+
+def _single(transform: Transform) -> Iterator[Transform]:
+    if isinstance(transform, Compose):
+        for part in transform:
+            yield from _single(part)
+    else:
+        yield transform
+
+
 def own_action_space(env: EnvBase) -> gymnasium.Space | None:
-    """The action space as the Gymnasium env within has it; None if there is none."""
+    """Return the action space of the Gymnasium env within; None if there is none."""
     inner = gymnasium_env(env)
     if isinstance(inner, TorchRLActions):
         inner = inner.env
@@ -75,10 +91,10 @@ def own_action_space(env: EnvBase) -> gymnasium.Space | None:
 
 
 def check_start(env: EnvBase) -> None:
-    """Refuse a TorchRL env that numbers its options in another way than the env within.
+    """Refuse a TorchRL env that numbers its options otherwise than the env within.
 
     Raises:
-        ValueError: if a ``start`` is not 0.
+        ValueError: if a ``start`` of the env within is not 0.
     """
     inner = gymnasium_env(env)
     if inner is not None and _from_zero(inner.action_space) != inner.action_space:
@@ -92,7 +108,9 @@ def check_start(env: EnvBase) -> None:
 
 def _from_zero(space: gymnasium.Space) -> gymnasium.Space:
     if isinstance(space, spaces.Discrete) and space.start != 0:
-        return spaces.Discrete(space.n, dtype=space.dtype)
+        counted = deepcopy(space)  # Discrete takes no dtype before gymnasium 1.2.3
+        counted.start = space.start - space.start
+        return counted
     if isinstance(space, spaces.MultiDiscrete) and space.start.any():
         return spaces.MultiDiscrete(space.nvec, dtype=space.dtype)
     if isinstance(space, spaces.Dict):

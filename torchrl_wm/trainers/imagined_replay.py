@@ -1,4 +1,4 @@
-"""Keep a replay buffer filled with imagined transitions while a Trainer runs."""
+"""Fill a replay buffer with imagined transitions while a Trainer runs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from torchrl.trainers.trainers import TrainerHookBase
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.start_states import make_sampler, StartStates
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.settings import AtLeast
 
 
 class ImaginedReplayHook(TrainerHookBase):
-    """Imagines from real start states after each round of training.
+    """A hook that imagines from real start states after each round of training.
 
     After the optimisation steps on each collected batch the hook draws start
     states, imagines branched rollouts from them (MBPO, arXiv 1906.08253) with
-    the model as it then is, and puts the transitions into a replay buffer. What
-    comes after the end of a trajectory is left out.
+    the current model, and puts the transitions into a replay buffer. Steps after
+    the end of a trajectory are left out.
 
     Args:
         env: the imagined env, with a batch size of ``[]`` or ``[num_starts]``.
-        replay_buffer: where the imagined transitions go, one per element.
-        start_states: where the rollouts branch off: the replay buffer of real
+        replay_buffer: the buffer of imagined transitions, one per element.
+        start_states: the states that rollouts start from: the replay buffer of real
             transitions, or anything else that
             :class:`~torchrl_wm.WorldModelEnv` takes as ``start_states``.
 
     Keyword Args:
-        policy: what acts; random actions by default. It explores
+        policy: the policy; random actions by default. It explores
             (:class:`~torchrl.envs.utils.ExplorationType` RANDOM).
         horizon: the number of imagined steps from each start.
         num_starts: how many starts to draw each time.
-        interval: imagine after every so many collected batches.
+        interval: how many collected batches pass between two rounds of imagination.
 
     Raises:
         ValueError: if a number is not positive, or ``num_starts`` does not fit
@@ -80,8 +81,7 @@ class ImaginedReplayHook(TrainerHookBase):
     ) -> None:
         numbers = {"horizon": horizon, "num_starts": num_starts, "interval": interval}
         for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            AtLeast(1).check(name, value)
         if not isinstance(env, WorldModelEnv) or not isinstance(
             replay_buffer, ReplayBuffer
         ):
@@ -107,13 +107,13 @@ class ImaginedReplayHook(TrainerHookBase):
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Imagine once, if it is time to."""
+        """Imagine once, if it is due."""
         self._calls += 1
         if self._calls % self.interval:
             return
         starts = self._sample_starts(torch.Size([self.num_starts]))
-        # Nothing else of a real sample (its log-probabilities, its weights) is true
-        # of what is imagined from it.
+        # Other entries of a real sample (log-probabilities, weights) do not hold for
+        # what is imagined from it.
         starts = starts.select(*self.env.start_keys, strict=False)
         model = self.env.world_model
         with evaluation_mode(model), set_exploration_type(ExplorationType.RANDOM):
@@ -124,7 +124,7 @@ class ImaginedReplayHook(TrainerHookBase):
         self.imagined_frames += len(transitions)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, and the imagined replay buffer."""
+        """Return the counts and the state of the imagined replay buffer."""
         return {
             "calls": self._calls,
             "imagined_frames": self.imagined_frames,

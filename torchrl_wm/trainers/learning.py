@@ -13,11 +13,11 @@ from torchrl_wm.modules import EnsembleDynamics, fit_normalizers, WorldModel
 from torchrl_wm.modules.blocks.normalizer import valid_rows
 from torchrl_wm.objectives import GaussianNLLTerm, WorldModelLoss
 
-#: How many batches to draw from a buffer at once: to draw one by one takes longer than a step.
+#: How many batches are drawn from a buffer at once: drawing them one by one is slower than a step.
 _DRAWN_AT_ONCE = 64
-#: Of how many transitions to count at once: the hash takes some times their size.
+#: How many transitions are counted at once: hashing takes several times their memory.
 _COUNTED_AT_ONCE = 16384
-#: After how many gradient steps on a device other than the CPU losses are looked at.
+#: How many gradient steps pass between two checks of losses on devices other than the CPU.
 _CHECK_INTERVAL = 50
 
 
@@ -25,7 +25,7 @@ class NonFiniteLossError(FloatingPointError):
     """A loss became NaN or infinite.
 
     Attributes:
-        batch: what it was computed from.
+        batch: the batch that it was computed from.
     """
 
     def __init__(self, message: str, batch: TensorDictBase) -> None:
@@ -34,18 +34,18 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class ModelLearner:
-    """Trains a world model by its loss, again and again as transitions come in.
+    """A learner that trains a world model by its loss, repeatedly while transitions come in.
 
-    The optimiser goes on from round to round; normalisers are fitted anew in each, and, of
-    an ensemble with fewer elites than members, the elites are chosen by the error on
-    transitions held out of the round (MBPO, arXiv 1906.08253).
+    The optimiser goes on from round to round. Each round fits the normalisers again. If an
+    ensemble has fewer elites than members, the elites are chosen by the error on transitions
+    held out of the round (MBPO, arXiv 1906.08253).
 
     Args:
         world_model: the model.
-        loss: what trains it.
+        loss: its loss.
 
     Keyword Args:
-        learning_rate, weight_decay: of AdamW.
+        learning_rate, weight_decay: settings of AdamW.
         batch_size: the transitions in a batch.
         held_out: the share of transitions to choose elites by. Not used by models that
             have no elites to choose.
@@ -98,18 +98,18 @@ class ModelLearner:
 
         Args:
             data: transitions ``[N]``, or a replay buffer of them.
-            steps: how many.
-            on_step: called with the number of each step and of all, for progress bars.
+            steps: how many gradient steps to make.
+            on_step: called with the number of each step and of all steps, for progress bars.
 
         Returns:
             The mean of each loss over the last tenth of the steps, on the model's device.
 
         Raises:
-            NonFiniteLossError: if a loss is NaN or infinite. The parameters are those before
-                that step.
+            NonFiniteLossError: if a loss is NaN or infinite. The parameters are those before that
+                step.
         """
         rows = data[:] if isinstance(data, ReplayBuffer) else data
-        # To the model's device, once: batches are drawn there.
+        # Moved to the model's device once; batches are drawn there.
         rows = valid_rows(rows).reshape(-1).to(self.device)
         train, held_out = self._divided(rows)
         fit_normalizers(self.world_model, train)
@@ -134,11 +134,11 @@ class ModelLearner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.loss.parameters()).device
 
     def state_dict(self) -> dict[str, Any]:
-        """The model, the optimiser and the count."""
+        """Return the states of the model and the optimiser, and the count of steps."""
         return {
             "world_model": self.world_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -154,7 +154,7 @@ class ModelLearner:
     def _divided(
         self, rows: TensorDictBase
     ) -> tuple[TensorDictBase, TensorDictBase | None]:
-        """What to train on, and what to choose elites by."""
+        """Return the rows to train on, and those that elites are chosen by."""
         dynamics = self.world_model.dynamics
         number = int(self.held_out * len(rows))
         if (
@@ -167,9 +167,9 @@ class ModelLearner:
         return rows[order[number:]], rows[order[:number]]
 
     def _counted(self, rows: TensorDictBase, steps: int) -> TensorDictBase:
-        """The rows with their bootstrap counts, which else each batch would make anew."""
+        """Return the rows with their bootstrap counts, so that batches need not compute them."""
         if len(rows) > steps * self.batch_size:
-            return rows  # most of them are in no batch
+            return rows  # most rows are in no batch
         dynamics = self.world_model.dynamics
         terms = [t for t in self.loss.terms if isinstance(t, GaussianNLLTerm)]
         if not isinstance(dynamics, EnsembleDynamics) or len(terms) != 1:
@@ -206,7 +206,7 @@ def check_losses(
     Raises:
         NonFiniteLossError: if one is.
     """
-    # To look is to wait for the device: there a loss that stays NaN is found some steps later.
+    # A check waits for the device; a loss that stays NaN is found some steps later there.
     if total.device.type != "cpu" and step % _CHECK_INTERVAL:
         return
     if total.isfinite():
@@ -221,10 +221,10 @@ def check_losses(
 
 
 def check_transitions(rows: TensorDictBase, step: int) -> None:
-    """Refuse transitions of a real env that are not finite, before anything learns from them.
+    """Refuse transitions of a real env that are not finite, before the recipe learns from them.
 
     Raises:
-        NonFiniteLossError: if there are.
+        NonFiniteLossError: if some are not.
     """
     bad = [
         key

@@ -1,4 +1,4 @@
-"""What logged actions are, choices or quantities: as an env, a space or they themselves tell."""
+"""Specs of logged actions, choices or quantities, from an env, a space or the data."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ _SAY = (
 )
 
 
-# What they themselves tell -------------------------------------------------------------
+# Specs from the data -------------------------------------------------------------------
 
 
 def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
-    """What actions are, by their values.
+    """Return the spec that the values of actions suggest.
 
-    - One integer for each step is the number of an option, of as many as the greatest and one.
-    - Rows of 0 and 1 are one choice as a one-hot vector, if each has a single 1; several such
-      choices side by side, if all fall into the same blocks with a single 1 each; and
-      else a binary vector.
-    - Other integers are numbers of options, each of a choice of its own.
-    - Floats are quantities without bounds, but for rows that are all one-hot, not all the same.
+    - One integer for each step is the number of an option; there are as many options as the
+      greatest number plus one.
+    - Rows of 0 and 1 are a one-hot choice if each has a single 1; several such choices side by
+      side if all rows fall into the same blocks with a single 1 each; otherwise a binary vector.
+    - Other integers are the numbers of options of several choices.
+    - Floats are quantities without bounds, unless all rows are one-hot and some differ.
 
     Args:
-        key: of the entry, for messages.
+        key: the key of the entry, for messages.
         value: ``[N, *A]``.
 
     Returns:
         The spec, of the shape ``A`` and the dtype of ``value``.
 
     Raises:
-        ValueError: if they may be one thing or another.
+        ValueError: if they may be of several kinds.
     """
     form = {"shape": value.shape[1:], "dtype": value.dtype}
     size = value.shape[-1] if value.ndim > 1 else 1
@@ -75,14 +75,14 @@ def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
 
 
 def as_choices(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
-    """Actions of arrays as ``GymEnv`` has them: numbers of options become one-hot.
+    """Return actions of arrays as ``GymEnv`` has them: numbers of options become one-hot.
 
     Args:
-        key: of the entry, for messages.
+        key: the key of the entry, for messages.
         value: ``[N, *A]``.
 
     Raises:
-        ValueError: if there are integers that are no numbers of options.
+        ValueError: if there are integers that cannot be numbers of options.
     """
     if value.is_floating_point():
         return value
@@ -104,20 +104,20 @@ def as_choices(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
 
 
 def _options(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
-    """How many options each of the choices ``[N, *A]`` has, ``[*A]``: the greatest and one."""
+    """Return how many options each of the choices ``[N, *A]`` has, ``[*A]``: the greatest plus one."""
     if value.dtype is torch.bool:
         return torch.full(value.shape[1:], 2)
     options = value.long().amax(0) + 1
     if (options < 2).any():
         raise ValueError(
-            f"The actions {key!r} are class numbers, some of which are 0 at every step, so that "
+            f"The actions {key!r} are class numbers, and some are 0 at every step, so that "
             f"the data does not tell how many options there are. {_SAY}"
         )
     return options
 
 
 def _checked(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
-    """Integers that may be numbers of options."""
+    """Return the integers; refuse those that cannot be numbers of options."""
     numbers = value.long()
     least, most = int(numbers.min()), int(numbers.max())
     if least < 0:
@@ -128,22 +128,22 @@ def _checked(key: NestedKey, value: torch.Tensor) -> torch.Tensor:
         )
     if most >= _MOST_OPTIONS:
         raise ValueError(
-            f"The actions {key!r} are integers up to {most}: too many for choices, of which "
-            f"each number would be one. Quantities are floats: actions.astype(np.float32). {_SAY}"
+            f"The actions {key!r} are integers up to {most}: too many options for "
+            f"choices. Quantities are floats: actions.astype(np.float32). {_SAY}"
         )
     return numbers
 
 
 def _is_one_hot(value: torch.Tensor) -> bool:
-    """Whether each row, along the last dim, is one 1 among zeros."""
+    """Return whether each row, along the last dim, is one 1 among zeros."""
     ones, zeros = value == 1, value == 0
     return bool((ones | zeros).all()) and bool((ones.sum(-1) == 1).all())
 
 
 def _blocks(key: NestedKey, rows: torch.Tensor) -> list[int] | None:
-    """The sizes of the one-hot blocks that rows ``[N, A]`` of 0 and 1 fall into, if they do.
+    """Return the sizes of the one-hot blocks that rows ``[N, A]`` of 0 and 1 fall into; None if they do not.
 
-    A block ends where, in every row, the same number of ones has come.
+    A block ends where all rows have had the same number of ones.
     """
     ones = rows.cumsum(-1)
     same = (ones == ones[:1]).all(0)
@@ -168,40 +168,40 @@ def _blocks(key: NestedKey, rows: torch.Tensor) -> list[int] | None:
     return sizes
 
 
-# What an env tells ----------------------------------------------------------------------
+# Specs of an env ------------------------------------------------------------------------
 
 
 def start_of(env: EnvBase) -> Any:
-    """The number of the first option in an env's Gymnasium space; TorchRL's is 0."""
+    """Return the number of the first option in an env's Gymnasium space; TorchRL's is 0."""
     return start_of_space(getattr(wrapped_env(env), "action_space", None))
 
 
 def start_of_space(space: Any) -> Any:
-    """As :func:`start_of`, of the space itself; of several choices one for each."""
+    """Return the number of the first option in a space; one for each of several choices."""
     start = getattr(space, "start", 0)
     return np.asarray(start) if np.any(start) else 0
 
 
-# As a spec has them ----------------------------------------------------------------------
+# In the form of a spec -------------------------------------------------------------------
 
 
 def as_spec(
     key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str, *, start: Any = 0
 ) -> torch.Tensor:
-    """Actions as a spec has them: choices as class numbers or one-hot, whichever they were.
+    """Return actions in the form of a spec: choices become class numbers or one-hot.
 
     Args:
-        key: of the entry, for messages.
+        key: the key of the entry, for messages.
         value: ``[N, *A]``.
         spec: the spec, without batch dims.
-        whose: it is, for messages.
-        start: the number of the first option, where actions are numbers.
+        whose: what has the spec, for messages.
+        start: the number of the first option, if actions are numbers.
 
     Returns:
         ``[N, *spec.shape]`` of the spec's dtype.
 
     Raises:
-        ValueError: if the shape is another, or there is no such option.
+        ValueError: if the shape differs, or there is no such option.
     """
     if isinstance(spec, _CHOICES) and not isinstance(spec, Binary):
         return _as_choices(key, value, spec, whose, start)
@@ -218,7 +218,7 @@ def as_spec(
 def _as_choices(
     key: NestedKey, value: torch.Tensor, spec: TensorSpec, whose: str, start: Any
 ) -> torch.Tensor:
-    """As :func:`as_spec`, of choices: ``K`` in a row, whatever the shape."""
+    """Return choices in the form of a spec, ``K`` in a row whatever the shape; see :func:`as_spec`."""
     is_vector = isinstance(spec, (OneHot, MultiOneHot))
     counts = _counts(spec)
     flat = value.flatten(1) if value.ndim > 1 else value.unsqueeze(-1)
@@ -256,7 +256,7 @@ def _as_choices(
 
 
 def _counts(spec: TensorSpec) -> list[int]:
-    """How many options each choice has."""
+    """Return how many options each choice has."""
     if isinstance(spec, MultiOneHot):
         return [int(n) for n in spec.nvec] * spec.shape[:-1].numel()
     if isinstance(spec, MultiCategorical):
@@ -266,9 +266,9 @@ def _counts(spec: TensorSpec) -> list[int]:
 
 
 def _exactly(key: NestedKey, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In another dtype, which must hold what floats say."""
+    """Return a tensor in another dtype; refuse to round floats."""
     if value.is_floating_point() and not dtype.is_floating_point:
-        wrong = value != value.round()  # NaN, too
+        wrong = value != value.round()  # which NaN is
         if wrong.any():
             raise ValueError(
                 f"The actions {key!r} are integers, and the data has {value[wrong][0].item()}."
@@ -286,20 +286,20 @@ def _other_shape(
 
 
 def action_keys(data: TensorDictBase) -> list[NestedKey]:
-    """The keys of recorded actions."""
+    """Return the keys of recorded actions."""
     keys = unique(key for key in leaf_keys(data) if as_tuple(key)[0] != "next")
     return [key for key in keys if as_tuple(key)[-1] == "action"]
 
 
 def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Composite:
-    """The specs of recorded actions.
+    """Return the specs of recorded actions.
 
     Args:
         data: transitions ``[N]``.
-        given: what is known of them: a spec for all keys, or that of the only one.
+        given: known specs: a composite for all keys, or the spec of the only key.
 
     Raises:
-        ValueError: if the actions are not of the spec given, or do not tell what they are.
+        ValueError: if the actions do not fit the given spec, or no spec can be inferred.
     """
     keys = action_keys(data)
     known = by_key(given, keys)
@@ -324,10 +324,10 @@ def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Compo
 def by_key(
     given: TensorSpec | None, keys: list[NestedKey]
 ) -> dict[NestedKey, TensorSpec]:
-    """A spec of actions, or several, by their keys.
+    """Return one or several specs of actions by their keys.
 
     Raises:
-        ValueError: if it is of another key, or one spec for several.
+        ValueError: if it has other keys, or is one spec for several actions.
     """
     if given is None:
         return {}

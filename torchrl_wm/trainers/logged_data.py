@@ -1,4 +1,4 @@
-"""Transitions that somebody else recorded: arrays, replay buffers, tensordicts, Minari datasets."""
+"""Recorded transitions: arrays, replay buffers, tensordicts, Minari datasets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from torchrl_wm.trainers.logged_entries import (
 from torchrl_wm.trainers.logged_files import oldest_first, read
 from torchrl_wm.trainers.logged_minari import is_minari, minari_episodes, of_space
 
-#: What :func:`load_transitions` takes.
+#: The sources that :func:`load_transitions` reads.
 DataSource = Union[
     str,
     os.PathLike,
@@ -68,7 +68,7 @@ def load_transitions(
             - a dictionary of arrays of ``N`` steps: ``observations`` ``[N, *O]``, ``actions``
               ``[N, *A]``, ``rewards`` ``[N]``, ``terminations`` ``[N]``,
               ``next_observations`` ``[N, *O]`` and, optionally, ``truncations`` ``[N]``;
-            - the same without ``next_observations`` and with ``observations``
+            - such a dictionary without ``next_observations`` and with ``observations``
               ``[N + 1, *O]``: the arrays of one episode, its last observation included;
             - a list of such dictionaries, one for each episode;
             - a file ``.npz`` with the arrays of one dictionary;
@@ -80,42 +80,43 @@ def load_transitions(
               ``minari.MinariDataset``. Nothing is downloaded.
 
             Observations may be dictionaries of arrays, nested ones too; in an ``.npz`` file
-            their names are joined by slashes, ``observations/position``. Names that mean
-            something else in a transition (``action``, ``reward``, ``done``, ...) are
+            their names are joined by slashes, ``observations/position``. Names that have
+            another meaning in a transition (``action``, ``reward``, ``done``, ...) are
             refused.
 
     Keyword Args:
-        env: the env that was recorded, whose specs the transitions are to have. Choices are
-            class numbers or one-hot in the data, and become what they are in the env; in arrays
-            they are numbered as in its Gymnasium space, from its ``start`` on.
-        action_spec: the spec of the actions alone, without batch dims, in place of the env.
+        env: the env that was recorded, whose specs the transitions will have. Choices in the
+            data are class numbers or one-hot, and take the form of the env; arrays number them
+            as its Gymnasium space does, from its ``start`` on.
+        action_spec: the spec of only the actions, without batch dims, in place of the env.
             Without either, integers in arrays are choices, which become one-hot as in
-            ``GymEnv``: one number for each step one of as many as the greatest and one, a vector
-            of them several (rows of 0 and 1 stay as they are); a Minari dataset says how many
-            there are, and whether integers are quantities, which become floats.
+            ``GymEnv``: one number for each step is one choice, among as many options as the
+            greatest number plus one; a vector of numbers is several choices (rows of 0 and 1
+            stay as they are). A Minari dataset says how many options there are, and whether
+            integers are quantities, which become floats.
 
     Returns:
         Transitions ``[N]``, in the order of recording: the observations (an array under
         ``"observation"``, dictionaries under their own keys), ``"action"``, and below
         ``"next"`` the observations, ``"reward"``, ``"terminated"``, ``"truncated"`` and
-        ``"done"``, each ``[N, 1]``. What is float64 becomes float32, unless it is float64 in
-        ``env`` or, without one, float32 numbers are too far apart for it, as they are for
-        seconds since 1970; where ``env`` has such an entry in float32, a warning names it.
-        Entries of tensordicts keep their keys.
+        ``"done"``, each ``[N, 1]``. Float64 becomes float32, unless it is float64 in ``env`` or,
+        without ``env``, float32 is too coarse for the values, such as seconds since 1970. If
+        ``env`` has such an entry in float32, a warning names it. Entries of tensordicts keep
+        their keys.
 
-        Where a row, a dictionary or a buffer ends before its episode does, its last step is
-        truncated, as is one before a step that begins an episode (``is_init``) or belongs to
-        another (``("collector", "traj_ids")``): nothing follows it. Buffers that are full are
+        If a row, a dictionary or a buffer ends before its episode does, its last step is
+        truncated, as nothing follows it. So is a step before one that begins an episode
+        (``is_init``) or belongs to another (``("collector", "traj_ids")``). Full buffers are
         read from their oldest step on.
 
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
         KeyError: if an array or entry is missing; the message names it.
-        ValueError: if lengths or shapes do not fit, an observation has the name of something
-            else, or what is there is none of these.
+        ValueError: if lengths or shapes do not fit, an observation has a reserved name, or the
+            source is of another kind.
 
     .. note:: The folders of tensordicts may hold pickled objects, which run code when they are
-       loaded. Load those that you trust.
+       loaded. Load only folders that you trust.
 
     Examples:
         >>> import numpy as np
@@ -138,7 +139,7 @@ def read_transitions(
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
 ) -> tuple[TensorDictBase, TensorSpec | None]:
-    """As :func:`load_transitions`; and the spec of the actions, if more than they tell it."""
+    """Return what :func:`load_transitions` does, and the spec of the actions if the source gives one."""
     if env is not None and action_spec is not None:
         raise ValueError("Give env or action_spec, not both: the env has its own.")
     space = None
@@ -164,7 +165,7 @@ def read_transitions(
         )
     if not len(data):
         raise ValueError("The data holds no transition.")
-    if env is None:  # whose specs would say what an entry is
+    if env is None:  # an env's specs say what an entry is
         check_observed_actions(data)
     data = narrowed(data, env)
     if space is not None:
@@ -189,7 +190,46 @@ def read_transitions(
 def _from_arrays(
     arrays: Mapping[str, Any], what: str, known: bool = False
 ) -> TensorDictBase:
-    """The transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
+    """Return the transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
+    _check_array_names(arrays, what)
+    rewards = _numbers("rewards", arrays["rewards"], what).float()
+    steps = len(rewards)
+    if not steps:
+        raise ValueError(f"{what} has no step.")
+    terminated = _ends("terminations", arrays["terminations"], what)
+    truncated = torch.zeros(steps, 1, dtype=torch.bool)
+    if "truncations" in arrays:
+        truncated = _ends("truncations", arrays["truncations"], what)
+    actions = _tensor("actions", arrays["actions"])
+    for name, value in (
+        ("actions", actions),
+        ("terminations", terminated),
+        ("truncations", truncated),
+    ):
+        _check_length(name, value, what, steps, steps)
+    observations = _tree("observations", arrays["observations"])
+    check_names(observations, what, known)
+    if "next_observations" in arrays:
+        following = _tree("next_observations", arrays["next_observations"])
+    else:
+        ended = terminated | truncated
+        observations, following = _successive(observations, ended, what)
+    # The data has nothing after the last step.
+    truncated[-1] |= ~terminated[-1]
+    out = TensorDict({"action": actions}, batch_size=[steps])
+    _set_observations(out, observations, following, what)
+    for name, value in (
+        ("reward", rewards),
+        ("terminated", terminated),
+        ("truncated", truncated),
+        ("done", terminated | truncated),
+    ):
+        out.set(("next", name), value)
+    return out
+
+
+def _check_array_names(arrays: Mapping[str, Any], what: str) -> None:
+    """Refuse anything but a dictionary of the required arrays."""
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
@@ -201,78 +241,66 @@ def _from_arrays(
             f"The arrays of {what} are {sorted(arrays)}: "
             + (f"{missing} are missing. " if missing else "")
             + (f"{unknown} are not known. " if unknown else "")
-            + f"Needed are {list(NAMES)}; {list(OPTIONAL)} may be there."
+            + f"{list(NAMES)} are required, {list(OPTIONAL)} are optional."
         )
-    rewards = _numbers("rewards", arrays["rewards"], what).float()
-    steps = len(rewards)
-    if not steps:
-        raise ValueError(f"{what} has no step.")
-    terminated = _ends("terminations", arrays["terminations"], what)
-    truncated = torch.zeros(steps, 1, dtype=torch.bool)
-    if "truncations" in arrays:
-        truncated = _ends("truncations", arrays["truncations"], what)
-    actions = _tensor("actions", arrays["actions"])
-    observations = _tree("observations", arrays["observations"])
-    check_names(observations, what, known)
-    if "next_observations" in arrays:
-        following = _tree("next_observations", arrays["next_observations"])
-        needed = {"next_observations": (following, steps)}
-    else:
-        following = {key: value[1:] for key, value in observations.items()}
-        needed = {}
-        ended = terminated | truncated
-        if ended[:-1].any():
-            raise ValueError(
-                f"{what} has no next_observations and ends at step "
-                f"{int(ended[:-1].float().argmax())} of {steps}: the observation after that step "
-                f"is not there. Give next_observations [N, ...], or a list of episodes, each with "
-                f"one observation more than steps."
-            )
-        steps_and_last = {key: value for key, value in observations.items()}
-        needed["observations"] = (steps_and_last, steps + 1)
-        _check_lengths(needed, what, steps)
-        observations = {key: value[:-1] for key, value in observations.items()}
-        needed = {}
-    needed["observations"] = (observations, steps)
-    needed["actions"] = ({"action": actions}, steps)
-    needed["terminations"] = ({"": terminated}, steps)
-    needed["truncations"] = ({"": truncated}, steps)
-    _check_lengths(needed, what, steps)
-    # What comes after the last step belongs to another episode.
-    truncated[-1] |= ~terminated[-1]
-    out = TensorDict({"action": actions}, batch_size=[steps])
+
+
+def _successive(
+    observations: dict[Any, torch.Tensor], ended: torch.Tensor, what: str
+) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
+    """Return the observations of one episode before and after each step, from ``[N + 1, *O]``."""
+    steps = len(ended)
+    if ended[:-1].any():
+        raise ValueError(
+            f"{what} has no next_observations and ends at step "
+            f"{int(ended[:-1].float().argmax())} of {steps}: the observation after that step "
+            f"is not there. Give next_observations [N, ...], or a list of episodes, each with "
+            f"one observation more than steps."
+        )
+    for value in observations.values():
+        _check_length("observations", value, what, steps, steps + 1)
+    before = {key: value[:-1] for key, value in observations.items()}
+    return before, {key: value[1:] for key, value in observations.items()}
+
+
+def _set_observations(
+    out: TensorDictBase,
+    observations: dict[Any, torch.Tensor],
+    following: dict[Any, torch.Tensor],
+    what: str,
+) -> None:
+    """Write observations and those that follow into transitions ``[N]``."""
+    steps = len(out)
+    for name, values in (
+        ("next_observations", following),
+        ("observations", observations),
+    ):
+        for value in values.values():
+            _check_length(name, value, what, steps, steps)
     for key, value in observations.items():
-        out.set(key, value)
         if key not in following or following[key].shape != value.shape:
             raise ValueError(
                 f"next_observations of {what} do not have the shapes of observations: {key!r} is "
                 f"{tuple(value.shape)}, and then "
                 f"{tuple(following[key].shape) if key in following else 'missing'}."
             )
+        out.set(key, value)
         out.set(join("next", key), following[key])
-    for name, value in (
-        ("reward", rewards),
-        ("terminated", terminated),
-        ("truncated", truncated),
-        ("done", terminated | truncated),
-    ):
-        out.set(("next", name), value)
-    return out
 
 
-def _check_lengths(needed: dict[str, tuple], what: str, steps: int) -> None:
-    for name, (values, length) in needed.items():
-        for value in values.values():
-            if len(value) != length:
-                raise ValueError(
-                    f"{name} of {what} has {len(value)} rows, and there are {steps} rewards, so "
-                    f"{length} were expected. Without next_observations an episode has one "
-                    f"observation more than rewards."
-                )
+def _check_length(
+    name: str, value: torch.Tensor, what: str, steps: int, length: int
+) -> None:
+    if len(value) != length:
+        raise ValueError(
+            f"{name} of {what} has {len(value)} rows, and there are {steps} rewards, so "
+            f"{length} were expected. Without next_observations an episode has one "
+            f"observation more than rewards."
+        )
 
 
 def _numbers(name: str, value: Any, what: str) -> torch.Tensor:
-    """One number for each step, ``[N, 1]``."""
+    """Return one number for each step, ``[N, 1]``."""
     tensor = _tensor(name, value)
     if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[1] != 1):
         raise ValueError(
@@ -283,25 +311,25 @@ def _numbers(name: str, value: Any, what: str) -> torch.Tensor:
 
 
 def _ends(name: str, value: Any, what: str) -> torch.Tensor:
-    """Whether the episode ends, at each step, ``[N, 1]`` bool."""
+    """Return the steps at which the episode ends, ``[N, 1]`` bool."""
     return _flags(f"{name} of {what}", _numbers(name, value, what))
 
 
 def _flags(name: str, value: torch.Tensor) -> torch.Tensor:
-    """0 and 1, in whatever dtype, as bool; NaN is neither."""
+    """Return 0 and 1 of any dtype as bool; refuse other values, NaN included."""
     wrong = ~((value == 0) | (value == 1))
     if wrong.any():
         step = wrong.flatten(1) if wrong.ndim > 1 else wrong.unsqueeze(-1)
         raise ValueError(
             f"{name} must be 0 or 1, and are {value[wrong][0].item()} in {int(wrong.sum())} of "
-            f"{wrong.numel()} places, the first of which is in row "
+            f"{wrong.numel()} places, first in row "
             f"{int(step.any(-1).long().argmax())}. Leave those episodes out, or repair them."
         )
     return value.bool()
 
 
 def _tree(name: str, value: Any, key: tuple = ()) -> dict[Any, torch.Tensor]:
-    """An array, or the leaves of a dictionary of arrays by key."""
+    """Return an array, or the leaves of a dictionary of arrays, by key."""
     if isinstance(value, Mapping):
         out: dict[Any, torch.Tensor] = {}
         for inner, item in value.items():
@@ -327,7 +355,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def _content(buffer: ReplayBuffer) -> Any:
-    """All that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
+    """Return all that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
     if not len(buffer):
         raise ValueError("The data holds no transition: the replay buffer is empty.")
     data = buffer[:]
@@ -341,15 +369,15 @@ def _content(buffer: ReplayBuffer) -> Any:
 
 
 def _flat(data: TensorDictBase) -> TensorDictBase:
-    """Transitions ``[N]`` of a tensordict ``[*B, T]``; padding is left out."""
+    """Return the transitions ``[N]`` of a tensordict ``[*B, T]``, without padding."""
     found = {as_tuple(key)[-1] for key in leaf_keys(data) if key[0] == "next"}
     missing = [] if "reward" in found else [("next", "reward")]
     if not found & {*ENDS}:
         missing.append(("next", "done"))
     if missing:
         raise MissingEntryError(
-            f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Needed are observations, "
-            f"actions, and below 'next' observations, rewards and dones, as rollouts have them."
+            f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Observations and "
+            f"actions are required, and below 'next' observations, rewards and dones, as in rollouts."
         )
     if not data.batch_size.numel():
         raise ValueError("The data holds no transition.")
@@ -363,7 +391,7 @@ def _flat(data: TensorDictBase) -> TensorDictBase:
 
 
 def _last_steps(data: TensorDictBase, valid: torch.Tensor) -> torch.Tensor:
-    """The steps after which nothing of their episode was recorded, ``[*B, T]`` bool."""
+    """Return the steps after which nothing of their episode was recorded, ``[*B, T]`` bool."""
     last = torch.ones_like(valid)
     last[..., :-1] = ~valid[..., 1:]
     begins = episode_begins(data)
@@ -404,11 +432,11 @@ def _end(data: TensorDictBase, last: torch.Tensor, valid: torch.Tensor) -> None:
             following.set(sibling(key, name), value)
 
 
-# What an env says of them --------------------------------------------------------------
+# The form of an env -------------------------------------------------------------------
 
 
 def _as_specified(data: TensorDictBase, env: EnvBase, start: Any) -> TensorDictBase:
-    """The transitions with the entries that the env has."""
+    """Return the transitions with the entries of the env, in its shapes and dtypes."""
     specs: EnvSpecs = read_specs(env)
     entries = [(e.key, e) for e in (*specs.vectors, *specs.pixels)]
     entries += [(join("next", e.key), e) for e in (*specs.vectors, *specs.pixels)]

@@ -1,4 +1,4 @@
-"""Which names and dtypes the entries of logged data may have."""
+"""The names and dtypes that entries of logged data may have."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from torchrl_wm.modules.keys import (
     strip_next,
 )
 
-#: What says that an episode ends.
+#: The entries that say that an episode ends.
 ENDS = ("done", "terminated", "truncated")
 
 
 def check_names(observations: Mapping[Any, Any], what: str, known: bool) -> None:
-    """Refuse observations that would be taken for the action, a reward, an end or a count.
+    """Refuse observations with the name of an action, a reward, an end or a count.
 
     Args:
         observations: by key.
-        what: whose they are.
-        known: whether an env says which entries are observations, so that only the places
-            are taken where arrays go.
+        what: what they belong to, for errors.
+        known: whether an env says which entries are observations; then only the keys that
+            arrays are written to are refused.
     """
     own = {"action", "reward", *ENDS} | (set() if known else BOOKKEEPING)
     taken = []
@@ -50,12 +50,12 @@ def check_names(observations: Mapping[Any, Any], what: str, known: bool) -> None
             f"a transition, actions, rewards, ends, and what is counted or comes next have these "
             f"names, and the two would be mixed up. Rename them, {'/'.join(other)!r} for "
             f"{'/'.join(names)!r} (in an env with torchrl.envs.RenameTransform), or leave them "
-            f"out. Episodes of a Minari dataset can be given as a list of dictionaries, too."
+            f"out. Episodes of a Minari dataset can also be given as a list of dictionaries."
         )
 
 
 def check_observed_actions(data: TensorDictBase) -> None:
-    """Refuse what may be an observation called "action", or the action that came next."""
+    """Refuse an entry that may be an observation called "action", or the next action."""
     for key in leaf_keys(data):
         following = join("next", key)
         if as_tuple(key)[-1] != "action" or data.get(following, None) is None:
@@ -70,7 +70,7 @@ def check_observed_actions(data: TensorDictBase) -> None:
 
 
 def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
-    """Float64 entries as float32, but where the env says float64, or too much would be lost."""
+    """Return float64 entries as float32, unless the env says float64 or too much would be lost."""
     dtypes = {}
     if env is not None:
         specs = read_specs(env)
@@ -84,7 +84,7 @@ def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
         dtype = dtypes.get(plain, torch.float32)
         if not is_next(key) and dtype is torch.float32:
             dims = coarse_dims(value, data.get(join("next", key), None))
-            if dims and plain in dtypes:  # the env's model is to be fed with float32
+            if dims and plain in dtypes:  # the env's model reads float32
                 warn_of_coarse(key, dims, stacklevel=4)
             elif dims:
                 wide.add(plain)

@@ -18,11 +18,11 @@ _MINARI = "minari:"
 
 
 def read(source: str | os.PathLike) -> Any:
-    """What a file, a folder or the name of a Minari dataset holds.
+    """Read a file, a folder or a Minari dataset.
 
     Raises:
-        FileNotFoundError: if there is no such thing.
-        ValueError: if it is none of these.
+        FileNotFoundError: if there is no such file, folder or dataset.
+        ValueError: if it is of another kind.
     """
     name = os.fspath(source)
     if name.startswith(_MINARI):
@@ -69,7 +69,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_storage(folder: Path) -> TensorDictBase:
-    """What a replay buffer's storage holds, oldest first, as ``[*B, T]``."""
+    """Read the storage of a replay buffer, oldest step first, as ``[*B, T]``."""
     about = _read_json(folder / "storage_metadata.json")
     if about.get("is_pytree") or not (folder / "meta.json").is_file():
         raise ValueError(
@@ -79,7 +79,7 @@ def _read_storage(folder: Path) -> TensorDictBase:
     data, length = TensorDict.load_memmap(folder), about["len"]
     file = folder.parent / "writer" / "metadata.json"
     writer = _read_json(file) if folder.name == "storage" and file.is_file() else {}
-    # Storages of several dims hold time first, and count the steps of all rows.
+    # Storages of several dims have time first, and count the steps of all rows.
     across = data.batch_size[1:].numel()
     if length > len(data) or writer.get("write_count", length) * across == length:
         times = oldest_first(data[: length // across], 0, writer.get("cursor", 0))
@@ -92,7 +92,7 @@ def _read_json(file: Path) -> Any:
 
 
 def oldest_first(data: TensorDictBase, dim: int, cursor: int) -> TensorDictBase:
-    """The steps of a ring, whose next step would be written at ``cursor``, in their order."""
+    """Return the steps of a ring buffer, which writes next at ``cursor``, in their order."""
     length = data.batch_size[dim]
     if not 0 < cursor < length:
         return data

@@ -1,4 +1,4 @@
-"""Minari datasets: where they are, their episodes, and what their spaces say of the actions."""
+"""Minari datasets: where they are, their episodes, and the specs of their actions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrl.data import Binary, Bounded, MultiOneHot, OneHot, TensorSpec, Unbou
 
 from torchrl_wm.trainers.logged_actions import as_spec, start_of_space
 
-#: What of an episode is read.
+#: The arrays of an episode that are read.
 _ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
@@ -27,7 +27,7 @@ def _minari() -> Any:
 
 
 def minari_dataset(name: str) -> Any:
-    """The dataset of an id, if it is on this machine."""
+    """Return the dataset of an id, if it is on this machine."""
     minari = _minari()
     known = minari.list_local_datasets()
     if name not in known:
@@ -39,17 +39,17 @@ def minari_dataset(name: str) -> Any:
 
 
 def minari_folder(folder: Path) -> Any:
-    """The dataset in a folder."""
+    """Return the dataset in a folder."""
     return _minari().MinariDataset(folder)
 
 
 def is_minari(source: Any) -> bool:
-    """Whether it is a dataset of Minari."""
+    """Return whether a source is a dataset of Minari."""
     return hasattr(source, "iterate_episodes") and hasattr(source, "action_space")
 
 
 def minari_episodes(dataset: Any) -> tuple[list[dict[str, Any]], Any]:
-    """The episodes, and the space of the actions."""
+    """Return the episodes of a dataset, and the space of its actions."""
     episodes = [
         {name: getattr(episode, name) for name in _ARRAYS}
         for episode in dataset.iterate_episodes()
@@ -60,15 +60,15 @@ def minari_episodes(dataset: Any) -> tuple[list[dict[str, Any]], Any]:
 def of_space(
     key: NestedKey, value: torch.Tensor, space: Any
 ) -> tuple[torch.Tensor, TensorSpec | None]:
-    """Actions of a Gymnasium space as ``GymEnv`` has them, and their spec.
+    """Return actions of a Gymnasium space as ``GymEnv`` has them, and their spec.
 
     Args:
-        key: of the entry, for messages.
-        value: as the space has them, ``[N, *A]``.
+        key: the key of the entry, for messages.
+        value: the actions of the space, ``[N, *A]``.
         space: the space.
 
     Returns:
-        The actions, and their spec; None where the space says no more than they do.
+        The actions, and their spec; None if the space says no more than the values.
     """
     kind = type(space).__name__  # Gymnasium's or Gym's
     spec: TensorSpec | None = None
@@ -84,7 +84,7 @@ def of_space(
     elif kind == "MultiBinary":
         spec = Binary(space.shape[-1], shape=space.shape, dtype=torch.int8)
     elif kind == "Box":
-        # Integers, too, are quantities here, and would be taken for choices.
+        # Integers are quantities here as well, and would otherwise be taken for choices.
         dtype = value.dtype if value.is_floating_point() else torch.float32
         form = {"shape": torch.Size(space.shape), "dtype": dtype}
         spec = Unbounded(**form)

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: a table in its folder, and TorchRL's loggers."""
+"""Loggers of a run's metrics: a table in its folder, and those of TorchRL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchrl_wm.diagnostics import save_video
 class MetricsTable(Logger):
     """A TorchRL logger that keeps a table, ``metrics.csv``: a row for each call of ``log_metrics``.
 
-    Values that a row lacks are empty cells. Films go to ``films/`` beside it.
+    Values that a row lacks are empty cells. Films are written to ``films/`` beside it.
 
     Args:
         folder: the folder of the run.
@@ -40,7 +40,7 @@ class MetricsTable(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(exp_name="metrics", log_dir=str(folder))
         self._path = Path(folder) / "metrics.csv"
-        #: The rows so far; what a row does not have is left out.
+        #: The rows so far, each with only the values that it was logged with.
         self.rows = self._read()
         self._names = _names(self.rows)
 
@@ -77,7 +77,7 @@ class MetricsTable(Logger):
         raise NotImplementedError("metrics.csv holds numbers; log scalars.")
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Let ``rows``, those of a checkpoint, be all there is."""
+        """Replace the rows by those of a checkpoint."""
         if self.rows != list(rows):
             self.rows = [dict(row) for row in rows]
             self._names = _names(self.rows)
@@ -102,7 +102,7 @@ class MetricsTable(Logger):
         with open(self._path, newline="") as rows:
             found = list(csv.DictReader(rows))
         for number, row in enumerate(found, start=1):
-            if None in row:  # what a cut leaves is shorter
+            if None in row:  # a row that was cut off is shorter
                 raise ValueError(
                     f"{str(self._path)!r} is damaged: row {number} has more values than there are "
                     f"columns."
@@ -113,8 +113,8 @@ class MetricsTable(Logger):
 class TensorBoard(TensorboardLogger):
     """TorchRL's logger, with films that TensorBoard shows.
 
-    torch writes films by ``moviepy.editor``, which newer versions of moviepy do not have, and
-    says so on the terminal alone: here they are GIFs of Pillow.
+    torch writes films by ``moviepy.editor``, which newer versions of moviepy lack, and reports
+    that only on the terminal. These films are GIFs of Pillow.
     """
 
     def log_video(
@@ -157,9 +157,8 @@ def make_loggers(
     Args:
         names: "tensorboard", "wandb", "mlflow"; "csv" is the table.
         folder: the folder of the run.
-        run_id: under which a run that goes on is found again by wandb.
-        resumed_at: the step from which a run goes on; what TensorBoard has of later steps is
-            no longer shown.
+        run_id: the id by which wandb finds a run that goes on.
+        resumed_at: the step from which a run goes on; TensorBoard no longer shows later steps.
     """
     check_loggers(names)
     loggers = []
@@ -187,7 +186,7 @@ def _tensorboard(folder: Path, resumed_at: int | None) -> Logger:
 
 
 def _frames(video: torch.Tensor) -> np.ndarray:
-    """A film ``[1, T, 3, height, width]`` as ``[T, height, width, 3]``."""
+    """Return a film ``[1, T, 3, height, width]`` as ``[T, height, width, 3]``."""
     return video[0].permute(0, 2, 3, 1).numpy()
 
 
@@ -195,11 +194,11 @@ def _mlflow(folder: Path, run_id: str) -> Logger:
     import mlflow
     from torchrl.record.loggers.mlflow import MLFlowLogger
 
-    # mlflow keeps its tables in a database; files alone are no longer served.
+    # mlflow needs a database: it no longer serves plain files.
     database = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
     artifacts = (folder.resolve() / "mlflow").as_uri()
     mlflow.set_tracking_uri(database)
-    # The database is that of this run alone, which goes on if it has begun.
+    # The database holds only this run, which goes on if it has begun.
     experiment = mlflow.get_experiment_by_name(folder.name)
     if experiment is not None:
         ids = [experiment.experiment_id]
@@ -208,13 +207,13 @@ def _mlflow(folder: Path, run_id: str) -> Logger:
             os.environ["MLFLOW_RUN_ID"] = begun[0].info.run_id  # read by start_run
     tags = {"torchrl_wm_run": run_id}
     logger = MLFlowLogger(folder.name, database, tags, artifact_location=artifacts)
-    # TorchRL's leaves the run open, and no other can begin.
+    # TorchRL's close leaves the run open, and no other run can begin.
     logger.close = mlflow.end_run
     return logger
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns of a table."""
+    """Return the columns of a table."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 

@@ -1,4 +1,4 @@
-"""Train a world model from logged data alone."""
+"""Train a world model from only logged data."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ from torchrl_wm.trainers.logged_entries import ENDS
 
 
 class RecordedEnv(EnvBase):
-    """The env that logged data came from, as far as the data tell: its specs.
+    """The specs of the env that logged data came from, as far as the data show them.
 
-    It cannot be stepped. It is what :class:`~torchrl_wm.WorldModelEnv` and the builders of
-    models need of a real env, where there is none. Its reset gives observations of the data.
+    It cannot be stepped. It serves :class:`~torchrl_wm.WorldModelEnv` and the builders of models
+    in place of a real env. Its reset returns observations of the data.
 
     Args:
         data: transitions ``[N]``, as :func:`load_transitions` returns them.
 
     Keyword Args:
         action_spec: the spec of the actions, without batch dims, with which the data was loaded.
-            Without it, they tell what they are: rows of 0 and 1 with a single 1 each are
-            one-hot; with one in each of several blocks, several such choices; other rows of 0
-            and 1 are binary; integers are the numbers of options, of which there are as many as
-            the greatest and one; and floats have no bounds.
+            Without it the values say: rows of 0 and 1 with a single 1 each are one-hot; with a
+            1 in each of several blocks, several such choices; other rows of 0 and 1 are binary;
+            integers are the numbers of options, as many as the greatest number plus one; and
+            floats have no bounds.
 
     Raises:
         KeyError: if there are no observations, actions or rewards.
-        ValueError: if the actions may be one thing or another, or are not as ``action_spec``
-            says.
+        ValueError: if the actions may be of several kinds, or do not fit ``action_spec``.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -113,27 +112,27 @@ def train_world_model(
     on_row: Callable[[dict[str, float]], Any] | None = None,
     **settings: Any,
 ) -> tuple[WorldModel, list[dict[str, float]]]:
-    """Train an ensemble on logged data, and measure it on what it is not trained on.
+    """Train an ensemble on logged data, and measure it on held-out data.
 
     Args:
-        data: what :func:`load_transitions` takes.
+        data: a source that :func:`load_transitions` reads.
 
     Keyword Args:
-        env: the env that was recorded; without it its specs are read off the data, see
+        env: the env that was recorded. Without it the specs are read off the data, see
             :class:`RecordedEnv`.
-        action_spec: the spec of the actions alone, see :func:`load_transitions`.
-        steps: gradient steps.
-        held_out: the share of the episodes (of the steps, if there is one episode alone)
+        action_spec: the spec of only the actions, see :func:`load_transitions`.
+        steps: how many gradient steps to make.
+        held_out: the share of the episodes (of the steps, if there is only one episode)
             that is not trained on.
-        interval: gradient steps from one look at the held-out error to the next. The weights
-            with the least one are those that are returned.
+        interval: how many gradient steps pass between two measurements of the held-out error.
+            The weights with the least error are returned.
         learning_rate, weight_decay, batch_size: see
             :class:`~torchrl_wm.trainers.ModelLearner`.
-        seed: of the split, the weights and the batches; the random state is put back
-            afterwards. None draws from that.
+        seed: the seed of the split, the weights and the batches. The random state is put back
+            afterwards. With None, the current state is used.
         on_row: called with each row of the metrics, for progress bars.
-        settings: of :class:`~torchrl_wm.models.EnsembleConfig`, by name. A termination head
-            is learnt if an episode of the data terminates.
+        settings: settings of :class:`~torchrl_wm.models.EnsembleConfig`, by name. A
+            termination head is learnt if an episode of the data terminates.
 
     Returns:
         The world model, for :func:`~torchrl_wm.models.save_world_model`, and the metrics, a row
@@ -144,9 +143,8 @@ def train_world_model(
         steps whose termination is wrong.
 
     Raises:
-        ValueError: if there is too little data to hold any out, or nothing to train on; if
-            what is to be learnt is NaN or infinite somewhere, of which the message names the
-            entry.
+        ValueError: if there is too little data to hold any out, or nothing to train on; if an
+            entry that is learnt has NaN or infinite values; the message names it.
         NonFiniteLossError: if a loss is NaN or infinite.
 
     Examples:
@@ -186,18 +184,18 @@ def train_world_model(
 
 
 class ModelTraining:
-    """Trains an ensemble on logged data, and remembers its weights where the held-out error was least.
+    """The training of an ensemble on logged data, which keeps the weights with the least error.
 
     Args:
         rows: transitions ``[N]``.
-        env: the env that was recorded, or what is known of it.
+        env: the env that was recorded, or its specs.
 
     Keyword Args:
         held_out, seed: see :func:`split_transitions`.
         learning_rate, weight_decay, batch_size: see
             :class:`~torchrl_wm.trainers.ModelLearner`.
-        device: where the model is trained.
-        settings: of :class:`~torchrl_wm.models.EnsembleConfig`, by name.
+        device: the device to train on.
+        settings: settings of :class:`~torchrl_wm.models.EnsembleConfig`, by name.
     """
 
     def __init__(
@@ -227,7 +225,7 @@ class ModelTraining:
             weight_decay=weight_decay,
             batch_size=batch_size,
         )
-        #: What is trained on, and what is held out.
+        #: The transitions that are trained on, and those that are held out.
         self.train, self.test = train.to(device), test.to(device)
         self._best: dict[str, Any] | None = None
         self._least = float("inf")
@@ -244,7 +242,7 @@ class ModelTraining:
         return {**{name: float(value) for name, value in losses.items()}, **errors}
 
     def best_model(self) -> WorldModel:
-        """Return the model with the best weights so far; training goes on with those it has."""
+        """Return a copy of the model with the best weights so far."""
         model = copy.deepcopy(self.world_model)
         if self._best is not None:
             model.load_state_dict(self._best)
@@ -264,14 +262,14 @@ class ModelTraining:
 def split_transitions(
     rows: TensorDictBase, share: float, seed: int | None = None
 ) -> tuple[TensorDictBase, TensorDictBase]:
-    """What to train on, and what to hold out: whole episodes, drawn at random.
+    """Return transitions to train on, and others to hold out: whole episodes, drawn at random.
 
-    Of one episode alone the last steps are held out.
+    If there is only one episode, its last steps are held out.
 
     Args:
         rows: transitions ``[N]``, one episode after the other.
         share: how much to hold out.
-        seed: the same split comes with it each time.
+        seed: makes the split the same each time.
     """
     if not 0 < share < 1:
         raise ValueError(f"held_out must be a share between 0 and 1, got {share}.")
@@ -296,7 +294,7 @@ def split_transitions(
 
 @torch.no_grad()
 def held_out_errors(world_model: WorldModel, rows: TensorDictBase) -> dict[str, float]:
-    """Errors of one-step predictions, see :func:`train_world_model`."""
+    """Return errors of one-step predictions, see :func:`train_world_model`."""
     model = with_propagation(world_model, "mean")
     start = rows.exclude("next")
     with evaluation_mode(model):
@@ -327,7 +325,7 @@ def held_out_errors(world_model: WorldModel, rows: TensorDictBase) -> dict[str, 
 
 
 def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
-    """Transitions ``[N]``, one episode after the other, as a list of episodes."""
+    """Return transitions ``[N]``, one episode after the other, as a list of episodes."""
     ends = (1 + _ends(rows).nonzero().flatten()).tolist()
     if not ends or ends[-1] != len(rows):
         ends.append(len(rows))
@@ -335,7 +333,7 @@ def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
 
 
 def _ends(rows: TensorDictBase) -> torch.Tensor:
-    """Which steps end an episode, ``[N]``; of agents alone, where all of them are done."""
+    """Return the steps that end an episode, ``[N]``; if only agents have dones, those where all are done."""
     done = rows.get(("next", "done"), None)
     if done is not None:
         return done.reshape(len(rows), -1).any(-1)
@@ -345,7 +343,7 @@ def _ends(rows: TensorDictBase) -> torch.Tensor:
 
 
 def _check_finite(rows: TensorDictBase, env: EnvBase, world_model: WorldModel) -> None:
-    """Refuse NaN and infinite numbers in what the model reads and learns."""
+    """Refuse NaN and infinite numbers in the entries that the model reads and learns."""
     following = [*world_model.latent_keys, *env.reward_keys]
     keys = [*world_model.latent_keys, *env.action_keys]
     for key in (*keys, *(join("next", key) for key in following)):
@@ -356,7 +354,7 @@ def _check_finite(rows: TensorDictBase, env: EnvBase, world_model: WorldModel) -
         if wrong.any():
             raise ValueError(
                 f"The data's {key!r} is NaN or infinite in {int(wrong.sum())} of {len(rows)} "
-                f"transitions, the first of which is number {int(wrong.long().argmax())}. Leave "
+                f"transitions, first in number {int(wrong.long().argmax())}. Leave "
                 f"their episodes out, or repair them."
             )
 

@@ -1,4 +1,4 @@
-"""Observations as Gymnasium's ``reset`` and ``step`` return them, and actions as its ``step`` takes them."""
+"""Observations of Gymnasium's ``reset`` and ``step``, and actions for its ``step``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torchrl_wm.trainers.gym_actions import (
     wrapped_env,
 )
 
-#: What an observation consists of: dictionaries, lists (of a Tuple space), and shapes; None where
-#: there is no shape.
+#: The structure of an observation: dictionaries, lists (for a Tuple space), and shapes; None for
+#: parts without a shape.
 Layout = Any
 
 
 class HandedValues:
-    """Reads observations that are handed over, and gives actions back, as a real env does.
+    """A reader of a Gymnasium env's observations, which also returns actions for it.
 
     Args:
         env: the innermost TorchRL env, without transforms.
@@ -39,7 +39,7 @@ class HandedValues:
         self._layout = _layout_of(env)
 
     def split(self, observation: Any) -> tuple[int | None, list[Any]]:
-        """Return how many observations were handed over, None for a single one, and each of them.
+        """Return the size of a batch of observations, None for a single one, and each observation.
 
         Raises:
             ValueError: if entries are missing or unknown, or of another shape.
@@ -59,7 +59,7 @@ class HandedValues:
         return size, [_row(self._layout, observation, row) for row in range(size)]
 
     def read(self, observation: Any) -> TensorDictBase:
-        """Return a single observation as the env's ``reset`` would give it."""
+        """Return a single observation as the env's ``reset`` would return it."""
         read = getattr(self._env, "read_obs", None)
         if read is not None:
             entries = read(observation)
@@ -86,7 +86,7 @@ class HandedValues:
         return concatenate(self._space, actions, empty)
 
     def _named(self, observation: Any) -> Any:
-        """A bare value under its name, where a TorchRL env has a single entry."""
+        """Return a bare value under its name, if the env is a TorchRL env with a single entry."""
         if isinstance(observation, Mapping) or not isinstance(self._layout, dict):
             return observation
         if self._inner is not None:
@@ -169,13 +169,13 @@ def _leading(shape: tuple[int, ...], value: Any, name: str) -> int | None:
         return array.shape[0]
     batch = ", ".join(map(str, ("N", *shape)))
     raise ValueError(
-        f"The {name} must have the shape {tuple(shape)}, or ({batch}) of a batch, got "
-        f"{_described(value)}. It is what the env of the run gives, before any transform of the run."
+        f"The {name} must have the shape {tuple(shape)}, or ({batch}) for a batch, got "
+        f"{_described(value)}. Give what the env of the run returns, before any transform of the run."
     )
 
 
 def _row(layout: Layout, value: Any, row: int | None) -> Any:
-    """One observation of several, or the single one, in containers of its own."""
+    """Return one observation of a batch, or the single one, in containers of its own."""
     if isinstance(layout, dict):
         return {name: _row(part, value[name], row) for name, part in layout.items()}
     if isinstance(layout, list):
@@ -201,7 +201,7 @@ def _described(value: Any) -> str:
 
 
 def _as_of(space: gymnasium.Space, action: Any) -> Any:
-    """An action in the types that the space has."""
+    """Return an action in the types of a space."""
     if isinstance(space, spaces.Dict):
         return {name: _as_of(part, action[name]) for name, part in space.items()}
     if isinstance(space, spaces.Tuple):
@@ -211,7 +211,7 @@ def _as_of(space: gymnasium.Space, action: Any) -> Any:
     if isinstance(space, spaces.Box):
         array = np.asarray(action, dtype=space.dtype).reshape(space.shape)
         inside = np.clip(array, space.low, space.high)
-        # Bounds in float32 may lie a rounding outside of those in float64.
+        # Bounds in float32 may exceed those in float64 by a rounding error.
         return inside if np.allclose(inside, array, rtol=1e-6, atol=0) else array
     if isinstance(space, (spaces.MultiDiscrete, spaces.MultiBinary)):
         return np.asarray(action, dtype=space.dtype).reshape(space.shape)

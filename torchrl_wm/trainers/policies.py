@@ -6,12 +6,13 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import Compose, EnvBase, FrameSkipTransform, Transform, TransformedEnv
+from torchrl.envs import Compose, EnvBase, FrameSkipTransform, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm import _upstream
@@ -20,11 +21,14 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.collecting import prepared
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.gym_actions import innermost
+from torchrl_wm.trainers.gym_actions import innermost, layers
 from torchrl_wm.trainers.observations import HandedValues
 from torchrl_wm.trainers.real_envs import ActionRepeat
 from torchrl_wm.trainers.runs import resume_run
 from torchrl_wm.trainers.trainer import RecipeTrainer
+
+#: Transforms that seed or step the env itself.
+_OF_THE_ENV = (EpisodeSeeds, ActionRepeat, FrameSkipTransform)
 
 
 def load_policy(
@@ -35,20 +39,20 @@ def load_policy(
     seed: int = 0,
     **given: Any,
 ) -> Policy:
-    """Return what acts in a run, from its folder, which is left as it is.
+    """Return the policy of a run from its folder, which is not changed.
 
     Args:
         run: the folder.
 
     Keyword Args:
         checkpoint: the step of the checkpoint; the newest one by default.
-        device: where to act: auto (a GPU if there is one), cpu, cuda, cuda:1.
-        seed: of what is drawn at random, as by a planner.
-        given: what the run was started with from Python: an env object, functions.
+        device: the device to act on: auto (a GPU if there is one), cpu, cuda, cuda:1.
+        seed: the seed of random draws, such as those of a planner.
+        given: the objects that the run was started with from Python: an env, functions.
 
     Raises:
-        FileNotFoundError: if it is not the folder of a run, or has no such checkpoint.
-        ValueError: if what it holds is damaged, or the run has no policy.
+        FileNotFoundError: if the folder is not one of a run, or has no such checkpoint.
+        ValueError: if its content is damaged, or the run has no policy.
 
     Examples:
         >>> import gymnasium, tempfile
@@ -70,23 +74,23 @@ def load_policy(
     with forked_random():
         trainer = resume_run(run, checkpoint=checkpoint, device=device, **given)
         if not trainer.run.saved():
-            trainer.load()  # says that there is none
+            trainer.load()  # raises the error that there is none
     return Policy(trainer, seed=seed)
 
 
 class Policy:
-    """What acts in a run, without exploration, on what Gymnasium's ``reset`` and ``step`` return.
+    """The policy of a run, without exploration, on observations of Gymnasium's envs.
 
-    It acts as evaluations do, and keeps from call to call what a policy hands on, such as a
+    It acts as in evaluations, and keeps what the policy carries from step to step, such as a
     planner's plan: call :meth:`reset` before the first observation of an episode. Observations
-    go the way that they take in the run, through all transforms of its real env. The global
-    random states are left as they were.
+    go through all transforms of the run's real env. The global random states are left as they
+    were.
 
     Args:
-        trainer: the run. In the midst of training, it acts as it has learnt so far.
+        trainer: the run. During training, it acts as it has learnt so far.
 
     Keyword Args:
-        seed: of what is drawn at random.
+        seed: the seed of random draws.
 
     Attributes:
         action_repeat: for how many calls an action is kept, as in the run. Set it to 1 to act
@@ -96,7 +100,7 @@ class Policy:
         ValueError: if the run has no policy, or one that reads rewards.
 
     Examples:
-        Several episodes at a time; those that ended begin anew:
+        Several episodes at a time; finished ones are reset:
 
         >>> import gymnasium
         >>> from torchrl_wm.trainers import MBPOTrainer, Policy
@@ -124,7 +128,7 @@ class Policy:
             )
         self.trainer = trainer
         self._policy, self._device = policy, trainer.recipe.device
-        # What the run puts around the real env, for the entries that the policy carries, too.
+        # The real env with all transforms, and with the entries that the policy carries.
         self._around = prepared(env, policy)
         self._values = HandedValues(innermost(self._around))
         self.action_repeat = _repeats(self._around)
@@ -138,22 +142,22 @@ class Policy:
         """Return an action for an observation, or actions for a batch of them.
 
         Args:
-            observation: what ``reset`` or ``step`` returned of one Gymnasium env or of a vector
-                env, ``[N, ...]``: an array, or a dictionary or tuple of such.
+            observation: the observation of a Gymnasium env or a vector env, ``[N, ...]``, from
+                ``reset`` or ``step``: an array, or a dictionary or tuple of arrays.
 
         Returns:
-            What ``step`` of the same env takes: an array of the action space's dtype, or an
-            int of a ``Discrete`` space; of a batch, as a vector env takes them.
+            The action for ``step`` of the same env: an array of the action space's dtype, or an
+            int for a ``Discrete`` space; for a batch, actions as a vector env takes them.
 
         Raises:
-            ValueError: if entries are missing, or have other shapes than in the run; or if
-                there are more or fewer than at the call before.
+            ValueError: if entries are missing, or have other shapes than in the run; or if the
+                batch has another size than at the call before.
         """
         size, rows = self._values.split(observation)
         if self._goes_on and size != self._size:
             raise ValueError(
                 f"This is {_counted(size)}, and the call before had {_counted(self._size)}: it is not "
-                f"known whose plans go on. Call policy.reset() to begin anew."
+                f"known which plans go on. Call policy.reset() to start new episodes."
             )
         read = [self._values.read(row) for row in rows]
         if len(self._seats) != len(rows):
@@ -172,10 +176,10 @@ class Policy:
         return copy.copy(actions[0]) if size is None else self._values.batch(actions)
 
     def reset(self, mask: Any = None) -> None:
-        """Begin anew: the next observation is the first one of an episode.
+        """Begin new episodes: the next observation is the first one of an episode.
 
         Args:
-            mask: of a batch, where to begin anew, ``[N]`` bool; everywhere by default.
+            mask: the rows of a batch that begin new episodes, ``[N]`` bool; by default all.
         """
         if mask is None:
             self._goes_on = False
@@ -185,7 +189,7 @@ class Policy:
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.ndim != 1:
             raise ValueError(
-                f"mask says where a batch begins anew, [N] bool, got the shape {mask.shape} of "
+                f"mask says which rows of a batch begin new episodes, [N] bool, got the shape {mask.shape} of "
                 f"{mask.dtype}. For a single env call policy.reset()."
             )
         if not self._goes_on:
@@ -198,10 +202,10 @@ class Policy:
             self._seats[number].begin()
 
     def _acted(self, states: list[TensorDictBase]) -> list[TensorDictBase]:
-        """The states with what the policy writes, together with the action."""
+        """Return the states with what the policy writes, the action included."""
         together = states[0].copy()
         if self._size is not None:
-            # Some have begun just now: what a step leaves behind, they lack.
+            # Episodes that have just begun lack the entries that a step leaves.
             every = set.intersection(*({*s.keys(True, True)} for s in states))
             together = torch.stack([state.select(*every) for state in states])
         exploration = self.trainer.recipe.evaluation_exploration
@@ -216,7 +220,7 @@ class Policy:
 
 
 class Seat:
-    """The real env of a run without the env: what goes on from step to step in one episode.
+    """The state of one episode outside the env: the transforms of the real env, and the last action.
 
     Args:
         around: the real env, whose transforms are copied.
@@ -225,11 +229,13 @@ class Seat:
     def __init__(self, around: EnvBase) -> None:
         self._handed = HandedEnv(innermost(around))
         self._env: EnvBase = self._handed
-        for transforms in _layers(around):
-            copies = [copy.deepcopy(transform.clone()) for transform in transforms]
+        for transforms in reversed([*layers(around)]):
+            # The handed env is neither seeded nor stepped several times.
+            kept = [t for t in transforms if not isinstance(t, _OF_THE_ENV)]
+            copies = [copy.deepcopy(transform.clone()) for transform in kept]
             self._env = TransformedEnv(self._env, Compose(*copies), auto_unwrap=False)
         self._acted: TensorDictBase | None = None
-        #: The action as the env takes it, and for how many more calls it is kept.
+        #: The action as the env takes it, and how many more calls it is kept for.
         self.action: Any = None
         self.kept = 0
 
@@ -256,13 +262,13 @@ class Seat:
 
 
 class HandedEnv(EnvBase):
-    """An env with the specs of another, to which somebody hands the observations.
+    """An env with the specs of another, whose observations are set from outside.
 
     Args:
         env: the other env.
 
     Attributes:
-        observation: what the next step or reset gives.
+        observation: the observation that the next step or reset returns.
     """
 
     def __init__(self, env: EnvBase) -> None:
@@ -284,14 +290,14 @@ class HandedEnv(EnvBase):
         return self.observation.copy().update(self._on_step.clone())
 
     def _set_seed(self, seed: int | None) -> None:
-        """Nothing is random here."""
+        """Do nothing: the env draws no random numbers."""
 
 
 class PrivateRandom:
-    """Random states of one's own, of the CPU and of a device.
+    """Private random states of the CPU and a device.
 
     Args:
-        seed: what they begin with.
+        seed: their first seed.
         device: the device.
     """
 
@@ -302,7 +308,7 @@ class PrivateRandom:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Let torch draw from them."""
+        """Let torch draw from these states."""
         with forked_random():
             torch.set_rng_state(self._states[0])
             if self._cuda is not None:
@@ -317,35 +323,15 @@ class PrivateRandom:
         return states
 
 
-def _layers(env: EnvBase) -> list[list[Transform]]:
-    """The transforms around an env, the inner ones first, but those that seed and repeat."""
-    layers = []
-    while isinstance(env, TransformedEnv):
-        apart = (EpisodeSeeds, ActionRepeat, FrameSkipTransform)
-        layers.append([t for t in _flat(env.transform) if not isinstance(t, apart)])
-        env = env.base_env
-    return layers[::-1]
-
-
 def _repeats(env: EnvBase) -> int:
-    """How many steps of the env within are one of the run's."""
-    times = 1
-    while isinstance(env, TransformedEnv):
-        for transform in _flat(env.transform):
-            if isinstance(transform, ActionRepeat):
-                times *= transform.times
-            elif isinstance(transform, FrameSkipTransform):
-                times *= transform.frame_skip
-        env = env.base_env
-    return times * getattr(env, "wrapper_frame_skip", 1)
-
-
-def _flat(transform: Transform) -> Iterator[Transform]:
-    if isinstance(transform, Compose):
-        for part in transform:
-            yield from _flat(part)
-    else:
-        yield transform
+    """Return how many steps of the env within are one of the run's."""
+    times = getattr(innermost(env), "wrapper_frame_skip", 1)
+    for transform in chain.from_iterable(layers(env)):
+        if isinstance(transform, ActionRepeat):
+            times *= transform.times
+        elif isinstance(transform, FrameSkipTransform):
+            times *= transform.frame_skip
+    return times
 
 
 def _counted(size: int | None) -> str:

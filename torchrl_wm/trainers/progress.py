@@ -1,4 +1,4 @@
-"""What a run shows of itself while it goes on."""
+"""The progress that a run shows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 #: How many gradient steps pass before the bar is drawn again.
 _FITTING_INTERVAL = 50
-#: Of a row of the metrics, what stands elsewhere in the line.
+#: Entries of a row of the metrics that are not listed among its values.
 _ELSEWHERE = ("step", "seconds", "episode", "length", "random")
 
 
 class Progress:
     """A bar over steps with the time left, and a line for each row of the metrics.
 
-    Where nobody looks, as in a log file, there are the lines alone.
+    Without a terminal, as in a log file, only the lines are written.
 
     Args:
-        title: stands before the bar.
+        title: the text before the bar.
 
     Raises:
         ImportError: if tqdm is missing.
@@ -41,7 +41,7 @@ class Progress:
             unit="step",
             desc=self._title,
             dynamic_ncols=True,
-            disable=None,  # where there is no terminal
+            disable=None,  # without a terminal
             leave=False,
         )
 

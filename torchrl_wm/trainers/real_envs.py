@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import gymnasium
@@ -25,16 +26,19 @@ from torchrl.envs import (
 )
 
 from torchrl_wm import _upstream
+from torchrl_wm._registry import load_object
 from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.gym_actions import (
     as_torchrl_acts,
     check_start,
     gymnasium_env,
+    layers,
     wrapped_env,
 )
+from torchrl_wm.trainers.settings import AtLeast
 
-#: What a recipe takes for an env.
+#: The forms in which a recipe takes an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
 _DM_CONTROL = "dm_control/"
 #: The height and width of dm_control's frames, in pixels.
@@ -51,14 +55,14 @@ def make_real_env(
     stride: int = 1,
     **kwargs: Any,
 ) -> TransformedEnv:
-    """A real env as the recipes want it: float32, counted, its episodes seeded one by one.
+    """Make a real env for the recipes: float32, with counted steps and episodes seeded one by one.
 
     Args:
         env: one of
 
             - a Gymnasium id, ``"Pendulum-v1"``;
             - a dm_control task, ``"dm_control/cartpole/swingup"``;
-            - ``"module:factory"``, a function of yours that returns an env;
+            - ``"module:factory"``, your function that returns an env;
             - such a function itself, a Gymnasium env or a TorchRL env of batch size ``[]``.
 
             The first option of a Gymnasium env's ``Discrete(3, start=-1)`` is -1, as it says.
@@ -68,20 +72,20 @@ def make_real_env(
             (:class:`~torchrl_wm.trainers.EpisodeSeeds`).
         max_episode_steps: a time limit, after which an episode is truncated.
         action_repeat: for how many steps of the env an action is repeated. They count as one,
-            their rewards are summed, and the end of an episode ends them.
+            and their rewards are summed. The end of an episode also ends them.
         first_episode, stride: the number of the first episode, and what is added to it for
             each later one.
-        kwargs: for Gymnasium, such as ``render_mode``, and dm_control; a function gets those
-            among them that it takes.
+        kwargs: arguments for Gymnasium, such as ``render_mode``, or for dm_control; a function
+            gets those that it takes.
 
     Returns:
         The env, with the entries ``is_init``, ``step_count`` and ``episode_reward``.
 
     Raises:
-        ValueError: if there is no such env, it is one of several at a time, or it has several
-            actions or rewards; if it is a TorchRL env whose Gymnasium env numbers its actions
-            from elsewhere than 0.
-        TypeError: if the factory returns something else.
+        ValueError: if there is no such env, it has a batch size, or it has several actions or
+            rewards; if it is a TorchRL env whose Gymnasium env does not number its actions
+            from 0.
+        TypeError: if the function returns something else.
 
     Examples:
         >>> from torchrl_wm.trainers import make_real_env
@@ -89,12 +93,9 @@ def make_real_env(
         >>> env.rollout(300)["next", "episode_reward"].shape
         torch.Size([200, 1])
     """
-    if max_episode_steps is not None and max_episode_steps < 1:
-        raise ValueError(
-            f"max_episode_steps must be at least 1, got {max_episode_steps}."
-        )
-    if action_repeat < 1:
-        raise ValueError(f"action_repeat must be at least 1, got {action_repeat}.")
+    if max_episode_steps is not None:
+        AtLeast(1).check("max_episode_steps", max_episode_steps)
+    AtLeast(1).check("action_repeat", action_repeat)
     base = _base_env(env, kwargs)
     if base.batch_size:
         raise ValueError(
@@ -118,25 +119,22 @@ def make_real_env(
 
 
 def episode_seeds(env: TransformedEnv) -> EpisodeSeeds:
-    """What seeds the episodes of an env that :func:`make_real_env` made."""
-    while True:
-        for transform in _transforms(env):
-            if isinstance(transform, EpisodeSeeds):
-                return transform
-        if not isinstance(env, TransformedEnv):
-            raise TypeError(
-                "The env does not seed its episodes one by one. Make it with make_real_env(env)."
-            )
-        env = env.base_env
+    """Return the transform that seeds the episodes of an env of :func:`make_real_env`."""
+    for transform in chain.from_iterable(layers(env)):
+        if isinstance(transform, EpisodeSeeds):
+            return transform
+    raise TypeError(
+        "The env does not seed its episodes one by one. Make it with make_real_env(env)."
+    )
 
 
 class ActionRepeat(Transform):
-    """Repeats each action until the episode ends, and sums the rewards.
+    """A transform that repeats each action until the episode ends, and sums the rewards.
 
-    TorchRL's FrameSkipTransform steps on after an end, and loses it.
+    TorchRL's FrameSkipTransform steps on after the end of an episode, and loses the end.
 
     Args:
-        times: how often.
+        times: how many times.
     """
 
     def __init__(self, times: int) -> None:
@@ -157,8 +155,8 @@ class ActionRepeat(Transform):
         return next_tensordict.set(env.reward_key, total)
 
 
-def another(source: EnvSource) -> EnvSource:
-    """Return what makes one more env like another: a copy where an env itself was given.
+def copied_source(source: EnvSource) -> EnvSource:
+    """Return a source of one more env: a copy of an env, or the function or name itself.
 
     Raises:
         ValueError: if the env cannot be copied.
@@ -177,7 +175,7 @@ def another(source: EnvSource) -> EnvSource:
 
 
 def rendered_frame(env: EnvBase) -> np.ndarray | None:
-    """What a real env shows now, ``[height, width, 3]`` uint8; None if it shows nothing."""
+    """Return the frame that a real env shows now, ``[height, width, 3]`` uint8; None if it shows none."""
     inner = wrapped_env(env)
     if isinstance(inner, gymnasium.Env):
         frame = inner.render() if inner.render_mode is not None else None
@@ -187,32 +185,6 @@ def rendered_frame(env: EnvBase) -> np.ndarray | None:
         frame = None
     is_frame = isinstance(frame, np.ndarray) and frame.ndim == 3
     return frame.astype(np.uint8) if is_frame and frame.shape[-1] == 3 else None
-
-
-def load_object(name: str) -> Any:
-    """What ``"module:name"`` stands for.
-
-    Raises:
-        ValueError: if there is no such module, or nothing of that name in it.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        if module.startswith(".") or "/" in module:
-            raise ImportError("this is a path, not the name of a module")
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as err:
-        raise ValueError(
-            f"There is no {name!r} ({type(err).__name__}: {err}). Give 'module:name', with the "
-            f"module where Python finds it, in the working directory or in PYTHONPATH."
-        ) from err
-    return found
-
-
-def _transforms(env: EnvBase) -> list:
-    transform = getattr(env, "transform", None)
-    return list(transform) if isinstance(transform, Compose) else [transform]
 
 
 def _base_env(source: EnvSource, kwargs: dict[str, Any]) -> EnvBase:
@@ -251,7 +223,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> EnvBase:
     except RuntimeError as err:
         raise _not_taken(name, gymnasium.make(name), err) from err
     inner = gymnasium_env(env)
-    # In place, as GymEnv alone knows which arguments are Gymnasium's.
+    # In place, as only GymEnv knows which arguments are Gymnasium's.
     if inner is not None:
         _upstream.set_wrapped_env(env, as_torchrl_acts(inner))
     return env
@@ -269,16 +241,16 @@ def _not_taken(name: str, env: gymnasium.Env, err: Exception) -> ValueError:
         f"TorchRL's GymWrapper does not take the env {name!r} ({type(err).__name__}: {err}). Its "
         f"spaces are observation_space={env.observation_space} and "
         f"action_space={env.action_space}. Gymnasium's wrappers make simpler ones of them: "
-        f"FlattenObservation, and TransformAction with a function of yours. On the command line, "
+        f"FlattenObservation, and TransformAction with your function. On the command line, "
         f"name a function that makes the env so: --env module:function."
     )
 
 
 def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a function takes."""
+    """Return the arguments that a function takes."""
     try:
         parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a class of C, say
+    except (TypeError, ValueError):  # such as a class of C
         return {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return kwargs
@@ -286,7 +258,7 @@ def _taken(factory: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_id_of(module: str, name: str) -> bool:
-    """Whether ``module:name`` is Gymnasium's way to say: import the module, then make the id."""
+    """Return whether ``module:name`` is Gymnasium's form for an id that a module registers."""
     try:
         importlib.import_module(module)
     except ImportError:
@@ -298,7 +270,7 @@ def _dm_control(name: str, kwargs: dict[str, Any]) -> EnvBase:
     from torchrl.envs import DMControlEnv
 
     domain, _, task = name[len(_DM_CONTROL) :].partition("/")
-    # Its physics can always be drawn, and its tasks do not know the word.
+    # Its physics can always be drawn, and its tasks do not take the argument.
     kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}
     try:
         return DMControlEnv(domain, task, **kwargs)

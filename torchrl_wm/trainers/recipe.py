@@ -1,4 +1,4 @@
-"""A recipe: what differs between algorithms, and nothing else."""
+"""The base of recipes: only what differs between algorithms."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from torchrl_wm.trainers.steps import Steps
 
 
 class Recipe:
-    """An algorithm: what it is made of, what it keeps of a real step, and how it learns.
+    """An algorithm: its parts, what it keeps of a real step, and how it learns.
 
     A subclass builds its modules in ``__init__`` and sets the attributes below; its
-    :meth:`learn` is the algorithm box of its paper. All else of a run (collecting, evaluation,
-    metrics, checkpoints) is the trainer's.
+    :meth:`learn` is the algorithm box of its paper. The trainer does the rest of a run:
+    collecting, evaluation, metrics, checkpoints.
 
     Args:
         config: the settings.
-        env: a real env, of batch size ``[]``: its specs say what to build.
+        env: a real env of batch size ``[]``, whose specs say what to build.
 
     Attributes:
-        parts: what a checkpoint holds, by name: modules, optimisers, replay buffers, anything
+        parts: the parts of a checkpoint, by name: modules, optimisers, replay buffers, anything
             with ``state_dict`` and ``load_state_dict``.
         replay: the buffer of real steps, filled before each :meth:`learn`. It is one of the parts.
-        policy: what acts, on the run's device.
-        world_model: what the report is on; None if nothing is to be reported.
+        policy: the policy, on the run's device.
+        world_model: the model that the report is on; None if there is no report.
         on_fit: called with ``(step, steps)`` at each gradient step of a long training, so that
-            the run shows its progress and heeds Ctrl-C.
+            the run shows its progress and reacts to Ctrl-C.
 
     Examples:
-        The guide's page "Write a recipe" has a whole one.
+        The guide's page "Write a recipe" has a complete recipe.
     """
 
-    #: Its name on the command line and in files; :func:`register_recipe` sets it.
+    #: The name on the command line and in files; :func:`register_recipe` sets it.
     name: ClassVar[str] = ""
     config_class: ClassVar[type[Settings]] = RunConfig
-    #: What it takes from Python beside its settings, by keyword, such as known functions.
+    #: The keywords of objects that it takes from Python beside its settings, such as functions.
     objects: ClassVar[tuple[str, ...]] = ()
-    #: Whether the policy can act in the imagined env, too. A planner acts in the real one.
+    #: Whether the policy can also act in the imagined env. A planner acts in the real one.
     acts_in_model: ClassVar[bool] = True
-    #: How the policy acts in evaluations.
+    #: The exploration type of evaluations.
     evaluation_exploration: ClassVar[ExplorationType] = ExplorationType.DETERMINISTIC
 
     parts: dict[str, Any]
@@ -71,13 +71,13 @@ class Recipe:
 
         Args:
             config: the settings.
-            source: the env or what makes it, where ``config.env`` is not enough.
+            source: the env or what makes it, if ``config.env`` is not enough.
         """
         source = config.env if source is None else source
         return make_real_env(source, **config.env_settings)
 
     def make_collector(self, source: EnvSource | None) -> Any:
-        """Return what gives the steps of a run: those of the real envs."""
+        """Return the collector of a run, which makes the steps of the real envs."""
         if self.policy is None:
             raise TypeError(
                 f"The recipe {type(self).__name__} sets no policy. Set self.policy, what acts in "
@@ -102,7 +102,7 @@ class Recipe:
         raise NotImplementedError
 
     def is_over(self, metrics: list[dict[str, Any]]) -> bool:
-        """Whether the run is over for a reason of the recipe's own.
+        """Return whether the run is over for a reason of the recipe's own.
 
         Args:
             metrics: the rows so far.
@@ -115,7 +115,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """What a run of it is called."""
+        """The title of its runs."""
         return f"{self.name} on {self.config.about}"
 
     @property
@@ -124,22 +124,22 @@ class Recipe:
         return self.world_model is not None
 
     def diagnosed_env(self) -> WorldModelEnv:
-        """Return the imagined env that reports, films and open-loop errors look at."""
+        """Return the imagined env for reports, films and open-loop errors."""
         return WorldModelEnv(self.world_model, self.env, batch_size=[])
 
     def measures(self) -> dict[str, float]:
-        """Return what ``torchrl-wm evaluate`` prints of a recipe that has no policy."""
+        """Return the numbers that ``torchrl-wm evaluate`` prints for a recipe without a policy."""
         return {}
 
     def finish(self, folder: Path) -> None:
-        """Write what the recipe leaves in the folder of a run that is over, such as a model."""
+        """Write the results of a finished run into its folder, such as a model."""
 
 
 class Counts:
-    """Numbers that a recipe counts in, as a part of its checkpoints.
+    """Counters of a recipe, as a part of its checkpoints.
 
     Args:
-        counts: by name.
+        counts: their first values, by name.
 
     Examples:
         >>> from torchrl_wm.trainers.recipe import Counts
@@ -162,5 +162,5 @@ class Counts:
 
 
 def make_replay(capacity: int, device: torch.device | str = "cpu") -> ReplayBuffer:
-    """Return a replay buffer of transitions, which keeps and samples them on a device."""
+    """Return a replay buffer that keeps and samples transitions on a device."""
     return TensorDictReplayBuffer(storage=LazyTensorStorage(capacity, device=device))

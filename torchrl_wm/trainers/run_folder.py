@@ -1,4 +1,4 @@
-"""Where a run keeps its settings, metrics and checkpoints."""
+"""The folder of a run: its settings, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-#: Raised with each change that an older version cannot read.
+#: Increased with each change that an older version cannot read.
 VERSION = 2
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class RunFolder:
-    """A folder with all that a run leaves behind.
+    """A folder with all that a run writes.
 
     ========================  ==================================================
     file                      what
@@ -49,7 +49,7 @@ class RunFolder:
     ``replay/``               the transitions, which checkpoints append
     ========================  ==================================================
 
-    Make one with :meth:`create`, and open one that is there with :meth:`open`.
+    Make a new folder with :meth:`create`, and open an existing one with :meth:`open`.
 
     Args:
         path: the folder.
@@ -79,10 +79,10 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: str | os.PathLike) -> None:
-        """Refuse a folder with something in it.
+        """Refuse a folder that is not empty.
 
         Raises:
-            FileExistsError: if there is something in it already.
+            FileExistsError: if the folder is not empty.
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -96,7 +96,7 @@ class RunFolder:
         """Make a new folder.
 
         Raises:
-            FileExistsError: if there is something in it already.
+            FileExistsError: if the folder is not empty.
         """
         cls.check_free(path)
         run = cls(path)
@@ -176,7 +176,7 @@ class RunFolder:
         return self.config.get("config", {}).get("logger", ())
 
     def close(self) -> None:
-        """Write out what loggers hold back; the next row opens them again."""
+        """Write out what loggers buffer; the next row opens them again."""
         for logger in self._loggers or ():
             if logger is not self.table:
                 logger.close()
@@ -186,12 +186,12 @@ class RunFolder:
             self._locked = None
 
     def _lock(self) -> None:
-        """Keep other processes from writing into the folder until this one closes it, or ends.
+        """Keep other processes from writing into the folder until this process closes it, or ends.
 
         Raises:
-            RuntimeError: if another one writes into it.
+            RuntimeError: if another process writes into it.
         """
-        # There are no such locks on Windows.
+        # Windows has no such locks.
         if fcntl is None or self._locked is not None:
             return
         file = open(self.path / ".lock", "a+")
@@ -211,7 +211,7 @@ class RunFolder:
         self._locked = file
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Give a row of numbers to all loggers; ``step`` is where it stands in curves."""
+        """Give a row of numbers to all loggers; ``step`` is its place in curves."""
         values = {name: value for name, value in row.items() if name != "step"}
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         for logger in self.loggers:
@@ -223,7 +223,7 @@ class RunFolder:
     def log_film(self, name: str, frames: torch.Tensor, step: int) -> None:
         """Give a film, uint8 ``[T, height, width, 3]``, to all loggers that can take one.
 
-        What a logger lacks for films is said once, in a warning.
+        If a logger cannot take films, a warning says so once.
         """
         video = frames.permute(0, 3, 1, 2).unsqueeze(0)
         for logger in self.loggers:
@@ -237,11 +237,11 @@ class RunFolder:
                 warnings.warn(f"{kind} gets no films: {err}", stacklevel=2)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows so far; what a row does not have is left out."""
+        """Return the rows so far; each has only the values that it was logged with."""
         return [dict(row) for row in self.table.rows]
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
-        """Let ``rows``, those of a checkpoint, be all there is."""
+        """Replace the rows by those of a checkpoint."""
         if len(rows) < len(self.table.rows):
             self._purged_from = self.table.rows[len(rows)].get("step")
         self.table.restore(rows)
@@ -249,7 +249,7 @@ class RunFolder:
     # Checkpoints -----------------------------------------------------------
 
     def bind(self, parts: Mapping[str, Any]) -> None:
-        """Let checkpoints hold these parts.
+        """Set the parts that checkpoints hold.
 
         Args:
             parts: by name; each with a ``state_dict`` of tensors and plain data, or a replay
@@ -264,13 +264,13 @@ class RunFolder:
             step: the number of the checkpoint.
 
         Raises:
-            OSError: if it cannot be written, as on a full disk. The checkpoints from before
-                are as they were.
+            OSError: if it cannot be written, as on a full disk. Earlier checkpoints are not
+                changed.
         """
         rotation = CheckpointRotation(self.checkpoints, keep_last=KEEP)
         try:
             path = rotation.save(self._checkpoint, step=step)
-        except (OSError, RuntimeError) as err:  # torch wraps what the disk says
+        except (OSError, RuntimeError) as err:  # torch wraps errors of the disk
             last = self.saved()
             kept = (
                 f"The last good one is {str(last[-1])!r}"
@@ -284,12 +284,12 @@ class RunFolder:
         return path
 
     def saved(self) -> list[Path]:
-        """The checkpoints, oldest first."""
+        """Return the checkpoints, oldest first."""
         found = self.checkpoints.glob("checkpoint-*")
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
     def load(self, step: int | None = None) -> None:
-        """Load a checkpoint into the parts. Nothing of the folder is changed.
+        """Load a checkpoint into the parts. The folder is not changed.
 
         Args:
             step: the number of the checkpoint; the newest one if None.
@@ -314,18 +314,18 @@ class RunFolder:
         self._loaded_step = step_of(path)
 
     def go_on(self) -> None:
-        """Forget what came after the checkpoint that was loaded, or all if none was.
+        """Remove what came after the checkpoint that was loaded, or all if none was.
 
-        Called before a run writes into its folder again.
+        This is called before a run writes into its folder again.
         """
         check_loggers(self._logger_names)
         self._lock()
-        self.write_config()  # the end may be another one now
+        self.write_config()  # the run may end later now
         last = -1 if self._loaded_step is None else self._loaded_step
         for path in self.saved():
             if step_of(path) > last:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # What a kill while writing left behind.
+        # Files that a kill while writing left.
         for left in self.checkpoints.glob(".checkpoint-*"):
             shutil.rmtree(left, ignore_errors=True)
         for name in ("config.json", "metrics.csv"):

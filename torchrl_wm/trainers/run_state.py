@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run beside its recipe: random states, counts and losses."""
+"""Parts of a checkpoint beside those of the recipe: random states, counts and losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchrl.checkpoint import GlobalRNGState
 
 
 class RandomState:
-    """The global random states as a part of a checkpoint, which are set when a run goes on."""
+    """The global random states as a part of a checkpoint; they are set when a run goes on."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class RandomState:
 
 
 class TrainerState:
-    """What a checkpoint holds of a run's trainer itself.
+    """The state of a run's trainer as a part of a checkpoint.
 
     Args:
         trainer: a :class:`~torchrl_wm.trainers.RecipeTrainer`.
@@ -45,7 +45,7 @@ class TrainerState:
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts, and the losses that the next row of the metrics has."""
+        """Return the counts, and the losses for the next row of the metrics."""
         trainer = self._trainer
         losses = {
             name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
@@ -62,7 +62,7 @@ class TrainerState:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, with the rows of the metrics until then."""
+        """Restore what :meth:`state_dict` returned, and the rows of the metrics up to then."""
         trainer = self._trainer
         if state_dict["recipe"] != trainer.recipe.name:
             raise ValueError(

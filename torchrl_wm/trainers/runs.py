@@ -26,21 +26,22 @@ from torchrl_wm.trainers.watching import watch
 
 
 class ConfiguredTrainer(RecipeTrainer):
-    """A trainer that puts its parts together from settings; a subclass says of which recipe.
+    """A trainer that makes a recipe and its parts from settings; each recipe has a subclass.
 
     Args:
         config: the settings; the defaults of the recipe if None.
 
     Keyword Args:
-        env: the real env, where ``config.env`` is not enough: an object, or a function
+        env: the real env, if ``config.env`` is not enough: an object, or a function
             that makes one (see :func:`~torchrl_wm.trainers.make_real_env`).
         run: the folder of the run; :meth:`start` makes one.
         progress: show a progress bar.
-        given: what the recipe takes from Python (``reward_function``), and settings by name.
+        given: objects that the recipe takes from Python (``reward_function``), and settings by
+            name.
 
     Raises:
         TypeError: if the config is that of another recipe, or a setting is unknown.
-        ValueError: if a setting cannot be served.
+        ValueError: if a setting has no valid value.
     """
 
     recipe_class: ClassVar[type[Recipe]]
@@ -86,16 +87,16 @@ class ConfiguredTrainer(RecipeTrainer):
             config: the settings.
 
         Keyword Args:
-            progress, given: as to the trainer itself.
+            progress, given: as for the trainer itself.
 
         Raises:
-            FileExistsError: if there is something in the folder already.
+            FileExistsError: if the folder is not empty.
             TypeError: if the run would be saved under the name of another recipe.
         """
         cls._check_registered()
         RunFolder.check_free(path)
         config, objects = cls.configured(config, given)
-        # Built first: what cannot be built leaves no folder behind.
+        # The trainer is built first, so that errors leave no folder behind.
         trainer = cls(config, progress=progress, **objects)
         check_loggers(config.logger)
         content = {
@@ -103,7 +104,7 @@ class ConfiguredTrainer(RecipeTrainer):
             "recipe": path_of(cls.recipe_class),
             "config": asdict(config),
             "given": sorted(objects),
-            # Where "module:function" was found, for whoever opens the run from elsewhere.
+            # Where "module:function" was found, to open the run from another folder.
             "python_path": _own_paths(),
         }
         trainer.attach(RunFolder.create(path, content))
@@ -118,7 +119,7 @@ class ConfiguredTrainer(RecipeTrainer):
         progress: bool = False,
         **given: Any,
     ) -> ConfiguredTrainer:
-        """Return a run as its newest checkpoint says; :meth:`train` goes on with it.
+        """Return a run at its newest checkpoint; :meth:`train` goes on with it.
 
         A run that was stopped before its first checkpoint begins again.
 
@@ -128,12 +129,12 @@ class ConfiguredTrainer(RecipeTrainer):
         Keyword Args:
             checkpoint: the step of another checkpoint that the folder has.
             progress: show a progress bar.
-            given: what the run was started with beside its config: an env object, functions;
+            given: objects that the run was started with beside its config: an env, functions;
                 a later end of the run, such as ``steps=50_000``; another ``device``.
 
         Raises:
             FileNotFoundError: if the folder is not one of a run, or has no such checkpoint.
-            ValueError: if what it holds is damaged, or of another recipe, or the run would end
+            ValueError: if its content is damaged, or of another recipe, or the run would end
                 earlier.
         """
         run = RunFolder.open(path)
@@ -160,7 +161,7 @@ class ConfiguredTrainer(RecipeTrainer):
         if changes and trainer.is_over:
             warnings.warn(
                 f"The run in {str(run.path)!r} has made {trainer.collected_frames} steps and is over "
-                f"with {changes}, too. Give a later end: {list(config.ENDS)}.",
+                f"with {changes} as well. Give a later end: {list(config.ENDS)}.",
                 stacklevel=2,
             )
         return trainer
@@ -169,14 +170,14 @@ class ConfiguredTrainer(RecipeTrainer):
     def configured(
         cls, config: Settings | None, given: Mapping[str, Any]
     ) -> tuple[Settings, dict[str, Any]]:
-        """Return the config with the settings among ``given``, and the other things given.
+        """Return the config with the settings among ``given``, and the objects among them.
 
         Raises:
             TypeError: if ``config`` is that of another recipe, or a setting is unknown.
         """
         names = ("env", *cls.recipe_class.objects)
         settings = {name: given[name] for name in given if name not in names}
-        # None is a value of a setting, and says of an object that there is none.
+        # None is a value of a setting; for an object it means that there is none.
         objects = {name: given[name] for name in names if given.get(name) is not None}
         if isinstance(objects.get("env"), str):
             settings["env"] = objects.pop("env")
@@ -184,7 +185,7 @@ class ConfiguredTrainer(RecipeTrainer):
 
     @classmethod
     def _check_registered(cls) -> None:
-        """Refuse to save what :func:`resume_run` would open as something else."""
+        """Refuse to save a run that :func:`resume_run` would open as another recipe."""
         name, kind = cls.recipe_class.name, cls.recipe_class
         registered = find_recipe(name).load() if name else None
         if registered is not kind or cls is not trainer_class(kind):
@@ -206,7 +207,7 @@ class ConfiguredTrainer(RecipeTrainer):
 
     @classmethod
     def _check_given(cls, run: RunFolder, objects: Mapping[str, Any]) -> None:
-        """Refuse to go on without what no file can hold."""
+        """Refuse to go on without the objects that no file can hold."""
         missing = sorted(set(run.config.get("given", [])) - set(objects))
         if missing:
             raise ValueError(
@@ -274,19 +275,19 @@ def resume_run(path: str | os.PathLike, **given: Any) -> ConfiguredTrainer:
         given: see :meth:`ConfiguredTrainer.resume`.
 
     Raises:
-        FileNotFoundError: if it is not the folder of a run.
-        ValueError: if its recipe is not known here, or another one has its name.
+        FileNotFoundError: if the folder is not one of a run.
+        ValueError: if its recipe is not known here, or another recipe has its name.
     """
     return trainer_of(path).resume(path, **given)
 
 
 def trainer_of(path: str | os.PathLike) -> type[ConfiguredTrainer]:
-    """Return the trainer of the recipe that the run of a folder is of."""
+    """Return the trainer of the recipe of a run's folder."""
     run = RunFolder.open(path)
     _use_paths(run.config.get("python_path", []))
     if "algorithm" not in run.config:
         raise ValueError(
-            f"{str(run.path / 'config.json')!r} does not say of which recipe the run is: it has no "
+            f"{str(run.path / 'config.json')!r} does not name the recipe of the run: it has no "
             f"'algorithm'."
         )
     entry = find_recipe(run.config["algorithm"], run.config.get("recipe"))
@@ -294,15 +295,15 @@ def trainer_of(path: str | os.PathLike) -> type[ConfiguredTrainer]:
 
 
 def _seed_all(seed: int) -> None:
-    """Seed what a recipe may draw from."""
+    """Seed all random states that a recipe may draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def _own_paths() -> list[str]:
-    """Where modules of the user's are found: what is on the path and is no installation."""
-    # Not by Python's own prefix: with /usr that would be /usr/src/app, too.
+    """Return where modules of the user's are found: the path without installed packages."""
+    # Not by Python's own prefix: with /usr that would also match /usr/src/app.
     library = sysconfig.get_path("stdlib")
     installed = ("site-packages", "dist-packages")
     return [
@@ -315,6 +316,6 @@ def _own_paths() -> list[str]:
 
 
 def _use_paths(paths: list[str]) -> None:
-    """Let modules be found where they were when the run was started."""
+    """Add the folders in which modules were found when the run was started."""
     known = {os.path.abspath(entry) for entry in sys.path}
     sys.path.extend(entry for entry in paths if entry not in known)

@@ -12,21 +12,22 @@ def sample_sequences(
 ) -> TensorDictBase:
     """Return sequences that begin at steps drawn at random, with replacement.
 
-    Each step is as likely to be the first one, the last ones of episodes included: a sequence
-    may go on into the next episode, where ``("next", "done")`` and ``is_init`` say so.
+    Every step has the same probability of being the first one, the last ones of episodes
+    included. A sequence may go on into the next episode; ``("next", "done")`` and
+    ``is_init`` mark where it begins.
     :class:`~torchrl_wm.WorldModelLoss` with ``multi_step=True`` ends the comparison there.
 
     Args:
-        replay: steps as a run makes them, one of each env after the other.
-        number: how many sequences.
-        length: how many steps each has.
-        num_envs: how many envs take turns in the replay.
+        replay: the steps of a run; the envs take turns.
+        number: the number of sequences.
+        length: the number of steps of each.
+        num_envs: the number of envs that take turns in the replay.
 
     Returns:
         ``[number, length]``.
 
     Raises:
-        ValueError: if the replay holds no sequence of that length yet.
+        ValueError: if the replay is shorter than one sequence.
     """
     storage, size = replay.storage, len(replay)
     starts = size - (length - 1) * num_envs
@@ -36,11 +37,10 @@ def sample_sequences(
             f"more random steps first, or shorten the horizon."
         )
     device = storage.device
-    device = (
-        None if isinstance(device, str) else device
-    )  # "auto" until the first rows are in
+    if isinstance(device, str):  # "auto" until the first rows are in
+        device = None
     first = torch.randint(starts, (number, 1), device=device)
     rows = first + num_envs * torch.arange(length, device=device)
-    # Of a full buffer, the oldest row is where the next one will be written.
+    # In a full buffer, the next row replaces the oldest one.
     oldest = replay.write_count - size
     return storage[(oldest + rows) % storage.max_size]

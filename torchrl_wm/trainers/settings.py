@@ -1,8 +1,7 @@
-"""Settings of runs: what they are, which values they take, and what is said of others."""
+"""Settings of runs, the values that they take, and the errors for others."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,6 +21,8 @@ from typing import (
 
 import torch
 
+from torchrl_wm._checks import check_settings
+
 S = TypeVar("S", bound="Settings")
 
 
@@ -32,7 +33,7 @@ class AtLeast:
     value: float
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a value below."""
+        """Refuse a smaller value."""
         if value < self.value:
             raise ValueError(f"{name} must be at least {self.value}, got {value}.")
 
@@ -45,7 +46,7 @@ class Within:
     high: float
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a value outside."""
+        """Refuse a value outside the range."""
         if not self.low <= value <= self.high:
             raise ValueError(
                 f"{name} must lie between {self.low} and {self.high}, got {value}."
@@ -53,7 +54,7 @@ class Within:
 
 
 def default_loggers() -> tuple[str, ...]:
-    """Return the loggers of a run for which none are named."""
+    """Return the loggers of a run that names none."""
     return ("csv", "tensorboard") if find_spec("tensorboard") else ("csv",)
 
 
@@ -63,12 +64,12 @@ class Settings:
 
     Args:
         seed: the seed of networks, exploration and episodes.
-        device: where models and policies are: auto (a GPU if there is one), cpu, cuda, cuda:1.
-        steps: how many steps to make in all, to the end of the episode in which they are
-            reached; None for no such end.
+        device: the device of models and policies: auto (a GPU if there is one), cpu, cuda, cuda:1.
+        steps: how many steps to make in all; the episode in which they are reached is finished.
+            None for no such end.
         checkpoint_interval: how many episodes pass between two checkpoints.
         logger: where the metrics go beside metrics.csv: tensorboard, wandb or mlflow, or several
-            of them; csv for that file alone.
+            of them; csv for only that file.
     """
 
     seed: Annotated[int, AtLeast(0)] = 0
@@ -92,12 +93,12 @@ class Settings:
 
     @property
     def about(self) -> str:
-        """What the run is on, for its title and the name of its folder."""
+        """The env or data of the run, for its title and the name of its folder."""
         return ""
 
     @property
     def short_name(self) -> str:
-        """What the run is on, as a part of a folder's name."""
+        """The env or data of the run, as a part of a folder's name."""
         return slug(self.about)
 
     @classmethod
@@ -124,16 +125,10 @@ class Settings:
         """
         if config is not None and not isinstance(config, cls):
             raise TypeError(
-                f"config must be a {cls.__name__}, got {type(config).__name__}. All else goes by "
-                f"name, as env=..., run=..., members=3."
+                f"config must be a {cls.__name__}, got {type(config).__name__}. Everything else is given by "
+                f"name: env=..., run=..., members=3."
             )
-        names = sorted(field.name for field in fields(cls))
-        for name in sorted(settings.keys() - set(names)):
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(
-                f"{cls.__name__} has no setting {name!r}.{hint} There are {names}."
-            )
+        check_settings(cls, sorted(settings))
         return cls(**settings) if config is None else replace(config, **settings)
 
     def lengthened(self: S, ends: Mapping[str, Any]) -> S:
@@ -165,14 +160,14 @@ class RunConfig(Settings):
 
     Args:
         env: the real env: a Gymnasium id such as Pendulum-v1, a task such as
-            dm_control/cartpole/swingup, or module:function, a function of yours that makes it.
+            dm_control/cartpole/swingup, or module:function, your function that makes it.
         num_envs: how many real envs act at once.
-        collector: where the real envs run: single is this process, processes is one process
-            for each.
-        random_steps: how many steps to act at random first. Each episode that begins before
-            they are reached is random to its end.
-        random_hold: for how many steps a random action is kept. Actions drawn anew at each
-            step cancel out in tasks of many small steps, and go nowhere.
+        collector: where the real envs run: single means this process, processes a process for
+            each env.
+        random_steps: how many steps to act at random first. An episode that begins before they
+            are reached is random to its end.
+        random_hold: for how many steps a random action is kept. In tasks of many small steps,
+            actions that change at each step cancel out.
         max_episode_steps: the most steps of an episode; None for the limit that the env has.
         action_repeat: for how many steps of the env an action is repeated. They count as one
             step, and their rewards are summed.
@@ -201,13 +196,13 @@ class RunConfig(Settings):
         super().__post_init__()
         if self.stop_return is not None and not self.evaluation_interval:
             raise ValueError(
-                f"stop_return={self.stop_return} is looked at in evaluations, and there are none: "
+                f"stop_return={self.stop_return} is checked in evaluations, and there are none: "
                 f"give evaluation_interval=..., in steps."
             )
 
     @property
     def env_settings(self) -> dict[str, Any]:
-        """What :func:`~torchrl_wm.trainers.make_real_env` takes of the settings."""
+        """The settings that :func:`~torchrl_wm.trainers.make_real_env` takes."""
         names = ("seed", "max_episode_steps", "action_repeat")
         return {name: getattr(self, name) for name in names}
 
@@ -242,7 +237,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that a setting names; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: if there is none of that name here.
+        ValueError: if this machine has no such device.
     """
     device = parse_device(name)
     if device is None:
@@ -266,7 +261,7 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     """Return a setting as Python's own type, if its annotation allows it.
 
     Raises:
-        ValueError: if it does not; the message says what is allowed.
+        ValueError: if it does not; the message says which values are allowed.
     """
     if get_origin(hint) is Annotated:
         hint, *bounds = get_args(hint)
@@ -321,7 +316,7 @@ def _checked_item(name: str, value: Any, kind: Any) -> Any:
 
 
 def _checked_plain(name: str, value: Any, kind: type) -> Any:
-    kind = get_origin(kind) or kind  # what a dictionary holds is not looked at
+    kind = get_origin(kind) or kind  # the content of a dictionary is not checked
     if kind is Any:
         return value
     if kind is bool:
@@ -347,6 +342,6 @@ def _bare(hint: Any) -> Any:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """The annotations of the settings, bounds included."""
+    """Return the annotations of the settings, bounds included."""
     hints = get_type_hints(kind, include_extras=True)
     return {item.name: hints[item.name] for item in fields(kind)}

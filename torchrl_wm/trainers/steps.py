@@ -10,14 +10,14 @@ from tensordict import TensorDictBase
 
 @dataclass(frozen=True)
 class Steps:
-    """The real steps that were just made, one in each real env.
+    """The newest real steps, one in each real env.
 
     Args:
-        new: the transitions, ``[N]``, as the envs gave them.
-        total: how many steps have been made so far, with these.
-        ended: which of them ended an episode, ``[N]`` bool.
-        lengths: the steps of the episodes so far, with these, ``[N]``.
-        random: which of them belong to episodes that are acted at random, ``[N]`` bool.
+        new: the transitions, ``[N]``, as the envs returned them.
+        total: how many steps have been made so far, these included.
+        ended: the steps that ended an episode, ``[N]`` bool.
+        lengths: the lengths of the episodes so far, these steps included, ``[N]``.
+        random: the steps of episodes with random actions, ``[N]`` bool.
     """
 
     new: TensorDictBase
@@ -28,10 +28,10 @@ class Steps:
 
     @property
     def count(self) -> int:
-        """How many steps were made: ``N``."""
+        """The number of steps, ``N``."""
         return len(self.ended)
 
     def due(self, interval: int, since: int = 0) -> bool:
-        """Whether these steps reach a multiple of ``interval``, counted from step ``since`` on."""
+        """Return whether these steps reach a multiple of ``interval``, counted from step ``since`` on."""
         now, before = self.total - since, self.total - since - self.count
         return now >= 0 and now // interval > before // interval

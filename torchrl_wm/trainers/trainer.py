@@ -28,7 +28,7 @@ from torchrl_wm.trainers.run_folder import RunFolder
 from torchrl_wm.trainers.run_state import RandomState, TrainerState
 from torchrl_wm.trainers.steps import Steps
 
-#: Episodes of evaluations are numbered from here on, so that they are none of the run's.
+#: The number of the first episode of evaluations, beyond those of the run.
 EVALUATION_EPISODES = 1_000_000
 
 
@@ -36,24 +36,24 @@ class RecipeTrainer(Trainer):
     """A TorchRL Trainer that runs a recipe.
 
     At each step of the real envs it puts the steps into the recipe's replay, lets the recipe
-    learn, evaluates and films where that is due, and records the episodes that ended. It knows
-    nothing of what the recipe is made of.
+    learn, evaluates and films when that is due, and records the episodes that ended. It does not
+    depend on the parts of the recipe.
 
     Checkpoints are saved when episodes end. On a CPU, a run that goes on from one gives the
     same numbers, to the bit, as one that was not interrupted: each episode is seeded from the
-    seed and its number, and the actions since then bring an env back to where it was.
+    seed and its number, and repeating its actions restores the state of an env.
 
     Args:
         recipe: the algorithm.
-        collector: the steps of all real envs.
+        collector: makes the steps of all real envs.
 
     Keyword Args:
-        run: the folder of the run; nothing is kept without one.
+        run: the folder of the run; without it nothing is saved.
         progress: show a progress bar.
 
     Attributes:
         metrics: a row for each episode and each evaluation.
-        episodes: how many have been finished.
+        episodes: how many episodes have been finished.
         seconds: the wall time spent.
     """
 
@@ -79,27 +79,27 @@ class RecipeTrainer(Trainer):
             progress_bar=False,
             auto_log_optim_steps=False,
         )
-        # TorchRL's Trainer would step one itself; here that is the recipe's.
+        # TorchRL's Trainer would step an optimizer itself; the recipe does so here.
         self.optimizer = getattr(recipe, "optimizer", None)
         self._losses: dict[str, Any] = {}
         self._random = RandomState()
         self._progress = Progress(recipe.title) if progress else None
         self._evaluation_env: EnvBase | None = None
         self._is_running, self._began = False, 0.0
-        #: The real steps that were made last.
+        #: The newest real steps.
         self.new_steps: Steps | None = None
-        #: What a checkpoint holds, by name.
+        #: The parts of a checkpoint, by name.
         own = {"trainer": TrainerState(self), "random": self._random, **collector.parts}
         self._parts = all_parts(recipe.name, recipe.parts, recipe.replay, own)
         recipe.on_fit = self._on_fit
-        # Each step, in this order; optim_steps between them.
+        # At each step, in this order, with optim_steps between them.
         self.register_op("batch_process", self.add_steps)
         self.register_op("post_steps", self.end_steps)
         if run is not None:
             self.attach(run)
 
     def __getattr__(self, name: str) -> Any:
-        # What a recipe has is to be had of its trainer: policy, world_model, imagined_env ...
+        # Attributes of the recipe: policy, world_model, imagined_env ...
         recipe = self.__dict__.get("recipe")
         if recipe is None or name.startswith("_") or not hasattr(recipe, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
@@ -112,7 +112,7 @@ class RecipeTrainer(Trainer):
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has come to its end; looked at when an episode ends."""
+        """Whether the run is over; checked when an episode ends."""
         steps = self.config.steps
         is_long_enough = steps is not None and self.collected_frames >= steps
         return is_long_enough or self.has_reached or self.recipe.is_over(self.metrics)
@@ -128,17 +128,17 @@ class RecipeTrainer(Trainer):
     # Running ----------------------------------------------------------------
 
     def train(self) -> None:
-        """Run, or go on, to the end.
+        """Run to the end, from the beginning or a checkpoint.
 
-        Ctrl-C is heeded between steps; what is in the run's folder is whole at any moment.
+        Ctrl-C takes effect between steps. The files in the run's folder are complete at any time.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
-            RuntimeError: if it was interrupted before.
+            RuntimeError: if this trainer was interrupted before.
             KeyboardInterrupt: after Ctrl-C.
         """
         if self.is_over:
-            self._finish()  # which a kill may have left out
+            self._finish()  # a kill may have prevented it
             return
         if self._is_running:
             raise RuntimeError(
@@ -170,7 +170,7 @@ class RecipeTrainer(Trainer):
                 self._progress.close()
 
     def add_steps(self, steps: TensorDictBase) -> TensorDictBase:
-        """Put the steps that were just made into the replay."""
+        """Put the newest steps into the replay."""
         total = self.collected_frames + len(steps)
         if self.recipe.replay is not None:
             rows = self.recipe.kept(steps)
@@ -182,16 +182,16 @@ class RecipeTrainer(Trainer):
         return steps
 
     def optim_steps(self, batch: TensorDictBase) -> None:
-        """Let the recipe learn, once the random steps are over; then come "post_optim" hooks.
+        """Let the recipe learn once the random steps are over, and run the "post_optim" hooks.
 
-        What such a hook records is in the checkpoint of this step.
+        The checkpoint of this step has what such a hook records.
         """
         if self.collected_frames >= getattr(self.config, "random_steps", 0):
             self._losses.update(self.recipe.learn(self.new_steps) or {})
         _upstream.run_post_optim(self)
 
     def end_steps(self) -> None:
-        """Evaluate and film where it is time to, record what ended, save, and stop at the end."""
+        """Evaluate if it is due, record the episodes that ended, save, and stop at the end."""
         steps = self.new_steps
         interval = getattr(self.config, "evaluation_interval", 0)
         is_evaluated = bool(interval) and steps.due(interval)
@@ -239,10 +239,10 @@ class RecipeTrainer(Trainer):
     def evaluate(
         self, episodes: int, env: EnvBase | None = None, **kwargs: Any
     ) -> list[TensorDictBase]:
-        """Return episodes of the policy without exploration, in an env of its own.
+        """Return episodes of the policy without exploration, in a separate env.
 
         Args:
-            episodes: how many.
+            episodes: how many episodes to run.
             env: the real env; a new one by default.
             kwargs: see :meth:`iterate`.
         """
@@ -257,16 +257,16 @@ class RecipeTrainer(Trainer):
     ) -> Iterator[TensorDictBase]:
         """Give the episodes of :meth:`evaluate`, one by one.
 
-        They begin as the seed and their number say, the same ones each time. All random states
-        are left as they were.
+        The seed and their numbers determine how they begin, so that they are the same each time.
+        All random states are left as they were.
 
         Args:
-            episodes: how many.
+            episodes: how many episodes to run.
             env: the real env; a new one by default.
 
         Keyword Args:
-            seed: how the episodes begin, and what a planner draws: with it the same
-                episodes come each time. By default they begin as the run's seed says.
+            seed: the seed of how the episodes begin, and of what a planner draws. By default
+                the seed of the run determines how they begin.
         """
         if env is None:
             if self._evaluation_env is None:
@@ -286,10 +286,10 @@ class RecipeTrainer(Trainer):
             yield episode
 
     def make_env(self, **kwargs: Any) -> EnvBase:
-        """Return another real env of the run's, as the policy needs it.
+        """Return another real env of the run, with the entries that the policy needs.
 
         Args:
-            kwargs: for Gymnasium, such as ``render_mode``.
+            kwargs: arguments for Gymnasium, such as ``render_mode``.
         """
         return self.collector.make_env(**kwargs)
 
@@ -307,15 +307,15 @@ class RecipeTrainer(Trainer):
     def load(self, step: int | None = None) -> None:
         """Go back to a checkpoint of the run's folder.
 
-        Nothing is written: what the folder holds of the time after the checkpoint is
-        forgotten when :meth:`train` goes on.
+        Nothing is written. When :meth:`train` goes on, it removes what the folder holds of the
+        time after the checkpoint.
 
         Args:
             step: the number of the checkpoint; the newest one if None.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it is damaged, or one of another recipe.
+            ValueError: if it is damaged, or belongs to another recipe.
         """
         self.run.load(step)
 

@@ -1,4 +1,4 @@
-"""Watch a run while it goes on: films of its policy, and how far its model strays."""
+"""Films of the policy and errors of the model during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchrl_wm.trainers.trainer import RecipeTrainer
 
 #: How many steps ahead the model is measured.
 HORIZONS = (1, 5, 20)
-#: From how many steps of an episode the model imagines at most.
+#: The most steps of an episode that imagination starts from.
 _STARTS = 100
 #: The most steps of a film, and its height: a run waits while it is written.
 _FILM_STEPS, _FILM_HEIGHT = 250, 120
@@ -32,7 +32,7 @@ def watch(trainer: RecipeTrainer, *, render: str | Callable | None = None) -> No
         trainer: the run.
 
     Keyword Args:
-        render: what draws observations of an env of your own; see
+        render: draws observations of your own env; see
             :func:`~torchrl_wm.trainers.film_policy`.
 
     Examples:
@@ -48,16 +48,15 @@ def watch(trainer: RecipeTrainer, *, render: str | Callable | None = None) -> No
 class Watching(TrainerHookBase):
     """A hook of TorchRL's Trainer that films an evaluation, and measures the model on it.
 
-    At each ``interval`` steps the film goes to the loggers as ``policy``, and a row to the
-    metrics with ``open_loop_error_1``, ``_5`` and ``_20``: the error of what the model imagines
-    so many steps ahead, as a share of the spread of the observations. All random states are
-    left as they were.
+    Every ``interval`` steps the loggers get the film as ``policy``, and the metrics a row with
+    ``open_loop_error_1``, ``_5`` and ``_20``: the errors of the model 1, 5 and 20 steps ahead, as
+    shares of the spread of the observations. All random states are left as they were.
 
     Args:
         interval: how many real steps pass between two films.
 
     Keyword Args:
-        render: what draws observations.
+        render: draws observations.
     """
 
     def __init__(self, interval: int, *, render: str | Callable | None = None) -> None:
@@ -66,7 +65,7 @@ class Watching(TrainerHookBase):
         self._trainer: RecipeTrainer | None = None
 
     def register(self, trainer: RecipeTrainer, name: str = "watching") -> None:
-        """Have the trainer call it, in place of one that was registered under the name before."""
+        """Have the trainer call the hook, in place of an earlier one of that name."""
         self._trainer = trainer
         before = _upstream.unregister(trainer, name)
         if before is not None:
@@ -75,14 +74,14 @@ class Watching(TrainerHookBase):
         trainer.register_op("post_optim", self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the steps say when it is time."""
+        """Return nothing: the number of steps says when a film is due."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load nothing."""
 
     def __call__(self) -> None:
-        """Film and measure, if it is time."""
+        """Film and measure, if it is due."""
         trainer = self._trainer
         if not self.interval or not trainer.new_steps.due(self.interval):
             return
@@ -103,7 +102,7 @@ class Watching(TrainerHookBase):
             return None
         film, reason = None, "nothing draws what the env shows, nor what it observes"
         try:
-            # What has not learnt anything yet is filmed all the same.
+            # A policy that has not learnt anything yet is filmed as well.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "A normaliser is used before")
                 film = take_film(
@@ -113,13 +112,13 @@ class Watching(TrainerHookBase):
                     height=_FILM_HEIGHT,
                     render=self.render,
                 )
-        # Whatever a renderer lacks: a film is no reason to lose a run.
+        # No error of a renderer should end a run.
         except Exception as err:
             reason = f"{type(err).__name__}: {err}"
         if film is None or film.frames is None:
             self._is_filmed = False
             warnings.warn(
-                f"The run is not filmed ({reason}). For films of an env of your own call "
+                f"The run is not filmed ({reason}). For films of your own env call "
                 f"watch(trainer, render=f) with f(observation) -> [height, width, 3].",
                 stacklevel=2,
             )
@@ -130,11 +129,11 @@ class Watching(TrainerHookBase):
 
 
 def open_loop_shares(env: WorldModelEnv, episode: TensorDictBase) -> dict[int, float]:
-    """Return how far a model strays in an episode, by the number of steps ahead.
+    """Return the errors of a model in an episode, by the number of steps ahead.
 
     Args:
         env: the imagined env.
-        episode: a real one, ``[T]``.
+        episode: a real episode, ``[T]``.
 
     Returns:
         The root mean squared errors as shares of the data's spread, means over the dims that

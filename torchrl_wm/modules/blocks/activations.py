@@ -11,11 +11,11 @@ from torch import nn
 
 from torchrl_wm import _upstream
 
-#: Smaller tensors are left to torch's functions, which are one call each.
+#: For smaller tensors torch's functions, which are one call each, are faster.
 _LEAST_MISH = 16384
 _LEAST_SOFTMAX = 4096
 _FULL = (torch.float32, torch.float64)
-#: So many elements at once stay in the cache from one pass over them to the next.
+#: The number of elements that stay in the cache from one pass over them to the next.
 _BLOCK = 65536
 
 
@@ -24,8 +24,8 @@ class Mish(nn.Mish):
 
     With ``s = sigmoid(x)`` and ``p = s (2 - s)`` it is ``x p / (2 - p)``, for all ``x``. On a
     CPU this form takes about a third of the time of :class:`torch.nn.Mish`, and a fifth in
-    compiled graphs. Elsewhere, in small tensors and in half precision torch's is used. The two
-    agree to some units in the last place, with their gradients.
+    compiled graphs. On other devices, for small tensors and in half precision torch's is used.
+    The two agree to some units in the last place, and so do their gradients.
 
     Examples:
         >>> import torch
@@ -35,7 +35,7 @@ class Mish(nn.Mish):
     """
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """``[*B]`` as ``[*B]``."""
+        """Return Mish of each element, ``[*B]``."""
         if _is_served(value, _LEAST_MISH):
             return _Mish.apply(value)
         if torch.compiler.is_compiling() and value.dtype in _FULL:
@@ -64,7 +64,7 @@ def group_softmax(value: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _is_served(value: torch.Tensor, least: int) -> bool:
-    """Return whether the forms of this file are the faster ones."""
+    """Return whether the functions of this file are faster than torch's."""
     return (
         value.device.type == "cpu"
         and value.dtype in _FULL
@@ -89,7 +89,7 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (value,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will be differentiated, too
+        if torch.is_grad_enabled():  # the gradient may be differentiated, too
             return _plain_slope(value) * grad
         slope = _slope(value)
         return slope * grad if _upstream.is_batched(grad) else slope.mul_(grad)
@@ -152,14 +152,14 @@ def _through(output: torch.Tensor, grad: torch.Tensor, group: int) -> torch.Tens
 
 
 def _apart(value: torch.Tensor, group: int) -> torch.Tensor:
-    """``[*B, L]`` as ``[group, N, L / group]``."""
+    """Return a view or copy of ``[*B, L]`` as ``[group, N, L / group]``."""
     return value.reshape(-1, value.shape[-1] // group, group).permute(2, 0, 1)
 
 
 def _blocks(
     *tensors: torch.Tensor, width: int = 1, scratch: int = 0
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Give tensors of one shape block by block, ``[n, width]`` each, and as many to write into."""
+    """Yield blocks ``[n, width]`` of tensors of one shape, and ``scratch`` more to write into."""
     flat = [tensor.reshape(-1, width) for tensor in tensors]
     rows = max(1, _BLOCK // width)
     blocks = [flat] if len(flat[0]) <= rows else zip(*(t.split(rows) for t in flat))

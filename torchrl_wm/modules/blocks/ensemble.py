@@ -18,7 +18,7 @@ class EnsembleLinear(nn.Module):
 
     Args:
         members: ``E``.
-        in_features, out_features: as of :class:`torch.nn.Linear`.
+        in_features, out_features: as for :class:`torch.nn.Linear`.
 
     Examples:
         >>> import torch
@@ -45,7 +45,7 @@ class EnsembleLinear(nn.Module):
     def forward(
         self, value: torch.Tensor, members: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[E, N, in]`` to ``[E, N, out]``; of some ``members``, ``[n]`` int64, alone if given."""
+        """Map ``[E, N, in]`` to ``[E, N, out]``; with ``members``, ``[n]`` int64, only by these."""
         weight, bias = self.weight, self.bias
         if members is not None:
             weight, bias = weight[members], bias[members]
@@ -94,7 +94,7 @@ class EnsembleMLP(nn.Module):
         self.activation = activation()
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """The members' outputs.
+        """Return the members' outputs.
 
         Args:
             value: ``[*B, in]``, the same for all members.
@@ -109,7 +109,7 @@ class EnsembleMLP(nn.Module):
     def members_apart(
         self, value: torch.Tensor, members: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[E, N, in]``, inputs for each member, or each of ``members``, to ``[E, N, out]``."""
+        """Map inputs for each member, or each of ``members``, ``[E, N, in]`` to ``[E, N, out]``."""
         *inner, last = self.layers
         for layer in inner:
             value = self.activation(layer(value, members))
@@ -118,14 +118,14 @@ class EnsembleMLP(nn.Module):
     def drawn(
         self, value: torch.Tensor, members: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Each row through one member alone, drawn anew: ``[*B, in]`` to ``[*B, out]``.
+        """Run each row through one member, drawn anew: ``[*B, in]`` to ``[*B, out]``.
 
         The members share the rows equally, so this is ``E`` times less work than
         :meth:`forward`.
 
         Args:
             value: the rows.
-            members: which members to draw from, ``[n]`` int64; all by default.
+            members: the members to draw from, ``[n]`` int64; all by default.
         """
         rows = value.reshape(-1, self.in_features)
         tables = self.members if members is None else len(members)
@@ -141,13 +141,12 @@ class EnsembleMLP(nn.Module):
 
 
 class DrawnMember(nn.Module):
-    """An ensemble of which each row asks one member, drawn anew each time.
+    """An ensemble that runs each row through one member, drawn anew each time.
 
-    Takes the place of a single network, in a head say. Trained so, each gradient step
-    shows each member other rows; members that began differently differ where there is no
-    data, and asked so, what they do not agree on is uncertain. Where
-    ``set_interaction_type`` asks for anything but ``"random"``, it gives the members'
-    average.
+    It takes the place of a single network, for example in a head. Each gradient step shows
+    each member other rows. Members that began differently disagree where there is no data,
+    so that predictions are uncertain there. Under any ``set_interaction_type`` but
+    ``"random"``, it returns the members' average.
 
     Args:
         ensemble: the members.
@@ -165,7 +164,7 @@ class DrawnMember(nn.Module):
         self.ensemble = ensemble
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """``[*B, in]`` to ``[*B, out]``."""
+        """Map ``[*B, in]`` to ``[*B, out]``."""
         if draws():
             return self.ensemble.drawn(value)
         return self.ensemble(value).mean(0)
@@ -175,13 +174,12 @@ class GaussianEnsemble(nn.Module):
     """``E`` networks that each predict a Gaussian: PETS's probabilistic ensemble (arXiv 1805.12114).
 
     Args:
-        members, in_features: as of :class:`EnsembleMLP`.
+        members, in_features: as for :class:`EnsembleMLP`.
         out_features: the number of Gaussians, ``D``.
 
     Keyword Args:
-        log_var: keeps the log-variance within bounds;
-            :class:`BoundedLogVar` of its defaults if None.
-        network: ``hidden`` and ``activation``, as of :class:`EnsembleMLP`.
+        log_var: keeps the log-variance within bounds; a :class:`BoundedLogVar` by default.
+        network: ``hidden`` and ``activation``, as for :class:`EnsembleMLP`.
 
     Examples:
         >>> import torch
@@ -207,7 +205,7 @@ class GaussianEnsemble(nn.Module):
         self.bounds = BoundedLogVar(out_features) if log_var is None else log_var
 
     def forward(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The members' Gaussians.
+        """Return the members' Gaussians.
 
         Args:
             value: ``[*B, in]``.
@@ -220,7 +218,7 @@ class GaussianEnsemble(nn.Module):
     def drawn(
         self, value: torch.Tensor, members: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The Gaussians ``[*B, D]`` of one member for each row, as of :meth:`EnsembleMLP.drawn`."""
+        """Return the Gaussians ``[*B, D]`` of a member for each row, as :meth:`EnsembleMLP.drawn`."""
         return self._gaussians(self.network.drawn(value, members))
 
     def _gaussians(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from torchrl_wm.modules.blocks.ensemble import GaussianEnsemble
@@ -17,8 +16,6 @@ from torchrl_wm.modules.blocks.entries import Entry, JoinEntries, SplitEntries
 from torchrl_wm.modules.blocks.normalizer import Normalizer, valid_rows
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, sibling
-from torchrl_wm.modules.parts import has_its_parts, remember_parts
-from torchrl_wm.modules.world_model.world_model import WorldModel
 
 Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
 PROPAGATIONS: tuple[str, ...] = ("ts1", "tsinf", "expectation", "mean")
@@ -28,7 +25,7 @@ class EnsembleDynamics(TensorDictModule):
     """A probabilistic ensemble as the dynamics of a world model (PETS, MBPO).
 
     The members predict the change of the latents (or the latents themselves)
-    and, if asked to, the reward, each as a Gaussian. ``propagation`` says how one next
+    and, with ``reward``, the reward, each as a Gaussian. ``propagation`` says how one next
     state is made of them (PETS, arXiv 1805.12114, section 5):
 
     - ``"ts1"``: sampled from a member drawn anew for each row and step.
@@ -45,7 +42,7 @@ class EnsembleDynamics(TensorDictModule):
     reads                                 shape
     ====================================  ==================  ========================
     latents, actions                      by their entries
-    ``member``                            ``[*B]`` int64      with ``"tsinf"`` alone
+    ``member``                            ``[*B]`` int64      with ``"tsinf"`` only
     ====================================  ==================  ========================
 
     ====================================  ==================  ========================
@@ -63,7 +60,7 @@ class EnsembleDynamics(TensorDictModule):
     (Members come after the batch dims, so that the entries fit a tensordict of
     batch size ``[*B]``.) The disagreement is the standard deviation of the
     members' means, in units of the targets' own spread, as the root mean square
-    over ``D``, of which targets that never changed count zero; of one member it is zero.
+    over ``D``, where targets that never changed count zero. One member has none: zero.
 
     Args:
         ensemble: maps the joined latents and actions to ``D`` Gaussians.
@@ -75,13 +72,13 @@ class EnsembleDynamics(TensorDictModule):
         target: ``"delta"``, the members predict the change of the latents, or
             ``"absolute"``, the next latents.
         propagation: see above.
-        elites: how many of the members make predictions; all by default.
-            Until :meth:`choose_elites` they are the first.
+        elites: how many of the members make predictions; all by default. They are the
+            first ones until :meth:`choose_elites`.
         normalize: whether inputs and targets are normalised.
-        member_key: where the member stands that a row follows.
+        member_key: the key of the member that a row follows.
         all_members: whether all members are written, under "loc", "log_var" and
-            "disagreement". Without, ``"ts1"`` runs each row through the member that
-            it draws alone, which is ``E`` times less work; the members then share
+            "disagreement". Without, ``"ts1"`` runs each row only through the member that
+            it draws, which is ``E`` times less work; the members then share
             the rows of a batch equally.
 
     Raises:
@@ -170,7 +167,7 @@ class EnsembleDynamics(TensorDictModule):
     def with_propagation(
         self, propagation: Propagation, *, all_members: bool = True
     ) -> EnsembleDynamics:
-        """The same members, propagated otherwise: parameters and buffers are shared."""
+        """Return the same members, propagated otherwise; parameters and buffers are shared."""
         other = type(self).__new__(type(self))
         other._wire(self._step, propagation, self.member_key, all_members)
         return other.train(self.training)
@@ -187,27 +184,23 @@ class EnsembleDynamics(TensorDictModule):
         step, batch = self._step, valid_rows(batch)
         if step.inputs is None:
             return
-        values = [_get(batch, key) for key in self._read_keys()]
-        _, given = step.join(values)
-        step.inputs.fit(given)
-        step.outputs.fit(self._changes(batch))
+        step.inputs.fit(self._inputs(batch))
+        step.outputs.fit(self._targets(batch))
 
     @torch.no_grad()
     def member_errors(self, batch: TensorDictBase) -> torch.Tensor:
-        """The mean squared error of each member on real transitions, ``[E]``.
+        """Return the mean squared error of each member on real transitions, ``[E]``.
 
-        In units of the targets' spread, so that no entry outweighs the others. Targets
+        It is in units of the targets' spread, so that no entry outweighs the others. Targets
         that never changed count zero.
 
         Args:
-            batch: transitions ``[*B]`` that were held out of training. What its
-                ``("collector", "mask")`` calls invalid is left out.
+            batch: transitions ``[*B]`` that were held out of training. Rows that
+                ``("collector", "mask")`` calls invalid are left out.
         """
         step, batch = self._step, valid_rows(batch)
-        values = [_get(batch, key) for key in self._read_keys()]
-        _, given = step.join(values)
-        loc, _ = step.predict(given)
-        target = step.normalized(self._changes(batch))
+        loc, _ = step.predict(self._inputs(batch))
+        target = step.normalized(self._targets(batch))
         return step.live((loc - target).pow(2)).flatten(1).mean(1)
 
     def choose_elites(self, batch: TensorDictBase) -> torch.Tensor:
@@ -224,24 +217,33 @@ class EnsembleDynamics(TensorDictModule):
         self.elites.copy_(best.sort().values)
         return errors
 
-    def _read_keys(self) -> list[NestedKey]:
-        return [entry.key for entry in (*self._step.latents, *self._step.actions)]
+    def _inputs(self, batch: TensorDictBase) -> torch.Tensor:
+        """Return latents and actions, joined, ``[*B, S + A]``."""
+        entries = (*self._step.latents, *self._step.actions)
+        return self._step.join_inputs(*(_get(batch, entry.key) for entry in entries))
 
-    def _changes(self, batch: TensorDictBase) -> torch.Tensor:
-        """What the members are to predict, ``[*B, D]``."""
+    def _targets(self, batch: TensorDictBase) -> torch.Tensor:
+        """Return the targets that the members learn to predict, ``[*B, D]``."""
         values = [_get(batch, join("next", key)) for key in self.targets]
         if self._step.delta:
-            # In the entries' own dtype: what is joined may keep less of large numbers.
+            # In the entries' own dtype: the joined vector may keep less of large numbers.
             for number, entry in enumerate(self._step.latents):
                 values[number] = values[number] - _get(batch, entry.key)
         return self._step.join_targets(*values)
 
 
 class _EnsembleStep(nn.Module):
-    """What the propagations share: the members, between normalisers."""
+    """The members between normalisers, which all propagations share."""
 
     def __init__(
-        self, ensemble, latents, actions, reward, target, elites, normalize
+        self,
+        ensemble: GaussianEnsemble,
+        latents: Sequence[Entry],
+        actions: Sequence[Entry],
+        reward: Entry | None,
+        target: str,
+        elites: int | None,
+        normalize: bool,
     ) -> None:
         super().__init__()
         if target not in ("delta", "absolute"):
@@ -282,46 +284,45 @@ class _EnsembleStep(nn.Module):
             )
         self.register_buffer("elites", torch.arange(count))
         self.inputs = Normalizer(self.join_inputs.out_features) if normalize else None
-        # A reward that was 1 all the time is 1, and no reason to go where nobody was.
+        # A reward that was always 1 is predicted as 1 in states without data, too.
         features = self.split.in_features
         self.outputs = Normalizer(features, freeze_constant=True) if normalize else None
 
     def join(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents alone, ``[*B, S]``, and with the actions, ``[*B, S + A]``."""
+        """Return the latents, ``[*B, S]``, and both latents and actions, ``[*B, S + A]``."""
         joined = self.join_inputs(*values)
         if self.join_state.dtype == joined.dtype:
             return joined[..., : self.state_size], joined
         return self.join_state(*values[: len(self.latents)]), joined
 
     def predict(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The members' normalised targets: ``(loc, log_var)``, ``[E, *B, D]``."""
+        """Return the members' normalised targets: ``(loc, log_var)``, ``[E, *B, D]``."""
         return self.ensemble(joined if self.inputs is None else self.inputs(joined))
 
     def base(self, state: torch.Tensor) -> torch.Tensor:
-        """What predicted targets are added to, ``[*B, D]``."""
-        if not self.delta:
-            return torch.zeros_like(F.pad(state, (0, self._extra)))
-        return F.pad(state, (0, self._extra))  # the reward is no change of anything
+        """Return the values to which predicted targets are added, ``[*B, D]``."""
+        # The reward is no change of anything.
+        base = F.pad(state, (0, self.split.in_features - self.state_size))
+        return base if self.delta else torch.zeros_like(base)
 
     def normalized(self, target: torch.Tensor) -> torch.Tensor:
+        """Return targets in units of their spread."""
         return target if self.outputs is None else self.outputs(target)
 
     def denormalized(self, target: torch.Tensor) -> torch.Tensor:
+        """Return normalised targets in the units of the data."""
         return target if self.outputs is None else self.outputs.inverse(target)
 
     def live(self, value: torch.Tensor) -> torch.Tensor:
-        """``value``, ``[..., D]``, zero where the targets never changed.
+        """Return ``value``, ``[..., D]``, with zeros where the targets never changed.
 
-        There all members predict the same, whatever their networks say, which nothing trains.
+        All members predict the same there: nothing trains the outputs of their networks.
         """
         return value if self.outputs is None else value * (self.outputs.std > 0)
 
     def log_scale(self) -> torch.Tensor | float:
+        """Return what a normalised log-variance lacks to be that of the data."""
         return 0.0 if self.outputs is None else 2 * self.outputs.scale.log()
-
-    @property
-    def _extra(self) -> int:
-        return self.split.in_features - self.state_size
 
 
 class _Propagate(nn.Module):
@@ -347,7 +348,7 @@ class _Propagate(nn.Module):
         if not self.all_members:
             return entries
         spread = step.live(loc.var(0, unbiased=False)).mean(-1, keepdim=True)
-        # The root of zero has no gradient that anyone could use.
+        # The root of zero has no finite gradient.
         disagreement = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt()
         disagreement = torch.where(spread > 0, disagreement, 0.0)
         return (
@@ -360,12 +361,12 @@ class _Propagate(nn.Module):
     def _entries(
         self, base: torch.Tensor, chosen: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """The next entries from normalised targets ``[*B, D]``."""
+        """Return the next entries, given normalised targets ``[*B, D]``."""
         entries = self.step.split(base + self.step.denormalized(chosen))
         return entries if isinstance(entries, tuple) else (entries,)
 
     def _by_own_member(self, joined: torch.Tensor) -> torch.Tensor:
-        """A target ``[*B, D]``, each row from a member drawn anew, which alone is asked."""
+        """Return a target ``[*B, D]``; each row runs only through a member drawn anew."""
         step = self.step
         given = joined if step.inputs is None else step.inputs(joined)
         everyone = len(step.elites) == step.ensemble.members
@@ -373,12 +374,9 @@ class _Propagate(nn.Module):
         return loc + (log_var / 2).exp() * torch.randn_like(loc)
 
     def _choose(
-        self,
-        loc: torch.Tensor,
-        log_var: torch.Tensor,
-        member: torch.Tensor | None,
+        self, loc: torch.Tensor, log_var: torch.Tensor, member: torch.Tensor | None
     ) -> torch.Tensor:
-        """A target ``[*B, D]`` from the members' Gaussians ``[E, *B, D]``."""
+        """Return a target ``[*B, D]`` from the members' Gaussians ``[E, *B, D]``."""
         elites, lead = self.step.elites, loc.shape[1:-1]
         if self.propagation == "ts1":
             drawn = torch.randint(len(elites), lead, device=loc.device)
@@ -397,120 +395,8 @@ class _Propagate(nn.Module):
         return loc + std * torch.randn_like(loc)
 
 
-class SampleMember(TensorDictModuleBase):
-    """Writes the member that each row follows, where it is not there already.
-
-    Goes behind the encoder of a world model that propagates by TSinf; drawn from
-    the elites.
-
-    Args:
-        dynamics: the ensemble.
-
-    Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Unbounded
-        >>> from torchrl_wm.modules import EnsembleDynamics, Entry, GaussianEnsemble, SampleMember
-        >>> entries = [Entry.from_spec("observation", Unbounded((3,)))]
-        >>> dynamics = EnsembleDynamics(
-        ...     GaussianEnsemble(5, 3, 3, hidden=()), entries, [], propagation="tsinf"
-        ... )
-        >>> SampleMember(dynamics)(TensorDict({"observation": torch.zeros(7, 3)}, [7]))["member"].shape
-        torch.Size([7])
-    """
-
-    def __init__(self, dynamics: EnsembleDynamics) -> None:
-        super().__init__()
-        self.in_keys = [dynamics._step.latents[0].key]
-        self.out_keys = [dynamics.member_key]
-        # Not registered: the ensemble's tensors are the dynamics'.
-        self.__dict__["_step"] = dynamics._step
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``member``, ``[*B]`` int64, unless it is there."""
-        (key,) = self.out_keys
-        if tensordict.get(key, None) is None:
-            elites = self._step.elites
-            drawn = torch.randint(
-                len(elites), tensordict.batch_size, device=elites.device
-            )
-            tensordict.set(key, elites[drawn])
-        return tensordict
-
-
-def with_propagation(
-    world_model: WorldModel, propagation: Propagation, *, all_members: bool = True
-) -> WorldModel:
-    """The same world model with its ensemble propagated otherwise.
-
-    Networks, normalisers and elites are shared, so that training either trains
-    both. Several envs can imagine with one model in several ways at a time.
-
-    Args:
-        world_model: a model whose dynamics are :class:`EnsembleDynamics`.
-        propagation: ``"ts1"``, ``"tsinf"``, ``"expectation"`` or ``"mean"``.
-
-    Keyword Args:
-        all_members: whether the new one writes what all members say, as
-            ``"disagreement"``; see :class:`EnsembleDynamics`. Without, planning and
-            imagining by ``"ts1"`` cost ``E`` times less. Files do not hold this: a loaded
-            model writes them.
-
-    Returns:
-        The new world model, in the same mode (training or not). With ``"tsinf"`` its
-        encoder also writes ``member``, so that the env that imagines with it carries
-        that as constant context.
-
-    Raises:
-        TypeError: if the dynamics are no ensemble.
-
-    Examples:
-        >>> from torchrl.envs import GymEnv
-        >>> from torchrl_wm import WorldModelEnv
-        >>> from torchrl_wm.models import make_ensemble_world_model
-        >>> from torchrl_wm.modules import with_propagation
-        >>> real_env = GymEnv("Pendulum-v1")
-        >>> world_model, loss = make_ensemble_world_model(real_env, members=3, hidden=(32,))
-        >>> env = WorldModelEnv(with_propagation(world_model, "tsinf"), real_env)
-        >>> env.imagine(4, tensordict=real_env.reset().expand(10))["member"].shape
-        torch.Size([10, 4])
-    """
-    dynamics = world_model.dynamics
-    if not isinstance(dynamics, EnsembleDynamics):
-        raise TypeError(
-            f"with_propagation needs dynamics that are EnsembleDynamics, got "
-            f"{type(dynamics).__name__}. make_ensemble_world_model(env) wires such a model."
-        )
-    dynamics = dynamics.with_propagation(propagation, all_members=all_members)
-    encoder = world_model.encoder
-    if isinstance(encoder, TensorDictSequential) and isinstance(
-        encoder[-1], SampleMember
-    ):
-        encoder = encoder[0] if len(encoder.module) == 2 else encoder[:-1]
-    if propagation == "tsinf":
-        sampler = SampleMember(dynamics)
-        encoder = TensorDictSequential(encoder, sampler)
-        for module in (encoder, encoder.module, sampler):
-            module.training = world_model.training
-    others = {
-        name: module
-        for name, module in world_model.components.items()
-        if name not in ("encoder", "dynamics")
-    }
-    view = WorldModel(encoder, dynamics, **others)
-    view.initial_state = world_model.initial_state
-    view.training = world_model.training
-    recipe = getattr(world_model, "recipe", None)
-    if recipe is not None:  # of a builder: the view can be saved as the model can
-        config = replace(recipe.config, propagation=propagation)
-        view.__dict__["recipe"] = replace(recipe, config=config)
-    if has_its_parts(world_model):
-        remember_parts(view)
-    return view
-
-
 def _of_member(value: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-    """Of ``[E, *B, D]`` what each row's member says, ``[*B, D]``."""
+    """Return the values of each row's member, ``[*B, D]``, from ``[E, *B, D]``."""
     if member.dtype is not torch.int64 or member.shape != value.shape[1:-1]:
         raise ValueError(
             f"'member' must be int64 of the batch shape {tuple(value.shape[1:-1])}, the number "
@@ -522,6 +408,7 @@ def _of_member(value: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
 
 
 def _get(batch: TensorDictBase, key: NestedKey) -> torch.Tensor:
+    """Return an entry of real transitions."""
     value = batch.get(key, None)
     if value is None:
         raise MissingEntryError(

@@ -16,13 +16,13 @@ from torchrl_wm.modules.keys import as_tuple, unique
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of an env, as a network sees it. All of it is plain data.
+    """One entry of an env, as a network sees it; plain data.
 
     Args:
-        key: where it stands.
+        key: its key.
         shape: its feature dims, without batch dims.
         dtype: its dtype.
-        classes: of a categorical entry (class numbers), how many classes each of
+        classes: for a categorical entry (class numbers), how many classes each of
             its elements has, in the order of the flattened entry; else empty.
 
     Examples:
@@ -41,7 +41,7 @@ class Entry:
 
     @classmethod
     def from_spec(cls, key: NestedKey, spec: TensorSpec) -> Entry:
-        """The entry of a spec without batch dims."""
+        """Return the entry of a spec without batch dims."""
         key, shape, classes = unique([key])[0], tuple(spec.shape), ()
         if isinstance(spec, MultiCategorical):
             nvec = spec.nvec.expand(spec.shape).reshape(-1)
@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """How many floats it takes: one for each number, one for each class of a class number."""
+        """The number of floats: one for each number, one for each class of a class number."""
         return sum(self.classes) if self.classes else prod(self.shape)
 
     @property
@@ -71,7 +71,7 @@ class JoinEntries(nn.Module):
 
     Args:
         entries: the entries, in the order in which they are given and joined.
-        dtype: of the vector; torch's default dtype by default. It follows ``.to()``,
+        dtype: the vector's dtype; torch's default dtype by default. It follows ``.to()``,
             as that of the networks behind it does.
 
     Examples:
@@ -105,7 +105,7 @@ class JoinEntries(nn.Module):
             self.register_buffer(f"_label_{number}", label, persistent=False)
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        """Join.
+        """Join the entries.
 
         Args:
             values: one tensor ``[*B, *feature]`` for each entry.
@@ -140,7 +140,7 @@ class JoinEntries(nn.Module):
 
 
 class SplitEntries(nn.Module):
-    """A vector taken apart into entries: what :class:`JoinEntries` joined.
+    """A vector taken apart into entries: the inverse of :class:`JoinEntries`.
 
     Args:
         entries: the entries, none of them categorical.
@@ -175,7 +175,7 @@ class SplitEntries(nn.Module):
         self.in_features = sum(self.sizes)
 
     def forward(self, vector: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Split.
+        """Split a vector.
 
         Args:
             vector: ``[*B, in_features]``.
@@ -203,17 +203,17 @@ class SplitEntries(nn.Module):
 def check_numbers(
     module: nn.Module, values: Mapping[NestedKey, torch.Tensor], batch: torch.Size
 ) -> None:
-    """Refuse numbers ``[*B, 1]`` where the entries that a module joins say ``[*B]``.
+    """Refuse numbers ``[*B, 1]`` if the entries that a module joins are ``[*B]``.
 
-    To the entry alone ``*B, 1`` are batch dims, too.
+    An entry cannot tell: ``*B, 1`` could be batch dims, too.
 
     Args:
         module: the module, and all within it.
-        values: some of what it reads, by flat key.
+        values: some of the entries that it reads, by flat key.
         batch: ``*B``.
 
     Raises:
-        ValueError: if there are; the message names the key.
+        ValueError: if there are such numbers; the message names the key.
     """
     joins = (part for part in module.modules() if isinstance(part, JoinEntries))
     for entry in (entry for join in joins for entry in join.entries):
@@ -231,7 +231,7 @@ def check_numbers(
 
 
 def _flat(entry: Entry, value: torch.Tensor) -> torch.Tensor:
-    """``[*B, *feature]`` as ``[*B, n]``, ``[*B, 1]`` of a scalar."""
+    """Return ``[*B, *feature]`` as ``[*B, n]``; a scalar as ``[*B, 1]``."""
     dims = len(entry.shape)
     lead = value.shape[: value.ndim - dims]
     if value.ndim < dims or tuple(value.shape[len(lead) :]) != entry.shape:

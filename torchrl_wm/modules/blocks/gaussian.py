@@ -8,18 +8,18 @@ from torch import nn
 
 
 class BoundedLogVar(nn.Module):
-    """Keeps log-variances between learned bounds, which themselves have limits.
+    """Learned bounds of log-variances, which themselves have limits.
 
     The bounds are soft (PETS, arXiv 1805.12114, appendix A.1): away from the data a network's
     log-variance would otherwise be anything. They are learned together with the
-    network and pulled together by :meth:`width` as part of the loss. Neither they nor the
-    log-variances, which pass the upper one by up to 0.7 where the two are close, ever leave
-    ``limits``, whatever the targets are.
+    network and pulled together by :meth:`width` as part of the loss. Log-variances pass the
+    upper bound by up to 0.7 where the two are close. Neither they nor the bounds ever leave
+    ``limits``.
 
     Args:
         features: the number of features ``F``.
-        low, high: where the bounds begin.
-        limits: what bounds and log-variances never leave.
+        low, high: the initial bounds.
+        limits: the range of bounds and log-variances.
 
     Examples:
         >>> import torch
@@ -47,7 +47,7 @@ class BoundedLogVar(nn.Module):
         self.limits = limits
 
     def forward(self, raw: torch.Tensor) -> torch.Tensor:
-        """``[*B, F]`` of any size to log-variances within the bounds."""
+        """Map any numbers, ``[*B, F]``, to log-variances within the bounds."""
         low, high = self.low.clamp(*self.limits), self.high.clamp(*self.limits)
         value = high - F.softplus(high - raw)
         value = low + F.softplus(value - low)
@@ -56,9 +56,9 @@ class BoundedLogVar(nn.Module):
         return value.detach().clamp_max(self.limits[1]) + (value - value.detach())
 
     def width(self) -> torch.Tensor:
-        """The sum of the distances of the bounds, a scalar; a part of the loss.
+        """Return the sum of the distances of the bounds, a scalar; a part of the loss.
 
-        Bounds that have crossed are no distance apart: pulling them on would pay
+        Bounds that have crossed have no distance: a loss that pulled them on would fall
         without end, and no variance would follow the data again.
         """
         return (self.high - self.low).relu().sum()

@@ -17,31 +17,31 @@ from torchrl_wm.modules.modes import draws
 
 
 class TerminationHead(TensorDictModule):
-    """Predicts terminations: logits to train on, bools to step on, and a probability.
+    """A head that predicts terminations: logits to train, bools to step on, a probability.
 
     ==================================  =========================  =====================
     writes, beside the done entry       shape                      what
     ==================================  =========================  =====================
-    ``("next", "terminated_logits")``   ``[*B, 1]`` float          what the loss trains
-    ``("next", "terminated")``          ``[*B, 1]`` bool           what the env obeys
+    ``("next", "terminated_logits")``   ``[*B, 1]`` float          logits that the loss trains
+    ``("next", "terminated")``          ``[*B, 1]`` bool           ends episodes of the env
     ``("next", "continue_prob")``       ``[*B, 1]`` float          probability of going on
     ==================================  =========================  =====================
 
-    To have the probability of going on in imagined data, as a discount say,
+    To have the probability of going on in imagined data, for example as a discount,
     declare it: ``WorldModelEnv(..., observation_spec=Composite(
     continue_prob=Unbounded((1,))))``.
 
     Args:
         network: maps its inputs to the logits, ``[*B, 1]``.
-        in_keys: what it reads.
+        in_keys: the keys that it reads.
 
     Keyword Args:
         done_key: the done entry of the env.
         shape: its feature shape; the network may write it flattened.
-        threshold: the probability of terminating from which on the episode ends.
+        threshold: the probability of terminating above which the episode ends.
         sample: draw whether it ends with that probability, instead of comparing
-            it with the threshold. Where ``set_interaction_type`` asks for anything but
-            ``"random"``, the threshold decides.
+            it with the threshold. Under any ``set_interaction_type`` but ``"random"``,
+            the threshold decides.
 
     Raises:
         ValueError: if the threshold is not a probability.
@@ -56,7 +56,7 @@ class TerminationHead(TensorDictModule):
         ['continue_prob', 'observation', 'terminated', 'terminated_logits']
     """
 
-    #: What the logits are written as.
+    #: The name under which the logits are written.
     logits_name = "terminated_logits"
     _goes_on = False
 
@@ -83,9 +83,9 @@ class TerminationHead(TensorDictModule):
 
 
 class ContinueHead(TerminationHead):
-    """Predicts whether an episode goes on, as Dreamer does: logits under ``continue_pred``.
+    """A head that predicts whether an episode goes on, as Dreamer does.
 
-    As :class:`TerminationHead`, but that the network's logits are those of *not*
+    It is a :class:`TerminationHead`, except that the network's logits are those of *not*
     terminating, and stand under ``("next", "continue_pred")``, TorchRL's name for them.
 
     Examples:
@@ -103,12 +103,12 @@ class ContinueHead(TerminationHead):
 
 
 class _OnNetwork(nn.Module):
-    """What heads make of the outputs of a network, which may normalise its inputs."""
+    """A part of a head around a network, which may normalise its inputs."""
 
     network: nn.Module
 
     def fit_normalizer(self, *values: torch.Tensor) -> None:
-        """Hand data on to the network, if that normalises it."""
+        """Hand data on to the network, if that normalises its inputs."""
         fit = getattr(self.network, "fit_normalizer", None)
         if fit is not None:
             fit(*values)
@@ -128,7 +128,7 @@ class _Ending(_OnNetwork):
         super().__init__()
         self.network, self.shape, self.sample = network, shape, sample
         self.goes_on = goes_on
-        # Where the logit of terminating is when the probability is the threshold.
+        # The logit at which the probability of terminating equals the threshold.
         self.limit = log(threshold / (1 - threshold))
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -143,30 +143,29 @@ class _Ending(_OnNetwork):
 
 
 class GaussianHead(TensorDictModule):
-    """Predicts an entry as a Gaussian with bounded variance.
+    """A head that predicts an entry as a Gaussian with bounded variance.
 
     ============================  =====================  ==========================
-    writes                        shape                  what
+    writes                        shape                  value
     ============================  =====================  ==========================
     ``out_key``                   ``[*B, *shape]``       the mean, or a sample
     ``<out_key>_loc``             ``[*B, *shape]``       the mean
     ``<out_key>_log_var``         ``[*B, *shape]``       the log-variance
     ============================  =====================  ==========================
 
-    Trained by :meth:`torchrl_wm.objectives.GaussianNLLTerm.of_head`.
+    :meth:`torchrl_wm.objectives.GaussianNLLTerm.of_head` trains it.
 
     Args:
         network: maps its inputs to ``[*B, 2 * D]``: ``D`` means and ``D`` raw
             log-variances, ``D`` being the size of ``shape``.
-        in_keys: what it reads.
-        out_key: what it predicts, such as ``("next", "reward")``.
+        in_keys: the keys that it reads.
+        out_key: the key that it predicts, such as ``("next", "reward")``.
 
     Keyword Args:
         shape: the feature shape of the entry.
-        sample: write samples, by reparametrisation, in place of means, where
-            ``set_interaction_type`` asks for no other (mode, mean, deterministic).
-        log_var: keeps the log-variance within bounds; :class:`BoundedLogVar` of
-            its defaults if None.
+        sample: write samples, by reparametrisation, in place of means, unless
+            ``set_interaction_type`` says otherwise (mode, mean, deterministic).
+        log_var: keeps the log-variance within bounds; a :class:`BoundedLogVar` by default.
 
     Examples:
         >>> import torch
@@ -232,15 +231,15 @@ class _Gaussian(_OnNetwork):
 class FunctionHead(TensorDictModule):
     """A reward or termination function that the user knows, as PETS and MBPO have them.
 
-    ``function(observation, action, next_observation)`` gives ``[*B]`` or
-    ``[*B, 1]`` for any batch dims ``*B``. Of several observations or actions it
-    gets a dictionary by key.
+    ``function(observation, action, next_observation)`` returns ``[*B]`` or
+    ``[*B, 1]`` for any batch dims ``*B``. It gets several observations or actions as a
+    dictionary by key.
 
     Args:
         function: the function.
         observations: the observations, which are the latents.
         actions: the actions.
-        out: what it computes, below "next": the reward entry, or a bool one such
+        out: the entry that it computes, below "next": the reward, or a bool such
             as ``terminated``.
 
     Examples:
@@ -287,7 +286,7 @@ class FunctionHead(TensorDictModule):
 
 
 class _Function(nn.Module):
-    """Hands a user's function what it asks for, and checks what it gives."""
+    """A user's function, with its arguments put together and its result checked."""
 
     def __init__(
         self,
@@ -317,6 +316,7 @@ class _Function(nn.Module):
         return self._checked(value, lead)
 
     def _checked(self, value: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+        """Return the function's result as the entry, ``[*lead, *shape]``."""
         out = self.out
         name = getattr(self.function, "__name__", type(self.function).__name__)
         shape = (*lead, *out.shape)
@@ -340,7 +340,7 @@ class _Function(nn.Module):
 
 
 def _shaped(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """``[*B, D]`` as ``[*B, *shape]``."""
+    """Return ``[*B, D]`` as ``[*B, *shape]``."""
     if value.shape[-1] != prod(shape):
         raise ValueError(
             f"The network of a head of the shape {shape} must write {prod(shape)} numbers, and "

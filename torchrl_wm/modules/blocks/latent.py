@@ -11,15 +11,14 @@ from torchrl_wm.modules.blocks.activations import group_softmax, Mish
 
 
 class SimNorm(nn.Module):
-    """Projects a vector onto simplices: a softmax over each group of its elements.
+    """A projection of a vector onto simplices: a softmax over each group of its elements.
 
-    The latent of TD-MPC2 (arXiv 2310.16828, section 3.1) is so normed, which
-    bounds it and its rollouts: all elements are in [0, 1], and each group sums
-    to 1.
+    It norms the latent of TD-MPC2 (arXiv 2310.16828, section 3.1), which bounds the latent
+    and its rollouts: all elements are in [0, 1], and each group sums to 1.
 
     Args:
         group: the number of elements in a group, which divides ``L``.
-        temperature: of the softmax; the smaller, the closer to one-hot.
+        temperature: that of the softmax; the smaller, the closer to one-hot.
 
     Raises:
         ValueError: if ``group`` or ``temperature`` is not positive.
@@ -42,7 +41,7 @@ class SimNorm(nn.Module):
         self.group, self.temperature = group, temperature
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Norm.
+        """Norm a vector.
 
         Args:
             value: ``[*B, L]``.
@@ -105,9 +104,9 @@ class NormedMLP(nn.Sequential):
         in_features: size of the inputs together.
         out_features: size of the output.
         num_cells: sizes of the hidden layers.
-        activation: makes what follows the last layer, after a layer norm; by
+        activation: makes the activation after the last layer and a layer norm; by
             default the last layer is plainly linear.
-        dropout: after the first linear layer.
+        dropout: the probability of dropout after the first linear layer.
 
     Examples:
         >>> import torch
@@ -138,7 +137,7 @@ class NormedMLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """``[*B, n]`` each, joined, as ``[*B, out_features]``."""
+        """Map inputs ``[*B, n]``, joined, to ``[*B, out_features]``."""
         return super().forward(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
 
 

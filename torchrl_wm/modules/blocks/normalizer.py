@@ -1,7 +1,8 @@
-"""Inputs and targets of networks, shifted and scaled by what the data is like."""
+"""Inputs and targets of networks, shifted and scaled by the statistics of data."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,18 +23,18 @@ from torchrl_wm.modules.world_model.world_model import WorldModel
 
 #: A spread this small, relative to the mean, is rounding: the dimension is constant.
 _CONSTANT = EPS
-#: The same of numbers in double precision.
+#: The same for numbers in double precision.
 _CONSTANT_DOUBLE = 1e-12
-#: So is one this small by itself, such as that of what computes to about zero.
+#: So is a spread this small by itself, such as that of numbers that are zero but for rounding.
 _ROUNDING = 1e-12
 
 
 class _Notice:
-    """What was said already: once by all that share it.
+    """A record of the warnings that were given, shared by the normalisers of a model.
 
     Attributes:
-        given: whether, that something is not fitted.
-        coarse: of which entries, that their numbers are too large.
+        given: whether they warned that one is not fitted.
+        coarse: the entries whose numbers they called too large.
     """
 
     given = False
@@ -43,17 +44,17 @@ class _Notice:
 
 
 class Normalizer(nn.Module):
-    """Gives each feature mean 0 and standard deviation 1, as fitted from data.
+    """A map that gives each feature mean 0 and standard deviation 1, as fitted to data.
 
     Mean and standard deviation are buffers: they are saved, move with the model
     and are not trained. Until :meth:`fit` is called it is the identity, and the
-    first use warns, of the normalisers of a ready-made model the first use of any. A
+    first use warns; the normalisers of a ready-made model warn once together. A
     feature that is constant in the data is shifted and not scaled.
 
     Args:
         features: the number of features ``F``.
-        freeze_constant: of targets: what was never seen to change is predicted to stay, as
-            :meth:`inverse` gives such features as they were, whatever comes in.
+        freeze_constant: for targets: a feature that never changed in the data is predicted
+            to stay, as :meth:`inverse` returns it as it was for any input.
 
     Examples:
         >>> import torch
@@ -122,41 +123,44 @@ class Normalizer(nn.Module):
         return self
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """``[*B, F]`` in the units of the data, to mean 0 and standard deviation 1."""
+        """Map ``[*B, F]`` in the units of the data to mean 0 and standard deviation 1."""
         self._warn_if_unfitted()
         return (value - self.mean) / self.scale
 
     @property
     def scale(self) -> torch.Tensor:
-        """What features are divided by, ``[F]``: the standard deviation, or 1."""
+        """The numbers that features are divided by, ``[F]``: the standard deviation, or 1."""
         if not self.freeze_constant:
             return self.std
         return torch.where(self.std > 0, self.std, 1.0)
 
     def inverse(self, value: torch.Tensor) -> torch.Tensor:
-        """What :meth:`forward` did, undone."""
+        """Undo :meth:`forward`."""
         self._warn_if_unfitted()
         return value * self.std + self.mean
 
     def _warn_if_unfitted(self) -> None:
+        """Warn at the first use before :meth:`fit`."""
         if self._is_fitted or self._notice.given or torch.compiler.is_compiling():
             return
         self._is_fitted = self._came_fitted()
         if self._is_fitted:
             return
         self._notice.given = True
-        warnings.warn(
+        # Without a registry: Python would show it once a process, as all models come to this line.
+        warnings.warn_explicit(
             "A normaliser is used before it is fitted, and is the identity. Call "
             "torchrl_wm.modules.fit_normalizers(world_model, batch) with real transitions "
             "first.",
-            stacklevel=3,
+            UserWarning,
+            *_caller(),
         )
 
     def _came_fitted(self) -> bool:
-        """Whether the statistics are those of data, as where they came with other weights."""
+        """Return whether the statistics are those of data, for example loaded ones."""
         try:
             return bool(self.fitted)
-        except RuntimeError:  # of no single value: on the meta device, or under vmap
+        except RuntimeError:  # no single value: on the meta device, or under vmap
             return False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -165,6 +169,14 @@ class Normalizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.features}, fitted={self._is_fitted}"
+
+
+def _caller() -> tuple[str, int]:
+    """Return the file and the line that called a normaliser, for a warning."""
+    frame = inspect.currentframe()
+    for _ in range(3):
+        frame = frame.f_back or frame
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def share_notice(model: nn.Module) -> None:
@@ -176,7 +188,7 @@ def share_notice(model: nn.Module) -> None:
 
 @contextmanager
 def without_warnings(model: nn.Module) -> Iterator[None]:
-    """No warnings of unfitted normalisers: the model is looked at, not used."""
+    """Silence the warnings of unfitted normalisers, while a model is only looked at."""
     notices = [normalizer._notice for normalizer in _normalizers(model)]
     before = [notice.given for notice in notices]
     try:
@@ -196,7 +208,7 @@ class NormalizedNetwork(nn.Module):
     """A network that reads entries: joined into one vector, and normalised.
 
     Args:
-        entries: what it reads, in the order of its inputs.
+        entries: the entries that it reads, in the order of its inputs.
         network: maps ``[*B, n]`` to its outputs, ``n`` being the joined entries' size.
         normalize: whether to normalise.
 
@@ -224,7 +236,7 @@ class NormalizedNetwork(nn.Module):
         self.network = network
 
     def forward(self, *values: torch.Tensor) -> Any:
-        """What the network makes of the entries, one tensor ``[*B, *feature]`` for each."""
+        """Run the network on the entries, one tensor ``[*B, *feature]`` for each."""
         vector = self.join(*values)
         if self.normalizer is not None:
             vector = self.normalizer(vector)
@@ -237,12 +249,12 @@ class NormalizedNetwork(nn.Module):
 
 
 class DenormalizedNetwork(nn.Module):
-    """A network that predicts entries of whatever scale, from outputs near 0 and 1.
+    """A network that predicts entries of any scale, from outputs near 0 and 1.
 
     Args:
         network: maps its inputs to ``[*B, n]``, ``n`` being the entries' size.
-        entries: what it predicts, of float dtypes.
-        normalize: whether the outputs are scaled by what the data is like.
+        entries: the entries that it predicts, of float dtypes.
+        normalize: whether the outputs are scaled by the statistics of the data.
 
     Examples:
         >>> import torch
@@ -264,7 +276,7 @@ class DenormalizedNetwork(nn.Module):
         self.normalizer = Normalizer(self.split.in_features) if normalize else None
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        """The entries, ``[*B, *feature]`` each; a single one as itself."""
+        """Predict the entries, ``[*B, *feature]`` each; a single one as itself."""
         vector = self.network(*inputs)
         if self.normalizer is not None:
             vector = self.normalizer.inverse(vector)
@@ -276,7 +288,7 @@ class DenormalizedNetwork(nn.Module):
             self.normalizer.fit(self.join(*values))
 
     def scale(self, key: NestedKey) -> torch.Tensor | float:
-        """The standard deviation of an entry, of its feature shape: the unit of its errors."""
+        """Return an entry's standard deviation, in its feature shape: the unit of its errors."""
         if self.normalizer is None:
             return 1.0
         std = self.split(self.normalizer.std)
@@ -289,27 +301,27 @@ class DenormalizedNetwork(nn.Module):
 def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     """Fit all normalisers of a model to a batch of real transitions.
 
-    Called once there is data, before training; again when the data has become
-    another. Fitted are the networks that have a ``fit_normalizer`` (such as
-    :class:`NormalizedNetwork`), to the entries that their module reads, or a
-    ``fit_output_normalizer`` (:class:`DenormalizedNetwork`), to those that it writes,
-    and the modules that fit themselves (:class:`EnsembleDynamics`). Latents
-    that the batch lacks are encoded from its observations.
+    Call it when there is data, before training, and again when the data has changed much.
+    It fits networks that have a ``fit_normalizer`` (such as :class:`NormalizedNetwork`) to
+    the entries that their module reads, those that have a ``fit_output_normalizer``
+    (:class:`DenormalizedNetwork`) to the entries that it writes, and modules that fit
+    themselves (:class:`EnsembleDynamics`). Latents that the batch lacks are encoded from
+    its observations.
 
     A loss with ``delay_encoder=True`` follows: its target encoder normalises as the
     encoder does, whenever that was fitted.
 
-    An entry whose numbers are so large beside their changes that single precision holds
-    little of these (seconds since 1970) is named in a warning, once for a model.
+    A warning names, once for a model, entries whose numbers are so large beside their changes
+    that single precision holds little of these (seconds since 1970).
 
     Args:
         model: the world model, or a component of one.
-        batch: real transitions, ``[*B]``, with "next". What its
-            ``("collector", "mask")`` calls invalid is left out.
+        batch: real transitions, ``[*B]``, with "next". Rows that
+            ``("collector", "mask")`` calls invalid are left out.
 
     Raises:
         KeyError: if the batch lacks an entry that a module reads.
-        ValueError: if the data is not finite, or nothing of it is valid.
+        ValueError: if the data is not finite, or no row of it is valid.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -343,7 +355,7 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
 def _check_precision(
     model: nn.Module, batch: TensorDictBase, keys: Sequence[NestedKey]
 ) -> None:
-    """Name what is too large for the normalisers' dtype, once."""
+    """Warn, once, of entries that are too large for the normalisers' dtype."""
     normalizers = _normalizers(model)
     if not normalizers or normalizers[0].mean.dtype is torch.float64:
         return
@@ -362,10 +374,10 @@ def _check_precision(
 def with_statistics(
     target: TensorDictBase, parameters: TensorDictBase, module: nn.Module
 ) -> TensorDictBase:
-    """Target parameters with the present statistics of the normalisers in ``module``.
+    """Return target parameters with the present statistics of the normalisers in ``module``.
 
-    Statistics are facts about the data, not learned: a target network that kept
-    those of the time when it was made would read inputs in other units.
+    Statistics are facts about the data, not learned: a target network that kept its
+    first ones would read inputs in other units.
 
     Args:
         target: the delayed parameters and buffers of ``module``.
@@ -392,9 +404,9 @@ def with_statistics(
 def _data(
     model: nn.Module, batch: TensorDictBase, keys: Sequence[NestedKey]
 ) -> TensorDictBase:
-    """The batch with all of ``keys``, of which latents are encoded if need be."""
+    """Return the batch with all of ``keys``; latents that it lacks are encoded."""
     keys = unique(keys)
-    # Encoded anew for each module: what comes before it has just been fitted.
+    # Encoded anew for each module: those before it have just been fitted.
     data = _with_latents(model, batch, keys)
     missing = missing_from(data, keys)
     if missing:
@@ -406,10 +418,10 @@ def _data(
 
 
 def valid_rows(batch: TensorDictBase) -> TensorDictBase:
-    """What the batch's mask calls valid, ``[N]``; all of it without a mask.
+    """Return the rows that the batch's mask calls valid, ``[N]``; the batch without a mask.
 
     Raises:
-        ValueError: if nothing is left.
+        ValueError: if no row is left.
     """
     mask = batch.get(("collector", "mask"), None)
     if mask is not None:
@@ -425,7 +437,7 @@ def valid_rows(batch: TensorDictBase) -> TensorDictBase:
 def _with_latents(
     model: nn.Module, batch: TensorDictBase, in_keys: Sequence
 ) -> TensorDictBase:
-    """The batch, with the latents that ``in_keys`` name and it lacks."""
+    """Return the batch, with the latents among ``in_keys`` that it lacks."""
     if not isinstance(model, WorldModel):
         return batch
     lacking = missing_from(batch, unique(in_keys))

@@ -17,13 +17,30 @@ _MULTIPLIERS = (2, 3, 4, 4)
 
 
 def default_multipliers(height: int, width: int) -> tuple[int, ...]:
-    """Channel multipliers of as many halvings as bring the smaller side to about 4."""
+    """Return channel multipliers, one for each halving that brings the smaller side to about 4."""
     stages = ceil(log2(max(min(height, width), 1) / 4)) if min(height, width) > 4 else 1
     return _MULTIPLIERS[: min(max(stages, 1), len(_MULTIPLIERS))]
 
 
-class PixelEncoder(nn.Module):
-    """An image as a vector of features.
+class _ImageNetwork(nn.Module):
+    """The choices that encoder and decoder of an image share."""
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        layout: ImageLayout,
+        scale: float,
+        multipliers: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        if layout not in _LAYOUTS:
+            raise ValueError(f"Unknown layout={layout!r}. Valid are {list(_LAYOUTS)}.")
+        self.image_shape, self.layout, self.scale = tuple(image_shape), layout, scale
+        self.stages = tuple(multipliers or default_multipliers(*self.image_shape[1:]))
+
+
+class PixelEncoder(_ImageNetwork):
+    """A network that maps images to vectors of features.
 
     TorchRL's :class:`~torchrl.modules.DreamerV3ImageEncoder` (arXiv 2301.04104)
     for images of any size, order of dims and range of values.
@@ -34,9 +51,9 @@ class PixelEncoder(nn.Module):
             a channel dim.
         scale: the largest value, 255 or 1.
         depth: the number of channels of a stage for a multiplier of 1.
-        multipliers: of each stage, which halves the sides; by default as many
-            as bring the smaller side to about 4.
-        kernel_size: of the convolutions; odd.
+        multipliers: those of the stages, each of which halves the sides; by default as
+            many as bring the smaller side to about 4.
+        kernel_size: that of the convolutions; odd.
 
     Raises:
         ValueError: if ``layout`` is unknown.
@@ -60,20 +77,18 @@ class PixelEncoder(nn.Module):
         multipliers: Sequence[int] | None = None,
         kernel_size: int = 5,
     ) -> None:
-        super().__init__()
-        self.layout, self.scale = _check_layout(layout), scale
-        channels, height, width = self.image_shape = tuple(image_shape)
+        super().__init__(image_shape, layout, scale, multipliers)
         self.network = DreamerV3ImageEncoder(
-            in_channels=channels,
+            in_channels=self.image_shape[0],
             depth=depth,
-            mults=_stages(multipliers, height, width),
+            mults=self.stages,
             kernel_size=kernel_size,
         )
         #: The length of the feature vector.
         self.out_features = self.network.output_features(self.image_shape)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Encode.
+        """Encode images.
 
         Args:
             image: ``[*B, C, H, W]``, in the dims' order of ``layout``.
@@ -84,7 +99,12 @@ class PixelEncoder(nn.Module):
         Raises:
             ValueError: if the image has another shape.
         """
-        shape = _in_layout(self.image_shape, self.layout)
+        channels, height, width = self.image_shape
+        shape = {
+            "CHW": (channels, height, width),
+            "HWC": (height, width, channels),
+            "HW": (height, width),
+        }[self.layout]
         if tuple(image.shape[-len(shape) :]) != shape:
             raise ValueError(
                 f"The image has the shape {tuple(image.shape)}; [*B, "
@@ -100,12 +120,12 @@ class PixelEncoder(nn.Module):
         return self.network(image / self.scale)
 
 
-class PixelDecoder(nn.Module):
-    """A vector of features as an image.
+class PixelDecoder(_ImageNetwork):
+    """A network that maps vectors of features to images.
 
     TorchRL's :class:`~torchrl.modules.DreamerV3ImageDecoder` (arXiv 2301.04104)
-    for images of any size: what it makes too large is cropped. The image is a
-    float in the units of the observation, ``[0, scale]``, without being clamped.
+    for images of any size: larger ones are cropped. The image is a
+    float in the units of the observation, ``[0, scale]``, and not clamped.
 
     Args:
         in_features: the length of the vector.
@@ -134,26 +154,20 @@ class PixelDecoder(nn.Module):
         multipliers: Sequence[int] | None = None,
         kernel_size: int = 5,
     ) -> None:
-        super().__init__()
-        self.layout, self.scale = _check_layout(layout), scale
-        channels, height, width = self.image_shape = tuple(image_shape)
-        stages = _stages(multipliers, height, width)
-        block = 2 ** len(stages)
+        super().__init__(image_shape, layout, scale, multipliers)
+        channels, *sides = self.image_shape
+        block = 2 ** len(self.stages)
         self.network = DreamerV3ImageDecoder(
             in_features=in_features,
-            image_shape=(
-                channels,
-                ceil(height / block) * block,
-                ceil(width / block) * block,
-            ),
+            image_shape=(channels, *(ceil(side / block) * block for side in sides)),
             depth=depth,
-            mults=stages,
+            mults=self.stages,
             kernel_size=kernel_size,
             num_blocks=1,
         )
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Decode.
+        """Decode vectors.
 
         Args:
             inputs: vectors ``[*B, n]``, which are joined.
@@ -166,22 +180,3 @@ class PixelDecoder(nn.Module):
         if self.layout == "HWC":
             return image.movedim(-3, -1)
         return image.squeeze(-3) if self.layout == "HW" else image
-
-
-def _check_layout(layout: str) -> str:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"Unknown layout={layout!r}. Valid are {list(_LAYOUTS)}.")
-    return layout
-
-
-def _stages(
-    multipliers: Sequence[int] | None, height: int, width: int
-) -> tuple[int, ...]:
-    return default_multipliers(height, width) if not multipliers else tuple(multipliers)
-
-
-def _in_layout(image_shape: tuple[int, int, int], layout: str) -> tuple[int, ...]:
-    channels, height, width = image_shape
-    if layout == "HW":
-        return height, width
-    return (height, width, channels) if layout == "HWC" else image_shape

@@ -1,4 +1,4 @@
-"""Whether single precision is enough for what was recorded, such as the time of day in seconds."""
+"""Checks of whether single precision is enough for data, such as the time of day in seconds."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import warnings
 import torch
 from tensordict import NestedKey
 
-#: What single precision tells apart, relative to the number.
+#: The distance of two numbers in single precision, relative to the number.
 EPS = torch.finfo(torch.float32).eps
 #: A spread, or a change over a step, of fewer distances than this is mostly rounding.
 _ENOUGH = 8
-#: Jitter of numbers in double precision: less than this, and than single precision tells apart.
+#: The most jitter of numbers in double precision that is no change; also below a distance.
 _JITTER = 1e-3
 
 
 def coarse_dims(
     value: torch.Tensor, following: torch.Tensor | None = None
 ) -> list[tuple[int, float, float]]:
-    """Dims whose spread, or change over a step, is no more than a few float32 distances.
+    """Find dims whose spread, or change over a step, is no more than a few float32 distances.
 
     Args:
-        value: ``[N, *feature]``, float32 or float64. What only jitters by its last digits is
-            constant, and not counted.
+        value: ``[N, *feature]``, float32 or float64. A dim that only jitters by its last
+            digits is constant, and not counted.
         following: the values after the step, likewise.
 
     Returns:
@@ -54,7 +54,7 @@ def coarse_dims(
 def warn_of_coarse(
     key: NestedKey, dims: list[tuple[int, float, float]], stacklevel: int = 3
 ) -> None:
-    """Say which dims of an entry :func:`coarse_dims` found, and what to do."""
+    """Warn of the dims of an entry that :func:`coarse_dims` found, and say what to do."""
     if not dims:
         return
     _, mean, spread = dims[0]

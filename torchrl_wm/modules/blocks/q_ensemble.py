@@ -26,8 +26,7 @@ class QEnsemble(TensorDictModuleBase):
     stand for a scalar. All are one batched matmul per layer. ``Q`` is their
     number; the last layers start at zero, and so do the values.
 
-    Trained by :class:`~torchrl_wm.objectives.ValueTerm`, which also keeps the
-    target networks.
+    :class:`~torchrl_wm.objectives.ValueTerm` trains them, and keeps the target networks.
 
     Args:
         latents: the keys of the latents that are read, with their sizes.
@@ -35,11 +34,11 @@ class QEnsemble(TensorDictModuleBase):
         num_networks: ``Q``.
         num_cells: sizes of the hidden layers.
         two_hot: the bins; :class:`SymlogTwoHot` by default.
-        dropout: after the first layer.
-        reduce: what the value is: the ``"mean"`` or the ``"min"`` of the networks.
-        subset: reduce so many networks, drawn anew at each call, instead of all.
-        logits_key: where the logits go, ``[*B, Q, bins]``.
-        value_key: where the value goes, ``[*B, 1]``.
+        dropout: the probability of dropout after the first layer.
+        reduce: the value is the ``"mean"`` or the ``"min"`` of the networks.
+        subset: the number of networks to reduce, drawn anew at each call; all by default.
+        logits_key: the key of the logits, ``[*B, Q, bins]``.
+        value_key: the key of the value, ``[*B, 1]``.
 
     Raises:
         ValueError: for an unknown ``reduce``, more networks in ``subset`` than there
@@ -95,7 +94,7 @@ class QEnsemble(TensorDictModuleBase):
     def logits(
         self, latents: Sequence[torch.Tensor], actions: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """The logits of all networks.
+        """Return the logits of all networks.
 
         Args:
             latents: ``[*B, L]`` each.
@@ -116,12 +115,12 @@ class QEnsemble(TensorDictModuleBase):
         reduce: Reduce | None = None,
         subset: int | None = None,
     ) -> torch.Tensor:
-        """What the logits say together.
+        """Return the value that the networks' logits stand for together.
 
         Args:
             logits: ``[*B, Q, bins]``.
             reduce: ``"mean"`` or ``"min"``; the ensemble's own by default.
-            subset: of how many networks, drawn at random; likewise.
+            subset: the number of networks, drawn at random; likewise.
 
         Returns:
             ``[*B, 1]``.
@@ -152,7 +151,7 @@ class QEnsemble(TensorDictModuleBase):
 def _linears(
     networks: int, in_features: int, out_features: int, std: float = 0.02
 ) -> EnsembleLinear:
-    """The linear layers of all networks, begun as TD-MPC2 does."""
+    """Return the linear layers of all networks, initialised as TD-MPC2 does."""
     layer = EnsembleLinear(networks, in_features, out_features)
     if std:
         nn.init.trunc_normal_(layer.weight, std=std)
@@ -179,6 +178,7 @@ class _LayerNorms(nn.Module):
 def _check_reduce(
     reduce: str, subset: int | None, networks: int
 ) -> tuple[str, int | None]:
+    """Check and return how values are reduced."""
     if reduce not in ("mean", "min"):
         raise ValueError(f"Unknown reduce={reduce!r}. Valid are ['mean', 'min'].")
     if subset is not None and not 1 <= subset <= networks:

@@ -1,7 +1,8 @@
 """TorchRL's RSSM networks as components of a world model.
 
 TorchRL's :class:`~torchrl.modules.RSSMPrior` and :class:`~torchrl.modules.RSSMPriorV3` take one
-float action and at most one batch dim; here they take any of both. What they compute is theirs.
+float action and at most one batch dim; here they take any actions and batch dims, and compute
+the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torchrl_wm.modules.keys import as_tuple, is_next, join, strip_next, unique
 from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.modules.world_model.world_model import WorldModel
 
-#: What TorchRL's Gaussian prior casts to on its way into the GRU.
+#: The dtype to which TorchRL's Gaussian prior casts on its way into the GRU.
 _FLOAT = torch.float32
 
 
@@ -28,8 +29,8 @@ class RSSMDynamics(nn.Module):
         prior: TorchRL's :class:`~torchrl.modules.RSSMPrior` (PlaNet and Dreamer,
             arXiv 1811.04551, 1912.01603) or :class:`~torchrl.modules.RSSMPriorV3`
             (DreamerV2 and V3, arXiv 2010.02193, 2301.04104).
-        actions: makes one float vector of the actions; by default the action is
-            that vector.
+        actions: makes one float vector of the actions; by default there is one action,
+            which is that vector.
 
     Examples:
         >>> import torch
@@ -55,7 +56,7 @@ class RSSMDynamics(nn.Module):
     def forward(
         self, state: torch.Tensor, belief: torch.Tensor, *actions: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Predict.
+        """Predict the next state.
 
         Args:
             state: the stochastic state, ``[*B, S]``.
@@ -75,7 +76,7 @@ class RSSMDynamics(nn.Module):
     def _gaussian_prior(
         self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """``RSSMPrior`` with weights of another dtype than float32, which its GRU cannot have."""
+        """Do what ``RSSMPrior`` does, with weights of another dtype, which its GRU cannot have."""
         prior = self.prior
         hidden = prior.action_state_projector(torch.cat([state, action], -1))
         belief = prior.rnn(hidden, belief)
@@ -109,11 +110,11 @@ class RSSMPosteriorHead(nn.Module):
     def forward(
         self, belief: torch.Tensor, embedding: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Correct.
+        """Correct a predicted state.
 
         Args:
             belief: the predicted one, ``[*B, D]``.
-            embedding: of the observation that was made, ``[*B, M]``.
+            embedding: that of the observation, ``[*B, M]``.
 
         Returns:
             The posterior's statistics, and a state drawn from it, ``[*B, S]``.
@@ -125,13 +126,13 @@ class ContinuationModel(TensorDictModuleBase):
     """The probability that an episode goes on, as TorchRL's DreamerV3 losses read it.
 
     :class:`~torchrl.objectives.DreamerV3ActorLoss` weighs imagined steps by a
-    ``continuation_model``, which reads latents at the root. This is a world
-    model's done head in that place; it shares its parameters.
+    ``continuation_model``, which reads latents at the root. This one runs a world
+    model's done head, and shares its parameters.
 
     Args:
         world_model: a model whose done head reads next latents and writes
             ``terminated_logits`` or ``continue_pred``.
-        out_key: where the probability goes, ``[*B, 1]``.
+        out_key: the key of the probability, ``[*B, 1]``.
 
     Raises:
         ValueError: if the done head is missing or of another kind.
@@ -164,7 +165,7 @@ class ContinuationModel(TensorDictModuleBase):
         latents = [join("next", key) for key in world_model.latent_keys]
         if not set(reads) <= set(latents):
             raise ValueError(
-                f"ContinuationModel asks the done head about latents alone, and it reads "
+                f"ContinuationModel runs the done head on latents only, and it reads "
                 f"{reads}; the next latents are {latents}."
             )
         self.in_keys = [strip_next(key) for key in reads]
@@ -172,7 +173,7 @@ class ContinuationModel(TensorDictModuleBase):
 
     @staticmethod
     def _find(world_model: WorldModel) -> tuple[NestedKey, bool]:
-        """The logits that the done head writes, and whether they are of going on."""
+        """Return the key of the done head's logits, and whether they are logits of going on."""
         head = world_model.done_head
         written = [] if head is None else [k for k in written_keys(head) if is_next(k)]
         for key in written:

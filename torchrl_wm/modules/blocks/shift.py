@@ -1,4 +1,4 @@
-"""Random shifts of images, which keep an encoder from learning single pixels by heart."""
+"""Random shifts of images, against overfitting of image encoders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def random_shift(
 ) -> torch.Tensor:
     """Return images, each moved by up to ``pad`` pixels in both directions (arXiv 2107.09645).
 
-    What comes in at an edge repeats it.
+    New pixels at an edge repeat it.
 
     Args:
-        images: ``[*B, C, H, W]``, in the dims' order of ``layout``, of any dtype.
-        pad: the longest way.
+        images: ``[*B, C, H, W]``, in the order of dims of ``layout``, of any dtype.
+        pad: the longest shift, in pixels.
         layout: ``"CHW"``, ``"HWC"``, or ``"HW"`` without a channel dim.
 
     Examples:

@@ -1,4 +1,4 @@
-"""A squashed Gaussian that asks nothing of its bounds."""
+"""A squashed Gaussian without checks of its bounds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchrl_wm import _upstream
 
 
 class SquashedNormal(TanhNormal):
-    """TorchRL's TanhNormal, without its looks at the bounds: each waits for a device.
+    """TorchRL's TanhNormal without its checks of the bounds, each of which waits for the device.
 
     Args:
-        loc, scale: of the normal distribution.
+        loc, scale: parameters of the normal distribution.
         low, high: the bounds, on the same device.
-        event_dims: how many dims an event has.
+        event_dims: the number of dims of an event.
     """
 
     def __init__(
@@ -36,5 +36,5 @@ class SquashedNormal(TanhNormal):
 
 
 def squashed_normal() -> type[TanhNormal]:
-    """Return the distribution to use: TorchRL's own where it is not the one that is known."""
+    """Return the distribution to use: TorchRL's own if it is not the known one."""
     return SquashedNormal if _upstream.is_known_tanh(TanhNormal) else TanhNormal

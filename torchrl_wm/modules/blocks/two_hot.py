@@ -17,14 +17,14 @@ class SymlogTwoHot(nn.Module):
     TD-MPC2's representation (arXiv 2310.16828, section 3.1): a scalar ``x`` is
     spread over the two bins around ``symlog(x)``, and logits are read as
     ``symexp`` of their expectation. TorchRL's
-    :class:`~torchrl.modules.SymExpTwoHot`, DreamerV3's, interpolates between the
-    raw values of its bins instead, over a wider range; either goes wherever one
-    is asked for.
+    :class:`~torchrl.modules.SymExpTwoHot`, which is that of DreamerV3, interpolates between
+    the raw values of its bins instead, over a wider range. Every ``two_hot`` argument takes
+    either.
 
     Args:
         num_bins: the number of bins.
-        limit: the bins span ``[-limit, limit]`` in symlog space; what lies
-            beyond saturates. The default reaches about 22,000.
+        limit: the bins span ``[-limit, limit]`` in symlog space; scalars beyond
+            saturate. The default reaches about 22,000.
 
     Raises:
         ValueError: if there are fewer than 2 bins, or ``limit`` is not positive.
@@ -51,11 +51,15 @@ class SymlogTwoHot(nn.Module):
         self.register_buffer("bins", (bins - bins.flip(0)) / 2)
 
     def encode(self, target: torch.Tensor) -> torch.Tensor:
-        """Scalars ``[*B]`` as distributions ``[*B, bins]``."""
+        """Return scalars ``[*B]`` as distributions ``[*B, bins]``."""
         return two_hot_encode(symlog(target), self.bins)
 
     def decode(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits ``[*B, bins]`` as scalars ``[*B]``."""
+        """Return logits ``[*B, bins]`` as scalars ``[*B]``.
+
+        Raises:
+            ValueError: if there is not one logit for each bin.
+        """
         if logits.shape[-1] != self.num_bins:
             raise ValueError(
                 f"The logits have the shape {tuple(logits.shape)}, and there are {self.num_bins} "
@@ -63,12 +67,12 @@ class SymlogTwoHot(nn.Module):
             )
         half = self.num_bins // 2
         shares = logits.softmax(-1)
-        # Mirrored bins together: equal logits stand for exactly 0, in whatever order of adding.
+        # Mirrored bins together: equal logits stand for exactly 0, in any order of summation.
         lean = shares[..., -half:] - shares[..., :half].flip(-1)
         return symexp((lean * self.bins[-half:].to(lean.dtype)).sum(-1))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of logits ``[*B, bins]`` and scalars ``[*B]`` or ``[*B, 1]``: ``[*B]``.
+        """Return the cross-entropy ``[*B]`` of logits ``[*B, bins]`` and scalars ``[*B(, 1)]``.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -80,7 +84,7 @@ class SymlogTwoHot(nn.Module):
                 f"The logits have the shape {tuple(logits.shape)} and the scalars "
                 f"{tuple(target.shape)}; [*B, {self.num_bins}] and [*B] or [*B, 1] are expected."
             )
-        # The two bins alone, in place of a distribution over all.
+        # Only the two bins, in place of a distribution over all.
         x = symlog(target).clamp(-self.limit, self.limit)
         place = (x + self.limit) * ((self.num_bins - 1) / (2 * self.limit))
         lower = place.floor().clamp(0, self.num_bins - 2)
@@ -91,35 +95,35 @@ class SymlogTwoHot(nn.Module):
         return logits.logsumexp(-1) - (shares * chosen).sum(-1)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """:meth:`decode` with a trailing dim, ``[*B, 1]``."""
+        """Decode logits to scalars with a trailing dim, ``[*B, 1]``."""
         return self.decode(logits).unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"num_bins={self.num_bins}, limit={self.limit}"
 
 
-#: What says how scalars and bins belong together.
+#: The representations of scalars by bins.
 TwoHot = (SymExpTwoHot, SymlogTwoHot)
 
 
 class TwoHotHead(nn.Module):
-    """A network whose logits over bins stand for a scalar: gives both.
+    """A network that returns logits over bins, and the scalar that they stand for.
 
     In a world model the logits go to ``("next", "reward_logits")``, where
     :class:`~torchrl_wm.objectives.TwoHotTerm` trains them, and the scalar to
-    ``("next", "reward")``, which is what an env needs.
+    ``("next", "reward")``, where an env reads it.
 
     Args:
-        network: ``[*B, n]`` inputs as ``[*B, shape * bins]`` logits.
+        network: maps inputs ``[*B, n]`` to logits ``[*B, shape * bins]``.
         two_hot: the bins: TorchRL's :class:`~torchrl.modules.SymExpTwoHot`
             (DreamerV3) by default, or :class:`SymlogTwoHot` (TD-MPC2).
         shape: the feature shape of the scalar, ``(1,)`` by default.
         zero: start with the last linear layer at zero, so that the first
             predictions are 0. Without it, random logits mean astronomical rewards.
-        dtype: of the scalar; the logits' by default.
+        dtype: the scalar's dtype; that of the logits by default.
 
     Raises:
-        ValueError: if ``zero`` is asked for and the network has no linear layer.
+        ValueError: if ``zero`` is True and the network has no linear layer.
 
     Examples:
         >>> import torch
@@ -158,10 +162,10 @@ class TwoHotHead(nn.Module):
             _zero_last_linear(network)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict.
+        """Predict logits and scalar.
 
         Args:
-            inputs: what the network reads, ``[*B, n]`` each.
+            inputs: those of the network, ``[*B, n]`` each.
 
         Returns:
             Logits ``[*B, bins]`` and their scalar ``[*B, 1]`` (for ``shape=(1,)``).
@@ -183,6 +187,7 @@ class TwoHotHead(nn.Module):
 
 
 def _zero_last_linear(network: nn.Module) -> None:
+    """Set the last linear layer of a network to zero."""
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ValueError(

@@ -1,4 +1,25 @@
-"""What a world model is: its components, how they are wired, and how they run over time."""
+"""The world model: its components, how they are wired, and how they run over time.
+
+From the calls of users down to tensors; a file imports only from those below it:
+
+- ``world_model.py``: :class:`WorldModel`, its components and keys, and its calls.
+- ``observer.py``: :class:`Observer`, the front of a policy in the real env.
+- ``filtering.py``: ``Filter``, from observations to latents, a step or sequences at a time,
+  and where episodes begin.
+- ``compiling.py``: ``Compiler``, which keeps graphs, and that of the filter's steps.
+- ``filter_steps.py``: one step of the filter and many, on tensors.
+- ``transition.py``: dynamics and posterior on tensors: predict, correct.
+- ``program.py``: TensorDict modules on flat entries, without the tensordicts around them.
+- ``initial_state.py``: :class:`InitialState`, the first values of latents.
+- ``wiring.py``: checks of keys, and which of them are latents.
+- ``run_components.py``: errors that name the component in which they were raised.
+- ``flat.py``: entries by flat key, with the batch size and device that they share.
+
+A latent of a new kind, such as one that is carried and not recorded, is told from the others
+in ``wiring.py`` (``latents_of``), carried by ``filter_steps.py`` (``filter_step`` returns the
+next state and, apart from it, the entries to record), begun and handed out by ``filtering.py``,
+and laid out for imagination by ``torchrl_wm/envs/layout.py``.
+"""
 
 from __future__ import annotations
 

@@ -13,245 +13,307 @@ encoder writes. An episode begins at the initial state, corrected by its first o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
 
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
-from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
-from torchrl_wm.modules.world_model.recurrence import (
+from torchrl_wm.modules.world_model.filter_steps import (
     contiguous,
-    Inputs,
-    RolloutCompiler,
-    unroll_time,
+    filter_steps,
+    FilterInputs,
+    LaterSteps,
+)
+from torchrl_wm.modules.world_model.flat import (
+    FlatTensors,
+    Placement,
+    to_flat,
+    to_tensordict,
     where,
 )
+from torchrl_wm.modules.world_model.initial_state import InitialState
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.modules.world_model.transition import Transition
 from torchrl_wm.modules.world_model.wiring import written_keys
 
-if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model.world_model import WorldModel
-
 IS_INIT = "is_init"
 
 
-def begin(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBase:
-    """Encode observations, and complete the latents by the initial state.
+class Filter:
+    """The part of a world model that makes latents of observations, of a step or of sequences.
 
-    Latents that ``tensordict`` already has and the encoder does not write stay
-    as they are. The tensordict is written to and returned.
-    """
-    _require(tensordict, unique(world_model.encoder.in_keys), "encode")
-    tensordict = run_components({"encoder": world_model.encoder}, tensordict)
-    absent = missing_from(tensordict, world_model.latent_keys)
-    if not absent or world_model.initial_state is None:
-        return tensordict
-    initial = world_model.initial_state(tensordict.batch_size, tensordict.device)
-    for key in absent:
-        if initial.get(key, None) is not None:
-            tensordict.set(key, initial.get(key))
-    if world_model.posterior is not None:
-        tensordict.update(_corrected(world_model, tensordict))
-    return tensordict
-
-
-def _corrected(world_model: WorldModel, predicted: TensorDictBase) -> TensorDictBase:
-    """The latents that the posterior makes of predicted latents and an encoded observation.
+    :attr:`~torchrl_wm.WorldModel.filter` is that of the model's present components: the model
+    makes another one when a component is replaced.
 
     Args:
-        predicted: both at the root; it is not modified.
+        components: the model's components: encoder, dynamics and, perhaps, posterior.
+        initial_state: the first values of the latents that the encoder does not write.
+        latents: the keys of the latents.
+        later_steps: compiles the steps of a sequence after the first; None leaves them
+            eager.
     """
-    posterior = {"posterior": world_model.posterior}
-    if any(is_next(key) for key in unique(world_model.posterior.in_keys)):
-        work = predicted.empty().set("next", predicted.copy())
-        corrected = run_components(posterior, work).get("next")
-    else:
-        corrected = run_components(posterior, predicted.copy())
-    return corrected.select(*world_model.latent_keys)
 
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        initial_state: InitialState | None,
+        latents: Sequence[NestedKey],
+        later_steps: LaterSteps | None = None,
+    ) -> None:
+        self.encoder, self.dynamics = components["encoder"], components["dynamics"]
+        self.posterior = components.get("posterior")
+        self.initial_state = initial_state
+        self.latents = list(latents)
+        self.later_steps = later_steps
+        self._transition: Transition | None = None
 
-def transition_of(world_model: WorldModel) -> Transition:
-    """The model's step on tensors, made anew where a component or network was replaced."""
-    if torch.compiler.is_compiling():
-        return Transition(world_model)  # the graph is guarded as the components are
-    cached = world_model.__dict__.get("_transition_cache")
-    if cached is None or not cached.is_for(world_model):
-        cached = world_model.__dict__["_transition_cache"] = Transition(world_model)
-    return cached
+    @property
+    def is_recurrent(self) -> bool:
+        """True if latents depend on more than the latest observation."""
+        if self.posterior is not None:
+            return True
+        encoded = set(written_keys(self.encoder))
+        return any(key not in encoded for key in self.latents)
 
+    @property
+    def observations(self) -> list[NestedKey]:
+        """The keys of the observations, which the encoder reads."""
+        return unique(self.encoder.in_keys)
 
-def check_observable(world_model: WorldModel) -> None:
-    """Refuse to filter, step by step, latents that the env's observations overwrite.
+    @property
+    def transition(self) -> Transition:
+        """Dynamics and posterior on tensors, made anew where a network was replaced."""
+        made = self._transition
+        # A graph is guarded as the networks are.
+        if torch.compiler.is_compiling() or made is None or not made.is_current():
+            made = Transition(self.dynamics, self.posterior, self.latents)
+            if not torch.compiler.is_compiling():
+                self._transition = made
+        return made
 
-    Raises:
-        ValueError: if a recurrent model's latent is what its encoder reads.
-    """
-    inputs = unique(world_model.encoder.in_keys)
-    shared = [key for key in world_model.latent_keys if key in inputs]
-    if shared and world_model.is_recurrent:
-        raise ValueError(
-            f"The latents {shared} are what the encoder reads, too. In a running env the newest "
-            f"observation stands there when the one before is needed. Give the latent a key of "
-            f"its own: encoder=TensorDictModule(nn.Identity(), {shared}, ['latent'])."
-        )
+    def check_observable(self) -> None:
+        """Refuse to filter, step by step, latents that the env's observations overwrite.
 
-
-def observe_step(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBase:
-    """Update the latents by the newest observation: the front of a policy.
-
-    Args:
-        tensordict: the observation, ``[*B, ...]``; the latents of the step
-            before and the action taken then, if there was one; ``is_init``.
-
-    Returns:
-        The same tensordict with the latents of now.
-    """
-    check_observable(world_model)
-    latents = world_model.latent_keys
-    inputs = unique(world_model.encoder.in_keys)
-    _require(tensordict, inputs)
-    fresh = _begun(world_model, tensordict.select(*inputs))
-    if not world_model.is_recurrent:
-        return tensordict.update(fresh.select(*latents))
-    restart = episode_begins(tensordict)
-    step = transition_of(world_model)
-    missing = missing_from(tensordict, step.context)
-    if missing_from(tensordict, latents) or missing:
-        if not missing_from(tensordict, latents) and (
-            restart is None or not restart.all()
-        ):
-            raise MissingEntryError(
-                f"The latents go on from the step before, and what was done then is missing: "
-                f"{missing}; the tensordict has {leaf_keys(tensordict)}. Keep the action at the "
-                f"root, as env.rollout does: step_mdp(td, exclude_action=False); or say with "
-                f"'is_init' (torchrl.envs.InitTracker) that every episode begins here."
+        Raises:
+            ValueError: if a recurrent model's latent is what its encoder reads.
+        """
+        shared = [key for key in self.latents if key in self.observations]
+        if shared and self.is_recurrent:
+            raise ValueError(
+                f"The latents {shared} are what the encoder reads, too. In a running env the "
+                f"newest observation stands there when the one before is needed. Give the latent "
+                f"a key of its own: encoder=TensorDictModule(nn.Identity(), {shared}, ['latent'])."
             )
-        return tensordict.update(fresh.select(*latents))
-    encoded = world_model.encoder(tensordict.select(*inputs))
-    at = Placement(tensordict.batch_size, tensordict.device)
-    before, context = values_of(tensordict, latents), values_of(
-        tensordict, step.context
-    )
-    values = step.predict(before, context, at)
-    below = _below_next(values_of(encoded, written_keys(world_model.encoder)))
-    _, state = step.correct(values, below, at)
-    if restart is not None:
-        state = where(restart, values_of(fresh, latents), state)
-    for key, value in state.items():
-        tensordict.set(key, value)
-    return tensordict
 
+    # One observation -----------------------------------------------------
 
-def observe_sequence(
-    world_model: WorldModel, tensordict: TensorDictBase
-) -> TensorDictBase:
-    """Filter whole sequences.
+    def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Encode observations, and complete the latents by the initial state.
 
-    Args:
-        tensordict: transitions, ``[*B, T]``, with the observations at the root
-            and under "next"; not modified. Latents at the root of the first
-            step are where the filter starts, unless an episode begins there.
+        Latents that ``tensordict`` already has and the encoder does not write stay
+        as they are. The tensordict is written to and returned.
+        """
+        _require(tensordict, self.observations, "encode")
+        tensordict = run_components({"encoder": self.encoder}, tensordict)
+        absent = missing_from(tensordict, self.latents)
+        if not absent or self.initial_state is None:
+            return tensordict
+        initial = self.initial_state(tensordict.batch_size, tensordict.device)
+        for key in absent:
+            if initial.get(key, None) is not None:
+                tensordict.set(key, initial.get(key))
+        if self.posterior is not None:
+            tensordict.update(self._corrected(tensordict))
+        return tensordict
 
-    Returns:
-        A tensordict, ``[*B, T]``, with the filtered latents at the root and
-        what dynamics and posterior write under "next".
-    """
-    latents = world_model.latent_keys
-    inputs = unique(world_model.encoder.in_keys)
-    step = transition_of(world_model)
-    _require(tensordict, [*(join("next", k) for k in inputs), *step.context])
-    if not tensordict.batch_dims or not tensordict.batch_size.numel():
-        raise ValueError(
-            f"observe filters sequences, [*B, T], and the tensordict has the batch size "
-            f"{tuple(tensordict.batch_size)}."
+    def _corrected(self, predicted: TensorDictBase) -> TensorDictBase:
+        """Return the latents as the posterior corrects them.
+
+        Args:
+            predicted: predicted latents and an encoded observation, both at the root;
+                it is not modified.
+        """
+        posterior = {"posterior": self.posterior}
+        if any(is_next(key) for key in unique(self.posterior.in_keys)):
+            work = predicted.empty().set("next", predicted.copy())
+            corrected = run_components(posterior, work).get("next")
+        else:
+            corrected = run_components(posterior, predicted.copy())
+        return corrected.select(*self.latents)
+
+    def observe_step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Update the latents by the newest observation: the front of a policy.
+
+        Args:
+            tensordict: the observation, ``[*B, ...]``; the latents of the step
+                before and the action taken then, if there was one; ``is_init``.
+
+        Returns:
+            The same tensordict with the present latents.
+        """
+        self.check_observable()
+        observations = self.observations
+        _require(tensordict, observations)
+        fresh = self._fresh(tensordict.select(*observations))
+        if not self.is_recurrent:
+            return tensordict.update(fresh)
+        begins, transition = episode_begins(tensordict), self.transition
+        missing = missing_from(tensordict, transition.context)
+        if missing_from(tensordict, self.latents):
+            return tensordict.update(fresh)
+        if missing:
+            if begins is None or not begins.all():
+                raise MissingEntryError(
+                    f"The latents go on from the step before, and what was done then is missing: "
+                    f"{missing}; the tensordict has {leaf_keys(tensordict)}. Keep the action at "
+                    f"the root, as env.rollout does: step_mdp(td, exclude_action=False); or say "
+                    f"with 'is_init' (torchrl.envs.InitTracker) that every episode begins here."
+                )
+            return tensordict.update(fresh)
+        encoded = self.encoder(tensordict.select(*observations))
+        at = Placement(tensordict.batch_size, tensordict.device)
+        before = to_flat(tensordict, self.latents)
+        context = to_flat(tensordict, transition.context)
+        values = transition.predict(before, context, at)
+        _, state = transition.correct(values, self._below_next(encoded), at)
+        if begins is not None:
+            state = where(begins, to_flat(fresh, self.latents), state)
+        for key, value in state.items():
+            tensordict.set(key, value)
+        return tensordict
+
+    # Sequences -----------------------------------------------------------
+
+    def observe_sequence(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Filter whole sequences.
+
+        Args:
+            tensordict: transitions, ``[*B, T]``, with the observations at the root
+                and under "next"; not modified. Latents at the root of the first
+                step are where the filter starts, unless an episode begins there.
+
+        Returns:
+            A tensordict, ``[*B, T]``, with the filtered latents at the root and
+            what dynamics and posterior write under "next".
+        """
+        observations, transition = self.observations, self.transition
+        needed = [*(join("next", key) for key in observations), *transition.context]
+        _require(tensordict, needed)
+        if not tensordict.batch_dims or not tensordict.batch_size.numel():
+            raise ValueError(
+                f"observe filters sequences, [*B, T], and the tensordict has the batch size "
+                f"{tuple(tensordict.batch_size)}."
+            )
+        state = self._first_latents(tensordict)
+        begins, fresh = episode_begins(tensordict), None
+        if _may_begin(begins, slice(1, None)):
+            known = tensordict.select(*observations, strict=False)
+            fresh = to_flat(self._fresh(known), self.latents)
+        else:
+            begins = None
+        encoded = run_components(
+            {"encoder": self.encoder}, tensordict.get("next").select(*observations)
         )
-    state = first_latents(world_model, tensordict)
-    restart, begun = episode_begins(tensordict), None
-    if _may_begin(restart, slice(1, None)):
-        begun = _begun(world_model, tensordict.select(*inputs, strict=False))
-        begun = values_of(begun, latents)
-    else:
-        restart = None
-    encoded = run_components(
-        {"encoder": world_model.encoder}, tensordict.get("next").select(*inputs)
-    )
-    written = written_keys(world_model.encoder)
-    given = Inputs(
-        values_of(tensordict, step.context),
-        _below_next(values_of(encoded, written)),
-        restart,
-        begun,
-    )
-    at = Placement(tensordict.batch_size[:-1], tensordict.device)
-    filtered = unroll_time(step, state, given, at, compiler_of(world_model))
-    return tensordict.copy().update(
-        to_tensordict(filtered, Placement(tensordict.batch_size, tensordict.device))
-    )
+        given = FilterInputs(
+            to_flat(tensordict, transition.context),
+            self._below_next(encoded),
+            begins,
+            fresh,
+        )
+        steps = self._steps(transition, state, given, tensordict)
+        return tensordict.copy().update(steps)
+
+    def predict_sequence(
+        self, tensordict: TensorDictBase, keep: Iterable[NestedKey]
+    ) -> TensorDictBase:
+        """Predict whole sequences, open loop, from the latents of their first step.
+
+        Args:
+            tensordict: the first observations or latents, and whatever the dynamics
+                read beside latents, ``[*B, T]``; not modified.
+            keep: entries of it that the result has, too.
+
+        Returns:
+            A tensordict, ``[*B, T]``, with the predicted latents at the root, and what
+            the dynamics write.
+        """
+        transition = self.transition
+        state = self._first_latents(tensordict)
+        given = FilterInputs(to_flat(tensordict, transition.context))
+        steps = self._steps(transition, state, given, tensordict)
+        kept = tensordict.select(*keep).apply(contiguous)  # as the steps are, for heads
+        return kept.update(steps)
+
+    def _steps(
+        self,
+        transition: Transition,
+        state: FlatTensors,
+        inputs: FilterInputs,
+        tensordict: TensorDictBase,
+    ) -> TensorDictBase:
+        """Make all steps of the sequences in ``tensordict``, ``[*B, T]``."""
+        size, device = tensordict.batch_size, tensordict.device
+        at = Placement(size[:-1], device)
+        steps = filter_steps(transition, state, inputs, at, self.later_steps)
+        return to_tensordict(steps, Placement(size, device))
+
+    def _first_latents(self, tensordict: TensorDictBase) -> FlatTensors:
+        """Return the latents that a sequence starts from, ``[*B, ...]`` by key.
+
+        The encoder writes those that it can; the others are those given at the first
+        step, or the initial ones if an episode begins there or none are given.
+        """
+        observations = self.observations
+        first = tensordict[..., 0]
+        known = first.select(*observations, *self.latents, strict=False)
+        state = known
+        if missing_from(known, self.latents) or not missing_from(known, observations):
+            state = self._fresh(known)
+        state = to_flat(state, self.latents)
+        begins = episode_begins(tensordict)
+        no_latents = missing_from(first, self.latents) == self.latents
+        if no_latents or not _may_begin(begins, 0):
+            return state
+        fresh = self._fresh(first.select(*observations, strict=False))
+        return where(begins[..., 0], to_flat(fresh, self.latents), state)
+
+    def _fresh(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return the latents at the beginning of an episode, from all that is known of it."""
+        if not missing_from(tensordict, self.observations):
+            fresh = self.encode(tensordict.copy())
+        elif self.initial_state is not None:
+            fresh = self.initial_state(tensordict.batch_size, tensordict.device)
+            fresh = fresh.update(tensordict.select(*self.latents, strict=False))
+        else:
+            fresh = tensordict
+        missing = missing_from(fresh, self.latents)
+        if missing:
+            given = [] if self.initial_state is None else self.initial_state.keys()
+            raise MissingEntryError(
+                f"Nothing says where the latents {missing} begin: the encoder does not write them, "
+                f"the tensordict has {leaf_keys(tensordict)}, and the model's initial state gives "
+                f"{given}. Pass WorldModel(..., initial_state=TensorDict({{...}}))."
+            )
+        return fresh.select(*self.latents)
+
+    def _below_next(self, encoded: TensorDictBase) -> FlatTensors:
+        """Return what the encoder wrote, by ``("next", key)``."""
+        return {join("next", key): encoded[key] for key in written_keys(self.encoder)}
 
 
-def predict_sequence(
-    world_model: WorldModel, tensordict: TensorDictBase, keep: Iterable[NestedKey]
-) -> TensorDictBase:
-    """Predict whole sequences, open loop, from the latents of their first step.
-
-    Args:
-        tensordict: the first observations or latents, and what the dynamics
-            read beside latents, ``[*B, T]``; not modified.
-        keep: entries of it that the result has, too.
-
-    Returns:
-        A tensordict, ``[*B, T]``, with the predicted latents at the root, and what
-        the dynamics write.
-    """
-    step = transition_of(world_model)
-    state = first_latents(world_model, tensordict)
-    given = Inputs(values_of(tensordict, step.context))
-    at = Placement(tensordict.batch_size[:-1], tensordict.device)
-    steps = unroll_time(step, state, given, at, compiler_of(world_model))
-    kept = tensordict.select(*keep).apply(contiguous)  # heads see it beside the steps
-    return kept.update(
-        to_tensordict(steps, Placement(tensordict.batch_size, tensordict.device))
-    )
-
-
-def compiler_of(world_model: WorldModel) -> RolloutCompiler | None:
-    """What compiles the model's steps through time, if it was asked to."""
-    return world_model.__dict__.get("_rollout_compiler")
-
-
-def first_latents(world_model: WorldModel, tensordict: TensorDictBase) -> FlatTensors:
-    """The latents that a sequence starts from, ``[*B, ...]`` by key.
-
-    What the encoder writes is encoded; the other latents are those given at the
-    first step, or, where an episode begins there or none are given, what the
-    model begins with.
-    """
-    latents = world_model.latent_keys
-    inputs = unique(world_model.encoder.in_keys)
-    first = tensordict[..., 0]
-    known = first.select(*inputs, *latents, strict=False)
-    state = known
-    if missing_from(known, latents) or not missing_from(known, inputs):
-        state = _begun(world_model, known)
-    state = values_of(state, latents)
-    restart = episode_begins(tensordict)
-    if missing_from(first, latents) == latents or not _may_begin(restart, 0):
-        return state
-    fresh = _begun(world_model, first.select(*inputs, strict=False))
-    return where(restart[..., 0], values_of(fresh, latents), state)
+# Episodes ----------------------------------------------------------------
 
 
 def episode_begins(
     tensordict: TensorDictBase, done: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Return where episodes begin, in the shape of the batch; None if nothing says so.
+    """Return where episodes begin, in the shape of the batch; None if no entry says so.
 
     ``is_init`` says so; without it, in a sequence, a ``done`` one step before.
-    Where only agents have such entries, an episode begins when it does for all.
+    If only agents have such entries, an episode begins when it does for all of them.
 
     Args:
         tensordict: ``[*B]``, or ``[*B, T]`` with "next".
@@ -267,28 +329,28 @@ def episode_begins(
     if ended is None:
         return None
     ended = ended.reshape(*tensordict.batch_size, -1).bool().any(-1)
-    # Rolled, not written to a slice: torch 2.13's inductor makes C++ of that which does
+    # Rolled, not written to a slice, for which torch 2.13's inductor makes C++ that does
     # not compile.
     later = torch.arange(ended.shape[-1], device=ended.device) > 0
     return ended.roll(1, -1) & later
 
 
-def _may_begin(restart: torch.Tensor | None, steps: int | slice) -> bool:
-    """Whether an episode begins at ``steps`` of ``restart``, ``[*B, T]``, as far as one can tell.
+def _may_begin(begins: torch.Tensor | None, steps: int | slice) -> bool:
+    """Return whether an episode may begin at ``steps`` of ``begins``, ``[*B, T]`` bool.
 
-    What episodes begin with is drawn for every row: in vain where none begins, and other
-    numbers come after it than in TorchRL's rollouts.
+    Fresh latents are drawn for every row. Where no episode begins that is in vain, and
+    changes the random numbers that follow from those of TorchRL's rollouts.
     """
-    if restart is None:
+    if begins is None:
         return False
-    # To look would wait for any other device, and break a graph.
-    if restart.device.type != "cpu" or torch.compiler.is_compiling():
+    # A look at the values would wait for any other device, and break a graph.
+    if begins.device.type != "cpu" or torch.compiler.is_compiling():
         return True
-    return bool(restart[..., steps].any())
+    return bool(begins[..., steps].any())
 
 
 def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:
-    """The entry ``name``, at the root or, for all agents, below it: ``[*B]`` bool."""
+    """Return the entry ``name``, at the root or, for all agents, below it: ``[*B]`` bool."""
     flag = tensordict.get(name, None)
     if flag is None:
         below = [
@@ -302,40 +364,6 @@ def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:
         return None
     size = tensordict.batch_size
     return torch.stack([x.bool().reshape(*size, -1).all(-1) for x in below]).all(0)
-
-
-def _begun(world_model: WorldModel, tensordict: TensorDictBase) -> TensorDictBase:
-    """The latents at the beginning of an episode, whatever is known of it."""
-    inputs = unique(world_model.encoder.in_keys)
-    if not missing_from(tensordict, inputs):
-        begun = begin(world_model, tensordict.copy())
-    elif world_model.initial_state is not None:
-        begun = world_model.initial_state(tensordict.batch_size, tensordict.device)
-        begun = begun.update(tensordict.select(*world_model.latent_keys, strict=False))
-    else:
-        begun = tensordict
-    missing = missing_from(begun, world_model.latent_keys)
-    if missing:
-        raise MissingEntryError(
-            f"Nothing says where the latents {missing} begin: the encoder does not write them, "
-            f"the tensordict has {leaf_keys(tensordict)}, and the model's initial state gives "
-            f"{[] if world_model.initial_state is None else world_model.initial_state.keys()}. "
-            f"Pass WorldModel(..., initial_state=TensorDict({{...}}))."
-        )
-    return begun
-
-
-def values_of(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> FlatTensors:
-    """Entries of a tensordict, by flat key.
-
-    Raises:
-        KeyError: if one is not there.
-    """
-    return {key: tensordict[key] for key in keys}
-
-
-def _below_next(values: FlatTensors) -> FlatTensors:
-    return {join("next", key): value for key, value in values.items()}
 
 
 def _require(

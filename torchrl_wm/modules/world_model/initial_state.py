@@ -1,4 +1,4 @@
-"""Where a recurrent latent begins: values for any batch size."""
+"""The initial values of recurrent latents, for any batch size."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class InitialState(nn.Module):
             ValueError: if a key is no latent, or one that the encoder writes.
         """
         if self.function is not None:
-            return  # asked when it is called
+            return  # its keys are known when it is called
         unneeded = [k for k in self.keys() if k not in latents or k in encoded]
         if unneeded:
             needed = [key for key in latents if key not in encoded]
@@ -91,7 +91,7 @@ class InitialState(nn.Module):
             )
 
     def keys(self) -> list[NestedKey]:
-        """The latents that are supplied."""
+        """Return the keys of the latents that are supplied."""
         if self.names:
             return list(self.names)
         if self.module is not None:
@@ -101,7 +101,7 @@ class InitialState(nn.Module):
     def forward(
         self, batch_size: torch.Size, device: torch.device | None = None
     ) -> TensorDictBase:
-        """The initial latents, ``[*B, ...]``.
+        """Return the initial latents, ``[*B, ...]``.
 
         Raises:
             ValueError: if a module or function gives another batch size.

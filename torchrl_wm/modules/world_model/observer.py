@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
+
 from torchrl_wm.modules.keys import as_tuple, is_next, missing_from, unique
-
-from torchrl_wm.modules.world_model.filtering import (
-    check_observable,
-    IS_INIT,
-    observe_step,
-)
-
-if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model.world_model import WorldModel
+from torchrl_wm.modules.world_model.filtering import IS_INIT
 
 
 class Observer(TensorDictModuleBase):
-    """Keeps the latents of a world model up to date with what is observed.
+    """A module that keeps the latents of a world model up to date with the observations.
 
     Put it before a policy that reads latents: ``TensorDictSequential(
     world_model.observer(), actor)``. The latents travel in the tensordict, as the
@@ -31,34 +24,17 @@ class Observer(TensorDictModuleBase):
     :meth:`make_tensordict_primer`, so that the env knows them.
 
     Args:
-        world_model: the model; its components are shared, not copied.
+        world_model: the :class:`~torchrl_wm.WorldModel`; its components are shared, not
+            copied.
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
         >>> from torchrl.envs import GymEnv, InitTracker, TransformedEnv
-        >>> from torchrl_wm import WorldModel
-        >>> class Dynamics(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.cell = torch.nn.GRUCell(3 + 1, 8)
-        ...         self.head = torch.nn.Linear(8, 3)
-        ...     def forward(self, latent, belief, action):
-        ...         belief = self.cell(torch.cat([latent, action], -1), belief)
-        ...         return self.head(belief), belief
-        >>> world_model = WorldModel(
-        ...     Mod(torch.nn.Linear(3, 3), ["observation"], ["latent"]),
-        ...     Mod(
-        ...         Dynamics(),
-        ...         ["latent", "belief", "action"],
-        ...         [("next", "latent"), ("next", "belief")],
-        ...     ),
-        ...     Mod(torch.nn.Linear(8, 1), [("next", "belief")], [("next", "reward")]),
-        ...     initial_state=TensorDict({"belief": torch.zeros(8)}),
-        ... )
-        >>> observer = world_model.observer()
+        >>> from torchrl_wm.models import make_rssm_world_model
         >>> env = TransformedEnv(GymEnv("Pendulum-v1"), InitTracker())
+        >>> world_model, _ = make_rssm_world_model(env, belief_size=8)
+        >>> observer = world_model.observer()
         >>> env = env.append_transform(observer.make_tensordict_primer(env.reset()))
         >>> actor = Mod(torch.nn.Linear(8, 1), ["belief"], ["action"])
         >>> with torch.no_grad():
@@ -67,9 +43,9 @@ class Observer(TensorDictModuleBase):
         torch.Size([5, 8])
     """
 
-    def __init__(self, world_model: WorldModel) -> None:
+    def __init__(self, world_model: TensorDictModuleBase) -> None:
         super().__init__()
-        check_observable(world_model)
+        world_model.filter.check_observable()
         self.world_model = world_model
         before = [k for k in unique(world_model.dynamics.in_keys) if not is_next(k)]
         self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
@@ -77,19 +53,19 @@ class Observer(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update the latents in ``tensordict``, ``[*B]``, by its observation."""
-        return observe_step(self.world_model, tensordict)
+        return self.world_model.filter.observe_step(tensordict)
 
     def make_tensordict_primer(
         self, observations: TensorDictBase | None = None, **kwargs: Any
     ) -> TensorDictPrimer:
-        """A transform that gives an env the latents' entries.
+        """Return a transform that gives an env the latents' entries.
 
         They are zero until the first step, where ``is_init`` lets them begin.
 
         Args:
             observations: an example, any batch size, to find the shapes of
                 latents that the encoder writes and the initial state lacks.
-                Nested ones get the dims that their neighbours have there.
+                Nested latents get the dims that their neighbours have there.
             kwargs: for :class:`~torchrl.envs.TensorDictPrimer`, such as
                 ``reset_key``.
 
@@ -131,7 +107,7 @@ class Observer(TensorDictModuleBase):
 
 
 def _own_dims(observations: TensorDictBase | None, key: tuple[str, ...]) -> torch.Size:
-    """The dims that a nested tensordict has beyond the batch dims."""
+    """Return the dims that a nested tensordict has beyond the batch dims."""
     node = None if observations is None else observations.get(key, None)
     if node is None:
         return torch.Size([])

@@ -9,6 +9,7 @@ the module itself where it might (a hook, a class with a forward of its own).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,37 +51,29 @@ class Program:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._given = list(modules)
         self.modules = [leaf for module in self._given for leaf in _leaves(module)]
-        #: All that the modules read, what they write for each other included.
+        #: All keys that the modules read, including those that they write for each other.
         self.reads = {key for module in self.modules for key in module.in_keys}
-        #: All that they write under keys that they declare.
+        #: All keys that they declare to write.
         self.writes = {key for module in self.modules for key in module.out_keys} - {
             "_"
         }
-        #: What the program was made for; networks are compared by identity.
+        #: The modules that the program was made for; networks are compared by identity.
         self.made_for = tuple(_signature(module) for module in self.modules)
-        plain = [is_plain(module) for module in self.modules]
-        #: Whether running it is known to be the same as calling the modules on a
-        #: tensordict: true of plain modules and of the sampling of distributions,
+        #: True if running it is known to be the same as calling the modules on a
+        #: tensordict, as with plain modules and with the sampling of distributions,
         #: which reads and writes nothing but its keys.
-        self.is_known = all(
-            simple or (_is_sampling(module) and not has_hooks(module))
-            for module, simple in zip(self.modules, plain)
-        )
-        self._steps: list[Step] = [_step_of(module) for module in self.modules]
+        self.is_known = all(is_plain(m) or only_samples(m) for m in self.modules)
+        self._steps = [_step_of(module) for module in self.modules]
         #: The modules in order, as functions for inputs like those of a call before:
-        #: outputs are not checked again. One that has another shape than before shows
-        #: when it is stacked.
-        self.trusted: list[Step] = [
-            _direct_trusted(module) if simple else step
-            for module, simple, step in zip(self.modules, plain, self._steps)
-        ]
+        #: outputs are not checked again. One of another shape is noticed when it is stacked.
+        self.trusted = [_step_of(module, trusted=True) for module in self.modules]
 
     def is_for(self, module: nn.Module) -> bool:
-        """Whether this is the program of ``module`` alone, as it is now."""
+        """Return whether this is the program of ``module`` and nothing else, as it is now."""
         return [module] == self._given and self.is_current()
 
     def is_current(self) -> bool:
-        """Whether the modules are what they were: same networks, keys and hooks."""
+        """Return whether the modules are what they were: same networks, keys and hooks."""
         now = [leaf for module in self._given for leaf in _leaves(module)]
         if len(now) != len(self.modules):
             return False
@@ -89,17 +82,13 @@ class Program:
                 return False
         return True
 
-    def __call__(
-        self,
-        values: FlatTensors,
-        at: Placement,
-    ) -> None:
-        """Run the modules; what they write goes into ``values``.
+    def __call__(self, values: FlatTensors, at: Placement) -> None:
+        """Run the modules, and put what they write into ``values``.
 
         Args:
-            values: what is read, by flat key (``("next", "latent")``, not nested
-                dictionaries), each ``[*B, ...]``.
-            at: where it happens. Where that is ``trusted``, inputs are like those of a
+            values: the entries that are read, by flat key (``("next", "latent")``, not
+                nested dictionaries), each ``[*B, ...]``.
+            at: the batch size and device. With ``trusted``, inputs are like those of a
                 call before, and outputs are not checked.
         """
         for step in self.trusted if at.trusted else self._steps:
@@ -107,7 +96,7 @@ class Program:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module does nothing but call its network on its inputs and write the outputs."""
+    """Return whether a module only calls its network on its inputs and writes the outputs."""
     kind = type(module)
     return (
         isinstance(module, TensorDictModule)
@@ -123,7 +112,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _signature(module: nn.Module) -> tuple:
-    """What a program depends on; a network is compared by identity."""
+    """Return what a program depends on; a network is compared by identity."""
     network = _upstream.submodules(module).get("module", module.__dict__.get("module"))
     own = module.__dict__
     method = own.get("method"), bool(own.get("method_kwargs"))
@@ -132,7 +121,7 @@ def _signature(module: nn.Module) -> tuple:
 
 
 def is_decomposable(module: nn.Module) -> bool:
-    """Whether a sequential does nothing but run its modules in order."""
+    """Return whether a sequential only runs its modules in order."""
     if has_hooks(module) or _upstream.leaves_out_entries(module):
         return False
     if module.partial_tolerant:
@@ -157,29 +146,31 @@ def is_decomposable(module: nn.Module) -> bool:
 
 
 def _children(sequential: TensorDictSequential) -> list[nn.Module]:
-    """The modules that a sequential runs, in order, whether they have names or not."""
+    """Return the modules that a sequential runs, in order, whether they have names or not."""
     held = sequential.module
     return list(held.children() if isinstance(held, nn.ModuleDict) else held)
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that run in place of ``module``: itself, or those of a sequential."""
     if isinstance(module, TensorDictSequential) and is_decomposable(module):
         return [leaf for child in _children(module) for leaf in _leaves(child)]
     return [module]
 
 
-def _is_sampling(module: nn.Module) -> bool:
-    """Whether a module does nothing but draw from a distribution by its keys."""
+def only_samples(module: nn.Module) -> bool:
+    """Return whether a module only draws from a distribution by its keys."""
     return (
         type(module).forward
         in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward)
         and module.num_samples is None
         and not _upstream.has_generator(module)
+        and not has_hooks(module)
     )
 
 
-def _writes_a_sample(module: ProbabilisticTensorDictModule) -> bool:
-    """Whether the sample, as one tensor, is all that a known sampling module writes."""
+def _writes_one_tensor(module: ProbabilisticTensorDictModule) -> bool:
+    """Return whether a module that :func:`only_samples` writes its sample, one tensor, only."""
     kind, drawn = type(module), module.distribution_class
     return (
         not module.return_log_prob
@@ -193,15 +184,20 @@ def _writes_a_sample(module: ProbabilisticTensorDictModule) -> bool:
     )
 
 
-def _step_of(module: nn.Module) -> Step:
+# Steps -------------------------------------------------------------------
+
+
+def _step_of(module: nn.Module, trusted: bool = False) -> Step:
+    """Return a module as a function of flat entries, by the shortest way that is the same."""
     if is_plain(module):
-        return _direct(module)
-    if _is_sampling(module) and not has_hooks(module) and _writes_a_sample(module):
-        return _sampling(module)
-    return _through_tensordict(module)
+        return _direct(module, trusted)
+    if not only_samples(module):
+        return _through_tensordict(module)
+    return _sampling(module) if _writes_one_tensor(module) else _narrowed(module)
 
 
-def _direct(module: TensorDictModule) -> Step:
+def _direct(module: TensorDictModule, trusted: bool) -> Step:
+    """Return a step that calls the network of a plain module; if trusted, without checks."""
     network = module.module
     in_keys, out_keys = list(module.in_keys), list(module.out_keys)
     single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
@@ -220,44 +216,22 @@ def _direct(module: TensorDictModule) -> Step:
             raise MissingEntryError(
                 f"{module} reads {missing}; there are {sorted(values, key=str)}."
             ) from err
-        if (
-            single is not None
-            and type(out) is torch.Tensor
-            and out.shape[: len(at.batch_size)] == at.batch_size
-            and (at.device is None or out.device == at.device)
-        ):
-            values[single] = out
-            return
+        if single is not None and type(out) is torch.Tensor:
+            if trusted or (
+                out.shape[: len(at.batch_size)] == at.batch_size
+                and (at.device is None or out.device == at.device)
+            ):
+                values[single] = out
+                return
         _write(values, out, out_keys, module, at)
 
     return step
 
 
-def _direct_trusted(module: TensorDictModule) -> Step:
-    network = module.module
-    in_keys, out_keys = list(module.in_keys), list(module.out_keys)
-    single = out_keys[0] if len(out_keys) == 1 and out_keys[0] != "_" else None
-
-    def step(values: FlatTensors, at: Placement) -> None:
-        try:
-            inputs = [values[key] for key in in_keys]
-        except KeyError:
-            inputs = [_get(values, key, at) for key in in_keys]
-        out = network(*inputs)
-        if single is not None and type(out) is torch.Tensor:
-            values[single] = out
-        else:
-            _write(values, out, out_keys, module, at)
-
-    return step
-
-
 def _get(
-    values: FlatTensors,
-    key: NestedKey,
-    at: Placement,
+    values: FlatTensors, key: NestedKey, at: Placement
 ) -> torch.Tensor | TensorDict | None:
-    """What a network reads, as from a tensordict: an entry, those below a key, or None."""
+    """Return what a network reads as from a tensordict: an entry, those below a key, or None."""
     if key in values:
         return values[key]
     below = _below(values, key)
@@ -265,14 +239,14 @@ def _get(
 
 
 def _below(values: FlatTensors, key: NestedKey) -> FlatTensors:
-    """The entries below a key, which names a nested tensordict."""
+    """Return the entries below a key, which names a nested tensordict."""
     path = as_tuple(key)
     return {k: v for k, v in values.items() if as_tuple(k)[: len(path)] == path}
 
 
 def _write(
     values: FlatTensors,
-    out,
+    out: Any,
     out_keys: Sequence[NestedKey],
     module: nn.Module,
     at: Placement,
@@ -304,12 +278,9 @@ def _write(
 
 
 def _fitting(
-    key: NestedKey,
-    value,
-    module: nn.Module,
-    at: Placement,
+    key: NestedKey, value: Any, module: nn.Module, at: Placement
 ) -> torch.Tensor:
-    """One output, checked, and where it belongs."""
+    """Return one output, checked, and on the device where it belongs."""
     if isinstance(value, (bool, int, float, np.generic, np.ndarray)):
         value = torch.as_tensor(value)
     if not isinstance(value, torch.Tensor):
@@ -328,30 +299,39 @@ def _fitting(
 
 
 def _through_tensordict(module: nn.Module) -> Step:
-    in_keys = unique(module.in_keys)
-    out_keys = [key for key in unique(module.out_keys) if key != "_"]
-    # A distribution is known to read its keys alone; of other modules it is safer
-    # to show them all that is there.
-    narrow = isinstance(module, ProbabilisticTensorDictModule) and _is_sampling(module)
+    """Return a step that shows a module all entries, and keeps whatever it writes."""
 
     def step(values: FlatTensors, at: Placement) -> None:
-        shown = values
-        if narrow:
-            shown = {}
-            for key in in_keys:
-                shown.update(_below(values, key))
-        out = module(to_tensordict(shown, at))
-        # What such a module writes beyond its out_keys is kept, as in a tensordict.
-        written = out.select(*out_keys) if narrow else out
-        for key, value in written.items(True, True, is_leaf=is_leaf_nontensor):
-            key = unravel_key(key)
-            values[key] = _fitting(key, value, module, at)
+        _keep(values, module(to_tensordict(values, at)), module, at)
 
     return step
 
 
+def _narrowed(module: ProbabilisticTensorDictModule) -> Step:
+    """Return a step of a module that is known to read and write nothing but its keys."""
+    in_keys = unique(module.in_keys)
+    out_keys = [key for key in unique(module.out_keys) if key != "_"]
+
+    def step(values: FlatTensors, at: Placement) -> None:
+        shown: FlatTensors = {}
+        for key in in_keys:
+            shown.update(_below(values, key))
+        _keep(values, module(to_tensordict(shown, at)).select(*out_keys), module, at)
+
+    return step
+
+
+def _keep(
+    values: FlatTensors, out: TensorDictBase, module: nn.Module, at: Placement
+) -> None:
+    """Keep all entries of a tensordict."""
+    for key, value in out.items(True, True, is_leaf=is_leaf_nontensor):
+        key = unravel_key(key)
+        values[key] = _fitting(key, value, module, at)
+
+
 def _sampling(module: ProbabilisticTensorDictModule) -> Step:
-    """What a sampling module does, without the tensordict."""
+    """Return a step that draws as the module does, without the tensordict."""
     out_keys = list(module.out_keys)
 
     def step(values: FlatTensors, at: Placement) -> None:
@@ -360,7 +340,7 @@ def _sampling(module: ProbabilisticTensorDictModule) -> Step:
         mode = module.default_interaction_type if mode is None else mode
         sample = None
         if mode is InteractionType.DETERMINISTIC:
-            # Asked for once: the module would compute it twice.
+            # Computed once: the module would compute it twice.
             sample = getattr(dist, "deterministic_sample", None)
         if sample is None:
             sample = _upstream.draw(module, dist, mode)

@@ -18,9 +18,9 @@ def run_components(
     """Run the components in order.
 
     Raises:
-        MissingEntryError: if an entry that a component reads is not there.
-        RuntimeError: if a component raises; the message has its inputs' shapes
-            and dtypes.
+        MissingEntryError: if an entry that a component reads is missing.
+        RuntimeError: if a component raises; the message has the shapes and dtypes of
+            its inputs.
     """
     for name, module in components.items():
         missing = missing_from(tensordict, unique(module.in_keys))
@@ -31,21 +31,32 @@ def run_components(
         try:
             tensordict = module(tensordict)
         except Exception as err:
-            raise RuntimeError(
-                f"{name} failed on {describe(tensordict, module.in_keys)} (batch size "
-                f"{tuple(tensordict.batch_size)}): {type(err).__name__}: {err}"
-            ) from err
+            raise failure(name, module, tensordict, tensordict.batch_size, err) from err
     return tensordict
 
 
+def failure(
+    name: str,
+    module: nn.Module,
+    inputs: TensorDictBase | Mapping[NestedKey, torch.Tensor],
+    batch_size: torch.Size,
+    err: Exception,
+) -> RuntimeError:
+    """Return the error that names a component and the shapes of what it read."""
+    return RuntimeError(
+        f"{name} failed on {describe(inputs, module.in_keys)} (batch size "
+        f"{tuple(batch_size)}): {type(err).__name__}: {err}"
+    )
+
+
 def describe(
-    tensordict: TensorDictBase | Mapping[NestedKey, torch.Tensor],
+    entries: TensorDictBase | Mapping[NestedKey, torch.Tensor],
     keys: Iterable[NestedKey],
 ) -> str:
-    """``{key: shape dtype}`` for error messages."""
+    """Return ``{key: shape dtype}`` of the entries under ``keys``, for error messages."""
     parts = []
     for key in unique(keys):
-        value = tensordict.get(key, None)
+        value = entries.get(key, None)
         if value is not None:
             parts.append(f"{key!r}: {tuple(value.shape)} {value.dtype}")
     return "{" + ", ".join(parts) + "}"

@@ -1,8 +1,8 @@
-"""One step of the filter on a flat dictionary of tensors: predict, then correct."""
+"""Dynamics and posterior on a flat dictionary of tensors: predict, then correct."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from tensordict import NestedKey
 from torch import nn
@@ -11,47 +11,47 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, strip_next, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
 from torchrl_wm.modules.world_model.program import Program
-from torchrl_wm.modules.world_model.run_components import describe
+from torchrl_wm.modules.world_model.run_components import failure
 from torchrl_wm.modules.world_model.wiring import written_keys
-
-if TYPE_CHECKING:
-    from torchrl_wm.modules.world_model.world_model import WorldModel
 
 
 class Transition:
     """Dynamics and posterior of a model, without the tensordicts around their networks.
 
     Args:
-        world_model: the model. Components that it gets later need a new transition.
+        dynamics: predicts the next latents.
+        posterior: corrects them by an encoded observation. Without one, what the encoder
+            writes takes the place of what was predicted.
+        latents: the keys of the latents.
     """
 
-    def __init__(self, world_model: WorldModel) -> None:
-        self.dynamics: nn.Module = world_model.dynamics
-        self.posterior: nn.Module | None = world_model.posterior
+    def __init__(
+        self,
+        dynamics: nn.Module,
+        posterior: nn.Module | None,
+        latents: Sequence[NestedKey],
+    ) -> None:
+        self.dynamics, self.posterior = dynamics, posterior
         #: The latents, and where the dynamics write them.
-        self.latents = [(key, join("next", key)) for key in world_model.latent_keys]
-        reads = unique(self.dynamics.in_keys)
-        latents = [key for key, _ in self.latents]
-        #: What the dynamics read beside latents: the action, and constant context.
+        self.latents = [(key, join("next", key)) for key in latents]
+        reads = unique(dynamics.in_keys)
+        #: The keys that the dynamics read beside latents: the action, and constant context.
         self.context = [k for k in reads if not is_next(k) and k not in latents]
-        self.written = set(written_keys(self.dynamics))
-        self._predict = Program([self.dynamics])
+        self.written = set(written_keys(dynamics))
+        self._predict = Program([dynamics])
         self._correct = None
-        if self.posterior is not None:
-            self._correct = Program([self.posterior])
-            self._at_next = any(is_next(key) for key in unique(self.posterior.in_keys))
+        if posterior is not None:
+            self._correct = Program([posterior])
+            self._at_next = any(is_next(key) for key in unique(posterior.in_keys))
             self._corrected = [
                 (strip_next(key), join("next", strip_next(key)))
-                for key in written_keys(self.posterior)
+                for key in written_keys(posterior)
             ]
 
-    def is_for(self, world_model: WorldModel) -> bool:
-        """Whether the model still has the components and networks this was made for."""
-        return (
-            self.dynamics is world_model.dynamics
-            and self.posterior is world_model.posterior
-            and self._predict.is_current()
-            and (self._correct is None or self._correct.is_current())
+    def is_current(self) -> bool:
+        """Return whether both components still have the networks, keys and hooks they had."""
+        return self._predict.is_current() and (
+            self._correct is None or self._correct.is_current()
         )
 
     def predict(
@@ -61,8 +61,8 @@ class Transition:
 
         Args:
             state: the latents, ``[*B, ...]`` by flat key; not modified.
-            context: the action, and what else the dynamics read; not modified.
-            at: where it happens.
+            context: the action, and whatever else the dynamics read; not modified.
+            at: the batch size and device of both.
 
         Returns:
             State, context and what the dynamics write, ``("next", ...)`` and others.
@@ -80,10 +80,11 @@ class Transition:
             values: what :meth:`predict` returns; it is used up.
             encoded: what the encoder makes of the next observation, by
                 ``("next", key)``.
-            at: where it happens.
+            at: the batch size and device of both.
 
         Returns:
-            What dynamics and posterior write under "next", and the corrected latents.
+            The entries that dynamics and posterior write under "next", and the corrected
+            latents.
         """
         predicted = {key: value for key, value in values.items() if _below_next(key)}
         if self._correct is None:
@@ -106,7 +107,7 @@ class Transition:
 
 
 def _below_next(key: NestedKey) -> bool:
-    """As ``is_next``, of a flat key."""
+    """Return what ``is_next`` does, of a key that is flat."""
     return type(key) is tuple and key[0] == "next"
 
 
@@ -125,7 +126,4 @@ def _run(
     try:
         program(values, at)
     except Exception as err:
-        raise RuntimeError(
-            f"{name} failed on {describe(values, module.in_keys)} (batch size "
-            f"{tuple(at.batch_size)}): {type(err).__name__}: {err}"
-        ) from err
+        raise failure(name, module, values, at.batch_size, err) from err

@@ -1,4 +1,4 @@
-"""Checks that the components of a world model fit together, key by key."""
+"""How the components of a world model fit together, key by key."""
 
 from __future__ import annotations
 
@@ -31,8 +31,15 @@ def check_component(name: str, module: nn.Module) -> None:
 
 
 def written_keys(module: nn.Module) -> list[NestedKey]:
-    """The keys that ``module`` writes (``"_"`` marks outputs that are thrown away)."""
+    """Return the keys that ``module`` writes (``"_"`` marks outputs that are thrown away)."""
     return [key for key in unique(module.out_keys) if key != "_"]
+
+
+def latents_of(step: nn.Module) -> list[NestedKey]:
+    """Return the latents: the root keys that a step reads and also writes under "next"."""
+    written = set(unique(step.out_keys))
+    read = [key for key in unique(step.in_keys) if not is_next(key)]
+    return [key for key in read if join("next", key) in written]
 
 
 def check_wiring(components: Mapping[str, nn.Module]) -> None:
@@ -70,7 +77,7 @@ def check_posterior(
 ) -> None:
     """Refuse a posterior that cannot correct what the dynamics predict.
 
-    It reads predicted latents and an encoded observation, both below "next" or
+    A posterior reads predicted latents and an encoded observation, both below "next" or
     both at the root, and writes latents at the same place.
 
     Raises:
@@ -107,6 +114,7 @@ def _unwritten_message(
     components: Mapping[str, nn.Module],
     writer: Mapping[NestedKey, str],
 ) -> str:
+    """Return the error message for a key that is read before anything writes it."""
     later = [
         other for other, module in components.items() if key in written_keys(module)
     ]

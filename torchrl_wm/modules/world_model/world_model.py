@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase, TensorDictSequential
@@ -13,21 +11,29 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
-from torchrl_wm.modules.world_model.filtering import (
-    begin,
-    observe_sequence,
-    observe_step,
-)
+from torchrl_wm.modules.keys import is_next, leaf_keys, missing_from, unique
+from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
+from torchrl_wm.modules.world_model.filtering import Filter
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
 from torchrl_wm.modules.world_model.observer import Observer
-from torchrl_wm.modules.world_model.recurrence import RolloutCompiler, Scope
 from torchrl_wm.modules.world_model.wiring import (
     check_component,
     check_posterior,
     check_wiring,
+    latents_of,
     written_keys,
 )
+
+
+class _Wiring(NamedTuple):
+    """The things that follow from the components of a world model."""
+
+    #: The components and the initial state that the rest was made for.
+    parts: dict[str, nn.Module | None]
+    forward: TensorDictSequential
+    step: TensorDictSequential
+    latents: list[NestedKey]
+    filter: Filter
 
 
 class WorldModel(TensorDictModuleBase):
@@ -71,7 +77,7 @@ class WorldModel(TensorDictModuleBase):
         posterior: corrects predicted latents by the encoded observation they
             should have led to, as in recurrent state space models (PlaNet, arXiv
             1811.04551). Used by :meth:`observe`, never while imagining.
-        initial_state: where the latents begin that the encoder does not write,
+        initial_state: the first values of latents that the encoder does not write,
             such as a GRU's belief: a tensordict or Composite without batch dims,
             a TensorDictModule that writes them, or a function of the batch size.
 
@@ -132,7 +138,7 @@ class WorldModel(TensorDictModuleBase):
         "decoder",
         "posterior",
     )
-    #: Those of them that make one imagined step.
+    #: The components that make one imagined step.
     step_names = ("dynamics", "reward_head", "done_head")
 
     def __init__(
@@ -153,18 +159,17 @@ class WorldModel(TensorDictModuleBase):
             if module is not None or name in ("encoder", "dynamics", "reward_head"):
                 check_component(name, module)
             self.register_module(name, module)
-        _ = self._sequences  # checks the wiring
-        self.initial_state = (
-            None if initial_state is None else InitialState(initial_state)
-        )
-        if self.initial_state is not None:
-            self.initial_state.check(self.latent_keys, written_keys(self.encoder))
+        self.register_module("initial_state", None)
+        latents = self._wiring.latents  # checks the wiring
+        if initial_state is not None:
+            self.initial_state = InitialState(initial_state)
+            self.initial_state.check(latents, written_keys(encoder))
 
     # Components and keys -------------------------------------------------
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The components that the model has, by name, in the order they run."""
+        """The components that the model has, by name, in the order in which they run."""
         modules = _upstream.submodules(self)
         return {
             name: modules[name]
@@ -174,8 +179,8 @@ class WorldModel(TensorDictModuleBase):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` reads."""
-        keys = self._sequences["forward"].in_keys
+        """The keys that :meth:`forward` reads."""
+        keys = self._wiring.forward.in_keys
         if self.initial_state is None:
             return keys
         supplied = self.initial_state.keys()
@@ -183,14 +188,12 @@ class WorldModel(TensorDictModuleBase):
 
     @in_keys.setter
     def in_keys(self, value) -> None:
-        # The components say what is read. The setter is here for the base class,
-        # which assigns the attribute.
-        pass
+        pass  # The keys follow from the components; the base class assigns the attribute.
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` writes."""
-        return self._sequences["forward"].out_keys
+        """The keys that :meth:`forward` writes."""
+        return self._wiring.forward.out_keys
 
     @out_keys.setter
     def out_keys(self, value) -> None:
@@ -199,78 +202,67 @@ class WorldModel(TensorDictModuleBase):
     @property
     def step_in_keys(self) -> list[NestedKey]:
         """The root keys that :meth:`step` reads: latents, action and context."""
-        return self._sequences["step"].in_keys
+        return self.step_module.in_keys
 
     @property
     def latent_keys(self) -> list[NestedKey]:
         """The latents: root keys that :meth:`step` reads and writes under "next"."""
-        step = self._sequences["step"]
-        written = set(unique(step.out_keys))
-        return [
-            key
-            for key in unique(step.in_keys)
-            if not is_next(key) and join("next", key) in written
-        ]
+        return list(self._wiring.latents)
 
     @property
     def step_module(self) -> TensorDictSequential:
         """One imagined step as a module: dynamics, reward head and done head."""
-        return self._sequences["step"]
+        return self._wiring.step
 
     @property
-    def _sequences(self) -> dict[str, TensorDictSequential]:
-        # Rebuilt when a component was replaced. They are kept outside of the
-        # registered modules, where they would repeat every tensor.
-        components = self.components
-        cached = self.__dict__.get("_sequence_cache")
-        if cached is None or not _same(cached[0], components):
-            for name, module in components.items():
-                check_component(name, module)
-            ahead = {k: v for k, v in components.items() if k != "posterior"}
-            check_wiring(ahead)
-            if "posterior" in components:
-                check_posterior(self.posterior, self.encoder, self.dynamics)
-            step = [components[k] for k in self.step_names if k in components]
-            cached = (
-                components,
-                {
-                    "forward": TensorDictSequential(*ahead.values()),
-                    "step": TensorDictSequential(*step),
-                },
-            )
-            self.__dict__["_sequence_cache"] = cached
-        return cached[1]
+    def filter(self) -> Filter:
+        """The part that makes latents of observations over time, for the present components."""
+        return self._wiring.filter
+
+    #: The last :attr:`_wiring`. A tuple is no module, and so is not registered: its modules
+    #: would repeat every tensor.
+    _last_wiring: _Wiring | None = None
+
+    @property
+    def _wiring(self) -> _Wiring:
+        """The things that follow from the components, made anew when one was replaced."""
+        made, parts = self._last_wiring, dict(self.components)
+        parts["initial_state"] = self.initial_state
+        if made is None or not _same(made.parts, parts):
+            later_steps = None if made is None else made.filter.later_steps
+            made = self._last_wiring = self._wire(parts, later_steps)
+        return made
+
+    def _wire(
+        self, parts: dict[str, nn.Module | None], later_steps: FilterCompiler | None
+    ) -> _Wiring:
+        """Check the components and connect them."""
+        components = {k: v for k, v in parts.items() if k != "initial_state"}
+        for name, module in components.items():
+            check_component(name, module)
+        ahead = {k: v for k, v in components.items() if k != "posterior"}
+        check_wiring(ahead)
+        if "posterior" in components:
+            check_posterior(self.posterior, self.encoder, self.dynamics)
+        step = TensorDictSequential(
+            *(components[name] for name in self.step_names if name in components)
+        )
+        latents = latents_of(step)
+        filter_ = Filter(components, self.initial_state, latents, later_steps)
+        forward = TensorDictSequential(*ahead.values())
+        return _Wiring(parts, forward, step, latents, filter_)
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        # They hold on to networks and to what was compiled: a copy makes its own.
-        held = (
-            "_sequence_cache",
-            "_transition_cache",
-            "_rollout_compiler",
-            "_followers",
-        )
-        for name in held:
-            state.pop(name, None)
+        # It holds on to networks and to compiled graphs: a copy makes its own.
+        state.pop("_last_wiring", None)
         return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        _ = self._sequences  # so that a compiled call finds them
+        _ = self._wiring  # so that a compiled call finds it
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> WorldModel:
-        """As any module's; what holds the model's tensors, such as a loss, follows."""
-        super()._apply(fn, recurse)
-        for follower in list(self.followers):
-            follower.follow()
-        return self
-
-    @property
-    def followers(self) -> weakref.WeakSet:
-        """Who is told when the model was moved: parameters move in place, buffers are others then."""
-        return self.__dict__.setdefault("_followers", weakref.WeakSet())
-
-    # What it does --------------------------------------------------------
+    # Predictions ---------------------------------------------------------
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -284,7 +276,7 @@ class WorldModel(TensorDictModuleBase):
             predictions under ``"next"`` (where they replace what stood there).
         """
         if self.initial_state is None:
-            return self._sequences["forward"](tensordict)
+            return self._wiring.forward(tensordict)
         tensordict = self.step(self.encode(tensordict))
         return tensordict if self.decoder is None else self.decoder(tensordict)
 
@@ -295,26 +287,26 @@ class WorldModel(TensorDictModuleBase):
         (corrected by the posterior, if there is one), unless they are there
         already.
         """
-        return begin(self, tensordict)
+        return self.filter.encode(tensordict)
 
     def observe(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Filter real observations into latents.
 
-        With next observations in ``tensordict`` it is a batch of sequences,
-        ``[*B, T]``: the latents of all its steps are written, together with
-        what dynamics and posterior predict under "next", in a new tensordict.
+        With next observations, ``tensordict`` is a batch of sequences, ``[*B, T]``: a
+        new tensordict has the latents of all its steps, and what dynamics and posterior
+        predict under "next".
 
         Without, it is one step in a running env, ``[*B]``: the latents of the
         step before and the action taken then are at the root, where TorchRL's
         rollouts and collectors leave them, and are updated by the newest
-        observation. :meth:`observer` is this as a module.
+        observation. :meth:`observer` does this as a module.
 
-        Where ``is_init`` is True an episode begins, and the latents with it; in
-        sequences without it, after a ``("next", "done")``.
+        An episode begins, and the latents with it, where ``is_init`` is True; in
+        sequences without ``is_init``, after a ``("next", "done")``.
 
         Raises:
-            KeyError: if observations or actions are missing, or if nothing
-                says where a latent begins.
+            KeyError: if observations or actions are missing, or if a latent has no
+                initial value.
 
         Examples:
             >>> import torch
@@ -353,24 +345,23 @@ class WorldModel(TensorDictModuleBase):
         """
         named = tensordict.batch_dims and tensordict.names[-1] == "time"
         if named or tensordict.get("next", None) is not None:
-            return observe_sequence(self, tensordict)
-        return observe_step(self, tensordict)
+            return self.filter.observe_sequence(tensordict)
+        return self.filter.observe_step(tensordict)
 
     def compile_rollout(self, scope: Scope = "step", **kwargs: Any) -> WorldModel:
         """Compile the steps through time of :meth:`observe` and of multi-step losses.
 
-        What is compiled is one step, however long the sequences are: the time that
-        this takes does not grow with ``T``, and sequences of another length use the
-        same graph. A graph is made for each batch shape, set of entries and
-        gradient mode, at its first call, and kept until a component is replaced;
-        copies of the model start eager. The first step of a sequence is eager.
-        A :class:`~torchrl_wm.WorldModelLoss` of the model uses it, too.
+        One step is compiled, for sequences of any length: compile time does not grow with
+        ``T``, and sequences of another length use the same graph. A graph is made for each
+        batch shape, set of entries and gradient mode, at its first call, and kept until a
+        component is replaced; copies of the model start eager. The first step of a sequence
+        is eager. A :class:`~torchrl_wm.WorldModelLoss` of the model uses the graphs, too.
 
         With ``"scan"``, the steps are one higher-order scan
         (:func:`torch._higher_order_ops.scan`, through TorchRL). It is slower to
         compile than a step and its graph is that of one ``T``, yet its size does
-        not grow with ``T``. Within a loss that is compiled as a whole, the steps are
-        unrolled into its graph, whatever the scope.
+        not grow with ``T``. A loss that is compiled as a whole unrolls the steps into
+        its graph with either scope.
 
         Random numbers are those of the compiler: samples have the distribution
         of eager ones, not their values.
@@ -382,8 +373,8 @@ class WorldModel(TensorDictModuleBase):
                 ``dynamic`` False unless given.
 
         Returns:
-            The model itself. Where there is no compiler, a warning says so at the
-            first call, and the steps stay eager. :meth:`eager_rollout` undoes it.
+            The model itself. Without a compiler on this machine, the first call warns, and
+            the steps stay eager. :meth:`eager_rollout` undoes it.
 
         Raises:
             ValueError: for another scope.
@@ -412,37 +403,34 @@ class WorldModel(TensorDictModuleBase):
             torch.Size([2, 5, 4])
         """
         devices = {value.device for value in (*self.parameters(), *self.buffers())}
-        self.__dict__["_rollout_compiler"] = RolloutCompiler(scope, kwargs, devices)
+        self.filter.later_steps = FilterCompiler(scope, kwargs, devices)
         return self
 
     def eager_rollout(self) -> WorldModel:
         """Undo :meth:`compile_rollout`."""
-        self.__dict__["_rollout_compiler"] = None
+        self.filter.later_steps = None
         return self
 
     def observer(self) -> Observer:
-        """:meth:`observe`, one step at a time, as a module to put before a policy."""
+        """Return :meth:`observe`, one step at a time, as a module to put before a policy."""
         return Observer(self)
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether latents depend on more than the latest observation."""
-        if self.posterior is not None:
-            return True
-        encoded = set(written_keys(self.encoder))
-        return any(key not in encoded for key in self.latent_keys)
+        """True if latents depend on more than the latest observation."""
+        return self.filter.is_recurrent
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Predict one step ahead; neither encodes nor decodes.
 
         Args:
-            tensordict: latents, action and what context the components read,
+            tensordict: latents, action and the context that the components read,
                 batch size ``[*B]``.
 
         Returns:
             The same tensordict, with the predictions under ``"next"``.
         """
-        sequence = self._sequences["step"]
+        sequence = self.step_module
         try:
             return sequence(tensordict)
         except KeyError as err:
@@ -469,22 +457,17 @@ class WorldModel(TensorDictModuleBase):
         return self.decoder(tensordict)
 
     def decoded_keys(self) -> list[NestedKey]:
-        """The keys that the decoder writes; empty without a decoder."""
+        """Return the keys that the decoder writes; none without a decoder."""
         return [] if self.decoder is None else written_keys(self.decoder)
 
     def __repr__(self) -> str:
-        lines = []
-        for name, module in [
-            *self.components.items(),
-            ("initial_state", self.initial_state),
-        ]:
-            if module is None:
-                continue
-            if name == "initial_state":
-                keys = f"-> {module.keys()}"
-            else:
-                keys = f"{unique(module.in_keys)} -> {written_keys(module)}"
-            lines.append((name, keys, _count(module)))
+        lines = [
+            (name, f"{unique(part.in_keys)} -> {written_keys(part)}", _count(part))
+            for name, part in self.components.items()
+        ]
+        begin = self.initial_state
+        if begin is not None:
+            lines.append(("initial_state", f"-> {begin.keys()}", _count(begin)))
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         rows = [
             f"  {name:<{widths[0]}}  {keys:<{widths[1]}}  {count:>{widths[2]}}"
@@ -495,12 +478,13 @@ class WorldModel(TensorDictModuleBase):
 
 
 def _count(module: nn.Module) -> str:
-    """The number of parameters, readable; lazy ones are not there yet."""
+    """Return the number of parameters, readable, or "lazy" if some have no shape yet."""
     parameters = list(module.parameters())
     if any(is_lazy(parameter) for parameter in parameters):
         return "lazy"
     return f"{sum(parameter.numel() for parameter in parameters):,}"
 
 
-def _same(left: dict[str, nn.Module], right: dict[str, nn.Module]) -> bool:
+def _same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Return whether both name the same objects."""
     return left.keys() == right.keys() and all(left[k] is right[k] for k in left)

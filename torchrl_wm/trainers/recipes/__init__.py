@@ -1,4 +1,4 @@
-"""The recipes that come with the package, one algorithm a file."""
+"""The recipes that come with the package, one algorithm in each file."""
 
 from __future__ import annotations
 

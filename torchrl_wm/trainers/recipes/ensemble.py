@@ -1,4 +1,4 @@
-"""What PETS and MBPO share: an ensemble that learns the env, its settings and its data."""
+"""The common base of PETS and MBPO: an ensemble that learns the env."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from torchrl_wm.modules import FunctionHead, with_propagation, WorldModel
 from torchrl_wm.modules.keys import join, unique
 from torchrl_wm.objectives import WorldModelLoss
 from torchrl_wm.trainers.env_checks import check_bounds, check_float_observations
-from torchrl_wm.trainers.functions import find_function, Function, REWARDS, TERMINATIONS
+from torchrl_wm.trainers.known_tasks import (
+    find_function,
+    Function,
+    REWARDS,
+    TERMINATIONS,
+)
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.recipe import make_replay, Recipe
 from torchrl_wm.trainers.settings import AtLeast, RunConfig
@@ -33,12 +38,12 @@ class EnsembleRunConfig(RunConfig):
         reward: where the model's reward comes from: "learned", a function's name, which is one
             of "pendulum", "cartpole" and "inverted_pendulum", or module:function.
         termination: where the model's terminations come from: "learned", "none" if episodes end
-            by time alone, a function's name, which is one of "cartpole", "inverted_pendulum"
+            only by time, a function's name, which is one of "cartpole", "inverted_pendulum"
             and "hopper", or module:function.
         members: how many networks the ensemble has.
         elites: how many of the members predict; None for all of them.
         hidden: the sizes of the hidden layers of each member.
-        beta: how much more rows count that are hard to predict, from 0, the plain likelihood,
+        beta: the weight of rows that are hard to predict, from 0, the plain likelihood,
             to 1, the likelihood weighted by the predicted variance (beta-NLL, arXiv 2203.09168).
         model_learning_rate: the learning rate of the model's optimizer, AdamW.
         model_weight_decay: the weight decay of the model's optimizer, AdamW.
@@ -77,7 +82,7 @@ class EnsembleRecipe(Recipe):
 
     Attributes:
         learner: trains the ensemble.
-        imagined_env: the env of the ensemble, of which one member predicts at a time.
+        imagined_env: the imagined env, in which one member predicts at a time.
     """
 
     config: EnsembleRunConfig
@@ -110,13 +115,13 @@ class EnsembleRecipe(Recipe):
         self._keys = transition_keys(env, self.world_model)
 
     def kept(self, steps: TensorDictBase) -> TensorDictBase:
-        """Return what the model, its loss and the policy's read of real steps."""
+        """Return the entries of real steps that the model and the losses read."""
         return steps.select(*self._keys)
 
     def fit_model(self, steps: int) -> dict[str, torch.Tensor]:
         """Train the ensemble on all real transitions; return its losses."""
         if not self.learner.steps:
-            warn_of_other_functions(self.world_model, self.replay[:])
+            warn_if_functions_disagree(self.world_model, self.replay[:])
         return self.learner.fit(self.replay, steps, self.on_fit)
 
     @property
@@ -124,7 +129,7 @@ class EnsembleRecipe(Recipe):
         return self.learner.steps > 0
 
     def diagnosed_env(self) -> WorldModelEnv:
-        """Return the imagined env with all members asked."""
+        """Return the imagined env in which all members predict."""
         model = with_propagation(self.world_model, "ts1")
         return WorldModelEnv(model, self.env, batch_size=[])
 
@@ -135,7 +140,7 @@ def make_model(
     reward_function: Function | None,
     termination_function: Function | None,
 ) -> tuple[WorldModel, WorldModelLoss]:
-    """Return the ensemble that a config asks for, and its loss."""
+    """Return the ensemble of a config, and its loss."""
     reward = reward_function or find_function(
         config.reward, REWARDS, "reward", ("learned",)
     )
@@ -157,7 +162,7 @@ def make_model(
 
 
 def transition_keys(env: EnvBase, world_model: WorldModel) -> list:
-    """Return the entries of a real step that the model, its loss and a policy's read."""
+    """Return the keys of a real step that the model, its loss and a policy's loss read."""
     latents = unique(world_model.encoder.in_keys)
     following = [*latents, env.reward_key, *env.done_keys]
     return [
@@ -168,7 +173,7 @@ def transition_keys(env: EnvBase, world_model: WorldModel) -> list:
     ]
 
 
-def warn_of_other_functions(world_model: WorldModel, rows: TensorDictBase) -> None:
+def warn_if_functions_disagree(world_model: WorldModel, rows: TensorDictBase) -> None:
     """Warn if a given reward or termination function disagrees with the real env."""
     for name in ("reward", "done"):
         head = getattr(world_model, f"{name}_head")

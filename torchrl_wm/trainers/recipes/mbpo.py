@@ -33,18 +33,18 @@ class MBPOConfig(EnsembleRunConfig):
         imagination_interval: how many real steps pass between two rounds of imagined rollouts.
         rollouts: how many imagined rollouts a round has, branched off real states.
         horizon_schedule: the length of imagined rollouts, as first_step, last_step, first and
-            last: it goes from first to last between these two real steps.
-        retained_rounds: how many rounds of rollouts are learnt from, the newest ones, counted
-            as rounds of the present length.
+            last: the length goes from first to last between these two real steps.
+        retained_rounds: how many of the newest rounds of rollouts the policy learns from, counted
+            in rounds of the present length.
         real_share: the share of real transitions in a batch of the policy. With 1 there is
-            no model: this is SAC.
+            no model, which is SAC.
         updates_per_step: how many updates of the policy follow each real step.
         batch_size: how many transitions a batch of the policy has.
         learning_rate: the learning rate of policy, values and temperature.
         policy_hidden: the sizes of the hidden layers of policy and values.
-        alpha_init: the temperature of the policy's entropy to begin with; it is learnt.
+        alpha_init: the initial temperature of the policy's entropy, which is learnt.
         gamma: the discount per step.
-        tau: the share of the values that goes to their targets in an update.
+        tau: the share of the values that is mixed into their targets in an update.
     """
 
     env: str = "InvertedPendulum-v5"
@@ -101,7 +101,7 @@ class MBPO(EnsembleRecipe):
 
     Attributes:
         world_model: the ensemble.
-        imagined_env: where the rollouts branch.
+        imagined_env: the env of the imagined rollouts.
         imagined: the imagined transitions.
         policy: the actor.
         sac: TorchRL's loss of policy and values.
@@ -118,7 +118,7 @@ class MBPO(EnsembleRecipe):
         self.imagined_env = WorldModelEnv(
             with_propagation(self.world_model, "ts1", all_members=False), env
         )
-        # The policy, and what SAC needs beside it.
+        # The policy, and the values and losses of SAC.
         actor, sac = make_sac(
             env,
             list(self.world_model.encoder.in_keys),
@@ -176,7 +176,7 @@ class MBPO(EnsembleRecipe):
         config, parts = self.config, []
         updates = config.updates_per_step * steps.count
         real = round(config.real_share * config.batch_size)
-        # The buffer has room for the longest rollouts: of shorter ones, more rounds fit.
+        # The buffer has room for the longest rollouts, and so for more rounds of shorter ones.
         horizon = config.horizon(steps.total)
         retained = config.retained_rounds * config.rollouts * horizon
         for buffer, size, among in (
@@ -207,7 +207,7 @@ def sample_newest(buffer: ReplayBuffer, number: int, among: int) -> TensorDictBa
     """Return ``number`` transitions, with replacement, of the ``among`` that were written last."""
     if among >= len(buffer):
         return buffer.sample(number)
-    # Not by buffer[...], which looks at its indices on the CPU and waits for them.
+    # Not by buffer[...], which waits for the indices on the CPU.
     storage = buffer.storage
     back = torch.randint(among, (number,), device=storage.device)
     return storage[(buffer.write_count - 1 - back) % len(buffer)]

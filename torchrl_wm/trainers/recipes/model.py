@@ -1,4 +1,4 @@
-"""A world model alone, from logged data."""
+"""The recipe that learns only a world model, from logged data."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class ModelConfig(Settings):
             minari:ID of a local one.
         env: the env that was recorded, named as for train pets; None to read its specs off the
             data.
-        observation_keys: which observations to model, all of them if none is named; a slash
-            joins the names of nested ones.
+        observation_keys: which observations to model, all of them if none is named; nested
+            names are joined by slashes.
         steps: how many gradient steps to train for.
-        checkpoint_interval: how many looks at the held-out error pass between two checkpoints.
+        checkpoint_interval: how many measurements of the held-out error pass between two
+            checkpoints.
         held_out: the share of the episodes that is not trained on.
-        interval: how many gradient steps pass between two looks at the held-out error.
+        interval: how many gradient steps pass between two measurements of the held-out error.
         members: how many networks the ensemble has.
         elites: how many of the members predict; None for 5, or all of fewer.
         hidden: the sizes of the hidden layers of each member.
@@ -66,7 +67,7 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data.startswith("minari:") and os.path.exists(self.data):
-            # A run is opened from elsewhere, too.
+            # The run may be opened from another working directory.
             object.__setattr__(self, "data", os.path.abspath(self.data))
 
     @property
@@ -80,14 +81,14 @@ class ModelConfig(Settings):
 
 
 class ModelRecipe(Recipe):
-    """Learn a world model alone, from logged data.
+    """Learn only a world model, from logged data.
 
     Args:
         config: the settings.
         env: the env that was recorded; None to read its specs off the data.
 
     Attributes:
-        training: trains the ensemble, and has the data that is held out.
+        training: trains the ensemble, and has the held-out data.
         real_env: the env that was recorded, if it was given.
     """
 
@@ -121,20 +122,20 @@ class ModelRecipe(Recipe):
 
     @classmethod
     def make_env(cls, config: ModelConfig, source: EnvSource | None) -> EnvBase | None:
-        """Return the env that was recorded, if it is known."""
+        """Return the env that was recorded, if the config names it."""
         source = config.env if source is None else source
         return None if source is None else make_real_env(source)
 
     def make_collector(self, source: EnvSource | None) -> GradientSteps:
-        """Return what counts gradient steps."""
+        """Return the collector that counts gradient steps."""
         return GradientSteps(self.config.interval, self.config.steps)
 
     def learn(self, steps: Steps) -> dict[str, float]:
-        """Make as many gradient steps, and look at the held-out error."""
+        """Make as many gradient steps, and measure the held-out error."""
         return self.training.advance(steps.count, self.on_fit)
 
     def measures(self) -> dict[str, float]:
-        """Return the errors of the best model on the data that is held out."""
+        """Return the errors of the best model on the held-out data."""
         return held_out_errors(self.training.best_model(), self.training.test)
 
     @property
@@ -160,11 +161,11 @@ class ModelRecipe(Recipe):
 
 
 class GradientSteps:
-    """Counts gradient steps where there is no real env to act in.
+    """A collector that counts gradient steps, for a run without a real env.
 
     Args:
-        interval: how many make a row of the metrics.
-        total: how many there are in all.
+        interval: how many steps make a row of the metrics.
+        total: how many steps there are in all.
     """
 
     #: Read by TorchRL's Trainer.
@@ -177,17 +178,17 @@ class GradientSteps:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The parts that a checkpoint holds."""
         return {"gradient_steps": self._counts}
 
     def begin(self) -> None:
-        """Begin to count; nothing is to be done for it."""
+        """Do nothing: there are no episodes to begin."""
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """Give empty steps, ``[interval]``."""
         self.on_begin()
         while (done := self._counts.done) < self.total:
-            # To the next multiple of the interval: a run that is made longer looks where others do.
+            # To the next multiple of the interval, so that longer runs measure at the same steps.
             number = min(self.interval - done % self.interval, self.total - done)
             yield TensorDict({}, batch_size=[number])
 
@@ -202,4 +203,4 @@ class GradientSteps:
         return [{}]
 
     def shutdown(self) -> None:
-        """End; nothing is open."""
+        """Do nothing: nothing is open."""

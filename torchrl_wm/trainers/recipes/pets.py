@@ -31,16 +31,16 @@ class PETSConfig(EnsembleRunConfig):
         first_model_steps: how many the first training takes, which is on the random steps;
             None for as many as the others.
         model_interval: how many real steps pass between two trainings within a trial; None to
-            train after each trial alone.
+            train only after each trial.
         planner: the method that improves plans.
         planning_horizon: how many steps a plan has.
-        optim_steps: how often the candidates are improved at each real step.
+        optim_steps: how many times the candidates are improved at each real step.
         num_candidates: how many plans are tried at the first iteration.
-        top_k: how many of the best plans the next ones are drawn after.
-        num_particles: how often each plan is imagined.
-        propagation: how plans are imagined: "ts1" draws a member of the ensemble anew at each
+        top_k: how many of the best plans the next candidates are drawn from.
+        num_particles: how many times each plan is imagined.
+        propagation: how plans are imagined: "ts1" draws a member of the ensemble at each
             step, "tsinf" one for each particle, "expectation" averages the members' Gaussians,
-            and "mean" leaves their noise out, too.
+            and "mean" also leaves out their noise.
         noise_beta: how slowly the random actions of iCEM's plans vary over time; 0 is white
             noise.
     """
@@ -66,7 +66,7 @@ class PETSConfig(EnsembleRunConfig):
             object.__setattr__(self, "trials", 10)
 
     def lengthened(self, ends: dict[str, Any]) -> PETSConfig:
-        # Who says how many steps says that trials no longer count, and the reverse.
+        # A new number of steps replaces the number of trials, and the reverse.
         if "steps" in ends and "trials" not in ends:
             ends = {**ends, "trials": None}
         if "trials" in ends and "steps" not in ends:
@@ -95,7 +95,7 @@ class PETS(EnsembleRecipe):
     config_class = PETSConfig
     config: PETSConfig
     acts_in_model = False
-    # A planner imagines as it did in training: what the members do not agree on is uncertain.
+    # A planner imagines as in training: where the members disagree, plans are uncertain.
     evaluation_exploration = ExplorationType.RANDOM
 
     def __init__(self, config: PETSConfig, env: EnvBase, **functions: Any) -> None:
@@ -131,7 +131,7 @@ class PETS(EnsembleRecipe):
         return self.fit_model(first or config.model_steps)
 
     def is_over(self, metrics: list[dict[str, Any]]) -> bool:
-        """Whether all trials are planned."""
+        """Return whether all trials have been planned."""
         trials = self.config.trials
         return trials is not None and planned_trials(metrics) >= trials
 
@@ -149,7 +149,7 @@ def planned_trials(metrics: list[dict[str, Any]]) -> int:
 
 
 def make_planner(env: WorldModelEnv, config: PETSConfig) -> MPCPlanner:
-    """Return the planner that a config asks for."""
+    """Return the planner of a config."""
     settings = {
         "planning_horizon": config.planning_horizon,
         "optim_steps": config.optim_steps,

@@ -10,6 +10,7 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import SACLoss
 
 from torchrl_wm.modules.blocks.squashed_normal import squashed_normal
+from torchrl_wm.modules.keys import as_tuple
 from torchrl_wm.trainers.env_checks import (
     check_policy_action,
     check_policy_observations,
@@ -29,16 +30,16 @@ def make_sac(
 
     Args:
         env: the real env.
-        observation_keys: what policy and values read.
+        observation_keys: the observations that policy and values read.
 
     Keyword Args:
         hidden: the sizes of the hidden layers.
-        alpha_init: the temperature to begin with.
+        alpha_init: the initial temperature.
         gamma: the discount.
-        device: where they will be.
+        device: the device that they will be on.
 
     Raises:
-        ValueError: if the actions are not continuous and bounded, or entries are no vectors.
+        ValueError: if the actions are not continuous and bounded, or entries are not vectors.
     """
     spec = env.full_action_spec_unbatched[env.action_key]
     check_policy_action(env)
@@ -68,7 +69,7 @@ def make_sac(
     value_net = MLP(
         observation_size + size, 1, num_cells=cells, activation_class=nn.ReLU
     )
-    # Named, as TorchRL knows the value of an action by the key "action" alone.
+    # Named, as TorchRL knows only the key "action" as that of an action.
     value = ValueOperator(
         _Joined(value_net),
         in_keys=[*observation_keys, env.action_key],
@@ -77,15 +78,13 @@ def make_sac(
     sac = SACLoss(
         actor, value, action_spec=spec, num_qvalue_nets=2, alpha_init=alpha_init
     )
-    done_key, terminated_key = env.done_keys[0], env.done_keys[0]
-    for key in env.done_keys:
-        if (key if isinstance(key, str) else key[-1]) == "terminated":
-            terminated_key = key
+    done = env.done_keys[0]
+    terminated = [key for key in env.done_keys if as_tuple(key)[-1] == "terminated"]
     sac.set_keys(
         action=env.action_key,
         reward=env.reward_key,
-        done=done_key,
-        terminated=terminated_key,
+        done=done,
+        terminated=terminated[-1] if terminated else done,
     )
     sac.make_value_estimator(gamma=gamma)
     return actor, sac

@@ -1,4 +1,4 @@
-"""Runs in their folders, opened by what the folder says."""
+"""Open runs from their folders, and find folders for new ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torchrl_wm.trainers import RecipeTrainer, resume_run, RunFolder
 
 
 def open_run(path: str, checkpoint: int | None = None) -> RecipeTrainer:
-    """A run at a checkpoint, to be looked at: nothing of it is changed.
+    """Return a run at a checkpoint, to be inspected; its folder is not changed.
 
     Raises:
-        FileNotFoundError: if it is not the folder of a run, or there is no checkpoint.
+        FileNotFoundError: if the folder is not one of a run, or has no checkpoint.
     """
     if not RunFolder.open(path).saved():
         raise FileNotFoundError(
             f"{path!r} has no checkpoint yet: its first one comes at the end of an episode. "
             f"torchrl-wm train --resume {path} goes on with it."
         )
-    # Wherever it was trained, it is looked at where there is something to look with.
+    # A run can be inspected on another device than it was trained on.
     return resume_run(path, checkpoint=checkpoint, device="auto")
 
 
 def free(path: Path) -> Path:
-    """The path, or with the first number after it of which there is no folder yet."""
+    """Return the path, with the first free number after it if the path exists."""
     number, found = 1, path
     while found.exists():
         number += 1

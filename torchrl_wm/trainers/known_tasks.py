@@ -1,7 +1,7 @@
-"""Reward and termination functions of well-known tasks, as PETS and MBPO are given them.
+"""Reward and termination functions of well-known tasks, for PETS and MBPO.
 
-Each is ``f(observation, action, next_observation)`` on ``[*B, ...]`` and gives ``[*B]``;
-they compute what the Gymnasium env of that name does.
+Each is ``f(observation, action, next_observation)`` on ``[*B, ...]`` and returns ``[*B]``, as the
+Gymnasium env of that name computes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from math import pi
 
 import torch
 
-from torchrl_wm.trainers.real_envs import load_object
+from torchrl_wm._registry import load_object
 
 #: ``f(observation, action, next_observation)``.
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -20,7 +20,7 @@ Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def pendulum_reward(
     observation: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor
 ) -> torch.Tensor:
-    """Pendulum-v1: the cost of angle, velocity and torque *before* the step."""
+    """Return the reward of Pendulum-v1: the cost of angle, velocity and torque *before* the step."""
     cos, sin, velocity = observation.unbind(-1)
     angle = torch.atan2(sin, cos)
     torque = action[..., 0].clamp(-2, 2)
@@ -30,14 +30,14 @@ def pendulum_reward(
 def cartpole_reward(
     observation: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor
 ) -> torch.Tensor:
-    """CartPole: 1 for each step, the last one included."""
+    """Return the reward of CartPole: 1 for each step, the last one included."""
     return torch.ones_like(observation[..., 0])
 
 
 def cartpole_termination(
     observation: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor
 ) -> torch.Tensor:
-    """CartPole: the cart left the track, or the pole leans by more than 12 degrees."""
+    """Return whether CartPole ends: the cart left the track, or the pole leans by more than 12 degrees."""
     position, angle = next_observation[..., 0], next_observation[..., 2]
     return (position.abs() > 2.4) | (angle.abs() > 12 * 2 * pi / 360)
 
@@ -45,7 +45,7 @@ def cartpole_termination(
 def inverted_pendulum_reward(
     observation: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor
 ) -> torch.Tensor:
-    """InvertedPendulum-v5: 1 for each step at which the pole stays up."""
+    """Return the reward of InvertedPendulum-v5: 1 for each step at which the pole stays up."""
     ended = inverted_pendulum_termination(observation, action, next_observation)
     return (~ended).to(observation.dtype)
 
@@ -53,7 +53,7 @@ def inverted_pendulum_reward(
 def inverted_pendulum_termination(
     observation: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor
 ) -> torch.Tensor:
-    """InvertedPendulum-v5: the pole leans by more than 0.2 rad, or the state is not finite."""
+    """Return whether InvertedPendulum-v5 ends: it leans by more than 0.2 rad, or is not finite."""
     finite = next_observation.isfinite().all(-1)
     return ~finite | (next_observation[..., 1].abs() > 0.2)
 
@@ -61,7 +61,7 @@ def inverted_pendulum_termination(
 def hopper_termination(
     observation: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor
 ) -> torch.Tensor:
-    """Hopper-v5: too low, leaning too far, or a state out of range."""
+    """Return whether Hopper-v5 ends: too low, leaning too far, or a state out of range."""
     height, angle = next_observation[..., 0], next_observation[..., 1]
     in_range = (next_observation[..., 1:].abs() < 100).all(-1)
     finite = next_observation.isfinite().all(-1)
@@ -84,7 +84,7 @@ TERMINATIONS: dict[str, Function] = {
 def find_function(
     name: str | Function, known: dict[str, Function], what: str, words: tuple[str, ...]
 ) -> Function | None:
-    """The function that a config names; None for one of the ``words``, such as "learned".
+    """Return the function that a config names; None for one of the ``words``, such as "learned".
 
     Raises:
         ValueError: if there is none of that name.
@@ -99,5 +99,5 @@ def find_function(
         return load_object(name)
     raise ValueError(
         f"Unknown {what} {name!r}. Valid choices are {list(words)}, the functions {sorted(known)}, "
-        f"or 'module:function' for one of yours."
+        f"or 'module:function' for your own function."
     )

@@ -1,4 +1,4 @@
-"""What a run looks like: its learning curve, and its report."""
+"""The report on a run, and pictures of it: learning curve, prediction fan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
-from tensordict import pad, TensorDictBase
+from tensordict import TensorDictBase
 from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm.diagnostics import (
@@ -39,7 +39,7 @@ def plot_learning_curve(
         rows: the metrics of a run, ``trainer.metrics`` or ``RunFolder.metrics()``.
 
     Keyword Args:
-        title: stands above it.
+        title: the title of the figure.
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
@@ -70,17 +70,6 @@ def plot_learning_curve(
     return figure
 
 
-def recorded_episodes(episodes: Sequence[TensorDictBase]) -> TensorDictBase:
-    """Episodes as one batch ``[N, T]``; a mask says where the shorter ones end."""
-    longest = max(map(len, episodes))
-    padded = []
-    for episode in episodes:
-        mask = torch.arange(longest) < len(episode)
-        row = pad(episode, [0, longest - len(episode)])
-        padded.append(row.set(("collector", "mask"), mask))
-    return torch.stack(padded)
-
-
 def write_run_report(
     trainer: RecipeTrainer,
     path: str | os.PathLike | None = None,
@@ -96,13 +85,13 @@ def write_run_report(
         path: the file; ``report.html`` in the run's folder by default.
 
     Keyword Args:
-        episodes: how many real episodes the policy acts in for it.
-        seed: of these episodes, and of what is imagined.
-        kwargs: for :func:`~torchrl_wm.diagnostics.write_report`; ``render`` may be the name
-            of a function, ``"module:function"``, too.
+        episodes: how many real episodes of the policy are recorded.
+        seed: the seed of these episodes, and of what is imagined.
+        kwargs: arguments of :func:`~torchrl_wm.diagnostics.write_report`; ``render`` may also be
+            the name of a function, ``"module:function"``.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
         ValueError: if there is neither a path nor a folder, or the model has not learnt yet.
@@ -127,6 +116,33 @@ def write_run_report(
                 "path)."
             )
         path = trainer.run.path / "report.html"
+    _check_has_learnt(trainer)
+    kwargs["render"] = found_render(kwargs.get("render"))
+    if trainer.policy is None:
+        return _report_on_data(trainer, path, seed=seed, **kwargs)
+    recorded = trainer.evaluate(episodes, seed=seed)
+    settings = {
+        "title": f"{trainer.recipe.title}, seed {trainer.config.seed}",
+        "seed": seed,
+        **kwargs,
+    }
+    if "real_env" not in settings:
+        # An env with its own episodes: that of the run goes on counting.
+        settings["real_env"] = real_env = trainer.make_env()
+        episode_seeds(real_env).seed = seed
+        episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
+    if trainer.recipe.acts_in_model:
+        settings.setdefault("policy", _without_exploration(trainer))
+        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
+    settings["sections"] = [
+        _learning_curve(trainer, recorded),
+        *settings.get("sections", ()),
+    ]
+    return write_report(path, trainer.recipe.diagnosed_env(), recorded, **settings)
+
+
+def _check_has_learnt(trainer: RecipeTrainer) -> None:
+    """Refuse a run without a model to report on."""
     if trainer.world_model is None:
         raise ValueError(
             f"The recipe {trainer.recipe.name!r} has no world model to report on. "
@@ -138,13 +154,14 @@ def write_run_report(
             "run first; without a model, plot_learning_curve(trainer.metrics) draws its "
             "returns."
         )
-    kwargs["render"] = found_render(kwargs.get("render"))
-    if trainer.policy is None:
-        return _report_on_data(trainer, path, seed=seed, **kwargs)
-    recorded = trainer.evaluate(episodes, seed=seed)
+
+
+def _learning_curve(
+    trainer: RecipeTrainer, recorded: Sequence[TensorDictBase]
+) -> ReportSection:
+    """Return the section on the returns of a run, and on those of fresh episodes."""
     returns = [episode_return(trainer.env, episode) for episode in recorded]
-    config = trainer.config
-    curve = ReportSection(
+    return ReportSection(
         "Learning curve",
         how="The return of each real episode, over the real steps made so far.",
         verdict=(
@@ -161,44 +178,23 @@ def write_run_report(
             "seconds": trainer.seconds,
         },
     )
-    settings = {
-        "title": f"{trainer.recipe.title}, seed {config.seed}",
-        "seed": seed,
-        **kwargs,
-    }
-    if "real_env" not in settings:
-        # One with episodes of its own: that of the run goes on counting.
-        settings["real_env"] = real_env = trainer.make_env()
-        episode_seeds(real_env).seed = seed
-        episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
-    if trainer.recipe.acts_in_model:
-        settings.setdefault("policy", _without_exploration(trainer))
-        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
-    sections = [curve, *settings.pop("sections", ())]
-    return write_report(
-        path,
-        trainer.recipe.diagnosed_env(),
-        recorded_episodes(recorded),
-        sections=sections,
-        **settings,
-    )
 
 
 def _report_on_data(
     trainer: RecipeTrainer, path: str | os.PathLike, **settings: Any
 ) -> Report:
-    """Write the report on a model that no policy belongs to, on the episodes that are held out."""
+    """Write the report on a model without a policy, on the held-out episodes."""
     recipe = trainer.recipe
     settings.setdefault("real_env", recipe.real_env)
     settings.setdefault(
         "title", f"A world model of {recipe.config.about}, on held-out episodes"
     )
-    episodes = recorded_episodes(recipe.held_out_episodes())
+    episodes = recipe.held_out_episodes()
     return write_report(path, recipe.diagnosed_env(), episodes, **settings)
 
 
 def _without_exploration(trainer: RecipeTrainer) -> Callable:
-    """The policy as evaluations run it, whatever the model around it does at random."""
+    """Return the policy as evaluations run it, whatever exploration is set around it."""
     exploration = trainer.recipe.evaluation_exploration
 
     def act(tensordict: TensorDictBase) -> TensorDictBase:
@@ -209,7 +205,7 @@ def _without_exploration(trainer: RecipeTrainer) -> Callable:
 
 
 def _from_the_cpu(trainer: RecipeTrainer, policy: Callable) -> Callable:
-    """The policy for the real env, which is on the CPU whatever the device of the run."""
+    """Return the policy for the real env, which is on the CPU whatever the device of the run."""
     device = trainer.recipe.device
     if device.type == "cpu":
         return policy
@@ -227,18 +223,18 @@ def save_prediction_fan(
     seed: int = 0,
     labels: Sequence[str] | None = None,
 ) -> Path:
-    """Draw what the model imagines from some steps of an episode, and what came true.
+    """Draw what the model imagines from some steps of an episode, beside what came true.
 
     Args:
         trainer: the run.
-        path: the picture.
-        episode: a real one, ``[T]``.
+        path: the file of the picture.
+        episode: a real episode, ``[T]``.
 
     Keyword Args:
         horizon: ``H``; less if the episode is shorter.
-        starts: how many steps are imagined from, the first one among them.
-        particles: how often.
-        seed: of what is imagined.
+        starts: how many steps imagination starts from, the first one among them.
+        particles: how many times each of them is imagined.
+        seed: the seed of what is imagined.
         labels: a name for each dim of the observation.
     """
     env = trainer.recipe.diagnosed_env()

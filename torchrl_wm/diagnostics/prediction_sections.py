@@ -1,64 +1,47 @@
-"""The sections of a report: what is measured, drawn, and said about it."""
+"""The sections of a report on predicted observations: what is measured, drawn, and said about it."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
 from torchrl_wm.diagnostics.calibration import calibration_curve
+from torchrl_wm.diagnostics.compare_frames import render_comparison
 from torchrl_wm.diagnostics.disagreements import disagreement
 from torchrl_wm.diagnostics.drawing import MAX_DIMS, name_of
 from torchrl_wm.diagnostics.fan import prediction_fan
-from torchrl_wm.diagnostics.film import save_video
 from torchrl_wm.diagnostics.one_step import one_step_prediction
 from torchrl_wm.diagnostics.open_loop import open_loop_error
 from torchrl_wm.diagnostics.page import ReportSection
-from torchrl_wm.diagnostics.plots import (
-    plot_open_loop_error,
-    plot_prediction_fan,
-    plot_reward_error,
-)
-from torchrl_wm.diagnostics.returns import exploitation_gap
-from torchrl_wm.diagnostics.rewards import reward_error
+from torchrl_wm.diagnostics.plots import plot_open_loop_error, plot_prediction_fan
 from torchrl_wm.diagnostics.statistics_plots import (
     plot_calibration,
     plot_disagreement,
-    plot_exploitation_gap,
     plot_one_step,
-    plot_terminations,
     r_squared,
 )
-from torchrl_wm.diagnostics.study import DoesNotApply, Study
-from torchrl_wm.diagnostics.terminations import (
-    predicts_terminations,
-    termination_metrics,
-)
+from torchrl_wm.diagnostics.study import DoesNotApply, Measured, Study
 from torchrl_wm.diagnostics.verdicts import (
     beats_baselines,
     confidence,
-    graded,
+    judged_fan,
     leading,
-    sentence,
 )
-from torchrl_wm.diagnostics.video import render_comparison
+from torchrl_wm.diagnostics.video_files import save_video
 from torchrl_wm.modules.keys import join
 
-#: Entries of more dims than this are images, say: of them only means are drawn.
+#: Entries of more dims than this, such as images, are drawn only by their means.
 MANY_DIMS = 128
 
 _FAN_STARTS, _FAN_PARTICLES, _VIDEO_STEPS, _VIDEO_HEIGHT = 30, 50, 100, 200
 
 
-Measured = tuple[ReportSection, TensorDictBase]
-
-
 def open_loop(study: Study) -> Measured:
-    """Errors over the horizon beside the baselines."""
+    """Measure errors over the horizon beside the baselines."""
     error = open_loop_error(
         study.env,
         study.episodes,
@@ -83,16 +66,7 @@ def open_loop(study: Study) -> Measured:
         numbers[f"{name_of(key)}: beats the mean up to k"] = beats_mean
         best.append(min(beats, beats_mean) / len(share))
         said.append(f"{name_of(key)} {beats_baselines(beats, beats_mean, len(share))}")
-    for key in _drawn_first(error, study):
-        spread = error.get(join("mean", key)).flatten(1)[-1]
-        ratio = error.get(join("model", key)).flatten(1)[-1] / spread
-        ratio, varies = ratio.nan_to_num(-1, posinf=-1).cpu(), _varies(
-            error, key, study
-        )
-        order = ratio.where(varies, -1).argsort(descending=True)
-        if varies.any():
-            count = min(MAX_DIMS, int(varies.sum()))
-            study.worst[key] = sorted(order[:count].tolist())
+    _choose_worst(error, study)
     pictures = []
     for key in varying:
         many = error.get(join("model", key))[0].numel() > MANY_DIMS
@@ -104,7 +78,7 @@ def open_loop(study: Study) -> Measured:
             f"The model imagines {study.horizon} steps with the recorded actions and never looks "
             f"at the observations again. Persistence predicts that nothing changes, mean predicts "
             f"the data's mean. Trust plans and imagined rollouts only as far as the model is below "
-            f"both. Of many dims those with the largest error are shown."
+            f"both. If there are many dims, those with the largest error are shown."
         ),
         verdict="; ".join(said) + ".",
         good=True if min(best) == 1 else False if min(best) == 0 else None,
@@ -116,29 +90,10 @@ def open_loop(study: Study) -> Measured:
 
 
 def fan(study: Study) -> Measured:
-    """The particles' spread against the truth."""
-    windows = study.recording.window_index(study.horizon)
-    count = len(windows[0])
-    chosen = torch.linspace(0, count - 1, min(count, _FAN_STARTS)).round().long()
-    length = study.episodes.batch_size[-1]
-    rows = study.episodes.reshape(-1, length)
-    starts = [index[chosen.to(index.device)].to(rows.device) for index in windows]
-    if study.env.world_model.is_recurrent:
-        rows = study.recording.steps  # with the latents filtered up to each start
-    keys = [
-        key
-        for key, value in study.recording.real(study.recording.steps[:1, :1]).items()
-        if value[0, 0].numel() <= MANY_DIMS
-    ]
-    keys += list(study.recording.rewards(study.recording.steps[:1, :1]))
-    if not keys:
-        raise DoesNotApply("all that is predicted has too many dims to draw.")
+    """Compare the particles' spread with the truth."""
+    starts, keys = _fan_starts(study)
     measured = prediction_fan(
-        study.env,
-        rows[starts[0].to(rows.device), starts[1].to(rows.device)],
-        study.horizon,
-        particles=_FAN_PARTICLES,
-        keys=keys,
+        study.env, starts, study.horizon, particles=_FAN_PARTICLES, keys=keys
     )
     inside, widths, pictures, numbers = [], [], [], {}
     for key in keys:
@@ -154,24 +109,7 @@ def fan(study: Study) -> Measured:
         widths.append(float((high - low).mean() / real.std().clamp_min(1e-12)))
         inside.append(float(hit))
         numbers[f"{name_of(key)}: truth within the 90% fan"] = float(hit)
-    share = sum(inside) / max(len(inside), 1)
-    if not inside:
-        verdict, good = "Nothing changes in the episodes.", None
-    elif max(widths) < 1e-6:
-        verdict, good = (
-            "All particles agree: this model predicts without noise, so that the fan says "
-            "nothing about what it does not know.",
-            None,
-        )
-    else:
-        study.fan = "wide" if share > 0.97 else "narrow" if share < 0.8 else ""
-        tail = (
-            f"the fan is too {study.fan}"
-            if study.fan
-            else "about as often as it should be"
-        )
-        verdict = f"The truth lies within the 90% fan {share:.0%} of the time: {tail}."
-        good = True if 0.8 <= share <= 0.97 else False if share < 0.6 else None
+    verdict, good, study.fan = judged_fan(inside, widths)
     section = ReportSection(
         "Prediction fan",
         how=(
@@ -187,8 +125,26 @@ def fan(study: Study) -> Measured:
     return section, measured
 
 
+def _fan_starts(study: Study) -> tuple[TensorDictBase, list[NestedKey]]:
+    """Return windows ``[W, H]`` to imagine again, and the entries that can be drawn."""
+    steps = study.recording.steps
+    windows = study.recording.window_index(study.horizon)
+    count = len(windows[0])
+    chosen = torch.linspace(0, count - 1, min(count, _FAN_STARTS)).round().long()
+    rows = study.episodes.reshape(-1, study.episodes.batch_size[-1])
+    if study.env.world_model.is_recurrent:
+        rows = steps  # with the latents filtered up to each start
+    row, time = (index[chosen.to(index.device)].to(rows.device) for index in windows)
+    observed = study.recording.real(steps[:1, :1])
+    keys = [key for key, value in observed.items() if value[0, 0].numel() <= MANY_DIMS]
+    keys += list(study.recording.rewards(steps[:1, :1]))
+    if not keys:
+        raise DoesNotApply("all that is predicted has too many dims to draw.")
+    return rows[row, time], keys
+
+
 def one_step(study: Study) -> Measured:
-    """Predicted against real changes."""
+    """Compare predicted with real changes."""
     prediction = one_step_prediction(study.env, study.episodes)
     keys = [
         key
@@ -215,9 +171,7 @@ def one_step(study: Study) -> Measured:
     verdict, good = "Nothing changes in the episodes.", None
     if scores:
         low, where = min(scores)
-        verdict = (
-            f"Of every dim's change the model explains at least {low:.1%} ({where})."
-        )
+        verdict = f"The model explains at least {low:.1%} of the change of every dim ({where})."
         if low < 0:
             verdict = f"A dim of {where} is predicted worse than by its mean change."
         good = True if low > 0.95 else False if low < 0.5 else None
@@ -237,7 +191,7 @@ def one_step(study: Study) -> Measured:
 
 
 def calibration(study: Study) -> Measured:
-    """Nominal against empirical coverage."""
+    """Compare nominal with empirical coverage."""
     coverage = calibration_curve(study.env, study.episodes)
     level = coverage.get("level")
     numbers, pictures, off, signed = {}, [], [], {}
@@ -276,104 +230,8 @@ def calibration(study: Study) -> Measured:
     return section, coverage
 
 
-def rewards(study: Study) -> Measured:
-    """Errors and correlations of rewards and returns."""
-    if not study.recording.rewards(study.recording.steps[:1, :1]):
-        raise DoesNotApply("no rewards were recorded.")
-    error = reward_error(
-        study.env,
-        study.episodes,
-        study.horizon,
-        stride=study.stride,
-        particles=study.particles,
-    )
-    numbers, pictures, worst, said = {}, [], [], []
-    for key in error.get("rmse").keys(True, True):
-        name = name_of(key)
-        rmse = error.get(join("rmse", key)).flatten(1).mean(-1)
-        mean = error.get(join("mean", key)).flatten(1).mean(-1)
-        related = error.get(join("return_correlation", key)).flatten(1).mean(-1)
-        numbers[f"{name}: RMSE, 1 step"] = float(rmse[0])
-        numbers[f"{name}: RMSE, {study.horizon} steps"] = float(rmse[-1])
-        numbers[f"{name}: RMSE of the mean"] = float(mean[-1])
-        numbers[f"{name}: correlation of {study.horizon}-step returns"] = float(
-            related[-1]
-        )
-        pictures.append(plot_reward_error(error, key))
-        if not math.isnan(float(related[-1])):
-            worst.append(float(related[-1]))
-            said.append(
-                f"predicted and real {study.horizon}-step sums of {name} correlate by "
-                f"{float(related[-1]):.2f}"
-            )
-        else:
-            said.append(f"the sums of {name} do not vary, so nothing tells plans apart")
-    low = min(worst, default=math.nan)
-    section = ReportSection(
-        "Rewards",
-        how=(
-            "A planner compares sums of predicted rewards: their correlation with the real sums "
-            "says whether it can tell good plans from bad ones."
-        ),
-        verdict=sentence(said),
-        good=graded(low),
-        pictures=pictures,
-        numbers=numbers,
-    )
-    return section, error
-
-
-def terminations(study: Study) -> Measured:
-    """Precision and recall of predicted ends."""
-    if not predicts_terminations(study.env):
-        raise DoesNotApply("the model has no termination head.")
-    metrics = termination_metrics(study.env, study.episodes)
-    groups = [key for key in metrics.keys(True, True) if name_of(key).endswith("f1")]
-    numbers, pictures, said, scores = {}, [], [], []
-    for key in groups:
-        prefix = () if isinstance(key, str) else key[:-1]
-        values = {
-            name: float(metrics.get(join(*prefix, name)))
-            for name in ("precision", "recall", "f1", "base_rate", "predicted_rate")
-        }
-        label = f"{name_of(prefix)}: " if prefix else ""
-        numbers.update(
-            {
-                f"{label}{name.replace('_', ' ')}": value
-                for name, value in values.items()
-            }
-        )
-        pictures.append(plot_terminations(metrics, prefix))
-        if values["base_rate"] == 0:
-            said.append(
-                f"{label}no recorded step terminates, and {values['predicted_rate']:.1%} of them "
-                f"are predicted to; record some that do"
-            )
-            continue
-        scores.append(values["f1"])
-        right = (
-            f"{values['precision']:.0%} of the predicted ends are right"
-            if values["predicted_rate"]
-            else "no end is predicted"
-        )
-        said.append(f"{label}{values['recall']:.0%} of the ends are found, {right}")
-    low = min(scores, default=math.nan)
-    section = ReportSection(
-        "Terminations",
-        how=(
-            "One step ahead, at the head's own threshold. Ends that are missed let imagined "
-            "episodes earn rewards that no real one gets; ends that are made up cut them short."
-        ),
-        verdict=sentence(said),
-        good=graded(low),
-        pictures=pictures,
-        numbers=numbers,
-    )
-    return section, metrics
-
-
 def disagreements(study: Study) -> Measured:
-    """Disagreement of the members against their error."""
+    """Compare the disagreement of the members with their error."""
     measured = disagreement(study.env, study.episodes)
     rank = float(measured["rank_correlation"])
     valid = measured["collector", "mask"]
@@ -409,54 +267,8 @@ def disagreements(study: Study) -> Measured:
     return section, measured
 
 
-def gap(study: Study) -> Measured:
-    """What the model promises a policy, and what it gets."""
-    if study.policy is None or study.real_env is None:
-        raise DoesNotApply(
-            "it needs the real env and a policy that can act in the imagined one, too, as a planner "
-            "of the real env cannot: policy=..., real_env=..."
-        )
-    measured = exploitation_gap(
-        study.env,
-        study.policy,
-        study.real_env,
-        study.policy_steps,
-        episodes=study.policy_episodes,
-        real_policy=study.real_policy,
-    )
-    real, difference = measured["real_return"], measured["gap"]
-    mean, count = float(difference.mean()), len(measured)
-    error = float(difference.std() / count**0.5) if count > 1 else math.nan
-    scale = max(float(real.mean().abs()), 1e-12)
-    share = abs(mean) / scale
-    kind = "more than the real env pays" if mean > 0 else "less than the real env pays"
-    verdict = (
-        f"The model promises {abs(mean):.4g} {kind} ({share:.0%} of the real return, "
-        f"{float(real.mean()):.4g})."
-    )
-    within = share < 0.1 or abs(mean) < 2 * error
-    section = ReportSection(
-        "Exploitation gap",
-        how=(
-            f"Returns of the policy over {study.policy_steps} steps at most, imagined and real, "
-            f"from the same starts. Far above the diagonal the policy lives on the model's errors."
-        ),
-        verdict=verdict,
-        good=True if within else False if mean > 0 and share > 0.25 else None,
-        pictures=[plot_exploitation_gap(measured)],
-        numbers={
-            "real return": float(real.mean()),
-            "imagined return": float(measured["imagined_return"].mean()),
-            "gap": mean,
-            "standard error of the gap": error,
-            "episodes": count,
-        },
-    )
-    return section, measured
-
-
 def video(study: Study) -> Measured:
-    """One episode as a GIF, real beside imagined."""
+    """Film one episode as a GIF, real beside imagined."""
     render = study.render if study.render is not None else study.real_env
     rows = study.episodes.reshape(-1, study.episodes.batch_size[-1])
     lengths = study.recording.valid.sum(1)
@@ -484,33 +296,25 @@ def video(study: Study) -> Measured:
     return section, TensorDict({}, batch_size=[])
 
 
-#: Names, titles and makers, in the order of the report.
-SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
-    "open_loop": ("Open-loop prediction error", open_loop),
-    "fan": ("Prediction fan", fan),
-    "one_step": ("One-step prediction", one_step),
-    "calibration": ("Calibration", calibration),
-    "rewards": ("Rewards", rewards),
-    "terminations": ("Terminations", terminations),
-    "disagreement": ("Disagreement of the ensemble", disagreements),
-    "exploitation_gap": ("Exploitation gap", gap),
-    "video": ("Real beside imagined", video),
-}
-
-
 def _keys(error: TensorDictBase, name: str) -> list[NestedKey]:
     return list(error.get(name).keys(True, True))
 
 
-def _drawn_first(error: TensorDictBase, study: Study) -> Iterator[NestedKey]:
-    """Entries of which not all dims can be drawn."""
+def _choose_worst(error: TensorDictBase, study: Study) -> None:
+    """Let figures of entries with too many dims show those with the largest error."""
     for key in _keys(error, "persistence"):
-        if MAX_DIMS < error.get(join("model", key))[0].numel() <= MANY_DIMS:
-            yield key
+        model, spread = (error.get(join(name, key)) for name in ("model", "mean"))
+        varies = _varies(error, key, study)
+        if not MAX_DIMS < model[0].numel() <= MANY_DIMS or not varies.any():
+            continue
+        ratio = (model.flatten(1)[-1] / spread.flatten(1)[-1]).nan_to_num(-1, posinf=-1)
+        order = ratio.cpu().where(varies, -1).argsort(descending=True)
+        count = min(MAX_DIMS, int(varies.sum()))
+        study.worst[key] = sorted(order[:count].tolist())
 
 
 def _varies(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor:
-    """The dims that change in the episodes, and in all windows, ``[D]`` bool."""
+    """Return the dims that change in the episodes and in all windows, ``[D]`` bool."""
     spread = error.get(join("mean", key)).flatten(1).cpu()
     return (spread > 0).all(0) & study.varies(key, spread.shape[1])
 
@@ -518,7 +322,7 @@ def _varies(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor
 def _shares(
     error: TensorDictBase, key: NestedKey, study: Study
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors as shares of the data's spread, means over the dims that vary, ``[H]`` each."""
+    """Return errors as shares of the data's spread, means over the dims that vary, ``[H]`` each."""
     spread = error.get(join("mean", key)).flatten(1)
     varies = _varies(error, key, study).to(spread.device)
     out = []

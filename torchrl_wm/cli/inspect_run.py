@@ -1,4 +1,4 @@
-"""``torchrl-wm evaluate``, ``report`` and ``play``: what a run has learnt."""
+"""``torchrl-wm evaluate``, ``report`` and ``play``: inspect what a run has learnt."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from torchrl_wm.cli.console import say
-from torchrl_wm.cli.runs import open_run
+from torchrl_wm.cli.open_run import open_run
 from torchrl_wm.trainers import (
     episode_return,
     film_policy,
     RecipeTrainer,
     write_run_report,
 )
+from torchrl_wm.trainers.settings import AtLeast
 
 
 def evaluate(
@@ -28,7 +29,7 @@ def evaluate(
     progress: bool,
 ) -> None:
     """Print the returns of the policy."""
-    positive(episodes, "--episodes")
+    AtLeast(1).check("--episodes", episodes)
     trainer = open_run(path, checkpoint)
     if video is not None:
         _check_acts(trainer, path)
@@ -86,7 +87,7 @@ def report(
     checkpoint: int | None,
 ) -> None:
     """Write the report."""
-    positive(episodes, "--episodes")
+    AtLeast(1).check("--episodes", episodes)
     trainer = open_run(path, checkpoint)
     written = write_run_report(
         trainer, out, episodes=episodes, seed=seed, horizon=horizon
@@ -112,17 +113,11 @@ def play(
     both = film_policy(trainer, film, real_only=real_only, **settings)
     if not both and not real_only:
         say(
-            f"The real env alone: nothing is known that draws {trainer.config.about} from its "
-            f"observations, and with it what is imagined. --render module:function names a "
-            f"function of yours that does."
+            f"Only the real env is filmed: nothing is known that draws {trainer.config.about} from "
+            f"its observations, and what is imagined has no other picture. --render "
+            f"module:function names your function that does."
         )
     say(str(film))
-
-
-def positive(value: int, name: str) -> None:
-    """Refuse counts below one."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _check_acts(trainer: RecipeTrainer, path: str) -> None:

@@ -13,11 +13,11 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torchrl.envs import EnvBase
 
 from torchrl_wm import _upstream
+from torchrl_wm._rendering import as_frame, can_draw, IMAGE_KEYS, RealEnvRenderer
 from torchrl_wm.diagnostics.drawing import name_of
-from torchrl_wm.diagnostics.film import captioned, GAP, resized, separated
 from torchrl_wm.diagnostics.recording import check_env, Recording
+from torchrl_wm.diagnostics.video_files import captioned, GAP, resized, separated
 from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.envs.rendering import as_frame, can_draw, IMAGE_KEYS, RealEnvRenderer
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys
 from torchrl_wm.modules.modes import evaluation_mode
@@ -27,16 +27,16 @@ Render = Union[str, Draw, gymnasium.Env, EnvBase]
 
 
 def observation_renderer(render: Render) -> Draw | None:
-    """What draws observations, if anything can.
+    """Return a function that draws observations, if one is known.
 
     Args:
         render: the id of a Gymnasium env; a Gymnasium or TorchRL env; or a
             function from an observation to a frame, which is returned as it is.
 
     Returns:
-        A function from an observation (an array, of several observations a
-        dictionary of arrays) to a frame ``[height, width, 3]`` uint8; None for envs
-        whose state does not follow from their observation. Drawn are the pendulum,
+        A function from an observation (an array, or a dictionary of arrays for
+        several observations) to a frame ``[height, width, 3]`` uint8; None for envs
+        whose state does not follow from their observation. Known are the pendulum,
         the cart-pole, and MuJoCo envs that observe positions and velocities.
 
     Examples:
@@ -53,7 +53,7 @@ def observation_renderer(render: Render) -> Draw | None:
         env = gymnasium.make(render) if isinstance(render, str) else render
         if not can_draw(env):
             return None
-        # An env of its own: to draw sets the state.
+        # An env of its own, as drawing sets its state.
         if env.unwrapped.render_mode != "rgb_array" or not isinstance(render, str):
             env = gymnasium.make(env.spec.id, render_mode="rgb_array")
         return RealEnvRenderer(env)
@@ -78,16 +78,16 @@ def render_comparison(
     captions: bool = True,
     height: int | None = None,
 ) -> np.ndarray:
-    """Frames of a recorded episode, of the same imagined, and of their difference.
+    """Draw a recorded episode, the same episode imagined, and their difference.
 
-    Imagined is what the model makes of the recorded actions from the first step on,
-    without another look; or, with a policy, what it makes of the policy's own. The
+    The model imagines the recorded actions from the first step on, without another
+    look at the real state; with a policy, it imagines the policy's own actions. The
     difference is that of the colours: black is right.
 
-    Where the pictures come from: recorded and decoded pixels (the entry
-    ``pixels_key``, or one called pixels, image or rgb, that both have); else from
-    ``render``, which draws recorded and imagined observations alike. Of MuJoCo envs,
-    positions that they do not observe (how far a runner has run) are drawn as zero.
+    The pictures are recorded and decoded pixels (the entry
+    ``pixels_key``, or one called pixels, image or rgb, that both have), else
+    ``render``, which draws recorded and imagined observations alike. Positions that
+    MuJoCo envs do not observe (how far a runner has run) are drawn as zero.
 
     Args:
         env: an imagined env of batch size ``[]``.
@@ -97,19 +97,19 @@ def render_comparison(
         policy: acts in the imagined env; the recorded actions are taken by default.
         render: the real env or its id, if :func:`observation_renderer` knows it, or
             ``f(observation) -> [height, width, 3]``.
-        pixels_key: where pixels stand, without the "next".
+        pixels_key: the entry of the pixels, without the "next".
         observation_key: which observation ``render`` draws, if it is one of several.
-        max_steps: show so many steps at most.
+        max_steps: how many steps are shown at most.
         captions: write the step and the sum of the rewards so far over the panels.
         height: of the panels in pixels; as drawn by default.
 
     Returns:
         ``[T + 1, height, width, 3]`` uint8: the start, and each step. Panels from
         left to right: real, imagined, difference. After an imagined end the imagined
-        panel stands still and grey.
+        panel keeps its last frame, in grey.
 
     Raises:
-        ValueError: if nothing says how to draw, the episode is no single one, or
+        ValueError: if nothing says how to draw, there is more than one episode, or
             the two kinds of frames differ in size.
         ImportError: for captions or another height without Pillow.
 
@@ -175,7 +175,7 @@ def render_comparison(
 
 
 def _length(recording: Recording, max_steps: int | None) -> int:
-    """How many steps the first episode has."""
+    """Return how many steps the first episode has."""
     over = (recording.done | ~recording.valid)[0]
     length = len(over)
     if over.any():
@@ -194,7 +194,7 @@ def _drawer(
     pixels_key: NestedKey | None,
     observation_key: NestedKey | None,
 ) -> Callable[[TensorDictBase, str], np.ndarray]:
-    """What makes frames ``[T + 1, ...]`` of steps ``[T]``."""
+    """Return a function that makes frames ``[T + 1, ...]`` of steps ``[T]``."""
     if render is None:
         key = _pixels_key(real, imagined, pixels_key)
         recorded = real.get(join("next", key)).dtype
@@ -211,8 +211,8 @@ def _drawer(
         raise ValueError(
             f"Nothing draws the observations of {_name_of(render)}: no drawing of its state from them "
             f"is known. Pass render=f, f(observation) -> [height, width, 3]; or record pixels "
-            f"(GymEnv(..., from_pixels=True, pixels_only=False)) and decode them. The recorded "
-            f"pixels alone are shown by save_video(path, frames)."
+            f"(GymEnv(..., from_pixels=True, pixels_only=False)) and decode them. save_video(path, "
+            f"frames) writes only the recorded pixels."
         )
     if pixels_key is not None:
         raise ValueError("Pass render or pixels_key, not both.")
@@ -244,7 +244,7 @@ def drawn_frames(
 
 
 def _name_of(render: Render) -> str:
-    """An env by its class, and not by all its specs."""
+    """Return the class name of an env, whose own repr lists all its specs."""
     if not isinstance(render, EnvBase):
         return repr(render)
     inner = _innermost(render)
@@ -253,7 +253,7 @@ def _name_of(render: Render) -> str:
 
 
 def _innermost(env: EnvBase) -> Any:
-    """What a TorchRL env wraps in the end, or that env itself."""
+    """Return what a TorchRL env wraps in the end, or that env itself."""
     while hasattr(env, "base_env"):
         env = env.base_env
     inner = _upstream.wrapped_env(env)
@@ -263,7 +263,7 @@ def _innermost(env: EnvBase) -> Any:
 def _pixels_key(
     real: TensorDictBase, imagined: TensorDictBase, key: NestedKey | None
 ) -> NestedKey:
-    """The entry with the pixels, which both have."""
+    """Return the entry with the pixels, which both episodes have."""
     found = [key] if key is not None else _image_keys(real)
     found = [unravel_key(key) for key in found]
     for key in found:
@@ -299,7 +299,7 @@ def _drawn_keys(
     imagined: TensorDictBase,
     key: NestedKey | None,
 ) -> list[NestedKey]:
-    """The observations that both have, among which those to draw."""
+    """Return the observations to draw, which both episodes have."""
     both = [
         other
         for other in env.observation_spec.keys(True, True)
@@ -317,7 +317,7 @@ def _drawn_keys(
 
 
 def _over_time(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
-    """The start and what follows each step, ``[T + 1, ...]``."""
+    """Return the start and what follows each step, ``[T + 1, ...]``."""
     following = steps.get(join("next", key))
     first = steps.get(key, None)
     if first is None or first.shape != following.shape:
@@ -336,7 +336,7 @@ def _panels(
             f"Recorded frames are {real.shape[1:]}, imagined ones {imagined.shape[1:]}. Record "
             f"pixels of the size that the model decodes, or draw both by render=."
         )
-    # Once it has ended, the last frame that counts stands still, in grey.
+    # After the end the last frame that counts is kept, in grey.
     ended = np.concatenate([[False], ~alive])
     if ended.any():
         first = int(ended.argmax())
@@ -350,7 +350,7 @@ def _panels(
 def _rewards_so_far(
     env: WorldModelEnv, steps: TensorDictBase, alive: np.ndarray | None
 ) -> np.ndarray | None:
-    """The sum of all rewards up to each step, ``[T + 1]``."""
+    """Return the sum of all rewards up to each step, ``[T + 1]``."""
     if not env.reward_keys:
         return None
     total = np.zeros(len(steps))

@@ -1,4 +1,4 @@
-"""Frames of observations: of images, and by a real env's own renderer."""
+"""Frames of observations: images, and what a real env's own renderer draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RealEnvRenderer:
         env.reset(seed=0)
 
     def __call__(self, observation: Any) -> np.ndarray:
-        """A frame ``[height, width, 3]`` uint8 of an observation, a vector of the env's."""
+        """Return a frame ``[height, width, 3]`` uint8 of an observation, a vector of the env's."""
         parts = observation.values() if isinstance(observation, dict) else [observation]
         vectors = [np.asarray(p) for p in parts if np.shape(p) == (self._size,)]
         if len(vectors) != 1:
@@ -77,12 +77,12 @@ class RealEnvRenderer:
 
 
 def can_draw(env: Any) -> bool:
-    """Whether :class:`RealEnvRenderer` draws the observations of a Gymnasium env."""
+    """Return whether :class:`RealEnvRenderer` draws the observations of a Gymnasium env."""
     return _drawn_states(env) is not None
 
 
 def _drawn_states(env: Any) -> tuple[Callable, int] | None:
-    """What puts an observation into the env, and its size; None for unknown envs."""
+    """Return the function that puts an observation into the env, and its size; None for unknown envs."""
     inner = env.unwrapped
     known = {"PendulumEnv": (_pendulum_state, 3), "CartPoleEnv": (_cart_pole_state, 4)}
     if type(inner).__name__ in known:
@@ -100,7 +100,7 @@ def _drawn_states(env: Any) -> tuple[Callable, int] | None:
 
 
 def _check_display() -> None:
-    """Refuse what would abort the whole process: MuJoCo's window where none can be."""
+    """Refuse to open MuJoCo's window without a display, which aborts the whole process."""
     names = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")
     if sys.platform == "linux" and not any(os.environ.get(name) for name in names):
         raise RuntimeError(
@@ -130,7 +130,7 @@ def _cart_pole_state(env: Any, observation: np.ndarray) -> None:
 
 
 def as_frame(image: Any, space: spaces.Box | None, name: str) -> np.ndarray:
-    """An image as ``[height, width, 3]`` uint8.
+    """Return an image as ``[height, width, 3]`` uint8.
 
     Args:
         image: ``[height, width]``, or with 1 or 3 channels as first or last dim; integers

@@ -156,7 +156,7 @@ for name in ("InvertedPendulum-v5", "Hopper-v5"):
     observation, _ = env.reset(seed=0)
     first = env.render()
     print("MuJoCo draws here")
-    from torchrl_wm.envs.rendering import RealEnvRenderer
+    from torchrl_wm._rendering import RealEnvRenderer
     renderer = RealEnvRenderer(name)
     drawn = renderer(observation).astype(int)
     assert np.abs(drawn - first).mean() < 3  # the floor, of a runner that is at zero

@@ -1,4 +1,4 @@
-"""Frames put side by side, under captions, and written to files. Needs Pillow or moviepy."""
+"""Frames that are put side by side, captioned, and written to files by Pillow or moviepy."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def save_video(
     """Write frames as a GIF or an MP4, as the file's ending says.
 
     Args:
-        path: ends in ``.gif`` (needs Pillow) or ``.mp4`` (needs moviepy). A file that is
-            there is replaced once the new one is whole.
+        path: ends in ``.gif`` (needs Pillow) or ``.mp4`` (needs moviepy). An existing file is
+            replaced once the new one is complete.
         frames: ``[T, height, width, 3]`` uint8.
         fps: frames a second.
 
@@ -28,8 +28,8 @@ def save_video(
         The path.
 
     Raises:
-        ValueError: for other endings, or if ``frames`` are no frames.
-        ImportError: that names the extra to install.
+        ValueError: for other endings, or if ``frames`` have another shape or dtype.
+        ImportError: if Pillow or moviepy is missing; the message names the extra to install.
 
     Examples:
         >>> import numpy as np
@@ -64,7 +64,7 @@ def save_video(
 
 
 def separated(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """The frames with white gaps between them."""
+    """Return the frames with white gaps between them."""
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
     out = [frames[0]]
     for frame in frames[1:]:
@@ -86,12 +86,12 @@ def _pillow() -> Any:
 
 
 def resized(frames: np.ndarray, height: int) -> np.ndarray:
-    """Frames ``[T, height, width, 3]`` of another height, in the same proportions."""
+    """Return frames ``[T, height, width, 3]`` of another height, in the same proportions."""
     if frames.shape[1] == height:
         return frames
     pil = _pillow()
     width = max(1, round(frames.shape[2] * height / frames.shape[1]))
-    # Few pixels stay pixels; many are averaged.
+    # Enlarged pixels stay sharp; reduced ones are averaged.
     how = pil.Image.NEAREST if height > frames.shape[1] else pil.Image.BOX
     images = (pil.Image.fromarray(frame) for frame in frames)
     return np.stack(
@@ -100,7 +100,7 @@ def resized(frames: np.ndarray, height: int) -> np.ndarray:
 
 
 def captioned(frame: np.ndarray, texts: list[str], width: int) -> np.ndarray:
-    """The frame under a strip with one text above each panel."""
+    """Return the frame under a strip with one text above each panel."""
     pil = _pillow()
     strip = pil.Image.new("RGB", (frame.shape[1], STRIP), "white")
     draw = pil.ImageDraw.Draw(strip)
@@ -132,9 +132,9 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
     except ImportError as err:
         raise ImportError(
-            "MP4 needs moviepy: pip install 'torchrl-wm[render]'. A .gif needs Pillow alone."
+            "MP4 needs moviepy: pip install 'torchrl-wm[render]'. A .gif needs only Pillow."
         ) from err
-    # The codec takes even sizes alone.
+    # The codec takes only even sizes.
     bottom, right = frames.shape[1] % 2, frames.shape[2] % 2
     frames = np.pad(frames, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
     clip = ImageSequenceClip(list(frames), fps=fps)
