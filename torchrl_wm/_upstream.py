@@ -373,13 +373,13 @@ def grad_setter() -> Callable[[bool], Any]:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.func transforms what is called now, or might do so."""
+    """Return whether torch.func transforms the present call, or may do so."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return True if active is None else active()
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Return whether a gradient stands for several, ``is_grads_batched``, or may do so."""
+    """Return whether a gradient is a batch of several (``is_grads_batched``), or may be one."""
     functions = getattr(torch._C, "_functorch", None)
     batched = getattr(functions, "is_legacy_batchedtensor", None)
     return True if batched is None else batched(tensor)

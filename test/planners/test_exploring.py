@@ -37,7 +37,7 @@ def started(spec=None, key="action", rows=64) -> tuple[WorldModelEnv, TensorDict
 
 
 @pytest.mark.parametrize("quiet", [ExplorationType.MODE, ExplorationType.DETERMINISTIC])
-def test_mppi_explores_under_random_alone(quiet) -> None:
+def test_mppi_explores_only_under_random(quiet) -> None:
     env, start = started()
     planner = MPPIPlanner(env, **SOME, min_std=0.3)
     random = acted(planner, start, ExplorationType.RANDOM)["action"]

@@ -180,7 +180,11 @@ def test_an_update_moves_targets_values_and_policy() -> None:
     moved = {
         key for key, value in loss.items() if not torch.equal(value, after_loss[key])
     }
-    for name in ("encoder_params", "dynamics_params", "target_q_ensemble_params"):
+    for name in (
+        "world_model.encoder",
+        "world_model.dynamics",
+        "target_q_ensemble_params",
+    ):
         assert any(key.startswith(name) for key in moved), name
     assert all(not torch.equal(v, after_prior[k]) for k, v in prior.items())
 
@@ -206,7 +210,7 @@ def test_the_policy_alone_acts_in_evaluations_if_asked() -> None:
     states = [episode["observation"] for episode in trainer.evaluate(1)]
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         start = env.reset().set("observation", states[0][0])
-        expected = trainer.recipe.policy.alone(start.select("observation"))["action"]
+        expected = trainer.recipe.policy.actor(start.select("observation"))["action"]
         assert torch.equal(trainer.policy(start)["action"], expected)
         assert "latent" not in start.keys()
     with set_exploration_type(ExplorationType.RANDOM):

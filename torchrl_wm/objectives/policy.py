@@ -23,8 +23,11 @@ class ValueScale(nn.Module):
     entropy weight serves tasks of all scales of reward.
 
     Args:
-        tau: how far each batch moves it.
+        tau: the share of a batch's range in the running one.
         low, high: the percentiles, as shares.
+
+    Raises:
+        ValueError: if ``tau`` or the percentiles are not in their ranges.
 
     Examples:
         >>> import torch
@@ -50,7 +53,7 @@ class ValueScale(nn.Module):
 
     @torch.no_grad()
     def update(self, values: torch.Tensor) -> None:
-        """Move the range towards that of values of any shape."""
+        """Move the range towards that of a batch of values, of any shape."""
         low, high = values.flatten().quantile(self.shares.to(values.dtype))
         self.value.lerp_((high - low).clamp_min(1.0).to(self.value.dtype), self.tau)
 
@@ -60,14 +63,15 @@ class ValueScale(nn.Module):
 
 
 class PolicyPriorLoss(nn.Module):
-    """Trains a policy to act well by the action values, and to stay random.
+    """The loss that trains a policy to act well by the action values, and to stay random.
 
-    TD-MPC2 (arXiv 2310.16828, eq. 5): at the latents ``z_0 ... z_T`` that the world model's loss
-    rolled in the same update, it raises ``Q(z_t, a_t) / S + entropy_weight * H``, with actions
-    ``a_t`` of the policy, ``S`` the running range of the values (:class:`ValueScale`) and ``H``
-    the entropy for each number of the action. Step ``t`` counts ``decay ** t``; what comes after
-    the end of an episode does not count. Of a choice all options are weighed by their
-    probabilities, in place of one sample.
+    It is that of TD-MPC2 (arXiv 2310.16828, eq. 5). At the latents ``z_0 ... z_T`` that the world
+    model's loss rolled in the same update, it raises ``Q(z_t, a_t) / S + entropy_weight * H``,
+    with actions ``a_t`` of the policy, ``S`` the running range of the values
+    (:class:`ValueScale`) and ``H`` the entropy times the number of elements of the action. Step
+    ``t`` counts ``decay ** t``; steps after the end of an episode do not count. If the action is
+    a choice, the value is the mean over all options, weighted by their probabilities, in place of
+    one sample.
 
     No gradient reaches the values or the latents.
 
@@ -78,12 +82,14 @@ class PolicyPriorLoss(nn.Module):
 
     Keyword Args:
         decay: the weight of a step relative to the one before it.
-        entropy_weight: of the entropy.
-        subset: the mean of how many networks the value is, drawn anew each time; None for all.
-        scale: the running range.
+        entropy_weight: the weight of the entropy.
+        subset: the number of networks, drawn anew each time, whose mean the value is; None for
+            all.
+        scale: the running range; one with the default settings by default.
 
     Raises:
-        ValueError: if the policy does not write the action that the values read.
+        ValueError: if the policy does not write the action that the values read, or ``decay`` is
+            not in (0, 1].
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -131,10 +137,10 @@ class PolicyPriorLoss(nn.Module):
         self._numbers = q_ensemble.actions.entries[0].size
 
     def forward(self, latents: TensorDictBase) -> TensorDict:
-        """Return the loss of rolled latents.
+        """Return the loss of a policy on rolled latents.
 
         Args:
-            latents: as :class:`~torchrl_wm.WorldModelLoss` hands them out, ``[*B, T]``: the
+            latents: those of :class:`~torchrl_wm.WorldModelLoss`, ``[*B, T]``: the
                 latents at the root, those that follow under "next", and ``("collector",
                 "mask")``.
 
@@ -198,7 +204,7 @@ class PolicyPriorLoss(nn.Module):
         return value, entropy.reshape(value.shape)
 
     def _options(self, chances: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Give the actions of a choice, each as the values read it."""
+        """Yield the options of a choice as actions, in the form that the values read."""
         entry = self.q_ensemble.actions.entries[0]
         size, count = chances.shape[:-1], chances.shape[-1]
         for number in range(count):
@@ -211,7 +217,7 @@ class PolicyPriorLoss(nn.Module):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Let the values be differentiated by actions, and not by their parameters."""
+        """Let gradients of the values reach the actions, and not the parameters of the values."""
         trained = [p for p in self.q_ensemble.parameters() if p.requires_grad]
         try:
             for parameter in trained:

@@ -169,7 +169,7 @@ class _LayerNorms(nn.Module):
         self.bias = nn.Parameter(torch.zeros(networks, 1, features))
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        # Weights within the norm, one network after the other: passes of their own take longer.
+        # One call for each network, with its weights: passes for the weights take longer.
         size = value.shape[-1:]
         parts = zip(value.unbind(0), self.weight, self.bias)
         return torch.stack([F.layer_norm(v, size, w[0], b[0]) for v, w, b in parts])

@@ -35,7 +35,7 @@ from torchrl_wm.trainers.sequences import sample_sequences
 from torchrl_wm.trainers.settings import AtLeast, resolve_device, RunConfig, Within
 from torchrl_wm.trainers.steps import Steps
 
-#: The sizes of networks, batches and plans: one that a CPU is quick with, and the paper's.
+#: The sizes of networks, batches and plans: one that is quick on a CPU, and the paper's.
 PRESETS: dict[str, dict[str, int]] = {
     "small": {
         "latent_size": 64,
@@ -86,25 +86,25 @@ class TDMPC2Config(RunConfig):
         encoder_cells: the size of the encoder's hidden layers; None for the preset's.
         encoder_depth: the number of the encoder's hidden layers; None for the preset's.
         pixel_depth: the channels of the first stage of image encoders; None for the preset's.
-        num_q: how many action values there are; None for the preset's.
+        num_q: the number of action-value networks; None for the preset's.
         batch_size: how many sequences a batch has; None for the preset's.
         num_candidates: how many plans are tried at each iteration; None for the preset's.
         policy_candidates: how many of them the policy proposes; None for the preset's.
         optim_steps: how often the candidates are improved at each real step; None for the
             preset's, and two more where an action has 20 numbers or more.
-        top_k: how many of the best plans the next ones are drawn after; None for the preset's.
+        top_k: how many of the best plans the next ones are drawn like; None for the preset's.
         horizon: how many steps the sequences of a batch have.
         planning_horizon: how many steps a plan has, at most horizon; None for as many.
-        termination: "learned", or "none" if episodes end by time alone.
-        gamma: the discount per step, above 0; None for 1 - 5 / T with episodes of T steps, but
-            from 0.95 to 0.995, as the authors have it; 0.99 where T is not known.
-        pretraining_updates: how many updates follow the random steps at once; None for as many
-            as these.
+        termination: "learned", or "none" if episodes end only by time.
+        gamma: the discount per step, above 0; None for 1 - 5 / T with episodes of T steps, within
+            0.95 and 0.995, as in the authors' code; 0.99 if T is not known.
+        pretraining_updates: how many updates are made at the end of the random steps; None for
+            one per random step.
         updates_per_step: how many updates follow each real step after that.
         learning_rate: the learning rate of model, values and policy.
         encoder_rate: the encoder's learning rate, as a share of the others'.
         clip: the greatest norm of a gradient.
-        tau: the share of the values that goes to their targets in an update.
+        tau: the share of the values that is mixed into their targets in an update.
         decay: the weight of a step of a sequence relative to the one before it.
         consistency_weight: the weight of the latents' loss.
         reward_weight: the weight of the reward's loss.
@@ -113,11 +113,11 @@ class TDMPC2Config(RunConfig):
         entropy_weight: the weight of the policy's entropy.
         init_std: the standard deviation of the first candidates, as a share of half the range
             of an action.
-        min_std: the least one.
-        temperature: what returns are multiplied by where candidates are weighed.
-        image_shift: by how many pixels images are moved at random at most.
-        evaluate_with: what acts in evaluations, films and reports: the planner, or the policy
-            alone, which is many times faster.
+        min_std: the least standard deviation of candidates, in the same unit.
+        temperature: the factor on returns in the weights of candidates.
+        image_shift: the longest random shift of images, in pixels.
+        evaluate_with: the actor in evaluations, films and reports: the planner, or only the
+            policy, which is many times faster.
         replay_capacity: how many real steps are kept.
         compile: make each iteration of a plan one graph; the first steps take a minute or more.
     """
@@ -163,7 +163,9 @@ class TDMPC2Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset == "auto":  # a run goes on elsewhere with the sizes that it has
+        if (
+            self.preset == "auto"
+        ):  # a run that is resumed on another device keeps its sizes
             kind = resolve_device(self.device).type
             preset = "small" if kind == "cpu" else "5M"
             object.__setattr__(self, "preset", preset)
@@ -194,7 +196,7 @@ class TDMPC2Config(RunConfig):
 
     @property
     def model(self) -> ModelSizes:
-        """The settings of the model's builders."""
+        """The settings for the builders of model, values and policy."""
         names = ("latent_size", "num_cells", "encoder_cells", "encoder_depth")
         sizes = {name: self.size(name) for name in (*names, "pixel_depth", "num_q")}
         return ModelSizes(
@@ -217,12 +219,13 @@ class TDMPC2(Recipe):
     Attributes:
         world_model: encoder, latent dynamics, reward and termination.
         q: the action values.
-        prior: the policy of the latent, which proposes plans and acts at their end.
-        loss: trains model and values.
-        policy_loss: trains the prior.
+        prior: the policy on latents, which proposes plans and acts at their end.
+        loss: the loss of model and values.
+        policy_loss: the loss of the prior.
         gamma: the discount.
         imagined_env: the env that the planner imagines in.
-        policy: what acts: the planner.
+        policy: the actor: the planner, or with ``evaluate_with="policy"`` an
+            :class:`ExploringPlanner`.
         counts: ``counts.updates`` is how many updates have been made.
     """
 
@@ -272,13 +275,13 @@ class TDMPC2(Recipe):
         self.policy_optimizer = torch.optim.Adam(
             self.prior.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
         )
-        # Planning: MPPI with a terminal value, candidates of the policy among the others.
+        # Planning: MPPI with a terminal value; the policy proposes some of the candidates.
         self.imagined_env = WorldModelEnv(self.world_model, env, batch_size=[])
         self.planner = self.make_planner()
         self.policy = self.planner
         if config.evaluate_with == "policy":
-            alone = TensorDictSequential(self.world_model.encoder, self.prior)
-            self.policy = ExploringPlanner(self.planner, alone)
+            actor = TensorDictSequential(self.world_model.encoder, self.prior)
+            self.policy = ExploringPlanner(self.planner, actor)
         # The buffer B: every real transition.
         self.replay = make_replay(config.replay_capacity, self.device)
         self._keys = transition_keys(env, self.world_model)
@@ -321,11 +324,11 @@ class TDMPC2(Recipe):
         return planner.compile() if config.compile else planner
 
     def kept(self, steps: TensorDictBase) -> TensorDictBase:
-        """Return what the losses read of real steps."""
+        """Return the entries of real steps that the losses read."""
         return steps.select(*self._keys, "is_init")
 
     def learn(self, steps: Steps) -> dict[str, torch.Tensor]:
-        """Make the updates of Algorithm 1. The trainer has acted by the plan, and added to B."""
+        """Make the updates of Algorithm 1. The trainer has acted by the plan, and extended B."""
         config, losses = self.config, {}
         updates = config.updates_per_step * steps.count
         if not self.counts.updates:  # pretraining, on the random steps
@@ -384,34 +387,34 @@ class TDMPC2(Recipe):
 
 
 class ExploringPlanner(TensorDictModuleBase):
-    """Acts by a planner where it is to explore, and by a policy alone elsewhere.
+    """An actor that plans to explore, and otherwise follows a policy without a plan.
 
     Args:
-        planner: the planner.
-        alone: the policy, which reads observations.
+        planner: the planner, which acts under ``ExplorationType.RANDOM``.
+        actor: the policy, which reads observations.
     """
 
-    def __init__(self, planner: MPPIPlanner, alone: TensorDictModuleBase) -> None:
+    def __init__(self, planner: MPPIPlanner, actor: TensorDictModuleBase) -> None:
         super().__init__()
-        self.planner, self.alone = planner, alone
+        self.planner, self.actor = planner, actor
         self.in_keys, self.out_keys = list(planner.in_keys), list(planner.out_keys)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action, ``[*B, *A]``."""
         if exploration_type() is ExplorationType.RANDOM:
             return self.planner(tensordict)
-        # Nothing but the action: latents would stand still, and be planned from.
-        acted = self.alone(tensordict.select(*self.alone.in_keys))
+        # Only the action is written: later plans would start from latents that never change.
+        acted = self.actor(tensordict.select(*self.actor.in_keys))
         key = self.planner.action_key
         return tensordict.set(key, acted.get(key))
 
     def make_tensordict_primer(self, **kwargs: Any) -> Any:
-        """As the planner's."""
+        """Return the planner's primer."""
         return self.planner.make_tensordict_primer(**kwargs)
 
 
 def discount(config: TDMPC2Config, env: EnvBase) -> float:
-    """Return the discount that the authors' code has for episodes of such a length.
+    """Return the discount of the authors' code for the length of the env's episodes.
 
     Args:
         config: the settings.
@@ -430,7 +433,7 @@ def discount(config: TDMPC2Config, env: EnvBase) -> float:
 
 
 def model_optimizer(loss: WorldModelLoss, config: TDMPC2Config) -> torch.optim.Adam:
-    """Return what trains model and values, the encoder more slowly."""
+    """Return the optimizer of model and values, with a lower rate for the encoder."""
     encoder = list(loss.world_model.encoder.parameters())
     slow = {id(parameter) for parameter in encoder}
     others = [p for p in loss.parameters() if id(p) not in slow]
@@ -443,5 +446,5 @@ def model_optimizer(loss: WorldModelLoss, config: TDMPC2Config) -> torch.optim.A
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    """Return what an optimizer trains."""
+    """Return the parameters that an optimizer trains."""
     return [p for group in optimizer.param_groups for p in group["params"]]
