@@ -200,3 +200,43 @@ class TestWrongUse:
         batch["next", "reward"] = torch.zeros(3, 2)
         with pytest.raises(ValueError, match=r"'reward' has \(3, 2\)"):
             loss(batch)
+
+
+def test_terms_share_one_encoding_of_the_next_observations() -> None:
+    model, q, policy = parts()
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    batch, calls = transitions(5), []
+    terms = ["latent", ValueTerm(q, policy, subset=None)]
+    loss = WorldModelLoss(model, losses=terms)
+    apart = [WorldModelLoss(model, losses=[term])(batch) for term in terms]
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    both = loss(batch)
+    assert len(calls) == 2  # the observations, and the next ones
+    assert torch.equal(both["loss_latent"], apart[0]["loss_latent"])
+    assert torch.equal(both["loss_value"], apart[1]["loss_value"])
+    # The next call, and calls from outside, encode anew: the model may have changed.
+    first = loss.encode_next(batch)["latent"]
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1.0)
+    assert not torch.equal(loss.encode_next(batch)["latent"], first)
+    assert not torch.equal(loss(batch)["loss_latent"], both["loss_latent"])
+
+
+def test_a_call_that_fails_leaves_no_encoding_behind() -> None:
+    class Failing(LossTerm):
+        def labels(self, world_model, keys):
+            return []
+
+        def __call__(self, predicted, batch, loss):
+            raise RuntimeError("no value")
+
+    model, batch = make_model(), transitions(5)
+    loss = WorldModelLoss(model, losses=["latent", Failing("failing")])
+    with pytest.raises(RuntimeError, match="no value"):
+        loss(batch)
+    first = loss.encode_next(batch)["latent"]
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1.0)
+    assert not torch.equal(loss.encode_next(batch)["latent"], first)
