@@ -45,6 +45,26 @@ MBPO = {
     "evaluation_interval": 30,
     "evaluation_episodes": 2,
 }
+TDMPC2 = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 12,
+    "random_steps": 20,
+    "steps": 48,
+    "pretraining_updates": 4,
+    "evaluation_interval": 24,
+    "evaluation_episodes": 1,
+    "latent_size": 16,
+    "num_cells": 16,
+    "encoder_cells": 16,
+    "pixel_depth": 2,
+    "batch_size": 8,
+    "num_candidates": 12,
+    "policy_candidates": 2,
+    "optim_steps": 2,
+    "top_k": 4,
+    "preset": "small",
+    "logger": "csv",
+}
 
 
 def make_nested() -> TransformedEnv:

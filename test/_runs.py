@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _real_envs import MBPO as SMALL_MBPO, PETS as SMALL_PETS
+from _real_envs import MBPO as SMALL_MBPO, PETS as SMALL_PETS, TDMPC2 as SMALL_TDMPC2
 
-from torchrl_wm.trainers import MBPOTrainer, PETSTrainer, RecipeTrainer, RunFolder
+from torchrl_wm.trainers import (
+    MBPOTrainer,
+    PETSTrainer,
+    RecipeTrainer,
+    RunFolder,
+    TDMPC2Trainer,
+)
 
 PETS = {
     **SMALL_PETS,
@@ -24,8 +30,11 @@ MBPO = {
     "evaluation_episodes": 1,
     "logger": "csv",
 }
+TDMPC2 = {**SMALL_TDMPC2, "random_hold": 3, "steps": 75, "evaluation_interval": 25}
 RECIPES = pytest.mark.parametrize(
-    "kind, settings", [(PETSTrainer, PETS), (MBPOTrainer, MBPO)], ids=["pets", "mbpo"]
+    "kind, settings",
+    [(PETSTrainer, PETS), (MBPOTrainer, MBPO), (TDMPC2Trainer, TDMPC2)],
+    ids=["pets", "mbpo", "tdmpc2"],
 )
 
 

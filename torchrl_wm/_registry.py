@@ -69,6 +69,10 @@ _BUILT_IN = {
         "torchrl_wm.trainers.recipes.mbpo:MBPO",
         "Learn a policy by SAC on short rollouts of a learned ensemble.",
     ),
+    "tdmpc2": (
+        "torchrl_wm.trainers.recipes.tdmpc2:TDMPC2",
+        "Learn a latent model with action values, and act by planning through both.",
+    ),
     "model": (
         "torchrl_wm.trainers.recipes.model:ModelRecipe",
         "Learn only a world model, from logged data.",

@@ -103,6 +103,16 @@ NAMES = (
         "torch.set_grad_enabled does so",
     ),
     Private(
+        "torch._C:_are_functorch_transforms_active",
+        "torch.func cannot look into activations that have a backward of their own",
+        "torch's own activations are called: slower, the same result",
+    ),
+    Private(
+        "torch._C._functorch:is_legacy_batchedtensor",
+        "gradients of several weights at once cannot be written over a tensor of one",
+        "they are multiplied into a new one: slower, the same result",
+    ),
+    Private(
         "torch._dynamo.exc:BackendCompilerFailed",
         "tells a machine without a compiler, where things stay eager with a warning",
         "the compiler's error is raised as it is",
@@ -360,6 +370,19 @@ def new_tensordict(
 def grad_setter() -> Callable[[bool], Any]:
     """Return the fastest function that switches gradients on or off."""
     return _find("torch._C", "_set_grad_enabled") or torch.set_grad_enabled
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func transforms the present call, or may do so."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return True if active is None else active()
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return whether a gradient is a batch of several (``is_grads_batched``), or may be one."""
+    functions = getattr(torch._C, "_functorch", None)
+    batched = getattr(functions, "is_legacy_batchedtensor", None)
+    return True if batched is None else batched(tensor)
 
 
 def backend_errors() -> tuple[type[Exception], ...]:

@@ -100,4 +100,4 @@ def test_unknown_recipes_are_told_those_that_there_are(words, capsys) -> None:
     assert main(words.split()) == 2
     err = capsys.readouterr().err
     assert "There is no recipe 'dreamer'" in err
-    assert "['mbpo', 'model', 'pets']" in err and "None" not in err
+    assert "['mbpo', 'model', 'pets', 'tdmpc2']" in err and "None" not in err

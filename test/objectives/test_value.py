@@ -10,9 +10,15 @@ import copy
 import pytest
 import torch
 from _models import ACTION, gru_model, LATENT, linear, make_model, transitions
-from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import (
+    InteractionType,
+    NormalParamExtractor,
+    set_interaction_type,
+    TensorDictModule as Mod,
+)
 from torch import nn
 from torchrl.data import Bounded, Categorical
+from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import SoftUpdate
 
 from torchrl_wm import WorldModelLoss
@@ -104,6 +110,34 @@ def test_bootstraps_through_truncations_alone() -> None:
     assert target[0] == 1.0 and target[1] == alive[1] and alive[1] != 1.0
 
 
+@pytest.mark.parametrize("around", [None, *InteractionType])
+def test_the_policy_is_sampled_in_eval_mode(around) -> None:
+    model, q, _ = parts()
+    actor = ProbabilisticActor(
+        Mod(
+            nn.Sequential(
+                nn.Linear(LATENT, 2 * ACTION), nn.Dropout(0.5), NormalParamExtractor()
+            ),
+            ["latent"],
+            ["loc", "scale"],
+        ),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+    )
+    seen = []
+    actor.register_forward_hook(
+        lambda module, inputs, out: seen.append((out["action"], module.training))
+    )
+    loss = WorldModelLoss(model, losses=[ValueTerm(q, actor)])
+    SoftUpdate(loss, tau=0.1)
+    with set_interaction_type(around):
+        batch = transitions(4)
+        loss(batch), loss(batch)
+    (first, mode), (second, _) = seen
+    assert not mode and actor.training
+    assert not torch.equal(first, second)
+
+
 def test_parameters_are_restored_after_an_error() -> None:
     model, q, policy = parts()
     broken = Mod(lambda x: x[..., :1], ["latent"], ["action"])
@@ -166,3 +200,43 @@ class TestWrongUse:
         batch["next", "reward"] = torch.zeros(3, 2)
         with pytest.raises(ValueError, match=r"'reward' has \(3, 2\)"):
             loss(batch)
+
+
+def test_terms_share_one_encoding_of_the_next_observations() -> None:
+    model, q, policy = parts()
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    batch, calls = transitions(5), []
+    terms = ["latent", ValueTerm(q, policy, subset=None)]
+    loss = WorldModelLoss(model, losses=terms)
+    apart = [WorldModelLoss(model, losses=[term])(batch) for term in terms]
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    both = loss(batch)
+    assert len(calls) == 2  # the observations, and the next ones
+    assert torch.equal(both["loss_latent"], apart[0]["loss_latent"])
+    assert torch.equal(both["loss_value"], apart[1]["loss_value"])
+    # The next call, and calls from outside, encode anew: the model may have changed.
+    first = loss.encode_next(batch)["latent"]
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1.0)
+    assert not torch.equal(loss.encode_next(batch)["latent"], first)
+    assert not torch.equal(loss(batch)["loss_latent"], both["loss_latent"])
+
+
+def test_a_call_that_fails_leaves_no_encoding_behind() -> None:
+    class Failing(LossTerm):
+        def labels(self, world_model, keys):
+            return []
+
+        def __call__(self, predicted, batch, loss):
+            raise RuntimeError("no value")
+
+    model, batch = make_model(), transitions(5)
+    loss = WorldModelLoss(model, losses=["latent", Failing("failing")])
+    with pytest.raises(RuntimeError, match="no value"):
+        loss(batch)
+    first = loss.encode_next(batch)["latent"]
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1.0)
+    assert not torch.equal(loss.encode_next(batch)["latent"], first)

@@ -159,7 +159,7 @@ class Poisoned(Reacher1D):
 @RECIPES
 def test_losses_that_are_not_finite(kind, settings, tmp_path) -> None:
     settings = dict(settings)
-    rate = "learning_rate" if kind is MBPOTrainer else "model_learning_rate"
+    rate = "model_learning_rate" if kind is PETSTrainer else "learning_rate"
     settings[rate] = 1e30
     trainer = kind.start(tmp_path / "run", **settings)
     with pytest.raises(NonFiniteLossError, match="(?s)gradient step.*bad_batch.pt"):

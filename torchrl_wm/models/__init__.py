@@ -14,6 +14,7 @@ from torchrl_wm.models.tdmpc2 import (
     make_tdmpc2_world_model,
     TDMPC2Config,
 )
+from torchrl_wm.models.tdmpc2_policy import make_tdmpc2_policy
 
 __all__ = [
     "ActionEntry",
@@ -27,6 +28,7 @@ __all__ = [
     "make_ensemble_world_model",
     "make_mlp_world_model",
     "make_rssm_world_model",
+    "make_tdmpc2_policy",
     "make_tdmpc2_q_ensemble",
     "make_tdmpc2_world_model",
     "read_specs",

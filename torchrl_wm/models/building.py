@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl_wm._checks import check_choice, check_settings
 from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.models.specs import read_specs
-from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules import Mish, WorldModel
 from torchrl_wm.modules.blocks.normalizer import share_notice
 from torchrl_wm.modules.integrity import mark_pristine
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
@@ -74,7 +74,7 @@ _READ_BY_LOSSES = frozenset(
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
-    "mish": nn.Mish,
+    "mish": Mish,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,

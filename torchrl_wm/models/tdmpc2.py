@@ -18,6 +18,7 @@ from torchrl_wm.models.heads import end_head, two_hot_reward_head
 from torchrl_wm.models.networks import ObservationEncoder, WithActions
 from torchrl_wm.models.specs import read_specs
 from torchrl_wm.modules import (
+    Mish,
     NormedMLP,
     QEnsemble,
     SimNorm,
@@ -56,6 +57,8 @@ class TDMPC2Config:
         decay: the weight of a step relative to the one before it.
         num_q: the number of action values.
         q_dropout: the dropout in their first layer.
+        log_std_min: the least logarithm of the policy's standard deviation.
+        log_std_max: the greatest one.
         observation_keys: the observations to model; all by default.
 
     Raises:
@@ -82,6 +85,8 @@ class TDMPC2Config:
     decay: float = 0.5
     num_q: int = 5
     q_dropout: float = 0.01
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
     observation_keys: tuple[NestedKey, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +112,11 @@ class TDMPC2Config:
             raise ValueError(
                 f"q_dropout={self.q_dropout} must be at least 0 and less than 1."
             )
+        if not self.log_std_min < self.log_std_max:
+            raise ValueError(
+                f"log_std_min={self.log_std_min} must be less than "
+                f"log_std_max={self.log_std_max}."
+            )
 
     @property
     def cells(self) -> list[int]:
@@ -126,7 +136,7 @@ def make_tdmpc2_world_model(
     ones. Step ``t`` has the weight ``decay ** t``.
 
     :func:`make_tdmpc2_q_ensemble` makes the paper's action values, which join the loss
-    as a :class:`~torchrl_wm.objectives.ValueTerm`.
+    as a :class:`~torchrl_wm.objectives.ValueTerm`, and :func:`make_tdmpc2_policy` its policy.
 
     Args:
         env: the env whose specs are read; it is neither reset nor stepped.
@@ -240,7 +250,7 @@ class _Encoder(nn.Module):
         hidden = [config.encoder_cells] * (config.encoder_depth - 1)
         self.features = ObservationEncoder(
             specs,
-            lambda n, m: NormedMLP(n, m, hidden, activation=nn.Mish),
+            lambda n, m: NormedMLP(n, m, hidden, activation=Mish),
             config.encoder_cells,
             config,
         )

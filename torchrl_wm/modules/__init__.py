@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.ensemble import (
     DrawnMember,
     EnsembleLinear,
@@ -39,6 +40,7 @@ from torchrl_wm.modules.blocks.rssm import (
     RSSMDynamics,
     RSSMPosteriorHead,
 )
+from torchrl_wm.modules.blocks.shift import random_shift
 from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.world_model.initial_state import InitialState
@@ -60,6 +62,7 @@ __all__ = [
     "GaussianHead",
     "InitialState",
     "JoinEntries",
+    "Mish",
     "MissingEntryError",
     "NormalizedNetwork",
     "Normalizer",
@@ -79,5 +82,6 @@ __all__ = [
     "TwoHotHead",
     "WorldModel",
     "fit_normalizers",
+    "random_shift",
     "with_propagation",
 ]

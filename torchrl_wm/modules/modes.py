@@ -11,15 +11,18 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode for a while; afterwards each module has its own mode again."""
-    modes = {module: module.training for module in model.modules()}
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode for a while; afterwards each module has its own mode again."""
+    modules = {module for model in models for module in model.modules()}
+    training = [module for module in modules if module.training]
     try:
-        model.eval()
+        if training:
+            for model in models:
+                model.eval()
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def draws() -> bool:

@@ -12,6 +12,7 @@ from torchrl_wm.objectives.gaussian import (
 from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.kl import KLTerm
 from torchrl_wm.objectives.observation import ObservationTerm
+from torchrl_wm.objectives.policy import PolicyPriorLoss, ValueScale
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,
@@ -34,9 +35,11 @@ __all__ = [
     "LossKeys",
     "LossTerm",
     "ObservationTerm",
+    "PolicyPriorLoss",
     "ReconstructionTerm",
     "RewardTerm",
     "TwoHotTerm",
+    "ValueScale",
     "ValueTerm",
     "WorldModelLoss",
     "bootstrap_counts",

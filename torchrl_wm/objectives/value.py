@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import InteractionType, set_interaction_type, TensorDictModuleBase
 from torch import nn
 
 from torchrl_wm.modules import QEnsemble, WorldModel
@@ -28,8 +28,9 @@ class ValueTerm(LossTerm):
     TD-MPC2 (arXiv 2310.16828, eq. 3 and 4). The target of ``Q(z_t, a_t)`` is
     ``r_t + gamma * (1 - terminated) * min Q'(z', policy(z'))``, with ``z'`` the
     encoding of the next observation, ``Q'`` the target networks, and the minimum
-    over a few of them, drawn anew each time. It carries no gradient; that of the
-    values reaches dynamics and encoder.
+    over a few of them, drawn anew each time. The policy's action is sampled, whatever the
+    exploration type. The target carries no gradient; that of the values reaches dynamics and
+    encoder.
 
     The loss registers the ensemble, with target parameters
     ``target_q_ensemble_params``; move these with :class:`~torchrl.objectives.SoftUpdate`.
@@ -118,13 +119,17 @@ class ValueTerm(LossTerm):
     def _target(self, batch: TensorDictBase, loss: LossContext) -> torch.Tensor:
         """Return the TD targets of the values, ``[*B, 1]``."""
         q, keys = self.q_ensemble, loss.tensor_keys
-        ahead = self.policy(loss.encode_next(batch).select(*self._latents))
-        inputs = (
-            [ahead.get(key) for key in names]
-            for names in (self._latents, self._actions)
-        )
-        with loss.target_parameters("q_ensemble"), evaluation_mode(q):
-            value = q.value(q.logits(*inputs), "min", self.subset)
+        latents = loss.encode_next(batch).select(*self._latents)
+        with evaluation_mode(q, self.policy):
+            # Sampled, as in the paper, whatever the exploration type around the loss.
+            with set_interaction_type(InteractionType.RANDOM):
+                ahead = self.policy(latents)
+            inputs = (
+                [ahead.get(key) for key in names]
+                for names in (self._latents, self._actions)
+            )
+            with loss.target_parameters("q_ensemble"):
+                value = q.value(q.logits(*inputs), "min", self.subset)
         reward = reward_label(batch, keys, self.name)
         if reward.shape != value.shape:
             raise ValueError(

@@ -224,6 +224,9 @@ class WorldModelLoss(LossModule):
         self.world_model = world_model
         #: The modules of each network that has target parameters, when these began.
         self._copied: dict[str, list[nn.Module]] = {}
+        #: The batch of the present call, and the encoding of its next observations.
+        self._batch: TensorDictBase | None = None
+        self._encoded: TensorDictBase | None = None
         for term in self.terms:
             term.check(world_model)
         self._follow_parts()
@@ -322,9 +325,19 @@ class WorldModelLoss(LossModule):
     def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
         """Return the latents of the next observations, by the target encoder, without gradient.
 
+        All terms of a call share one encoding of its batch.
+
         Raises:
             KeyError: if the batch lacks a next observation.
         """
+        if batch is not self._batch:
+            return self._encode_next(batch)
+        if self._encoded is None:
+            self._encoded = self._encode_next(batch)
+        return self._encoded.copy()
+
+    def _encode_next(self, batch: TensorDictBase) -> TensorDictBase:
+        """Encode the next observations."""
         encoder = self.world_model.encoder
         missing = missing_from(batch, next_observations(self.world_model))
         if missing:
@@ -446,7 +459,11 @@ class WorldModelLoss(LossModule):
             valid = (~valid).cumsum(-1) == 0
         batch = tensordict if valid is None else blank(tensordict, valid)
         predicted = predict(batch, self.tensor_keys)
-        values = [self._compare(term, predicted, batch) for term in self.terms]
+        self._batch = batch
+        try:
+            values = [self._compare(term, predicted, batch) for term in self.terms]
+        finally:
+            self._batch = self._encoded = None
         weights = sample_weights(batch, self.tensor_keys)
         if self.multi_step:
             within = first_episode(tensordict, self.tensor_keys)

@@ -11,11 +11,13 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import InteractionType, set_interaction_type, TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
+from torchrl.envs.utils import exploration_type, ExplorationType
 from torchrl.modules import MPCPlannerBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 from torchrl_wm.planners.actions import action_space, ChoiceSpace, Proposal
@@ -35,7 +37,7 @@ class MPCPlanner(MPCPlannerBase):
     first action of the plan that the search ends with. Rewards count up to and
     including the step at which an episode is predicted to end. Candidates whose
     return is not finite lose. No graph is built, and the host does not wait for the
-    device.
+    device. Model, policy and terminal value are in eval mode during a search.
 
     A subclass defines how one population of candidates leads to the next one
     (:meth:`improve`).
@@ -187,6 +189,18 @@ class MPCPlanner(MPCPlannerBase):
             return search.best.samples[:, 0]
         return self.space.mode(search.proposal.plan)
 
+    def explore(self, search: Search, population: Population) -> torch.Tensor:
+        """Return the first step to take under ``ExplorationType.RANDOM``, ``[B, ...]``.
+
+        By default it is the first step of the chosen plan: planners that search by samples
+        of a random model explore where the model is uncertain.
+
+        Args:
+            search: the search when it is over.
+            population: the candidates of its last iteration.
+        """
+        return self.choose(search)[:, 0]
+
     def population_size(self, iteration: int) -> int:
         """Return the number of candidates of an iteration."""
         return self.num_candidates
@@ -265,7 +279,15 @@ class MPCPlanner(MPCPlannerBase):
         self,
         tensordict: TensorDictBase,
         watch: Callable[[Population], None] | None = None,
-    ) -> tuple[Search, Any]:
+    ) -> tuple[Search, Population, Any]:
+        with evaluation_mode(self, self.env):
+            return self._search(tensordict, watch)
+
+    def _search(
+        self,
+        tensordict: TensorDictBase,
+        watch: Callable[[Population], None] | None,
+    ) -> tuple[Search, Population, Any]:
         self._update()
         state = self.objective.start(tensordict)
         search = self.begin(self.carried(tensordict))
@@ -288,7 +310,7 @@ class MPCPlanner(MPCPlannerBase):
             search, population = iterate(state, search, proposed, noise)
             if watch is not None:
                 watch(population)
-        return search, state
+        return search, population, state
 
     # How it is used --------------------------------------------------------
 
@@ -300,6 +322,9 @@ class MPCPlanner(MPCPlannerBase):
         **kwargs: Any,
     ) -> TensorDictBase:
         """Plan, and write the first action.
+
+        Under ``ExplorationType.RANDOM`` (a collector's default) the action is that of
+        :meth:`explore`; else it is the first action of the chosen plan.
 
         Args:
             tensordict: the state, ``[*B]``, with the plan of the step before if
@@ -317,10 +342,10 @@ class MPCPlanner(MPCPlannerBase):
         """
         if kwargs:
             raise TypeError(f"A planner takes a tensordict, and got {sorted(kwargs)}.")
-        search, _ = self._solve(tensordict)
+        search, population, _ = self._solve(tensordict)
         size = tensordict.batch_size
         out = tensordict if tensordict_out is None else tensordict_out
-        out.set(self.action_key, self._first_action(search, size))
+        out.set(self.action_key, self._first_action(search, population, size))
         if self._is_warm(tensordict):
             for key, value in self.carry(search).items():
                 value = value.reshape(*size, *value.shape[1:])
@@ -332,7 +357,8 @@ class MPCPlanner(MPCPlannerBase):
     @torch.no_grad()
     def planning(self, td: TensorDictBase) -> torch.Tensor:
         """Return the first action ``[*B, *A]`` of a plan from the states in ``td``, ``[*B]``."""
-        return self._first_action(self._solve(td)[0], td.batch_size)
+        search, population, _ = self._solve(td)
+        return self._first_action(search, population, td.batch_size)
 
     @torch.no_grad()
     def plan(self, tensordict: TensorDictBase) -> TensorDict:
@@ -353,7 +379,7 @@ class MPCPlanner(MPCPlannerBase):
               ``[*B, optim_steps]``, without those that are not finite.
         """
         seen: list[Population] = []
-        search, state = self._solve(tensordict, seen.append)
+        search, _, state = self._solve(tensordict, seen.append)
         chosen = self.choose(search)
         tops = [population.returns.topk(self.top_k, 1).values for population in seen]
         iterations = {
@@ -361,9 +387,11 @@ class MPCPlanner(MPCPlannerBase):
             "mean_return": [finite_mean(population.returns) for population in seen],
             "elite_return": [finite_mean(top) for top in tops],
         }
+        with evaluation_mode(self, self.env):
+            predicted = self.score(state, chosen.unsqueeze(1))
         rows = {
             "actions": self.space.action(chosen),
-            "predicted_return": self.score(state, chosen.unsqueeze(1)),
+            "predicted_return": predicted,
             "candidates": self.space.action(seen[-1].samples),
             "returns": seen[-1].returns,
             "iterations": {name: torch.stack(x, 1) for name, x in iterations.items()},
@@ -452,8 +480,14 @@ class MPCPlanner(MPCPlannerBase):
         key = (name, shapes, self.discount, self.reward_key)
         return compiler.wrap(function, self._held, (), key)
 
-    def _first_action(self, search: Search, size: torch.Size) -> torch.Tensor:
-        action = self.space.action(self.choose(search)[:, 0])
+    def _first_action(
+        self, search: Search, population: Population, size: torch.Size
+    ) -> torch.Tensor:
+        if exploration_type() is ExplorationType.RANDOM:
+            sample = self.explore(search, population)
+        else:
+            sample = self.choose(search)[:, 0]
+        action = self.space.action(sample)
         return action.reshape((*size, *action.shape[1:]))
 
     def _carried_specs(self) -> CarriedSpecs:

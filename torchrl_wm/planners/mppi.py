@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchrl.envs import EnvBase
 
-from torchrl_wm.planners.actions import Proposal
+from torchrl_wm.planners.actions import BoundedSpace, Proposal
 from torchrl_wm.planners.base import MPCPlanner
 from torchrl_wm.planners.objective import done_keys, rewards_until_end
 from torchrl_wm.planners.search import Population, Search
@@ -21,7 +21,9 @@ class MPPIPlanner(MPCPlanner):
     The next Gaussian is fitted to the best candidates, weighted by the softmax of
     ``temperature`` times their returns; the planner acts on the weighted mean. With a
     ``terminal_value``, a ``policy`` and ``min_std`` it is the planner of TD-MPC2
-    (arXiv 2310.16828).
+    (arXiv 2310.16828). Under ``ExplorationType.RANDOM`` it explores as TD-MPC2 does: it takes
+    one of the best candidates, drawn by their weights, and adds noise of the proposal's
+    standard deviation. An action that is a choice gets no noise.
 
     Args:
         env: the env to plan in.
@@ -113,6 +115,22 @@ class MPPIPlanner(MPCPlanner):
 
     def improve(self, search: Search, population: Population) -> tuple[Proposal, None]:
         elites = population.best(self.top_k)
-        # The best candidate has the weight 1, however large the returns are.
+        return self.refit(search, elites, self._weights(elites)), None
+
+    def explore(self, search: Search, population: Population) -> torch.Tensor:
+        elites = population.best(self.top_k)
+        weights = torch.where(elites.returns > -torch.inf, self._weights(elites), 0.0)
+        # The largest of p / Exponential(1) is a draw from p.
+        drawn = (weights / torch.empty_like(weights).exponential_()).argmax(1)
+        rows = torch.arange(len(drawn), device=drawn.device)
+        first = elites.samples[rows, drawn, :1]  # [B, 1, ...]
+        if not isinstance(self.space, BoundedSpace):
+            return first[:, 0]
+        around = Proposal(first, search.proposal.spread[:, :1])
+        noise = self.space.noise(len(drawn), 1, 1)
+        return self.space.sample(around, noise, self.min_std)[:, 0, 0]
+
+    def _weights(self, elites: Population) -> torch.Tensor:
+        """Return the weights of elites, ``[B, K]``; the best has 1, however large the returns."""
         lead = (elites.returns - elites.returns[:, :1]).nan_to_num(0.0)
-        return self.refit(search, elites, (self.temperature * lead).exp()), None
+        return (self.temperature * lead).exp()

@@ -20,6 +20,8 @@ from torchrl_wm.trainers.recipes import (
     ModelRecipe,
     PETS,
     PETSConfig,
+    TDMPC2,
+    TDMPC2Config,
 )
 from torchrl_wm.trainers.run_folder import RunFolder
 from torchrl_wm.trainers.run_report import (
@@ -35,6 +37,7 @@ from torchrl_wm.trainers.watching import watch
 
 PETSTrainer = trainer_class(PETS)
 MBPOTrainer = trainer_class(MBPO)
+TDMPC2Trainer = trainer_class(TDMPC2)
 
 __all__ = [
     "EpisodeSeeds",
@@ -56,6 +59,9 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "Steps",
+    "TDMPC2",
+    "TDMPC2Config",
+    "TDMPC2Trainer",
     "episode_return",
     "film_policy",
     "load_policy",

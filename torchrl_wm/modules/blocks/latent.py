@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from torchrl_wm.modules.blocks.activations import group_softmax, Mish
+
 
 class SimNorm(nn.Module):
     """A projection of a vector onto simplices: a softmax over each group of its elements.
@@ -56,8 +58,9 @@ class SimNorm(nn.Module):
                 f"SimNorm has groups of {self.group}, which do not divide the {size} elements "
                 f"of its input of shape {tuple(value.shape)}."
             )
-        groups = value.unflatten(-1, (-1, self.group)) / self.temperature
-        return groups.softmax(-1).flatten(-2)
+        if self.temperature != 1:
+            value = value / self.temperature
+        return group_softmax(value, self.group)
 
     def extra_repr(self) -> str:
         return f"group={self.group}, temperature={self.temperature}"
@@ -85,7 +88,7 @@ class NormedLinear(nn.Sequential):
         in_features: int,
         out_features: int,
         *,
-        activation: Callable[[], nn.Module] = nn.Mish,
+        activation: Callable[[], nn.Module] = Mish,
         dropout: float = 0.0,
     ) -> None:
         layers = [init_linear(nn.Linear(in_features, out_features))]

@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import dispatch, TensorDictModuleBase
 from torch import nn
 
+from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.ensemble import EnsembleLinear
 from torchrl_wm.modules.blocks.entries import Entry, JoinEntries
 from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot
@@ -86,7 +87,7 @@ class QEnsemble(TensorDictModuleBase):
             layers.append(_linears(num_networks, before, after))
             if dropout and not number:
                 layers.append(nn.Dropout(dropout))
-            layers += [_LayerNorms(num_networks, after), nn.Mish()]
+            layers += [_LayerNorms(num_networks, after), Mish()]
         last = _linears(num_networks, sizes[-1], self.two_hot.num_bins, std=0.0)
         self.networks = nn.Sequential(*layers, last)
 
@@ -168,7 +169,10 @@ class _LayerNorms(nn.Module):
         self.bias = nn.Parameter(torch.zeros(networks, 1, features))
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(value, value.shape[-1:]) * self.weight + self.bias
+        # One call for each network, with its weights: passes for the weights take longer.
+        size = value.shape[-1:]
+        parts = zip(value.unbind(0), self.weight, self.bias)
+        return torch.stack([F.layer_norm(v, size, w[0], b[0]) for v, w, b in parts])
 
 
 def _check_reduce(

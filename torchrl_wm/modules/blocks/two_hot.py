@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import nn
 from torchrl.modules import symexp, SymExpTwoHot, symlog
-from torchrl.objectives import two_hot_cross_entropy, two_hot_decode, two_hot_encode
+from torchrl.objectives import two_hot_encode
 
 
 class SymlogTwoHot(nn.Module):
@@ -55,12 +55,44 @@ class SymlogTwoHot(nn.Module):
         return two_hot_encode(symlog(target), self.bins)
 
     def decode(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits ``[*B, bins]`` as scalars ``[*B]``."""
-        return symexp(two_hot_decode(logits, self.bins))
+        """Return logits ``[*B, bins]`` as scalars ``[*B]``.
+
+        Raises:
+            ValueError: if there is not one logit for each bin.
+        """
+        if logits.shape[-1] != self.num_bins:
+            raise ValueError(
+                f"The logits have the shape {tuple(logits.shape)}, and there are {self.num_bins} "
+                f"bins."
+            )
+        half = self.num_bins // 2
+        shares = logits.softmax(-1)
+        # Mirrored bins together: equal logits stand for exactly 0, in any order of summation.
+        lean = shares[..., -half:] - shares[..., :half].flip(-1)
+        return symexp((lean * self.bins[-half:].to(lean.dtype)).sum(-1))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the cross-entropy ``[*B]`` of logits ``[*B, bins]`` and scalars ``[*B(, 1)]``."""
-        return two_hot_cross_entropy(logits, symlog(target), self.bins)
+        """Return the cross-entropy ``[*B]`` of logits ``[*B, bins]`` and scalars ``[*B(, 1)]``.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if target.shape == (*logits.shape[:-1], 1):
+            target = target.squeeze(-1)
+        if target.shape != logits.shape[:-1] or logits.shape[-1] != self.num_bins:
+            raise ValueError(
+                f"The logits have the shape {tuple(logits.shape)} and the scalars "
+                f"{tuple(target.shape)}; [*B, {self.num_bins}] and [*B] or [*B, 1] are expected."
+            )
+        # Only the two bins, in place of a distribution over all.
+        x = symlog(target).clamp(-self.limit, self.limit)
+        place = (x + self.limit) * ((self.num_bins - 1) / (2 * self.limit))
+        lower = place.floor().clamp(0, self.num_bins - 2)
+        share = place - lower
+        index = lower.long().unsqueeze(-1)
+        chosen = logits.gather(-1, torch.cat([index, index + 1], -1))
+        shares = torch.stack([1 - share, share], -1)
+        return logits.logsumexp(-1) - (shares * chosen).sum(-1)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """Decode logits to scalars with a trailing dim, ``[*B, 1]``."""

@@ -5,5 +5,15 @@ from __future__ import annotations
 from torchrl_wm.trainers.recipes.mbpo import MBPO, MBPOConfig
 from torchrl_wm.trainers.recipes.model import ModelConfig, ModelRecipe
 from torchrl_wm.trainers.recipes.pets import PETS, PETSConfig
+from torchrl_wm.trainers.recipes.tdmpc2 import TDMPC2, TDMPC2Config
 
-__all__ = ["MBPO", "MBPOConfig", "ModelConfig", "ModelRecipe", "PETS", "PETSConfig"]
+__all__ = [
+    "MBPO",
+    "MBPOConfig",
+    "ModelConfig",
+    "ModelRecipe",
+    "PETS",
+    "PETSConfig",
+    "TDMPC2",
+    "TDMPC2Config",
+]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torch.distributions import AffineTransform, ComposeTransform
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.modules.distributions.continuous import SafeTanhTransform
+from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import SACLoss
 
-from torchrl_wm import _upstream
+from torchrl_wm.modules.blocks.squashed_normal import squashed_normal
 from torchrl_wm.modules.keys import as_tuple
 from torchrl_wm.trainers.env_checks import (
     check_policy_action,
@@ -61,9 +59,7 @@ def make_sac(
         in_keys=["loc", "scale"],
         out_keys=[env.action_key],
         spec=spec,
-        distribution_class=(
-            SquashedNormal if _upstream.is_known_tanh(TanhNormal) else TanhNormal
-        ),
+        distribution_class=squashed_normal(),
         distribution_kwargs={
             "low": spec.space.low.to(device),
             "high": spec.space.high.to(device),
@@ -92,28 +88,6 @@ def make_sac(
     )
     sac.make_value_estimator(gamma=gamma)
     return actor, sac
-
-
-class SquashedNormal(TanhNormal):
-    """TorchRL's TanhNormal without its checks of the bounds, each of which waits for the device.
-
-    Args:
-        loc, scale: parameters of the normal distribution.
-        low, high: the bounds, on the same device.
-    """
-
-    def __init__(
-        self,
-        loc: torch.Tensor,
-        scale: torch.Tensor,
-        low: torch.Tensor,
-        high: torch.Tensor,
-    ) -> None:
-        self.tanh_loc = False
-        self.device, self.low, self.high = loc.device, low, high
-        stretched = AffineTransform(loc=(high + low) / 2, scale=(high - low) / 2)
-        _upstream.set_tanh(self, ComposeTransform([SafeTanhTransform(), stretched]), 1)
-        self.update(loc, scale)
 
 
 class _Joined(nn.Module):
