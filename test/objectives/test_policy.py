@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from _models import SpecEnv
@@ -60,6 +62,30 @@ def test_the_formula(key) -> None:
     expected = -(step * 0.5 ** torch.arange(4)).mean()
     torch.testing.assert_close(out["loss_policy"], expected)
     torch.testing.assert_close(out["entropy"], entropy.mean().detach())
+
+
+def test_the_entropy_is_right_where_actions_reach_their_bounds() -> None:
+    policy, q = parts(Bounded(-2.0, 2.0, (1,)))
+    last = [m for m in policy.modules() if isinstance(m, nn.Linear)][-1]
+    bias = torch.tensor([12.0, 0.9])  # float32 has no tanh(12) below 1
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(bias)
+    loss = PolicyPriorLoss(policy, q, decay=1.0, entropy_weight=1.0)
+    loss.scale.value.fill_(1e12)  # the entropy alone
+    torch.manual_seed(0)
+    out = loss(rolled(200))
+    out["loss_policy"].backward()
+    torch.manual_seed(0)
+    loc, share = bias.requires_grad_().expand(200, 4, 2).unbind(-1)
+    normal = torch.distributions.Normal(loc, (-10 + 6 * (share.tanh() + 1)).exp())
+    rolled(200)
+    x = normal.rsample()
+    slope = math.log(2) + 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))
+    entropy = (slope - normal.log_prob(x)).mean()
+    (-entropy).backward()
+    torch.testing.assert_close(out["entropy"], entropy.detach())
+    torch.testing.assert_close(last.bias.grad, bias.grad)
 
 
 def test_only_the_policy_is_trained() -> None:

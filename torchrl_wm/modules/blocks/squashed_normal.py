@@ -13,6 +13,9 @@ from torchrl_wm import _upstream
 class SquashedNormal(TanhNormal):
     """TorchRL's TanhNormal without its checks of the bounds, each of which waits for the device.
 
+    The log-probability of an action that was just drawn is right at the bounds, too: it comes
+    from what was drawn, which the action does not show there.
+
     Args:
         loc, scale: parameters of the normal distribution.
         low, high: the bounds, on the same device.
@@ -30,7 +33,8 @@ class SquashedNormal(TanhNormal):
         self.tanh_loc = False
         self.device, self.low, self.high = loc.device, low, high
         stretched = AffineTransform(loc=(high + low) / 2, scale=(high - low) / 2)
-        squash = ComposeTransform([SafeTanhTransform(), stretched])
+        # Cached: the inverse of tanh does not find what was drawn near the bounds.
+        squash = ComposeTransform([SafeTanhTransform(), stretched], cache_size=1)
         _upstream.set_tanh(self, squash, event_dims)
         self.update(loc, scale)
 
