@@ -86,3 +86,10 @@ class TestHead:
         head = TwoHotHead(nn.Linear(4, 7), SymlogTwoHot(11))
         with pytest.raises(ValueError, match="gives 7 numbers.*11 bins.*give 11"):
             head(torch.randn(5, 4))
+
+
+def test_a_label_that_is_no_number_makes_its_own_loss_none() -> None:
+    """It names no bin, and must not be taken for the number of one."""
+    labels = torch.tensor([float("nan"), float("inf"), 1.0])
+    loss = SymlogTwoHot(11).loss(torch.zeros(3, 11), labels)
+    assert loss.isnan().tolist() == [True, False, False]

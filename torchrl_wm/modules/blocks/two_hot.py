@@ -89,7 +89,7 @@ class SymlogTwoHot(nn.Module):
         place = (x + self.limit) * ((self.num_bins - 1) / (2 * self.limit))
         lower = place.floor().clamp(0, self.num_bins - 2)
         share = place - lower
-        index = lower.long().unsqueeze(-1)
+        index = lower.nan_to_num(0).long().unsqueeze(-1)  # NaN stays in the shares
         chosen = logits.gather(-1, torch.cat([index, index + 1], -1))
         shares = torch.stack([1 - share, share], -1)
         return logits.logsumexp(-1) - (shares * chosen).sum(-1)
