@@ -163,9 +163,8 @@ class TDMPC2Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            self.preset == "auto"
-        ):  # a run that is resumed on another device keeps its sizes
+        # Settled here, so that a run that is resumed on another device keeps its sizes.
+        if self.preset == "auto":
             kind = resolve_device(self.device).type
             preset = "small" if kind == "cpu" else "5M"
             object.__setattr__(self, "preset", preset)
