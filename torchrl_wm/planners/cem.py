@@ -53,6 +53,9 @@ class CEMPlanner(MPCPlanner):
         torch.Size([3])
     """
 
+    # Named here: early releases of Python 3.11 show an inherited __new__ as the signature.
+    __init__ = MPCPlanner.__init__
+
     def improve(self, search: Search, population: Population) -> tuple[Proposal, None]:
         elites = population.best(self.top_k)
         return self.refit(search, elites, torch.ones_like(elites.returns)), None
