@@ -32,7 +32,7 @@ class Experiment:
     """One recipe on one task.
 
     Args:
-        recipe: "pets" or "mbpo".
+        recipe: its name.
         settings: of its config; the defaults where not named.
         seeds: how many.
     """
@@ -94,6 +94,14 @@ CHEETAH_MODEL = {
     "model_steps": 600,
 }
 ONE_UPDATE = {**SAC, "updates_per_step": 1}
+# TD-MPC2's authors train for 100k env steps with an action repeat of 2.
+SUITE = {
+    "action_repeat": 2,
+    "termination": "none",
+    "steps": 50_000,
+    "evaluation_interval": 5000,
+    "evaluation_episodes": 5,
+}
 
 EXPERIMENTS: dict[str, Experiment] = {
     "pets-cartpole": Experiment(
@@ -130,6 +138,44 @@ EXPERIMENTS: dict[str, Experiment] = {
     "sac-pendulum-one-update": Experiment(
         "mbpo", {**PENDULUM, **ONE_UPDATE, "steps": 3000}
     ),
+    "tdmpc2-cartpole-swingup": Experiment(
+        "tdmpc2", {"env": "dm_control/cartpole/swingup", **SUITE}, seeds=3
+    ),
+    "tdmpc2-pendulum-swingup": Experiment(
+        "tdmpc2", {"env": "dm_control/pendulum/swingup", **SUITE}, seeds=1
+    ),
+    "tdmpc2-walker-walk": Experiment(
+        "tdmpc2", {"env": "dm_control/walker/walk", **SUITE}, seeds=1
+    ),
+    "tdmpc2-pendulum": Experiment(
+        "tdmpc2",
+        {
+            "env": "Pendulum-v1",
+            "termination": "none",
+            "steps": 5000,
+            "evaluation_interval": 500,
+            "evaluation_episodes": 10,
+        },
+    ),
+    "tdmpc2-inverted-pendulum": Experiment(
+        "tdmpc2",
+        {
+            "env": "InvertedPendulum-v5",
+            "steps": 5000,
+            "evaluation_interval": 500,
+            "evaluation_episodes": 5,
+            "stop_return": 950.0,
+        },
+    ),
+    "tdmpc2-cartpole": Experiment(
+        "tdmpc2",
+        {
+            "env": "CartPole-v1",
+            "steps": 5000,
+            "evaluation_interval": 500,
+            "evaluation_episodes": 5,
+        },
+    ),
     "mbpo-half-cheetah": Experiment("mbpo", {**CHEETAH, **CHEETAH_MODEL}, seeds=1),
     "sac-half-cheetah-same-updates": Experiment("mbpo", {**CHEETAH, **SAC}, seeds=1),
     "sac-half-cheetah-one-update": Experiment(
@@ -149,11 +195,12 @@ def train(name: str, seed: int) -> None:
 
     torch.set_num_threads(1)
     experiment = EXPERIMENTS[name]
-    began = time.monotonic()
     trainer = trainer_class(experiment.recipe)(**experiment.settings, seed=seed)
+    if experiment.recipe == "tdmpc2":
+        trainer.register_op("post_steps", lambda: evaluate_prior(trainer))
     trainer.train()
     rows = [
-        {"seed": seed, **row, "wall": round(time.monotonic() - began)}
+        {"seed": seed, **row, "cpu": round(time.process_time())}
         for row in trainer.metrics
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -163,6 +210,22 @@ def train(name: str, seed: int) -> None:
         out = csv.DictWriter(file, names)
         out.writeheader()
         out.writerows(rows)
+
+
+def evaluate_prior(trainer: Any) -> None:
+    """Evaluate TD-MPC2's policy without a plan wherever the planner has been evaluated."""
+    from torchrl_wm.trainers import episode_return, run_episodes
+
+    row = next((r for r in trainer.metrics[::-1] if "evaluation_return" in r), {})
+    if row.get("step") != trainer.collected_frames or "policy_return" in row:
+        return
+    episodes = trainer.config.evaluation_episodes
+    env, first = trainer.make_env(), 1_000_000  # as in the planner's evaluations
+    actor = trainer.recipe.actor
+    played = run_episodes(env, actor, episodes, first_episode=first)
+    returns = [episode_return(env, episode) for episode in played]
+    row["policy_return"] = sum(returns) / episodes
+    say(f"{row}")
 
 
 def part(name: str, seed: int) -> Path:

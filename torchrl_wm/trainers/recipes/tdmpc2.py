@@ -36,7 +36,7 @@ from torchrl_wm.trainers.settings import AtLeast, resolve_device, RunConfig, Wit
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks, batches and plans: one that is quick on a CPU, and the paper's.
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "latent_size": 64,
         "num_cells": 128,
@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, int]] = {
         "policy_candidates": 6,
         "optim_steps": 3,
         "top_k": 16,
+        "entropy_weight": 3e-3,
     },
     "1M": {
         "latent_size": 128,
@@ -62,6 +63,7 @@ PRESETS: dict[str, dict[str, int]] = {
         "policy_candidates": 24,
         "optim_steps": 6,
         "top_k": 64,
+        "entropy_weight": 1e-4,
     },
 }
 PRESETS["5M"] = {**PRESETS["1M"], "latent_size": 512, "num_cells": 512, "num_q": 5}
@@ -110,7 +112,7 @@ class TDMPC2Config(RunConfig):
         reward_weight: the weight of the reward's loss.
         value_weight: the weight of the values' loss.
         termination_weight: the weight of the terminations' loss.
-        entropy_weight: the weight of the policy's entropy.
+        entropy_weight: the weight of the policy's entropy; None for the preset's.
         init_std: the standard deviation of the first candidates, as a share of half the range
             of an action.
         min_std: the least standard deviation of candidates, in the same unit.
@@ -152,7 +154,7 @@ class TDMPC2Config(RunConfig):
     reward_weight: float = 0.1
     value_weight: float = 0.1
     termination_weight: float = 1.0
-    entropy_weight: float = 1e-4
+    entropy_weight: float | None = None
     init_std: float = 2.0
     min_std: float = 0.05
     temperature: float = 0.5
@@ -188,8 +190,8 @@ class TDMPC2Config(RunConfig):
                 f"give at least {least}."
             )
 
-    def size(self, name: str) -> int:
-        """Return a size: the setting of that name, or the preset's."""
+    def size(self, name: str) -> Any:
+        """Return a setting that presets have: this one's own value, or the preset's."""
         own = getattr(self, name)
         return PRESETS[self.preset][name] if own is None else own
 
@@ -223,6 +225,7 @@ class TDMPC2(Recipe):
         policy_loss: the loss of the prior.
         gamma: the discount.
         imagined_env: the env that the planner imagines in.
+        actor: the policy on observations, which acts without a plan.
         policy: the actor: the planner, or with ``evaluate_with="policy"`` an
             :class:`ExploringPlanner`.
         counts: ``counts.updates`` is how many updates have been made.
@@ -267,7 +270,7 @@ class TDMPC2(Recipe):
             self.prior,
             self.q,
             decay=config.decay,
-            entropy_weight=config.entropy_weight,
+            entropy_weight=config.size("entropy_weight"),
             subset=subset,
         ).to(self.device)
         self.optimizer = model_optimizer(self.loss, config)
@@ -277,10 +280,10 @@ class TDMPC2(Recipe):
         # Planning: MPPI with a terminal value; the policy proposes some of the candidates.
         self.imagined_env = WorldModelEnv(self.world_model, env, batch_size=[])
         self.planner = self.make_planner()
+        self.actor = TensorDictSequential(self.world_model.encoder, self.prior)
         self.policy = self.planner
         if config.evaluate_with == "policy":
-            actor = TensorDictSequential(self.world_model.encoder, self.prior)
-            self.policy = ExploringPlanner(self.planner, actor)
+            self.policy = ExploringPlanner(self.planner, self.actor)
         # The buffer B: every real transition.
         self.replay = make_replay(config.replay_capacity, self.device)
         self._keys = transition_keys(env, self.world_model)
