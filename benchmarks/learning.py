@@ -152,6 +152,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "env": "Pendulum-v1",
             "termination": "none",
+            "random_hold": 10,
             "steps": 5000,
             "evaluation_interval": 500,
             "evaluation_episodes": 10,

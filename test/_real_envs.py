@@ -67,6 +67,41 @@ TDMPC2 = {
 }
 
 
+_RECURRENT = {
+    "env": "Pendulum-v1",
+    "max_episode_steps": 12,
+    "random_steps": 20,
+    "steps": 48,
+    "evaluation_interval": 24,
+    "evaluation_episodes": 1,
+    "belief_size": 16,
+    "hidden_size": 8,
+    "num_cells": 8,
+    "depth": 1,
+    "pixel_depth": 2,
+    "batch_size": 4,
+    "batch_length": 6,
+    "train_ratio": 8.0,
+    "preset": "small",
+    "logger": "csv",
+}
+DREAMER = {
+    **_RECURRENT,
+    "categoricals": 4,
+    "classes": 4,
+    "horizon": 4,
+    "imagine_every": 2,
+}
+PLANET = {
+    **_RECURRENT,
+    "state_size": 4,
+    "planning_horizon": 3,
+    "num_candidates": 12,
+    "optim_steps": 2,
+    "top_k": 4,
+}
+
+
 def make_nested() -> TransformedEnv:
     """A pendulum whose entries are those of an agent."""
     return TransformedEnv(

@@ -73,6 +73,14 @@ _BUILT_IN = {
         "torchrl_wm.trainers.recipes.tdmpc2:TDMPC2",
         "Learn a latent model with action values, and act by planning through both.",
     ),
+    "dreamer": (
+        "torchrl_wm.trainers.recipes.dreamer:Dreamer",
+        "Learn an actor and a critic in what a recurrent model imagines.",
+    ),
+    "planet": (
+        "torchrl_wm.trainers.recipes.planet:PlaNet",
+        "Learn a recurrent model, and act by planning through it.",
+    ),
     "model": (
         "torchrl_wm.trainers.recipes.model:ModelRecipe",
         "Learn only a world model, from logged data.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchrl_wm.models.dreamer import make_dreamer_actor_critic
 from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
 from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry
 from torchrl_wm.models.mlp import make_mlp_world_model, MLPConfig
@@ -25,6 +26,7 @@ __all__ = [
     "RSSMConfig",
     "TDMPC2Config",
     "load_world_model",
+    "make_dreamer_actor_critic",
     "make_ensemble_world_model",
     "make_mlp_world_model",
     "make_rssm_world_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import log
+from math import inf, log
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.modules import symexp, symlog
 
 from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.reference import ActionEntry
 from torchrl_wm.modules import JoinEntries, PixelDecoder, PixelEncoder, SplitEntries
 
 #: Makes a network with so many inputs and outputs.
@@ -170,6 +171,46 @@ class WithActions(nn.Module):
     def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
         """Return the network's output for a latent ``[*B, L]`` and actions ``[*B, *feature]``."""
         return self.network(latent, self.actions(*actions))
+
+
+class UnitActions(JoinEntries):
+    """Actions as one float vector, those within finite bounds as numbers between -1 and 1.
+
+    TorchRL's block GRU takes no larger ones: it clips them. Actions beyond their bounds are
+    clipped as well, as envs do.
+
+    Args:
+        actions: the actions, in the order in which they are given and joined.
+    """
+
+    def __init__(self, actions: Sequence[ActionEntry]) -> None:
+        super().__init__(actions)
+        middle, half, limit = [], [], []
+        for entry in actions:
+            ends = list(zip(entry.low, entry.high)) if entry.kind == "bounded" else []
+            if not entry.dtype.is_floating_point or not _are_finite(ends):
+                ends = []
+            middle += [(low + high) / 2 for low, high in ends] or [0.0] * entry.size
+            half += [(high - low) / 2 for low, high in ends] or [1.0] * entry.size
+            limit += ([1.0] if ends else [inf]) * entry.size
+        #: Whether any number is scaled.
+        self.is_scaled = 1.0 in limit
+        # Derived from the entries, so not part of the state.
+        for name, values in (("middle", middle), ("half", half), ("limit", limit)):
+            self.register_buffer(f"_{name}", torch.tensor(values), persistent=False)
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        """Join actions ``[*B, *feature]`` to ``[*B, out_features]``."""
+        joined = super().forward(*values)
+        if not self.is_scaled:
+            return joined
+        share = (joined - self._middle) / self._half
+        return share.clamp(-self._limit, self._limit)
+
+
+def _are_finite(ends: Sequence[tuple[float, float]]) -> bool:
+    most = torch.finfo(torch.float32).max / 4
+    return all(-most < low < high < most for low, high in ends)
 
 
 class Shaped(nn.Module):

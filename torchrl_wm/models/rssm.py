@@ -24,14 +24,13 @@ from torchrl.modules import (
 from torchrl_wm.models.building import build, register
 from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.models.heads import end_head, two_hot_reward_head
-from torchrl_wm.models.networks import ObservationDecoder, ObservationEncoder, Shaped
-from torchrl_wm.modules import (
-    ContinueHead,
-    JoinEntries,
-    RSSMDynamics,
-    RSSMPosteriorHead,
-    WorldModel,
+from torchrl_wm.models.networks import (
+    ObservationDecoder,
+    ObservationEncoder,
+    Shaped,
+    UnitActions,
 )
+from torchrl_wm.modules import ContinueHead, RSSMDynamics, RSSMPosteriorHead, WorldModel
 from torchrl_wm.modules.keys import join
 from torchrl_wm.objectives import (
     KLTerm,
@@ -43,6 +42,8 @@ from torchrl_wm.objectives import (
 )
 
 _STATE, _BELIEF, _EMBEDDING = "state", "belief", "embedding"
+#: The latents of a recurrent state space model.
+LATENTS = [_STATE, _BELIEF]
 
 
 @dataclass
@@ -143,6 +144,11 @@ class RSSMConfig:
         if self.latent == "gaussian":
             return self.state_size
         return self.categoricals * self.classes
+
+    @property
+    def features(self) -> int:
+        """The length of both latents side by side."""
+        return self.stochastic_size + self.belief_size
 
     @classmethod
     def planet(cls, **settings: Any) -> RSSMConfig:
@@ -262,7 +268,7 @@ def make_rssm_world_model(
     ),
 )
 def _wire(specs: EnvSpecs, config: RSSMConfig) -> tuple[WorldModel, WorldModelLoss]:
-    features = config.stochastic_size + config.belief_size
+    features = config.features
     next_latents = [join("next", key) for key in (_STATE, _BELIEF)]
     encoder = ObservationEncoder(
         specs,
@@ -308,7 +314,7 @@ def _rssm(
     specs: EnvSpecs, config: RSSMConfig, embedding: int
 ) -> tuple[TensorDictModule, TensorDictModule]:
     """Wire TorchRL's networks as dynamics and posterior."""
-    actions = JoinEntries(specs.actions)
+    actions = UnitActions(specs.actions)
     if config.latent == "gaussian":
         names = ("mean", "std")
         prior = RSSMPrior(

@@ -14,12 +14,16 @@ from torchrl_wm.trainers.policies import load_policy, Policy
 from torchrl_wm.trainers.real_envs import make_real_env
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.recipes import (
+    Dreamer,
+    DreamerConfig,
     MBPO,
     MBPOConfig,
     ModelConfig,
     ModelRecipe,
     PETS,
     PETSConfig,
+    PlaNet,
+    PlaNetConfig,
     TDMPC2,
     TDMPC2Config,
 )
@@ -38,8 +42,13 @@ from torchrl_wm.trainers.watching import watch
 PETSTrainer = trainer_class(PETS)
 MBPOTrainer = trainer_class(MBPO)
 TDMPC2Trainer = trainer_class(TDMPC2)
+DreamerTrainer = trainer_class(Dreamer)
+PlaNetTrainer = trainer_class(PlaNet)
 
 __all__ = [
+    "Dreamer",
+    "DreamerConfig",
+    "DreamerTrainer",
     "EpisodeSeeds",
     "ImaginedReplayHook",
     "MBPO",
@@ -52,6 +61,9 @@ __all__ = [
     "PETS",
     "PETSConfig",
     "PETSTrainer",
+    "PlaNet",
+    "PlaNetConfig",
+    "PlaNetTrainer",
     "Policy",
     "Recipe",
     "RecipeTrainer",

@@ -66,6 +66,9 @@ class Acting(TensorDictModuleBase):
         is_random = episodes.random
         if not is_random.all():
             tensordict = self.policy(tensordict)
+        elif hasattr(self.policy, "filter"):
+            # Latents that go on from step to step need every step.
+            tensordict = self.policy.filter(tensordict)
         if is_random.any():
             drawn = self._draw().reshape(*tensordict.batch_size, *self._spec.shape)
             if not is_random.all():

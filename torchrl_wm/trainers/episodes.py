@@ -170,8 +170,12 @@ class ContinuedEpisodes(Transform):
             return env.reset()
         now = now.copy()
         for key in self._carried_keys:
-            fresh = now.get(strip_next(key))
-            carried = last.get(key).reshape(fresh.shape)
+            carried = last.get(key)
+            # A reset gives no action, which a filter reads at the next step.
+            fresh = now.get(strip_next(key), None)
+            if fresh is None:
+                fresh = torch.zeros_like(carried).reshape(*size, *carried.shape[1:])
+            carried = carried.reshape(fresh.shape)
             rows = goes_on.reshape(size).view(*size, *[1] * (fresh.ndim - len(size)))
             now.set(strip_next(key), torch.where(rows, carried, fresh))
         return now

@@ -269,7 +269,8 @@ class TestBits:
             data["is_init"] = torch.rand(3, 5, 1) < 0.4
         expected = with_gradients(lambda: reference(model, data), model)
         out = with_gradients(lambda: model.observe(data), model)
-        assert_equal(out, expected)
+        # Only the rows where an episode begins are encoded for it: another product of matrices.
+        assert_equal(out, expected, exact=not restarts)
         new = set(out[0].keys(True, True)) - set(data.keys(True, True))
         assert new <= set(expected[0].keys(True, True))
 
@@ -285,6 +286,7 @@ class TestBits:
         assert_equal(
             with_gradients(lambda: model.observe(batch), model),
             with_gradients(lambda: reference(model, batch), model),
+            exact=not is_init.any(),
         )
 
     def test_nested_containers_stay(self) -> None:

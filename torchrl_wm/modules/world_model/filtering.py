@@ -117,7 +117,10 @@ class Filter:
         as they are. The tensordict is written to and returned.
         """
         _require(tensordict, self.observations, "encode")
-        tensordict = run_components({"encoder": self.encoder}, tensordict)
+        return self._completed(run_components({"encoder": self.encoder}, tensordict))
+
+    def _completed(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Complete encoded observations by the other latents, and let the posterior correct them."""
         absent = missing_from(tensordict, self.latents)
         if not absent or self.initial_state is None:
             return tensordict
@@ -157,13 +160,11 @@ class Filter:
         self.check_observable()
         observations = self.observations
         _require(tensordict, observations)
-        fresh = self._fresh(tensordict.select(*observations))
-        if not self.is_recurrent:
-            return tensordict.update(fresh)
+        observed = tensordict.select(*observations)
+        if not self.is_recurrent or missing_from(tensordict, self.latents):
+            return tensordict.update(self._fresh(observed))
         begins, transition = episode_begins(tensordict), self.transition
         missing = missing_from(tensordict, transition.context)
-        if missing_from(tensordict, self.latents):
-            return tensordict.update(fresh)
         if missing:
             if begins is None or not begins.all():
                 raise MissingEntryError(
@@ -172,15 +173,16 @@ class Filter:
                     f"the root, as env.rollout does: step_mdp(td, exclude_action=False); or say "
                     f"with 'is_init' (torchrl.envs.InitTracker) that every episode begins here."
                 )
-            return tensordict.update(fresh)
-        encoded = self.encoder(tensordict.select(*observations))
+            return tensordict.update(self._fresh(observed))
+        encoded = self.encoder(observed.copy())
         at = Placement(tensordict.batch_size, tensordict.device)
         before = to_flat(tensordict, self.latents)
         context = to_flat(tensordict, transition.context)
         values = transition.predict(before, context, at)
         _, state = transition.correct(values, self._below_next(encoded), at)
-        if begins is not None:
-            state = where(begins, to_flat(fresh, self.latents), state)
+        if _may_begin(begins):
+            fresh = to_flat(self._fresh(observed), self.latents)
+            state = where(begins, fresh, state)
         for key, value in state.items():
             tensordict.set(key, value)
         return tensordict
@@ -209,9 +211,10 @@ class Filter:
             )
         state = self._first_latents(tensordict)
         begins, fresh = episode_begins(tensordict), None
-        if _may_begin(begins, slice(1, None)):
-            known = tensordict.select(*observations, strict=False)
-            fresh = to_flat(self._fresh(known), self.latents)
+        if begins is not None and _may_begin(begins[..., 1:]):
+            fresh = self._fresh_where(
+                begins, tensordict.select(*observations, strict=False)
+            )
         else:
             begins = None
         encoded = run_components(
@@ -275,10 +278,33 @@ class Filter:
         state = to_flat(state, self.latents)
         begins = episode_begins(tensordict)
         no_latents = missing_from(first, self.latents) == self.latents
-        if no_latents or not _may_begin(begins, 0):
+        if no_latents or begins is None or not _may_begin(begins[..., 0]):
             return state
         fresh = self._fresh(first.select(*observations, strict=False))
         return where(begins[..., 0], to_flat(fresh, self.latents), state)
+
+    def _fresh_where(
+        self, begins: torch.Tensor, tensordict: TensorDictBase
+    ) -> FlatTensors:
+        """Return the latents at the beginning of an episode, for the rows where one begins.
+
+        Elsewhere they stand for nothing: on a CPU, no observation is encoded there.
+
+        Args:
+            begins: where episodes begin, ``[*B, T]`` bool.
+            tensordict: the observations.
+        """
+        # Rows whose number is not known beforehand break graphs, and wait for a GPU.
+        is_late = begins.device.type != "cpu" or torch.compiler.is_compiling()
+        if is_late or missing_from(tensordict, self.observations):
+            return to_flat(self._fresh(tensordict), self.latents)
+        rows = run_components({"encoder": self.encoder}, tensordict[begins])
+        known = tensordict.copy()
+        for key in written_keys(self.encoder):
+            row = rows.get(key)
+            everywhere = row.new_zeros(*begins.shape, *row.shape[1:])
+            known.set(key, everywhere.index_put((begins,), row))
+        return to_flat(self._completed(known), self.latents)
 
     def _fresh(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return the latents at the beginning of an episode, from all that is known of it."""
@@ -335,8 +361,8 @@ def episode_begins(
     return ended.roll(1, -1) & later
 
 
-def _may_begin(begins: torch.Tensor | None, steps: int | slice) -> bool:
-    """Return whether an episode may begin at ``steps`` of ``begins``, ``[*B, T]`` bool.
+def _may_begin(begins: torch.Tensor | None) -> bool:
+    """Return whether an episode may begin somewhere, given where they do; None is nowhere.
 
     Fresh latents are drawn for every row. Where no episode begins that is in vain, and
     changes the random numbers that follow from those of TorchRL's rollouts.
@@ -346,7 +372,7 @@ def _may_begin(begins: torch.Tensor | None, steps: int | slice) -> bool:
     # A look at the values would wait for any other device, and break a graph.
     if begins.device.type != "cpu" or torch.compiler.is_compiling():
         return True
-    return bool(begins[..., steps].any())
+    return bool(begins.any())
 
 
 def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:

@@ -1,0 +1,411 @@
+"""Dreamer: an actor and a critic learn in what a recurrent model imagines (arXiv 2301.04104)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.objectives import (
+    DreamerV3ActorLoss,
+    DreamerV3ValueLoss,
+    DreamerValueLoss,
+    SoftUpdate,
+)
+from torchrl.objectives.utils import ValueEstimators
+from torchrl.trainers.algorithms import DreamerV3Optimizer
+
+from torchrl_wm.models import make_dreamer_actor_critic, read_specs, RSSMConfig
+from torchrl_wm.modules import ContinuationModel, WorldModel
+from torchrl_wm.modules.world_model.flat import Placement, to_flat, to_tensordict
+from torchrl_wm.modules.world_model.program import Program
+from torchrl_wm.modules.world_model.run_components import run_components
+from torchrl_wm.trainers.env_checks import check_bounds
+from torchrl_wm.trainers.filtered_policy import FilteredPolicy
+from torchrl_wm.trainers.learning import check_losses
+from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
+from torchrl_wm.trainers.recipes.tdmpc2 import discount
+from torchrl_wm.trainers.settings import AtLeast, resolve_device, Within
+from torchrl_wm.trainers.steps import Steps
+
+#: The sizes of networks and batches: one that is quick on a CPU, and the authors'.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "belief_size": 128,
+        "hidden_size": 64,
+        "num_cells": 64,
+        "depth": 2,
+        "pixel_depth": 8,
+        "categoricals": 16,
+        "classes": 16,
+        "batch_size": 16,
+        "batch_length": 32,
+        "train_ratio": 128.0,
+        "imagine_every": 4,
+        "learning_rate": 1e-3,
+        "warmup": 100,
+        "gamma": None,
+    },
+    "12M": {
+        "belief_size": 2048,
+        "hidden_size": 256,
+        "num_cells": 256,
+        "depth": 3,
+        "pixel_depth": 16,
+        "categoricals": 32,
+        "classes": 16,
+        "batch_size": 16,
+        "batch_length": 64,
+        "train_ratio": 512.0,
+        "imagine_every": 1,
+        "learning_rate": 4e-5,
+        "warmup": 1000,
+        "gamma": 0.997,
+    },
+}
+PRESETS["1M"] = {
+    **PRESETS["12M"],
+    "belief_size": 512,
+    "hidden_size": 64,
+    "num_cells": 64,
+    "pixel_depth": 4,
+    "classes": 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamerConfig(RecurrentRunConfig):
+    """The settings of :class:`Dreamer`.
+
+    Args:
+        version: the model, its loss, and how actor and critic learn: those of DreamerV3, of
+            DreamerV2 (arXiv 2010.02193) or of the first Dreamer (arXiv 1912.01603). All of them
+            have the optimizer of V3.
+        preset: the sizes of networks and batches: small, which learns on a CPU, or those of
+            DreamerV3's authors, 1M and 12M parameters; auto is small on a CPU and 12M elsewhere.
+        categoricals: the number of distributions of a state; None for the preset's.
+        classes: the number of classes of each of them; None for the preset's.
+        free_nats: the free nats of the KL, per step; None for those of the version.
+        imagine_every: imagine from every n-th state of a sequence; None for the preset's.
+        horizon: for how many steps the model imagines.
+        gamma: the discount per step, below 1; None for the paper's 0.997, and in the small
+            preset for 1 - 5 / T with episodes of T steps, within 0.95 and 0.995.
+        lmbda: the weight of later steps in the targets of values.
+        entropy_weight: the weight of the actor's entropy.
+        replay_value_weight: the weight of the values' loss on real steps; only in V3.
+        slow_critic_weight: the weight of the distance from the slow critic; only in V3.
+        tau: the share of the critic that is mixed into the slow one in an update.
+        learning_rate: the learning rate of all networks; None for the preset's.
+        warmup: over how many updates the learning rate rises; None for the preset's.
+        clip: the greatest norm of a gradient, as a share of the norm of its parameter.
+    """
+
+    version: Literal["v3", "v2", "v1"] = "v3"
+    preset: Literal["auto", "small", "1M", "12M"] = "auto"
+    categoricals: Annotated[int, AtLeast(1)] | None = None
+    classes: Annotated[int, AtLeast(2)] | None = None
+    free_nats: Annotated[float, AtLeast(0)] | None = None
+    imagine_every: Annotated[int, AtLeast(1)] | None = None
+    horizon: Annotated[int, AtLeast(1)] = 15
+    gamma: Annotated[float, Within(0, 1)] | None = None
+    lmbda: Annotated[float, Within(0, 1)] = 0.95
+    entropy_weight: float = 3e-4
+    replay_value_weight: Annotated[float, AtLeast(0)] = 0.3
+    slow_critic_weight: Annotated[float, AtLeast(0)] = 1.0
+    tau: Annotated[float, Within(0, 1)] = 0.02
+    learning_rate: float | None = None
+    warmup: Annotated[int, AtLeast(0)] | None = None
+    clip: float = 0.3
+
+    def __post_init__(self) -> None:
+        # Settled here, so that a run that is resumed on another device keeps its sizes.
+        if self.preset == "auto":
+            kind = resolve_device(self.device).type
+            object.__setattr__(self, "preset", "small" if kind == "cpu" else "12M")
+        super().__post_init__()
+        if self.gamma is not None and not 0 < self.gamma < 1:
+            raise ValueError(
+                f"gamma is a discount above 0 and below 1, got {self.gamma}."
+            )
+
+    def defaults(self) -> dict[str, Any]:
+        return PRESETS[self.preset]
+
+    def model_settings(self) -> RSSMConfig:
+        names = ["belief_size", "hidden_size", "num_cells", "depth", "pixel_depth"]
+        if self.version != "v1":
+            names += ["categoricals", "classes"]
+        settings = {name: self.size(name) for name in names}
+        if self.free_nats is not None:
+            settings["free_nats"] = self.free_nats
+        if self.version == "v1":
+            return RSSMConfig.planet(**settings)
+        if self.version == "v2":
+            return RSSMConfig.dreamer_v2(**settings)
+        return RSSMConfig.dreamer_v3(**settings)
+
+
+class Dreamer(RecurrentRecipe):
+    """Learn a recurrent model, and an actor and a critic in what it imagines.
+
+    Args:
+        config: the settings.
+        env: the real env.
+
+    Attributes:
+        world_model: the recurrent model.
+        actor: the policy on latents.
+        critic: the values of latents.
+        loss: the loss of the world model.
+        actor_loss, value_loss: TorchRL's losses of actor and critic.
+        imagination: makes the steps that they learn from.
+        gamma: the discount.
+        policy: the filter and the actor.
+        counts: ``counts.updates`` is how many updates have been made.
+    """
+
+    name = "dreamer"
+    config_class = DreamerConfig
+    config: DreamerConfig
+
+    def __init__(self, config: DreamerConfig, env: EnvBase) -> None:
+        super().__init__(config, env)
+        key = env.action_key
+        spec = env.full_action_spec_unbatched[key]
+        check_bounds(spec, key)
+        actor, critic = make_dreamer_actor_critic(env, self.sizes)
+        self.actor, self.critic = actor.to(self.device), critic.to(self.device)
+        self.gamma = config.size("gamma") or discount(config, env)
+        # Only the first Dreamers, and V2 only for continuous actions, learn through the model.
+        is_choice = not spec.dtype.is_floating_point
+        self.is_v3 = config.version == "v3"
+        through_model = not self.is_v3 and not is_choice
+        self.imagination = Imagination(self.world_model, self.critic, through_model)
+        self.actor_loss = self._make_actor_loss(through_model)
+        self.value_loss = self._make_value_loss()
+        self.targets = (
+            SoftUpdate(self.value_loss, tau=config.tau)
+            if self.has_slow_critic
+            else None
+        )
+        trained = (self.loss, self.actor, self.value_loss)
+        self.optimizer = DreamerV3Optimizer(
+            [parameter for part in trained for parameter in part.parameters()],
+            lr=config.size("learning_rate"),
+            agc=config.clip,
+            warmup_steps=config.size("warmup"),
+        )
+        acting = self.actor
+        if not is_choice:  # the Gaussian reaches beyond the bounds
+            inside = TensorDictModule(spec.to(self.device).project, [key], [key])
+            acting = TensorDictSequential(self.actor, inside)
+        self.policy = FilteredPolicy(self.world_model, acting)
+        self.parts = {
+            "counts": self.counts,
+            "ratio": self.ratio,
+            "loss": self.loss,
+            "actor": self.actor,
+            "return_norm": self.actor_loss.retnorm,
+            "value_loss": self.value_loss,
+            "optimizer": self.optimizer,
+            "replay": self.replay,
+        }
+
+    @property
+    def has_slow_critic(self) -> bool:
+        """Whether there is a slow copy of the critic."""
+        return self.is_v3 and self.config.slow_critic_weight > 0
+
+    def _make_actor_loss(self, through_model: bool) -> DreamerV3ActorLoss:
+        config, env = self.config, self.env
+        goes_on = self.world_model.done_head is not None
+        loss = DreamerV3ActorLoss(
+            self.actor,
+            recalled("state_value"),
+            self.imagination,
+            continuation_model=recalled("continuation") if goes_on else None,
+            imagination_horizon=config.horizon,
+            entropy_bonus=config.entropy_weight,
+            use_reinforce=not through_model,
+            return_normalization=self.is_v3,
+        )
+        loss.set_keys(action=env.action_key, reward=env.reward_key)
+        # TorchRL finds the dim of time by its name, which is lost on the way.
+        loss.make_value_estimator(
+            ValueEstimators.TDLambda,
+            gamma=self.gamma,
+            lmbda=config.lmbda,
+            time_dim=-2,
+        )
+        return loss.to(self.device)
+
+    def _make_value_loss(self) -> DreamerV3ValueLoss | DreamerValueLoss:
+        config, env = self.config, self.env
+        if not self.is_v3:
+            return DreamerValueLoss(self.critic, gamma=self.gamma).to(self.device)
+        loss = DreamerV3ValueLoss(
+            self.critic,
+            value_loss="two_hot",
+            num_value_bins=self.sizes.reward_bins,
+            actor_loss=self.actor_loss,
+            slow_critic_regularization=config.slow_critic_weight,
+        )
+        done = read_specs(env).loss_keys
+        loss.set_keys(**done)
+        return loss.to(self.device)
+
+    def learn(self, steps: Steps) -> dict[str, torch.Tensor]:
+        """Make the updates that the train ratio asks for. The trainer has extended the replay."""
+        losses = {}
+        for _ in range(self.ratio(steps.total)):
+            # Sequences of T real steps, each from the latents that the filter had there.
+            batch = self.sample()
+            # Dynamics learning: filter them, and predict observations, rewards and ends.
+            terms = self.loss(batch)
+            latents = terms.pop("latents")
+            # Behaviour learning: imagine H steps from the filtered states s_1 ... s_T ...
+            starts, every = self.starts(latents)
+            acting, imagined = self.actor_loss(starts.reshape(-1))
+            terms["loss_actor"] = acting["loss_actor"]
+            # ... whose lambda-returns are the targets of the values, on real steps, too.
+            valuing, _ = self.value_loss(imagined)
+            terms["loss_value"] = valuing["loss_value"]
+            if self.is_v3 and self.config.replay_value_weight:
+                returns = imagined["lambda_target"][:, 0].reshape(starts.shape)
+                real = self.replayed(batch, latents, returns, every)
+                terms["loss_replay_value"] = self.replay_value(real)
+            self.descend(terms, batch)
+            self.counts.updates += 1
+            losses = {**terms.detach(), "entropy": acting["actor_entropy"]}
+            losses["return_scale"] = acting["return_scale"]
+        return losses
+
+    def starts(self, latents: TensorDictBase) -> tuple[TensorDictBase, slice]:
+        """Return the states to imagine from, ``[B, T / every]``, and which they are of all."""
+        every = self.config.size("imagine_every")
+        first = int(torch.randint(every, ())) if every > 1 else 0
+        chosen = slice(first, None, every)
+        states = latents["next"].select(*self.world_model.latent_keys)
+        return states[:, chosen], chosen
+
+    def replayed(
+        self,
+        batch: TensorDictBase,
+        latents: TensorDictBase,
+        returns: torch.Tensor,
+        imagined: slice,
+    ) -> TensorDictBase:
+        """Return the filtered states of real steps, ``[B, T]``, for the loss of their values.
+
+        Args:
+            batch: the real steps.
+            latents: the filtered states.
+            returns: the returns of the imagined ones, ``[B, T / every]``.
+            imagined: which of them were imagined. The critic judges the others.
+        """
+        states = latents["next"].select(*self.world_model.latent_keys)
+        with torch.no_grad():
+            bootstrap = self.critic(states.copy())["state_value"].squeeze(-1)
+        bootstrap[:, imagined] = returns
+        states.set("bootstrap", bootstrap)
+        return states.set("next", batch.get("next"))
+
+    def replay_value(self, real: TensorDictBase) -> torch.Tensor:
+        """Return the loss of the values on real steps."""
+        config = self.config
+        found = self.value_loss.replay_value_loss(
+            real, horizon=1 / (1 - self.gamma), lmbda=config.lmbda
+        )
+        return config.replay_value_weight * found["loss_replay_value"]
+
+    def descend(self, terms: TensorDict, batch: TensorDictBase) -> None:
+        """Make a gradient step on the sum of some terms."""
+        total = terms.sum(reduce=True)
+        check_losses(terms, total, batch, "Dreamer", self.counts.updates)
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        if self.targets is not None:
+            self.targets.step()
+
+
+def recalled(key: str) -> TensorDictModule:
+    """Return a module that leaves an entry as the imagination wrote it."""
+    return TensorDictModule(nn.Identity(), [key], [key])
+
+
+class Imagination(nn.Module):
+    """The imagined env that an actor's loss asks for: steps first, then judged all at once.
+
+    A :class:`~torchrl_wm.WorldModelEnv` predicts rewards and ends at each step. An actor's loss
+    needs them, and the values of all states, only after the last one.
+
+    Args:
+        world_model: the model.
+        critic: the values.
+        differentiable: whether gradients flow back through the steps into the actions.
+    """
+
+    def __init__(
+        self, world_model: WorldModel, critic: TensorDictModule, differentiable: bool
+    ) -> None:
+        super().__init__()
+        self.world_model, self.critic = world_model, critic
+        self.continuation = None
+        if world_model.done_head is not None:
+            self.continuation = ContinuationModel(world_model)
+        self.differentiable = differentiable
+        self._acting = Program([])
+
+    def reset(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return the latents to begin from."""
+        return tensordict
+
+    def rollout(
+        self, max_steps: int, policy: nn.Module, tensordict: TensorDictBase, **_: Any
+    ) -> TensorDictBase:
+        """Return steps of a policy, ``[N, H]``, with what they are worth.
+
+        Beside latents and actions there are ``("next", "reward")``; ``"state_value"`` and
+        ``"continuation"``, at the root and below "next".
+        """
+        with nullcontext() if self.differentiable else torch.no_grad():
+            steps = self.steps(max_steps, policy, tensordict)
+            latents = self.world_model.latent_keys
+            last = steps[:, -1:]["next"].select(*latents)
+            states = torch.cat([steps.select(*latents), last], 1)  # z_0 ... z_H
+            self.critic(states)
+            if self.continuation is not None:
+                self.continuation(states)
+            steps.update(states[:, :-1])
+            steps.get("next").update(states[:, 1:])
+            heads = {"reward_head": self.world_model.reward_head}
+            return run_components(heads, steps)
+
+    def steps(
+        self, number: int, policy: nn.Module, start: TensorDictBase
+    ) -> TensorDictBase:
+        """Return latents and actions, ``[N, H]``."""
+        transition, at = self.world_model.filter.transition, Placement(
+            start.batch_size, start.device
+        )
+        if not self._acting.is_for(policy):
+            self._acting = Program([policy])
+        state, made = to_flat(start, self.world_model.latent_keys), []
+        for _ in range(number):
+            values = dict(state)
+            self._acting(values, at)
+            made.append({key: values[key] for key in (*state, *transition.context)})
+            state = transition.predict(state, made[-1], at)
+            state = {key: state[place] for key, place in transition.latents}
+            at = at._replace(trusted=True)
+        flat = {key: torch.stack([now[key] for now in made], 1) for key in made[0]}
+        for key, value in state.items():
+            flat["next", key] = torch.cat([flat[key][:, 1:], value.unsqueeze(1)], 1)
+        size = (*start.batch_size, number)
+        return to_tensordict(flat, Placement(size, start.device))

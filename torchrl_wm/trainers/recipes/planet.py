@@ -1,0 +1,196 @@
+"""PlaNet: planning through a recurrent state space model (arXiv 1811.04551)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from tensordict.nn import TensorDictSequential
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.modules import AdditiveGaussianModule, EGreedyModule
+
+from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.models import RSSMConfig
+from torchrl_wm.modules.keys import join
+from torchrl_wm.planners import CEMPlanner
+from torchrl_wm.trainers.env_checks import check_bounds, check_planned_action
+from torchrl_wm.trainers.filtered_policy import FilteredPolicy
+from torchrl_wm.trainers.learning import check_losses
+from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
+from torchrl_wm.trainers.settings import AtLeast, resolve_device, Within
+from torchrl_wm.trainers.steps import Steps
+
+#: The sizes of networks, batches and plans: one that is quick on a CPU, and the paper's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "belief_size": 128,
+        "state_size": 16,
+        "hidden_size": 128,
+        "num_cells": 128,
+        "depth": 2,
+        "pixel_depth": 8,
+        "free_nats": 0.0,
+        "batch_size": 16,
+        "batch_length": 32,
+        "train_ratio": 128.0,
+        "num_candidates": 200,
+        "optim_steps": 4,
+        "top_k": 20,
+    },
+    "paper": {
+        "belief_size": 200,
+        "state_size": 30,
+        "hidden_size": 200,
+        "num_cells": 200,
+        "depth": 2,
+        "pixel_depth": 32,
+        "free_nats": 3.0,
+        "batch_size": 50,
+        "batch_length": 50,
+        # 100 updates after each episode of 1000 steps, with an action repeat of 4.
+        "train_ratio": 1000.0,
+        "num_candidates": 1000,
+        "optim_steps": 10,
+        "top_k": 100,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaNetConfig(RecurrentRunConfig):
+    """The settings of :class:`PlaNet`.
+
+    Args:
+        preset: the sizes of networks, batches and plans: small, which learns on a CPU, or paper;
+            auto is small on a CPU and paper elsewhere.
+        state_size: the size of the stochastic state; None for the preset's.
+        free_nats: the free nats of the KL, per step; None for the preset's.
+        termination: "learned", or "none" if episodes end only by time, as in the paper.
+        planning_horizon: how many steps a plan has.
+        num_candidates: how many plans are tried at each iteration; None for the preset's.
+        optim_steps: how often the candidates are improved at each real step; None for the
+            preset's.
+        top_k: how many of the best plans the next ones are drawn like; None for the preset's.
+        discount: the factor on rewards per step of a plan.
+        action_noise: the standard deviation of the noise on the actions of a run, as a share of
+            half their range; for a choice, the share of actions that are random. Evaluations
+            have none.
+        learning_rate: the learning rate of Adam.
+        clip: the greatest norm of the gradient.
+    """
+
+    preset: Literal["auto", "small", "paper"] = "auto"
+    state_size: Annotated[int, AtLeast(1)] | None = None
+    free_nats: Annotated[float, AtLeast(0)] | None = None
+    termination: Literal["learned", "none"] = "learned"
+    planning_horizon: Annotated[int, AtLeast(1)] = 12
+    num_candidates: Annotated[int, AtLeast(1)] | None = None
+    optim_steps: Annotated[int, AtLeast(1)] | None = None
+    top_k: Annotated[int, AtLeast(1)] | None = None
+    discount: Annotated[float, Within(0, 1)] = 1.0
+    action_noise: Annotated[float, AtLeast(0)] = 0.3
+    learning_rate: float = 1e-3
+    clip: float = 1000.0
+
+    def __post_init__(self) -> None:
+        # Settled here, so that a run that is resumed on another device keeps its sizes.
+        if self.preset == "auto":
+            kind = resolve_device(self.device).type
+            preset = "small" if kind == "cpu" else "paper"
+            object.__setattr__(self, "preset", preset)
+        super().__post_init__()
+
+    def defaults(self) -> dict[str, Any]:
+        return PRESETS[self.preset]
+
+    def model_settings(self) -> RSSMConfig:
+        names = ("belief_size", "state_size", "hidden_size", "num_cells", "depth")
+        settings = {name: self.size(name) for name in (*names, "pixel_depth")}
+        return RSSMConfig.planet(
+            **settings,
+            free_nats=self.size("free_nats"),
+            continue_head=self.termination == "learned",
+        )
+
+
+class PlaNet(RecurrentRecipe):
+    """Learn a recurrent model, and act by planning through it.
+
+    Args:
+        config: the settings.
+        env: the real env.
+
+    Attributes:
+        world_model: the recurrent model.
+        loss: its loss.
+        imagined_env: the env that the planner imagines in.
+        planner: the planner, which begins at filtered latents.
+        policy: the filter and the planner, with noise on the actions of the run.
+        counts: ``counts.updates`` is how many updates have been made.
+    """
+
+    name = "planet"
+    config_class = PlaNetConfig
+    config: PlaNetConfig
+
+    def __init__(self, config: PlaNetConfig, env: EnvBase) -> None:
+        super().__init__(config, env)
+        key = env.action_key
+        spec = env.full_action_spec_unbatched[key]
+        check_bounds(spec, key)
+        check_planned_action(env)
+        self.loss.return_latents = False  # nothing learns from them
+        self.optimizer = torch.optim.Adam(
+            self.loss.parameters(), lr=config.learning_rate, eps=1e-4, fused=True
+        )
+        # Planning: the cross-entropy method, from the filtered latents.
+        self.imagined_env = WorldModelEnv(self.world_model, env, batch_size=[])
+        self.planner = CEMPlanner(
+            self.imagined_env,
+            planning_horizon=config.planning_horizon,
+            optim_steps=config.size("optim_steps"),
+            num_candidates=config.size("num_candidates"),
+            top_k=config.size("top_k"),
+            reward_key=join("next", env.reward_key),
+            action_key=key,
+            discount=config.discount,
+        )
+        acting = TensorDictSequential(self.planner, self._noise(spec.to(self.device)))
+        self.policy = FilteredPolicy(self.world_model, acting)
+        self.parts = {
+            "counts": self.counts,
+            "ratio": self.ratio,
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+            "replay": self.replay,
+        }
+
+    def _noise(self, spec: Any) -> nn.Module:
+        """Return the module that adds noise to actions while the run explores."""
+        share, key = self.config.action_noise, self.env.action_key
+        if not spec.dtype.is_floating_point:
+            return EGreedyModule(spec, eps_init=share, eps_end=share, action_key=key)
+        noise = AdditiveGaussianModule(
+            spec, sigma_init=float(share), sigma_end=float(share), action_key=key
+        )
+        noise.std = (spec.space.high - spec.space.low) / 2
+        return noise
+
+    def learn(self, steps: Steps) -> dict[str, torch.Tensor]:
+        """Make the updates that the train ratio asks for. The trainer has extended the replay."""
+        losses = {}
+        for _ in range(self.ratio(steps.total)):
+            # Sequences of real steps: filter them, and predict observations and rewards.
+            batch = self.sample()
+            terms = self.loss(batch)
+            total = terms.sum(reduce=True)
+            check_losses(terms, total, batch, "The world model", self.counts.updates)
+            self.optimizer.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.clip)
+            self.optimizer.step()
+            self.counts.updates += 1
+            losses = dict(terms.detach())
+        return losses
