@@ -29,7 +29,6 @@ from torchrl_wm.trainers.env_checks import check_bounds
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.learning import check_losses
 from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
-from torchrl_wm.trainers.recipes.tdmpc2 import discount
 from torchrl_wm.trainers.settings import AtLeast, resolve_device, Within
 from torchrl_wm.trainers.steps import Steps
 
@@ -49,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "imagine_every": 4,
         "learning_rate": 1e-3,
         "warmup": 100,
-        "gamma": None,
+        "gamma": 0.99,
     },
     "12M": {
         "belief_size": 2048,
@@ -93,8 +92,8 @@ class DreamerConfig(RecurrentRunConfig):
         free_nats: the free nats of the KL, per step; None for those of the version.
         imagine_every: imagine from every n-th state of a sequence; None for the preset's.
         horizon: for how many steps the model imagines.
-        gamma: the discount per step, below 1; None for the paper's 0.997, and in the small
-            preset for 1 - 5 / T with episodes of T steps, within 0.95 and 0.995.
+        gamma: the discount per step, below 1; None for the preset's, 0.99 in the small one and
+            0.997 in those of the authors.
         lmbda: the weight of later steps in the targets of values.
         entropy_weight: the weight of the actor's entropy.
         replay_value_weight: the weight of the values' loss on real steps; only in V3.
@@ -128,7 +127,7 @@ class DreamerConfig(RecurrentRunConfig):
             kind = resolve_device(self.device).type
             object.__setattr__(self, "preset", "small" if kind == "cpu" else "12M")
         super().__post_init__()
-        if self.gamma is not None and not 0 < self.gamma < 1:
+        if not 0 < self.size("gamma") < 1:
             raise ValueError(
                 f"gamma is a discount above 0 and below 1, got {self.gamma}."
             )
@@ -180,7 +179,7 @@ class Dreamer(RecurrentRecipe):
         check_bounds(spec, key)
         actor, critic = make_dreamer_actor_critic(env, self.sizes)
         self.actor, self.critic = actor.to(self.device), critic.to(self.device)
-        self.gamma = config.size("gamma") or discount(config, env)
+        self.gamma = config.size("gamma")
         # Only the first Dreamers, and V2 only for continuous actions, learn through the model.
         is_choice = not spec.dtype.is_floating_point
         self.is_v3 = config.version == "v3"
