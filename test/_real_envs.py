@@ -222,6 +222,23 @@ class Ragged(gymnasium.Env):
         return np.array([self.place, self.left], np.float32)
 
 
+class Shown(Ragged):
+    """Shows a bar at its place, 24 by 40 pixels; the class counts its frames."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    frames = 0
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def render(self):
+        type(self).frames += 1
+        frame = np.zeros((24, 40, 3), np.uint8)
+        place = int(np.clip(20 + 10 * self.place, 0, 36))
+        frame[:, place : place + 4] = (255, 128, 0)
+        return frame
+
+
 def make_nested_ragged() -> TransformedEnv:
     """A ragged env whose entries are those of an agent."""
     return TransformedEnv(

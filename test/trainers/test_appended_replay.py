@@ -36,6 +36,18 @@ def rows(number: int, first: int = 0) -> TensorDict:
     return TensorDict(content, batch_size=[number])
 
 
+def frames(number: int, first: int = 0) -> TensorDict:
+    """Consecutive transitions between images, in episodes of five steps."""
+    index = torch.arange(first, first + number)
+    time = index + index // 5  # an episode has one image more than steps
+    content = {}
+    for where, at in (((), time), (("next",), time + 1)):
+        image = at.to(torch.uint8).view(-1, 1, 1).expand(-1, 64, 8)
+        content[(*where, "agent", "camera")] = image.contiguous()
+    content["next", "reward"] = index.double().unsqueeze(-1)
+    return TensorDict(content, batch_size=[number])
+
+
 def folder_of(path: Path, buffer: ReplayBuffer) -> RunFolder:
     """A run's folder whose checkpoints hold a buffer."""
     run = RunFolder(path)
@@ -64,22 +76,25 @@ def assert_equal(one: ReplayBuffer, other: ReplayBuffer) -> None:
         assert (sample == other.sample(5)).all()
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     capacity=st.integers(1, 12),
     extends=st.lists(
         st.tuples(st.integers(0, 15), st.sampled_from(["", "save", "resume", "empty"])),
         max_size=9,
     ),
+    make_rows=st.sampled_from([rows, frames]),
 )
-def test_a_buffer_is_restored_exactly(capacity, extends, tmp_path_factory) -> None:
+def test_a_buffer_is_restored_exactly(
+    capacity, extends, make_rows, tmp_path_factory
+) -> None:
     path = tmp_path_factory.mktemp("run")
     buffer, step, first = make_replay(capacity), 0, 0
     run = folder_of(path, buffer)
     for number, then in extends:
         number = min(number, capacity)  # TorchRL takes no more at once
         if number:
-            buffer.extend(rows(number, first))
+            buffer.extend(make_rows(number, first))
         first += number
         if then == "empty":
             buffer.empty()
@@ -130,6 +145,21 @@ def test_a_checkpoint_writes_the_new_rows_alone(tmp_path) -> None:
     assert max(parts) < 3_000
     run.save(7)  # without anything new
     assert len(list((tmp_path / "replay").rglob("*.pt"))) == 6
+
+
+def test_each_image_is_written_once(tmp_path) -> None:
+    buffer = make_replay(400)
+    run, sizes = folder_of(tmp_path, buffer), []
+    for step in range(3):
+        buffer.extend(frames(200, 200 * step))
+        before = run.size
+        run.save(step)
+        sizes.append(run.size - before)
+    # 200 images before steps, and one after each of 40 episodes.
+    assert all(240 * 512 < size < 1.1 * 240 * 512 + 4_000 for size in sizes)
+    again = restored(tmp_path, buffer)
+    assert_equal(again, buffer)
+    assert again.storage.number_of_images == buffer.storage.number_of_images == 480
 
 
 def test_a_buffer_that_was_emptied_begins_another_series(tmp_path) -> None:

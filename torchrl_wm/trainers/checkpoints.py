@@ -8,7 +8,7 @@ one before. What a checkpoint writes does not grow with the replay.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl_wm import _upstream
 from torchrl_wm._files import read_plain, write_plain
 from torchrl_wm.modules.keys import as_tuple, leaf_keys
+from torchrl_wm.trainers.frame_storage import FrameStorage, unpacked
 
 #: How many checkpoints a run keeps.
 KEEP = 2
@@ -128,9 +129,7 @@ class ReplayAdapter(CheckpointAdapter):
             # The next row will be written at the cursor.
             at = (torch.arange(first, count) - count + cursor) % capacity
             segment = _Segment(self._series, first, count)
-            entries = plain_entries(component.storage[at])
-            content = {"entries": entries, "size": count - first}
-            write_plain(content, self.folder / segment.name)
+            write_plain(plain_rows(component.storage, at), self.folder / segment.name)
             self._segments().append(segment)
         self._saved = [*self._saved, (self._series, count)][-KEEP - 1 :]
         # The checkpoint that this belongs to may still fail: keep what one more needs.
@@ -164,10 +163,9 @@ class ReplayAdapter(CheckpointAdapter):
         component.empty()
         self._series = state["series"]
         self._saved = [(self._series, count)]
-        if size:
-            rows = self._rows(count - size, count)
-            # A full buffer has its oldest row at the cursor.
-            rows = rows[(torch.arange(size) - cursor) % size]
+        # A full buffer has its oldest row at the cursor.
+        _upstream.set_cursor(component.writer, (cursor - size) % capacity, count - size)
+        for rows in self._rows(count - size, count):
             component.sampler.extend(component.writer.extend(rows))
         _upstream.set_cursor(component.writer, cursor, count)
         component.sampler.load_state_dict(state["sampler"])
@@ -200,9 +198,9 @@ class ReplayAdapter(CheckpointAdapter):
             number += 1
         del files[:number]
 
-    def _rows(self, first: int, end: int) -> TensorDictBase:
-        """Return the rows ``first`` to ``end`` of all that were written."""
-        parts, at = [], first
+    def _rows(self, first: int, end: int) -> Iterator[TensorDictBase]:
+        """Give the rows ``first`` to ``end`` of all that were written, file by file."""
+        at = first
         for segment in self._segments():
             # A file that goes on beyond the end belongs to a later checkpoint, or to none.
             if segment.series != self._series or not (
@@ -211,15 +209,13 @@ class ReplayAdapter(CheckpointAdapter):
                 continue
             file = self.folder / segment.name
             content = read_plain(file, "file of a run's replay", _WRITER)
-            rows = from_plain_entries(content["entries"], [content["size"]])
-            parts.append(rows[at - segment.first :])
+            yield from_plain_rows(content)[at - segment.first :]
             at = segment.end
         if at < end:
             raise ValueError(
                 f"The replay in {str(self.folder)!r} is damaged: the rows {at} to {end} are "
                 f"missing."
             )
-        return torch.cat(parts)
 
 
 class _Segment(NamedTuple):
@@ -322,6 +318,28 @@ def check_part(name: str, part: Any) -> None:
             f"{type(part.writer).__name__} and a {type(part.sampler).__name__}. "
             f"torchrl_wm.trainers.recipe.make_replay makes one."
         )
+
+
+def plain_rows(storage: TensorStorage, index: torch.Tensor) -> dict[str, Any]:
+    """Return rows of a storage, ``[N]``, as plain data, with each image once."""
+    if not isinstance(storage, FrameStorage):
+        return {"entries": plain_entries(storage[index]), "size": len(index)}
+    rows, images = storage.packed(index)
+    return {
+        "entries": plain_entries(rows),
+        "images": [
+            [list(as_tuple(key)), links, apart.cpu()]
+            for key, (links, apart) in images.items()
+        ],
+        "size": len(index),
+    }
+
+
+def from_plain_rows(content: Mapping[str, Any]) -> TensorDictBase:
+    """Return the complete rows of :func:`plain_rows`, ``[N]``."""
+    rows = from_plain_entries(content["entries"], [content["size"]])
+    images = content.get("images", ())
+    return unpacked(rows, [(tuple(names), *where) for names, *where in images])
 
 
 def plain_entries(rows: TensorDictBase) -> list:

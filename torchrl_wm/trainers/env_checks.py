@@ -106,7 +106,8 @@ def check_float_observations(env: EnvBase) -> None:
     if images:
         raise ValueError(
             f"The recipes predict vectors, and these observations of the env are images: {images}. "
-            f"Leave them out, {without}, or make vectors of them."
+            f"Leave them out, {without}, or make vectors of them. TD-MPC2 learns from images: "
+            f"TDMPC2Trainer, torchrl-wm train tdmpc2."
         )
     if others:
         raise ValueError(

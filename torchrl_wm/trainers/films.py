@@ -16,7 +16,7 @@ from torchrl_wm.diagnostics.video_files import resized
 from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.keys import as_tuple, unique
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.real_envs import rendered_frame
+from torchrl_wm.trainers.pixels import rendered_frame
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 
@@ -163,6 +163,9 @@ def take_film(
 def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
     """Return what draws observations: the user's function, or one that is known for the env."""
     if render is None:
+        config = trainer.config
+        if getattr(config, "pixels", None) is not None and config.pixels_only:
+            return None  # the state that is known to be drawn is not observed
         return observation_renderer(trainer.env)
     draw = observation_renderer(found_render(render))
     if draw is None:

@@ -20,6 +20,7 @@ from torchrl_wm.trainers.gym_actions import (
     TorchRLActions,
     wrapped_env,
 )
+from torchrl_wm.trainers.pixels import Pixels, reduced
 
 #: The structure of an observation: dictionaries, lists (for a Tuple space), and shapes; None for
 #: parts without a shape.
@@ -31,12 +32,18 @@ class HandedValues:
 
     Args:
         env: the innermost TorchRL env, without transforms.
+        pixels: what observes frames of the env, which are part of its observations then.
     """
 
-    def __init__(self, env: EnvBase) -> None:
+    def __init__(self, env: EnvBase, pixels: Pixels | None = None) -> None:
         self._env, self._inner = env, gymnasium_env(env)
         self._space = own_action_space(env)
-        self._layout = _layout_of(env)
+        self._layout, self._pixels = _layout_of(env), pixels
+        self._is_bare = not isinstance(self._layout, dict)
+        if pixels is not None:
+            image = (pixels.size, pixels.size, 3)
+            own = {"observation": self._layout} if self._is_bare else self._layout
+            self._layout = image if pixels.only else {**own, "pixels": image}
 
     def split(self, observation: Any) -> tuple[int | None, list[Any]]:
         """Return the size of a batch of observations, None for a single one, and each observation.
@@ -44,7 +51,7 @@ class HandedValues:
         Raises:
             ValueError: if entries are missing or unknown, or of another shape.
         """
-        observation = self._named(observation)
+        observation = self._named(self._with_reduced(observation))
         sizes = dict(_sizes(self._layout, observation, "observation"))
         if len(set(sizes.values())) > 1:
             raise ValueError(
@@ -60,6 +67,16 @@ class HandedValues:
 
     def read(self, observation: Any) -> TensorDictBase:
         """Return a single observation as the env's ``reset`` would return it."""
+        if self._pixels is None:
+            return self._own(observation)
+        if self._pixels.only:
+            return TensorDict({"pixels": torch.as_tensor(observation)}, batch_size=[])
+        own = {name: part for name, part in observation.items() if name != "pixels"}
+        entries = self._own(own["observation"] if self._is_bare else own)
+        return entries.set("pixels", torch.as_tensor(observation["pixels"]))
+
+    def _own(self, observation: Any) -> TensorDictBase:
+        """Return an observation of the env itself as entries."""
         read = getattr(self._env, "read_obs", None)
         if read is not None:
             entries = read(observation)
@@ -85,6 +102,17 @@ class HandedValues:
         empty = create_empty_array(self._space, len(actions))
         return concatenate(self._space, actions, empty)
 
+    def _with_reduced(self, observation: Any) -> Any:
+        """Return an observation with its frames, of any size, as images of the run's size."""
+        if self._pixels is None:
+            return observation
+        if not isinstance(observation, Mapping):
+            return _reduced_frames(observation, self._pixels.size)
+        if "pixels" not in observation:
+            return observation
+        images = _reduced_frames(observation["pixels"], self._pixels.size)
+        return {**observation, "pixels": images}
+
     def _named(self, observation: Any) -> Any:
         """Return a bare value under its name, if the env is a TorchRL env with a single entry."""
         if isinstance(observation, Mapping) or not isinstance(self._layout, dict):
@@ -100,6 +128,16 @@ class HandedValues:
         for name in reversed(path):
             observation = {name: observation}
         return observation
+
+
+def _reduced_frames(frames: Any, size: int) -> Any:
+    """Return a frame or a batch of them, uint8, at another size; anything else as it is."""
+    array = _array(frames)
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
+        return frames
+    many = array.reshape(-1, *array.shape[-3:])
+    images = np.stack([reduced(frame, size).numpy() for frame in many])
+    return images if array.ndim == 4 else images[0]
 
 
 def _layout_of(env: EnvBase) -> Layout:

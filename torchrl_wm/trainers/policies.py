@@ -23,12 +23,13 @@ from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.gym_actions import innermost, layers
 from torchrl_wm.trainers.observations import HandedValues
+from torchrl_wm.trainers.pixels import Pixels
 from torchrl_wm.trainers.real_envs import ActionRepeat
 from torchrl_wm.trainers.runs import resume_run
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
-#: Transforms that seed or step the env itself.
-_OF_THE_ENV = (EpisodeSeeds, ActionRepeat, FrameSkipTransform)
+#: Transforms that seed, step or draw the env itself.
+_OF_THE_ENV = (EpisodeSeeds, ActionRepeat, FrameSkipTransform, Pixels)
 
 
 def load_policy(
@@ -130,7 +131,8 @@ class Policy:
         self._policy, self._device = policy, trainer.recipe.device
         # The real env with all transforms, and with the entries that the policy carries.
         self._around = prepared(env, policy)
-        self._values = HandedValues(innermost(self._around))
+        pixels = _pixels_of(self._around)
+        self._values = HandedValues(innermost(self._around), pixels)
         self.action_repeat = _repeats(self._around)
         self._random = PrivateRandom(seed, self._device)
         self._size: int | None = None
@@ -143,7 +145,10 @@ class Policy:
 
         Args:
             observation: the observation of a Gymnasium env or a vector env, ``[N, ...]``, from
-                ``reset`` or ``step``: an array, or a dictionary or tuple of arrays.
+                ``reset`` or ``step``: an array, or a dictionary or tuple of arrays. In a run with
+                ``pixels``, frames of any size, as ``render`` returns them; with
+                ``pixels_only=False`` a dictionary of "pixels" and the env's own observations, a
+                single array of which is called "observation".
 
         Returns:
             The action for ``step`` of the same env: an array of the action space's dtype, or an
@@ -227,7 +232,10 @@ class Seat:
     """
 
     def __init__(self, around: EnvBase) -> None:
-        self._handed = HandedEnv(innermost(around))
+        observed, pixels = innermost(around), _pixels_of(around)
+        if pixels is not None:
+            observed = TransformedEnv(observed, pixels.clone(), auto_unwrap=False)
+        self._handed = HandedEnv(observed)
         self._env: EnvBase = self._handed
         for transforms in reversed([*layers(around)]):
             # The handed env is neither seeded nor stepped several times.
@@ -332,6 +340,12 @@ def _repeats(env: EnvBase) -> int:
         elif isinstance(transform, FrameSkipTransform):
             times *= transform.frame_skip
     return times
+
+
+def _pixels_of(env: EnvBase) -> Pixels | None:
+    """Return what observes the frames of a real env; None if nothing does."""
+    transforms = chain.from_iterable(layers(env))
+    return next((each for each in transforms if isinstance(each, Pixels)), None)
 
 
 def _counted(size: int | None) -> str:

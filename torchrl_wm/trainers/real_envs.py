@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import gymnasium
-import numpy as np
 from tensordict import TensorDictBase
 from torchrl.envs import (
     Compose,
@@ -34,15 +33,13 @@ from torchrl_wm.trainers.gym_actions import (
     check_start,
     gymnasium_env,
     layers,
-    wrapped_env,
 )
+from torchrl_wm.trainers.pixels import check_frames, Pixels
 from torchrl_wm.trainers.settings import AtLeast
 
 #: The forms in which a recipe takes an env.
 EnvSource = str | EnvBase | gymnasium.Env | Callable[[], Any]
 _DM_CONTROL = "dm_control/"
-#: The height and width of dm_control's frames, in pixels.
-_HEIGHT = 240
 
 
 def make_real_env(
@@ -51,6 +48,8 @@ def make_real_env(
     seed: int = 0,
     max_episode_steps: int | None = None,
     action_repeat: int = 1,
+    pixels: int | None = None,
+    pixels_only: bool = True,
     first_episode: int = 0,
     stride: int = 1,
     **kwargs: Any,
@@ -73,6 +72,10 @@ def make_real_env(
         max_episode_steps: a time limit, after which an episode is truncated.
         action_repeat: for how many steps of the env an action is repeated. They count as one,
             and their rewards are summed. The end of an episode also ends them.
+        pixels: the height and width of images of the env, ``[pixels, pixels, 3]`` uint8, which
+            are observed under "pixels": what a Gymnasium env renders, or the first camera of a
+            dm_control task. None for none.
+        pixels_only: leave out the env's own observations if there are images.
         first_episode, stride: the number of the first episode, and what is added to it for
             each later one.
         kwargs: arguments for Gymnasium, such as ``render_mode``, or for dm_control; a function
@@ -84,7 +87,7 @@ def make_real_env(
     Raises:
         ValueError: if there is no such env, it has a batch size, or it has several actions or
             rewards; if it is a TorchRL env whose Gymnasium env does not number its actions
-            from 0.
+            from 0; if there should be pixels, and it shows no frames.
         TypeError: if the function returns something else.
 
     Examples:
@@ -96,6 +99,9 @@ def make_real_env(
     if max_episode_steps is not None:
         AtLeast(1).check("max_episode_steps", max_episode_steps)
     AtLeast(1).check("action_repeat", action_repeat)
+    if pixels is not None:
+        AtLeast(8).check("pixels", pixels)
+        kwargs = {"render_mode": "rgb_array", **kwargs}
     base = _base_env(env, kwargs)
     if base.batch_size:
         raise ValueError(
@@ -103,12 +109,15 @@ def make_real_env(
             f"{tuple(base.batch_size)}. Give a single env."
         )
     check_entries(base)
-    repeat = [ActionRepeat(action_repeat)] if action_repeat > 1 else []
+    changes = [ActionRepeat(action_repeat)] if action_repeat > 1 else []
+    if pixels is not None:
+        check_frames(base, pixels)
+        changes.append(Pixels(base, pixels, pixels_only))
     return TransformedEnv(
         base,
         Compose(
             EpisodeSeeds(seed, first_episode, stride),
-            *repeat,
+            *changes,
             InitTracker(),
             DoubleToFloat(),
             StepCounter(max_episode_steps),
@@ -172,19 +181,6 @@ def copied_source(source: EnvSource) -> EnvSource:
             f"or a function that makes it as env=...; or leave them out: num_envs=1, "
             f"evaluation_interval=0, film_interval=0."
         ) from err
-
-
-def rendered_frame(env: EnvBase) -> np.ndarray | None:
-    """Return the frame that a real env shows now, ``[height, width, 3]`` uint8; None if it shows none."""
-    inner = wrapped_env(env)
-    if isinstance(inner, gymnasium.Env):
-        frame = inner.render() if inner.render_mode is not None else None
-    elif hasattr(inner, "physics"):  # dm_control
-        frame = inner.physics.render(height=_HEIGHT, width=_HEIGHT, camera_id=0)
-    else:
-        frame = None
-    is_frame = isinstance(frame, np.ndarray) and frame.ndim == 3
-    return frame.astype(np.uint8) if is_frame and frame.shape[-1] == 3 else None
 
 
 def _base_env(source: EnvSource, kwargs: dict[str, Any]) -> EnvBase:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.trainers.collecting import RealSteps
+from torchrl_wm.trainers.frame_storage import FrameStorage
 from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
 from torchrl_wm.trainers.settings import resolve_device, RunConfig, Settings
 from torchrl_wm.trainers.steps import Steps
@@ -161,6 +162,18 @@ class Counts:
         self.__dict__.update(state_dict)
 
 
-def make_replay(capacity: int, device: torch.device | str = "cpu") -> ReplayBuffer:
-    """Return a replay buffer that keeps and samples transitions on a device."""
-    return TensorDictReplayBuffer(storage=LazyTensorStorage(capacity, device=device))
+def make_replay(
+    capacity: int,
+    device: torch.device | str = "cpu",
+    images: Literal["memory", "disk"] = "memory",
+) -> ReplayBuffer:
+    """Return a replay buffer that keeps and samples transitions on a device, each image once.
+
+    Args:
+        capacity: how many transitions it keeps.
+        device: the device of transitions, also of those whose images are on the disk.
+        images: where images are kept; see
+            :class:`~torchrl_wm.trainers.frame_storage.FrameStorage`.
+    """
+    storage = FrameStorage(capacity, device=device, images=images)
+    return TensorDictReplayBuffer(storage=storage)

@@ -171,6 +171,9 @@ class RunConfig(Settings):
         max_episode_steps: the most steps of an episode; None for the limit that the env has.
         action_repeat: for how many steps of the env an action is repeated. They count as one
             step, and their rewards are summed.
+        pixels: the height and width of images of the env to observe, from its render or from
+            dm_control's first camera; None for the observations that the env has.
+        pixels_only: leave out the env's own observations if there are images of it.
         evaluation_interval: how many steps pass between two evaluations; 0 for none.
         evaluation_episodes: how many episodes an evaluation has.
         stop_return: the mean return of an evaluation that ends the run; None for no such end.
@@ -185,6 +188,8 @@ class RunConfig(Settings):
     random_hold: Annotated[int, AtLeast(1)] = 1
     max_episode_steps: Annotated[int, AtLeast(1)] | None = None
     action_repeat: Annotated[int, AtLeast(1)] = 1
+    pixels: Annotated[int, AtLeast(8)] | None = None
+    pixels_only: bool = True
     evaluation_interval: Annotated[int, AtLeast(0)] = 0
     evaluation_episodes: Annotated[int, AtLeast(1)] = 5
     stop_return: float | None = None
@@ -203,7 +208,7 @@ class RunConfig(Settings):
     @property
     def env_settings(self) -> dict[str, Any]:
         """The settings that :func:`~torchrl_wm.trainers.make_real_env` takes."""
-        names = ("seed", "max_episode_steps", "action_repeat")
+        names = ("seed", "max_episode_steps", "action_repeat", "pixels", "pixels_only")
         return {name: getattr(self, name) for name in names}
 
     @property

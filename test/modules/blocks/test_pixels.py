@@ -95,3 +95,24 @@ def test_wrong_images() -> None:
     encoder = PixelEncoder((3, 8, 8), depth=2)
     with pytest.raises(ValueError, match=r"\(5, 8, 8, 3\); \[\*B, 3, 8, 8\]"):
         encoder(torch.zeros(5, 8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    "kind", [PixelEncoder, lambda *a, **k: PixelDecoder(3, *a, **k)]
+)
+@pytest.mark.parametrize(
+    "shape, options, reason",
+    [
+        ((3, 8), {}, r"\(channels, height, width\).*got \(3, 8\)"),
+        ((3, 0, 8), {}, "at least 1.*got"),
+        ((0, 8, 8), {}, "at least 1.*got"),
+        ((3, 8, 8.5), {}, "whole numbers"),
+        ((3, 8, 8), {"layout": "HW"}, "one channel.*got"),
+        ((3, 8, 8), {"depth": 0}, "depth and multipliers.*got 0"),
+        ((3, 8, 8), {"multipliers": (1, 0)}, "depth and multipliers.*0"),
+        ((3, 8, 8), {"scale": 0.0}, "scale.*got 0.0"),
+    ],
+)
+def test_sizes_that_no_image_has(kind, shape, options, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        kind(shape, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, log2
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -22,6 +23,10 @@ def default_multipliers(height: int, width: int) -> tuple[int, ...]:
     return _MULTIPLIERS[: min(max(stages, 1), len(_MULTIPLIERS))]
 
 
+def _is_count(number: object) -> bool:
+    return isinstance(number, Integral) and number >= 1
+
+
 class _ImageNetwork(nn.Module):
     """The choices that encoder and decoder of an image share."""
 
@@ -30,11 +35,29 @@ class _ImageNetwork(nn.Module):
         image_shape: tuple[int, int, int],
         layout: ImageLayout,
         scale: float,
+        depth: int,
         multipliers: Sequence[int] | None,
     ) -> None:
         super().__init__()
         if layout not in _LAYOUTS:
             raise ValueError(f"Unknown layout={layout!r}. Valid are {list(_LAYOUTS)}.")
+        if len(image_shape) != 3 or not all(map(_is_count, image_shape)):
+            raise ValueError(
+                f"image_shape must be (channels, height, width), whole numbers of at least 1, in "
+                f"this order for any layout, got {tuple(image_shape)}."
+            )
+        if layout == "HW" and image_shape[0] != 1:
+            raise ValueError(
+                f"An image of layout='HW' has one channel: image_shape=(1, height, width), got "
+                f"{tuple(image_shape)}."
+            )
+        if not all(map(_is_count, (depth, *(multipliers or ())))):
+            raise ValueError(
+                f"depth and multipliers must be whole numbers of at least 1, got {depth!r} and "
+                f"{multipliers!r}."
+            )
+        if not scale > 0:
+            raise ValueError(f"scale is the largest value of an image, got {scale}.")
         self.image_shape, self.layout, self.scale = tuple(image_shape), layout, scale
         self.stages = tuple(multipliers or default_multipliers(*self.image_shape[1:]))
 
@@ -56,7 +79,7 @@ class PixelEncoder(_ImageNetwork):
         kernel_size: that of the convolutions; odd.
 
     Raises:
-        ValueError: if ``layout`` is unknown.
+        ValueError: if ``layout`` is unknown, or a size is not a whole number of at least 1.
 
     Examples:
         >>> import torch
@@ -77,7 +100,7 @@ class PixelEncoder(_ImageNetwork):
         multipliers: Sequence[int] | None = None,
         kernel_size: int = 5,
     ) -> None:
-        super().__init__(image_shape, layout, scale, multipliers)
+        super().__init__(image_shape, layout, scale, depth, multipliers)
         self.network = DreamerV3ImageEncoder(
             in_channels=self.image_shape[0],
             depth=depth,
@@ -133,7 +156,7 @@ class PixelDecoder(_ImageNetwork):
             :class:`PixelEncoder`; stages double the sides in the opposite order.
 
     Raises:
-        ValueError: if ``layout`` is unknown.
+        ValueError: if ``layout`` is unknown, or a size is not a whole number of at least 1.
 
     Examples:
         >>> import torch
@@ -154,7 +177,7 @@ class PixelDecoder(_ImageNetwork):
         multipliers: Sequence[int] | None = None,
         kernel_size: int = 5,
     ) -> None:
-        super().__init__(image_shape, layout, scale, multipliers)
+        super().__init__(image_shape, layout, scale, depth, multipliers)
         channels, *sides = self.image_shape
         block = 2 ** len(self.stages)
         self.network = DreamerV3ImageDecoder(

@@ -121,6 +121,8 @@ class TDMPC2Config(RunConfig):
         evaluate_with: the actor in evaluations, films and reports: the planner, or only the
             policy, which is many times faster.
         replay_capacity: how many real steps are kept.
+        replay_storage: where images of real steps are kept: in the memory of the device, or on
+            the disk, in the folder for temporary files (TMPDIR), until the process ends.
         compile: make each iteration of a plan one graph; the first steps take a minute or more.
     """
 
@@ -161,6 +163,7 @@ class TDMPC2Config(RunConfig):
     image_shift: Annotated[int, AtLeast(0)] = 3
     evaluate_with: Literal["planner", "policy"] = "planner"
     replay_capacity: Annotated[int, AtLeast(1)] = 1_000_000
+    replay_storage: Literal["memory", "disk"] = "memory"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -285,7 +288,9 @@ class TDMPC2(Recipe):
         if config.evaluate_with == "policy":
             self.policy = ExploringPlanner(self.planner, self.actor)
         # The buffer B: every real transition.
-        self.replay = make_replay(config.replay_capacity, self.device)
+        self.replay = make_replay(
+            config.replay_capacity, self.device, config.replay_storage
+        )
         self._keys = transition_keys(env, self.world_model)
         self._images = read_specs(env).pixels
         #: Updates so far.
