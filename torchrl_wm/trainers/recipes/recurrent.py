@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
@@ -31,6 +31,7 @@ class RecurrentRunConfig(RunConfig):
         train_ratio: how many steps are replayed for each real step; None for the preset's. An
             update replays batch_size times batch_length steps.
         replay_capacity: how many real steps are kept.
+        replay_storage: where their images are kept, in memory or on the disk.
     """
 
     steps: Annotated[int, AtLeast(1)] | None = 10_000
@@ -45,6 +46,7 @@ class RecurrentRunConfig(RunConfig):
     batch_length: Annotated[int, AtLeast(2)] | None = None
     train_ratio: float | None = None
     replay_capacity: Annotated[int, AtLeast(1)] = 1_000_000
+    replay_storage: Literal["memory", "disk"] = "memory"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +107,9 @@ class RecurrentRecipe(Recipe):
         self.loss.return_latents = True
         self.loss.to(self.device)
         # Every real step, with the latents that the filter had there: where sequences begin.
-        self.replay = make_replay(config.replay_capacity, self.device)
+        self.replay = make_replay(
+            config.replay_capacity, self.device, config.replay_storage
+        )
         specs = read_specs(env)
         self._keys = [
             *transition_keys(env, self.world_model),
