@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from types import SimpleNamespace
+
 import gymnasium
 import numpy as np
 import pytest
@@ -306,7 +310,53 @@ def test_actions_that_are_several_choices() -> None:
         TDMPC2Trainer(**{**SMALL, "env": Several})
 
 
+# Compiling ------------------------------------------------------------------------
+
+
+def learnt(recipe) -> tuple[dict, list[torch.Tensor]]:
+    """Return the losses of the next update, and the gradients that it was made with."""
+    torch.manual_seed(0)
+    losses = recipe.learn(SimpleNamespace(count=1))
+    parts = (recipe.loss, recipe.prior)
+    return losses, [p.grad.clone() for m in parts for p in m.parameters()]
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compiled_updates_are_eager_ones_in_two_graphs(backend, monkeypatch) -> None:
+    graphs, torch_compile = [], torch.compile
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend=counting))
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    settings = {"env": make_nested_ragged, "max_episode_steps": None}
+    data = trained(**settings, steps=30, evaluation_interval=0).recipe.parts
+    eager, compiled = (
+        TDMPC2Trainer(**{**SMALL, **settings, "compile": c}).recipe
+        for c in (False, True)
+    )
+
+    def check(source: dict) -> None:
+        """Load the parts of a run into both, and compare their next updates."""
+        for recipe in (eager, compiled):
+            for name, part in recipe.parts.items():
+                part.load_state_dict(copy.deepcopy(source[name].state_dict()))
+        torch.testing.assert_close(
+            *map(learnt, (eager, compiled)), rtol=1e-5, atol=1e-6
+        )
+
+    check(data)
+    for _ in range(3):  # other ends of episodes, other batches
+        compiled.learn(SimpleNamespace(count=1))
+    check(compiled.parts)
+    assert len(graphs) == 2
+
+
 @pytest.mark.slow
-def test_compiled_plans() -> None:
+def test_a_compiled_run() -> None:
     trainer = trained(compile=True, steps=24)
     assert all(np.isfinite(r["return"]) for r in trainer.metrics if "return" in r)

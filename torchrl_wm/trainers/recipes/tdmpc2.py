@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,11 +24,11 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.modules import random_shift
 from torchrl_wm.modules.keys import join
-from torchrl_wm.objectives import PolicyPriorLoss, ValueTerm, WorldModelLoss
+from torchrl_wm.objectives import LossTerm, PolicyPriorLoss, ValueTerm, WorldModelLoss
 from torchrl_wm.planners import MPPIPlanner
 from torchrl_wm.trainers.env_checks import check_bounds, check_planned_action
 from torchrl_wm.trainers.gym_actions import gymnasium_env
-from torchrl_wm.trainers.learning import check_losses
+from torchrl_wm.trainers.learning import check_losses, compiled_loss
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
@@ -121,7 +121,8 @@ class TDMPC2Config(RunConfig):
         evaluate_with: the actor in evaluations, films and reports: the planner, or only the
             policy, which is many times faster.
         replay_capacity: how many real steps are kept.
-        compile: make each iteration of a plan one graph; the first steps take a minute or more.
+        compile: make graphs of the plan's iterations and of the losses, forward and backward; the
+            first plan and the first update take a minute or more each.
     """
 
     steps: Annotated[int, AtLeast(1)] | None = 10_000
@@ -246,37 +247,17 @@ class TDMPC2(Recipe):
         self.world_model, model_loss = make_tdmpc2_world_model(env, sizes)
         self.q = make_tdmpc2_q_ensemble(env, sizes)
         self.prior = make_tdmpc2_policy(env, sizes).to(self.device)
-        # Eq. 3: joint embeddings, rewards and values, along sequences.
-        subset = min(2, self.q.num_networks)
-        value = ValueTerm(
-            self.q,
-            self.prior,
-            gamma=self.gamma,
-            weight=config.value_weight,
-            subset=subset,
-        )
-        self.loss = WorldModelLoss(
-            self.world_model,
-            losses=[*model_loss.terms, value],
-            multi_step=True,
-            decay=config.decay,
-            return_latents=True,
-        )
-        self.loss.set_keys(**read_specs(env).loss_keys)
-        self.loss.to(self.device)
+        self.loss, self.policy_loss = self.make_losses(model_loss.terms)
         self.targets = SoftUpdate(self.loss, tau=config.tau)
-        # Eq. 4: the policy, on the latents of the same update.
-        self.policy_loss = PolicyPriorLoss(
-            self.prior,
-            self.q,
-            decay=config.decay,
-            entropy_weight=config.size("entropy_weight"),
-            subset=subset,
-        ).to(self.device)
         self.optimizer = model_optimizer(self.loss, config)
         self.policy_optimizer = torch.optim.Adam(
             self.prior.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
         )
+        # The losses, as graphs if they are compiled; the checkpoint holds the losses themselves.
+        self._model_loss, self._policy_loss = self.loss, self.policy_loss
+        if config.compile:
+            self._model_loss = compiled_loss(self.loss)
+            self._policy_loss = compiled_loss(self.policy_loss)
         # Planning: MPPI with a terminal value; the policy proposes some of the candidates.
         self.imagined_env = WorldModelEnv(self.world_model, env, batch_size=[])
         self.planner = self.make_planner()
@@ -298,6 +279,42 @@ class TDMPC2(Recipe):
             "policy_optimizer": self.policy_optimizer,
             "replay": self.replay,
         }
+
+    def make_losses(
+        self, terms: Sequence[LossTerm]
+    ) -> tuple[WorldModelLoss, PolicyPriorLoss]:
+        """Return the loss of model and values, and that of the policy.
+
+        Args:
+            terms: the terms of the model.
+        """
+        config = self.config
+        subset = min(2, self.q.num_networks)
+        # Eq. 3: joint embeddings, rewards and values, along sequences.
+        value = ValueTerm(
+            self.q,
+            self.prior,
+            gamma=self.gamma,
+            weight=config.value_weight,
+            subset=subset,
+        )
+        loss = WorldModelLoss(
+            self.world_model,
+            losses=[*terms, value],
+            multi_step=True,
+            decay=config.decay,
+            return_latents=True,
+        )
+        loss.set_keys(**read_specs(self.env).loss_keys)
+        # Eq. 4: the policy, on the latents of the same update.
+        policy_loss = PolicyPriorLoss(
+            self.prior,
+            self.q,
+            decay=config.decay,
+            entropy_weight=config.size("entropy_weight"),
+            subset=subset,
+        )
+        return loss.to(self.device), policy_loss.to(self.device)
 
     def make_planner(self) -> MPPIPlanner:
         """Return the planner."""
@@ -340,11 +357,11 @@ class TDMPC2(Recipe):
             # Sample sequences of H steps from B.
             batch = self.sample()
             # Eq. 3: update encoder, dynamics, reward, termination and values ...
-            terms = self.loss(batch)
+            terms = self._model_loss(batch)
             latents = terms.pop("latents")  # z_0 ... z_H, rolled by the dynamics
             self.descend(terms, self.optimizer, batch, "The world model")
             # Eq. 4: ... then the policy, on the rolled latents ...
-            policy = self.policy_loss(latents)
+            policy = self._policy_loss(latents)
             self.descend(
                 policy.select("loss_policy"), self.policy_optimizer, batch, "The policy"
             )
