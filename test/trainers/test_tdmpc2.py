@@ -324,6 +324,7 @@ def learnt(recipe) -> tuple[dict, list[torch.Tensor]]:
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
+@torch._inductor.config.patch(fallback_random=True)  # the random numbers of eager code
 def test_compiled_updates_are_eager_ones_in_two_graphs(backend, monkeypatch) -> None:
     graphs, torch_compile = [], torch.compile
 
@@ -332,7 +333,6 @@ def test_compiled_updates_are_eager_ones_in_two_graphs(backend, monkeypatch) -> 
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", partial(torch_compile, backend=counting))
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     settings = {"env": make_nested_ragged, "max_episode_steps": None}
     data = trained(**settings, steps=30, evaluation_interval=0).recipe.parts
     eager, compiled = (
@@ -357,6 +357,7 @@ def test_compiled_updates_are_eager_ones_in_two_graphs(backend, monkeypatch) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:.*could not be compiled")
 def test_a_compiled_run() -> None:
     trainer = trained(compile=True, steps=24)
     assert all(np.isfinite(r["return"]) for r in trainer.metrics if "return" in r)
