@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from _models import SpecEnv
 from _real_envs import (
     make_nested,
     make_nested_ragged,
@@ -19,8 +20,14 @@ from _real_envs import (
     Unbounded,
 )
 from _runs import assert_same, interrupt
+from torchrl.data import Bounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_wm.models import (
+    make_tdmpc2_policy,
+    make_tdmpc2_q_ensemble,
+    make_tdmpc2_world_model,
+)
 from torchrl_wm.trainers import load_policy, make_real_env, TDMPC2Config, TDMPC2Trainer
 from torchrl_wm.trainers.recipes.tdmpc2 import discount, PRESETS
 
@@ -270,13 +277,20 @@ def test_presets() -> None:
     assert all(preset.keys() == PRESETS["small"].keys() for preset in PRESETS.values())
 
 
-@pytest.mark.parametrize("preset, least, most", [("1M", 0.8, 1.5), ("5M", 4, 6)])
-def test_presets_have_the_size_of_their_name(preset, least, most) -> None:
-    sizes = {name: None for name in SMALL if name in PRESETS["small"]}
-    recipe = TDMPC2Trainer(**{**SMALL, **sizes, "preset": preset}).recipe
-    parts = (recipe.loss, recipe.prior)
-    count = sum(p.numel() for part in parts for p in part.parameters())
-    assert least < count / 1e6 < most
+@pytest.mark.parametrize(
+    "preset, expected", [("1M", 1_214_651), ("5M", 4_960_618), ("19M", 18_062_442)]
+)
+def test_presets_have_the_parameters_of_the_authors_code(preset, expected) -> None:
+    """Those of encoder, dynamics, reward, values and policy for dm_control's walker.
+
+    Counted in commit e9f5932 of github.com/nicklashansen/tdmpc2, with its model_size.
+    """
+    specs = SpecEnv(observation=24, action_spec=Bounded(-1.0, 1.0, (6,)))
+    config = TDMPC2Config(preset=preset, termination="none").model
+    world_model, _ = make_tdmpc2_world_model(specs, config)
+    parts = [f(specs, config) for f in (make_tdmpc2_q_ensemble, make_tdmpc2_policy)]
+    count = sum(p.numel() for m in (world_model, *parts) for p in m.parameters())
+    assert count == expected
 
 
 @pytest.mark.parametrize(

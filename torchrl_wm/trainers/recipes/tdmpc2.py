@@ -89,20 +89,20 @@ class TDMPC2Config(RunConfig):
         encoder_depth: the number of the encoder's hidden layers; None for the preset's.
         pixel_depth: the channels of the first stage of image encoders; None for the preset's.
         num_q: the number of action-value networks; None for the preset's.
-        batch_size: how many sequences a batch has; None for the preset's.
-        num_candidates: how many plans are tried at each iteration; None for the preset's.
-        policy_candidates: how many of them the policy proposes; None for the preset's.
-        optim_steps: how often the candidates are improved at each real step; None for the
-            preset's, and two more where an action has 20 numbers or more.
-        top_k: how many of the best plans the next ones are drawn like; None for the preset's.
-        horizon: how many steps the sequences of a batch have.
-        planning_horizon: how many steps a plan has, at most horizon; None for as many.
+        batch_size: the number of sequences of a batch; None for the preset's.
+        num_candidates: the number of plans that an iteration tries; None for the preset's.
+        policy_candidates: the number of them that the policy proposes; None for the preset's.
+        optim_steps: the number of iterations of a plan; None for the preset's, and two more where
+            an action has 20 numbers or more.
+        top_k: the number of best plans that the next ones are drawn like; None for the preset's.
+        horizon: the number of steps of the sequences of a batch.
+        planning_horizon: the number of steps of a plan, at most horizon; None for horizon.
         termination: "learned", or "none" if episodes end only by time.
         gamma: the discount per step, above 0; None for 1 - 5 / T with episodes of T steps, within
             0.95 and 0.995, as in the authors' code; 0.99 if T is not known.
-        pretraining_updates: how many updates are made at the end of the random steps; None for
-            one per random step.
-        updates_per_step: how many updates follow each real step after that.
+        pretraining_updates: the number of updates at the end of the random steps; None for one per
+            random step.
+        updates_per_step: the number of updates after each later real step.
         learning_rate: the learning rate of model, values and policy.
         encoder_rate: the encoder's learning rate, as a share of the others'.
         clip: the greatest norm of a gradient.
@@ -120,7 +120,7 @@ class TDMPC2Config(RunConfig):
         image_shift: the longest random shift of images, in pixels.
         evaluate_with: the actor in evaluations, films and reports: the planner, or only the
             policy, which is many times faster.
-        replay_capacity: how many real steps are kept.
+        replay_capacity: the number of real steps that are kept.
         compile: make graphs of the plan's iterations and of the losses, forward and backward; the
             first plan and the first update take a minute or more each.
     """
@@ -229,7 +229,7 @@ class TDMPC2(Recipe):
         actor: the policy on observations, which acts without a plan.
         policy: the actor: the planner, or with ``evaluate_with="policy"`` an
             :class:`ExploringPlanner`.
-        counts: ``counts.updates`` is how many updates have been made.
+        counts: ``counts.updates`` is the number of updates so far.
     """
 
     name = "tdmpc2"
