@@ -48,6 +48,18 @@ def test_actions_are_in_the_spec(spec, size, key) -> None:
         assert spec.expand(*size, *spec.shape).is_in(action)
 
 
+def test_choices_compile_to_one_graph() -> None:
+    policy, inputs = policy_of(OneHot(4)), latents(5)
+    compiled = torch.compile(policy, backend="eager", fullgraph=True)
+    for kind in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
+        actions = []
+        for function in (policy, compiled):
+            torch.manual_seed(0)
+            with set_interaction_type(kind):
+                actions.append(function(inputs.copy())["action"])
+        torch.testing.assert_close(*actions)
+
+
 def test_the_log_std_map() -> None:
     """Eq. of the authors' code: ``low + (high - low) / 2 * (tanh(x) + 1)``."""
     policy = policy_of(Bounded(-1.0, 1.0, (1,)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.nn.functional import one_hot
 from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
@@ -103,8 +105,8 @@ def _continuous(config: TDMPC2Config, spec: TensorSpec, key: Any) -> Probabilist
 
 def _choosing(config: TDMPC2Config, spec: TensorSpec, key: Any) -> ProbabilisticActor:
     """Return the policy of a choice."""
-    one_hot = isinstance(spec, OneHot)
-    if len(spec.shape) != one_hot:
+    is_one_hot = isinstance(spec, OneHot)
+    if len(spec.shape) != is_one_hot:
         raise ValueError(
             f"TD-MPC2's policy makes one choice, and {key!r} has the shape {tuple(spec.shape)}."
         )
@@ -116,9 +118,7 @@ def _choosing(config: TDMPC2Config, spec: TensorSpec, key: Any) -> Probabilistic
         in_keys=["logits"],
         out_keys=[key],
         spec=spec,
-        distribution_class=(
-            OneHotCategorical if one_hot else torch.distributions.Categorical
-        ),
+        distribution_class=(_OneHot if is_one_hot else torch.distributions.Categorical),
     )
 
 
@@ -144,3 +144,11 @@ class _Gaussian(nn.Module):
         scale = (self.low + 0.5 * (self.high - self.low) * (share.tanh() + 1)).exp()
         shape = (*latent.shape[:-1], *self.shape)
         return tuple(part.reshape(shape).to(self.dtype) for part in (loc, scale))
+
+
+class _OneHot(OneHotCategorical):
+    """TorchRL's distribution of a choice, with samples that ``torch.compile`` can trace."""
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
+        drawn = torch.distributions.Categorical.sample(self, sample_shape)
+        return one_hot(drawn, self.num_samples)

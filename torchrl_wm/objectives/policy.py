@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,6 +13,7 @@ from torchrl_wm.modules import QEnsemble
 from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.wiring import written_keys
+from torchrl_wm.objectives.networks import swapped_parameters
 
 
 class ValueScale(nn.Module):
@@ -149,7 +149,11 @@ class PolicyPriorLoss(nn.Module):
             ``"value_scale"``: scalars.
         """
         steps, valid = self._steps(latents)
-        with self._frozen():
+        # Gradients of the values reach the actions, and not the parameters of the values.
+        frozen = TensorDict.from_module(self.q_ensemble).detach()
+        with evaluation_mode(self.q_ensemble), swapped_parameters(
+            self.q_ensemble, frozen
+        ):
             values, entropy = self._values(steps)  # [*B, T + 1]
         self.scale.update(values[..., 0])
         gain = self.scale(values) + self.entropy_weight * self._numbers * entropy
@@ -214,16 +218,3 @@ class PolicyPriorLoss(nn.Module):
                 action = torch.zeros(*size, count, device=chances.device)
                 action[..., number] = 1
                 yield action
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Let gradients of the values reach the actions, and not the parameters of the values."""
-        trained = [p for p in self.q_ensemble.parameters() if p.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            with evaluation_mode(self.q_ensemble):
-                yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)

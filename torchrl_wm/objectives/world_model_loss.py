@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import is_not
 from typing import Any, Literal
 
@@ -23,6 +23,11 @@ from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.objectives.comparisons import next_observations
 from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.model_pass import ModelPass
+from torchrl_wm.objectives.networks import (
+    move_along,
+    named_networks,
+    swapped_parameters,
+)
 from torchrl_wm.objectives.samples import (
     blank,
     first_episode,
@@ -235,17 +240,7 @@ class WorldModelLoss(LossModule):
 
     def _parts(self) -> dict[str, nn.Module]:
         """Return the model's components and the terms' own modules, by name."""
-        networks = dict(self.world_model.components)
-        if self.world_model.initial_state is not None:
-            networks["initial_state"] = self.world_model.initial_state
-        for term in self.terms:
-            for name, module in term.modules().items():
-                if networks.setdefault(name, module) is not module:
-                    raise ValueError(
-                        f"The loss {term.name!r} calls a module of its own {name!r}, and there "
-                        f"is another one of that name. Give it another name in modules()."
-                    )
-        return networks
+        return named_networks(self.world_model, self.terms)
 
     def _follow_parts(self) -> None:
         """Register the terms' modules, and begin the targets of other networks anew."""
@@ -290,7 +285,7 @@ class WorldModelLoss(LossModule):
             return network
         if item.startswith("target_") and item.endswith("_params"):
             name = item.removeprefix("target_").removesuffix("_params")
-            _move_along(value, self._parts()[name])
+            move_along(value, self._parts()[name])
         return value
 
     def reset_parameters_recursive(self) -> None:
@@ -300,8 +295,7 @@ class WorldModelLoss(LossModule):
             parameters = getattr(self, f"{name}_params")
             getattr(self, f"target_{name}_params").data.update_(parameters.data)
 
-    @contextmanager
-    def target_parameters(self, name: str) -> Iterator[None]:
+    def target_parameters(self, name: str) -> AbstractContextManager[None]:
         """Let a network use its target parameters for a while.
 
         Args:
@@ -309,18 +303,11 @@ class WorldModelLoss(LossModule):
                 is among its ``delayed``.
         """
         network = self._parts()[name]
-        parameters = TensorDict.from_module(network)
-        target = getattr(self, f"target_{name}_params")
-        target = with_statistics(target, parameters, network)
-        try:
-            with target.to_module(network, preserve_module_state=False):
-                yield
-        except Exception:
-            # tensordict leaves the target's parameters in a module that raised.
-            parameters.to_module(network, preserve_module_state=False)
-            raise
+        targets = getattr(self, f"target_{name}_params")
+        own = TensorDict.from_module(network)
+        return swapped_parameters(network, with_statistics(targets, own, network))
 
-    # What terms ask for --------------------------------------------------
+    # Services to terms ----------------------------------------------------
 
     def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
         """Return the latents of the next observations, by the target encoder, without gradient.
@@ -501,15 +488,3 @@ class WorldModelLoss(LossModule):
                 f"mean over the feature dims."
             )
         return value
-
-
-def _move_along(targets: TensorDictBase, network: nn.Module) -> None:
-    """Move target parameters to the device and dtype of their network."""
-    for name, source in network.named_parameters():
-        target = targets.get(tuple(name.split(".")), None)
-        if target is None or not source.is_floating_point():
-            continue
-        if (target.device, target.dtype) != (source.device, source.dtype):
-            # As a module: TensorDictParams.to makes another one.
-            nn.Module.to(targets, source.device, source.dtype)
-        return

@@ -9,10 +9,8 @@ from typing import Any, Literal
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import InteractionType, set_interaction_type, TensorDictModuleBase
-from torchrl.data import Composite, Unbounded
-from torchrl.envs import EnvBase, TensorDictPrimer
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type, ExplorationType
-from torchrl.modules import MPCPlannerBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.collecting import leave_out_collectors
@@ -21,14 +19,14 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 from torchrl_wm.planners.actions import action_space, ChoiceSpace, Proposal
-from torchrl_wm.planners.carried import Carried, CarriedSpecs, moved, read_carried
+from torchrl_wm.planners.carried import Carried, CarryingPlanner, write_carried
 from torchrl_wm.planners.checks import check_env, check_modules, check_plan_key
 from torchrl_wm.planners.objective import EnvObjective, ModelObjective
-from torchrl_wm.planners.search import finite_mean, Population, Search, without_copies
+from torchrl_wm.planners.search import course, Population, Search, without_copies
 from torchrl_wm.planners.settings import PlannerSettings
 
 
-class MPCPlanner(MPCPlannerBase):
+class MPCPlanner(CarryingPlanner):
     """The base of all planners; :class:`~torchrl_wm.planners.CEMPlanner` shows how to use one.
 
     A planner is a policy. It reads the state that the env steps from (latents,
@@ -90,7 +88,6 @@ class MPCPlanner(MPCPlannerBase):
     """
 
     #: The default of ``act_on`` for actions that have a mean.
-
     default_act_on = "mean"
 
     def __init__(
@@ -156,7 +153,7 @@ class MPCPlanner(MPCPlannerBase):
             env, action_key, reward_key, discount, terminal_value, policy
         )
         if warm_start:
-            carried = list(self._carried_specs())
+            carried = self.carried_keys
             self.in_keys = unique([*self.in_keys, *carried, IS_INIT])
             self.out_keys = [action_key, *(join("next", key) for key in carried)]
 
@@ -209,14 +206,6 @@ class MPCPlanner(MPCPlannerBase):
         """Draw new candidates ``[B, N, H, ...]``, one for each row of ``noise``."""
         return self.space.sample(search.proposal, noise, self.min_std)
 
-    def carried_shapes(self) -> dict[NestedKey, tuple[int, ...]]:
-        """Return the shapes of the entries that travel beside the plan, without batch dims."""
-        return {}
-
-    def carry(self, search: Search) -> Carried:
-        """Return the plan, and what travels beside it, moved by one step for the next search."""
-        return {self.plan_key: moved(search.proposal.plan, 1)}
-
     def begin(self, carried: Carried) -> Search:
         """Return the search before the first iteration."""
         plan = carried[self.plan_key]
@@ -227,16 +216,25 @@ class MPCPlanner(MPCPlannerBase):
         return Search(self.space.proposal(plan, self.init_std), best, None)
 
     def score(self, state: Any, samples: torch.Tensor) -> torch.Tensor:
-        """Return the predicted returns ``[B, N]`` of samples ``[B, N, H, ...]``."""
+        """Return the predicted returns ``[B, N]`` of samples, -inf if they are not finite.
+
+        Args:
+            state: the states to plan from, ``[B]``.
+            samples: the candidates, ``[B, N, H, ...]``.
+        """
         rows, number = samples.shape[:2]
         particles = self.num_particles
         actions = self.space.action(samples).flatten(0, 1)
         if particles > 1:
             actions = actions.repeat_interleave(particles, 0)
         starts = self.objective.repeat(state, number * particles)
-        returns = self.objective.returns(starts, actions)
+        returns = self.returns(starts, actions)
         returns = returns.reshape(rows, number, particles).mean(-1)
         return torch.where(returns.isfinite(), returns, -torch.inf)
+
+    def returns(self, starts: Any, actions: torch.Tensor) -> torch.Tensor:
+        """Return the predicted returns ``[M]`` of actions ``[M, H, *A]`` from ``M`` states."""
+        return self.objective.returns(starts, actions)
 
     def refit(
         self, search: Search, elites: Population, weights: torch.Tensor
@@ -346,12 +344,8 @@ class MPCPlanner(MPCPlannerBase):
         size = tensordict.batch_size
         out = tensordict if tensordict_out is None else tensordict_out
         out.set(self.action_key, self._first_action(search, population, size))
-        if self._is_warm(tensordict):
-            for key, value in self.carry(search).items():
-                value = value.reshape(*size, *value.shape[1:])
-                out.set(join("next", key), value)
-                # Rollouts in an env without the entry keep what stands at the root.
-                out.set(key, value.clone())
+        if self.is_warm(tensordict):
+            write_carried(out, self.carry(search), size)
         return out
 
     @torch.no_grad()
@@ -381,12 +375,6 @@ class MPCPlanner(MPCPlannerBase):
         seen: list[Population] = []
         search, _, state = self._solve(tensordict, seen.append)
         chosen = self.choose(search)
-        tops = [population.returns.topk(self.top_k, 1).values for population in seen]
-        iterations = {
-            "max_return": [top[:, 0] for top in tops],
-            "mean_return": [finite_mean(population.returns) for population in seen],
-            "elite_return": [finite_mean(top) for top in tops],
-        }
         with evaluation_mode(self, self.env):
             predicted = self.score(state, chosen.unsqueeze(1))
         rows = {
@@ -394,33 +382,10 @@ class MPCPlanner(MPCPlannerBase):
             "predicted_return": predicted,
             "candidates": self.space.action(seen[-1].samples),
             "returns": seen[-1].returns,
-            "iterations": {name: torch.stack(x, 1) for name, x in iterations.items()},
+            "iterations": course(seen, self.top_k),
         }
         out = TensorDict(rows, batch_size=[chosen.shape[0]])
         return out.reshape(tensordict.batch_size)
-
-    def make_tensordict_primer(self, **kwargs: Any) -> TensorDictPrimer:
-        """Make a transform that gives an env the entries in which the plan travels.
-
-        They are zero at a reset: a search then begins without a plan. Collectors and
-        batched envs, which must know all entries beforehand, need it.
-
-        Args:
-            kwargs: for :class:`~torchrl.envs.TensorDictPrimer`, such as
-                ``reset_key``.
-
-        Raises:
-            RuntimeError: if the planner carries no plan (``warm_start=False``).
-        """
-        if self.warm_start is False:
-            raise RuntimeError(
-                "The planner carries no plan from step to step: pass warm_start=True, or leave "
-                "the primer out."
-            )
-        spec = Composite(shape=())
-        for key, (shape, dtype) in self._carried_specs().items():
-            spec[key] = Unbounded(shape, dtype=dtype, device=self.env.device)
-        return TensorDictPrimer(spec, default_value=0.0, expand_specs=True, **kwargs)
 
     def compile(self, **kwargs: Any) -> MPCPlanner:
         """Compile the search: each iteration, with all its imagination, becomes one graph.
@@ -489,26 +454,3 @@ class MPCPlanner(MPCPlannerBase):
             sample = self.choose(search)[:, 0]
         action = self.space.action(sample)
         return action.reshape((*size, *action.shape[1:]))
-
-    def _carried_specs(self) -> CarriedSpecs:
-        plan = (self.planning_horizon, *self.space.plan_shape)
-        dtype = self.space.dtype
-        specs = {self.plan_key: (torch.Size(plan), dtype)}
-        for key, shape in self.carried_shapes().items():
-            specs[key] = (torch.Size(shape), self.space.sample_dtype)
-        return specs
-
-    @property
-    def carried_keys(self) -> list[NestedKey]:
-        """The entries in which the plan travels; none with ``warm_start=False``."""
-        return [] if self.warm_start is False else list(self._carried_specs())
-
-    def _is_warm(self, tensordict: TensorDictBase) -> bool:
-        if self.warm_start is None:
-            return tensordict.get(self.plan_key, None) is not None
-        return self.warm_start
-
-    def carried(self, tensordict: TensorDictBase) -> Carried:
-        """Return the plan of the step before and what travels beside it, ``[B, ...]``."""
-        specs, warm = self._carried_specs(), self._is_warm(tensordict)
-        return read_carried(tensordict, specs, self.env.device, warm=warm)

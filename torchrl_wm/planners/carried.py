@@ -3,16 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import TensorDictPrimer
+from torchrl.modules import MPCPlannerBase
 
+from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.world_model.filtering import IS_INIT
+from torchrl_wm.planners.actions import ActionSpace
+from torchrl_wm.planners.search import Search
 
 #: The plan, and the entries that a subclass adds, ``[B, ...]``.
 Carried = dict[NestedKey, torch.Tensor]
 #: Their shapes, without batch dims, and their dtypes.
 CarriedSpecs = Mapping[NestedKey, tuple[torch.Size, torch.dtype]]
+
+
+class CarryingPlanner(MPCPlannerBase):
+    """The part of a planner that hands its plan from one step to the next.
+
+    Attributes:
+        warm_start: whether plans travel; None if they do where the tensordict has one.
+        plan_key: the entry in which the plan travels.
+        planning_horizon: the number of steps of a plan.
+        space: the space of the action.
+    """
+
+    warm_start: bool | None
+    plan_key: NestedKey
+    planning_horizon: int
+    space: ActionSpace
+
+    def carried_shapes(self) -> dict[NestedKey, tuple[int, ...]]:
+        """Return the shapes of the entries that travel beside the plan, without batch dims."""
+        return {}
+
+    def carry(self, search: Search) -> Carried:
+        """Return the plan, and what travels beside it, moved by one step for the next search."""
+        return {self.plan_key: moved(search.proposal.plan, 1)}
+
+    def carried_specs(self) -> CarriedSpecs:
+        """Return the shapes, without batch dims, and dtypes of the entries that travel."""
+        plan = (self.planning_horizon, *self.space.plan_shape)
+        dtype = self.space.dtype
+        specs = {self.plan_key: (torch.Size(plan), dtype)}
+        for key, shape in self.carried_shapes().items():
+            specs[key] = (torch.Size(shape), self.space.sample_dtype)
+        return specs
+
+    @property
+    def carried_keys(self) -> list[NestedKey]:
+        """The entries in which the plan travels; none with ``warm_start=False``."""
+        return [] if self.warm_start is False else list(self.carried_specs())
+
+    def is_warm(self, tensordict: TensorDictBase) -> bool:
+        """Return whether a search from ``tensordict`` begins with the plan that it holds."""
+        if self.warm_start is None:
+            return tensordict.get(self.plan_key, None) is not None
+        return self.warm_start
+
+    def carried(self, tensordict: TensorDictBase) -> Carried:
+        """Return the plan of the step before and what travels beside it, ``[B, ...]``."""
+        specs, warm = self.carried_specs(), self.is_warm(tensordict)
+        return read_carried(tensordict, specs, self.env.device, warm=warm)
+
+    def make_tensordict_primer(self, **kwargs: Any) -> TensorDictPrimer:
+        """Make a transform that gives an env the entries in which the plan travels.
+
+        They are zero at a reset: a search then begins without a plan. Collectors and
+        batched envs, which must know all entries beforehand, need it.
+
+        Args:
+            kwargs: for :class:`~torchrl.envs.TensorDictPrimer`, such as
+                ``reset_key``.
+
+        Raises:
+            RuntimeError: if the planner carries no plan (``warm_start=False``).
+        """
+        if self.warm_start is False:
+            raise RuntimeError(
+                "The planner carries no plan from step to step: pass warm_start=True, or leave "
+                "the primer out."
+            )
+        spec = Composite(shape=())
+        for key, (shape, dtype) in self.carried_specs().items():
+            spec[key] = Unbounded(shape, dtype=dtype, device=self.env.device)
+        return TensorDictPrimer(spec, default_value=0.0, expand_specs=True, **kwargs)
 
 
 def read_carried(
@@ -52,6 +131,17 @@ def read_carried(
             value = torch.where(rows, torch.zeros_like(value), value)
         out[key] = value
     return out
+
+
+def write_carried(
+    tensordict: TensorDictBase, carried: Carried, size: torch.Size
+) -> None:
+    """Write the entries that travel, rows ``[B, ...]``, into a tensordict, as ``[*B, ...]``."""
+    for key, value in carried.items():
+        value = value.reshape(*size, *value.shape[1:])
+        tensordict.set(join("next", key), value)
+        # Rollouts in an env without the entry keep the one at the root.
+        tensordict.set(key, value.clone())
 
 
 def moved(steps: torch.Tensor, dim: int) -> torch.Tensor:

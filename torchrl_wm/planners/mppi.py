@@ -98,20 +98,13 @@ class MPPIPlanner(MPCPlanner):
         self.register_buffer("temperature", torch.as_tensor(float(temperature)))
         self.to(env.device)
 
-    def score(self, state: Any, samples: torch.Tensor) -> torch.Tensor:
+    def returns(self, starts: Any, actions: torch.Tensor) -> torch.Tensor:
         if self.advantage_module is None:
-            return super().score(state, samples)
-        rows, number = samples.shape[:2]
-        particles = self.num_particles
-        actions = self.space.action(samples).flatten(0, 1)
-        actions = actions.repeat_interleave(particles, 0)
-        starts = self.objective.repeat(state, number * particles)
+            return super().returns(starts, actions)
         imagined = self.objective.imagine(starts, actions)
         reward = rewards_until_end(imagined, self.reward_key, done_keys(self.env))
         self.advantage_module(imagined.set(self.reward_key, reward))
-        advantage = imagined.get("advantage")[:, 0]
-        values = advantage.reshape(rows, number, particles).mean(-1)
-        return torch.where(values.isfinite(), values, -torch.inf)
+        return imagined.get("advantage")[:, 0]
 
     def improve(self, search: Search, population: Population) -> tuple[Proposal, None]:
         elites = population.best(self.top_k)

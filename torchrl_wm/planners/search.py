@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,22 @@ def without_copies(returns: torch.Tensor, proposed: torch.Tensor) -> torch.Tenso
     others = torch.where(copies, -torch.inf, others)
     rest = returns[:, 1 + proposed.shape[1] :]
     return torch.cat([returns[:, :2], others, rest], 1)
+
+
+def course(populations: Sequence[Population], top_k: int) -> dict[str, torch.Tensor]:
+    """Return the returns of the iterations of a search, ``[B, optim_steps]`` each.
+
+    Args:
+        populations: the candidates of each iteration.
+        top_k: the number of elites.
+    """
+    tops = [population.returns.topk(top_k, 1).values for population in populations]
+    returns = {
+        "max_return": [top[:, 0] for top in tops],
+        "mean_return": [finite_mean(population.returns) for population in populations],
+        "elite_return": [finite_mean(top) for top in tops],
+    }
+    return {name: torch.stack(values, 1) for name, values in returns.items()}
 
 
 def finite_mean(returns: torch.Tensor) -> torch.Tensor:

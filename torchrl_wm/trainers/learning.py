@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_wm.modules import EnsembleDynamics, fit_normalizers, WorldModel
 from torchrl_wm.modules.blocks.normalizer import valid_rows
+from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.objectives import GaussianNLLTerm, WorldModelLoss
 
 #: How many batches are drawn from a buffer at once: drawing them one by one is slower than a step.
@@ -192,6 +194,23 @@ class ModelLearner:
             )
             yield from rows[index].unbind(0)
             number -= drawn
+
+
+def compiled_loss(loss: nn.Module) -> Callable[[TensorDictBase], TensorDictBase]:
+    """Return a loss as a function whose forward and backward passes are one graph each.
+
+    The loss itself stays as it is, with the keys of its state dict. The first call for each shape
+    of a batch makes the graphs. Without a compiler, it warns, and the function stays eager.
+
+    Args:
+        loss: the loss, such as a :class:`~torchrl_wm.WorldModelLoss`.
+
+    Raises:
+        RuntimeError: that of torch, at the first call, if the loss cannot be traced: a term of the
+            user's own may need the values of tensors on the host.
+    """
+    compiler = Compiler({}, "An update", "compile=False")
+    return compiler.wrap(lambda batch: loss(batch), [loss], (), ())
 
 
 def check_losses(

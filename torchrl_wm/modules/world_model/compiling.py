@@ -108,9 +108,10 @@ class Compiler:
     def _fail(self, err: Exception) -> None:
         """Warn that nothing can be compiled, and remember it."""
         self.failed = True
+        reason = " ".join(str(err).partition("\n\n")[0].split())
         warnings.warn(
             f"{self.what} could not be compiled and stays eager ({type(err).__name__}: "
-            f"{str(err).splitlines()[0]}). Is there a C++ compiler? {self.undo} silences this.",
+            f"{reason}). Is there a C++ compiler? {self.undo} silences this.",
             stacklevel=4,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,11 +24,11 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.modules import random_shift
 from torchrl_wm.modules.keys import join
-from torchrl_wm.objectives import PolicyPriorLoss, ValueTerm, WorldModelLoss
+from torchrl_wm.objectives import LossTerm, PolicyPriorLoss, ValueTerm, WorldModelLoss
 from torchrl_wm.planners import MPPIPlanner
 from torchrl_wm.trainers.env_checks import check_bounds, check_planned_action
 from torchrl_wm.trainers.gym_actions import gymnasium_env
-from torchrl_wm.trainers.learning import check_losses
+from torchrl_wm.trainers.learning import check_losses, compiled_loss
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
@@ -89,20 +89,20 @@ class TDMPC2Config(RunConfig):
         encoder_depth: the number of the encoder's hidden layers; None for the preset's.
         pixel_depth: the channels of the first stage of image encoders; None for the preset's.
         num_q: the number of action-value networks; None for the preset's.
-        batch_size: how many sequences a batch has; None for the preset's.
-        num_candidates: how many plans are tried at each iteration; None for the preset's.
-        policy_candidates: how many of them the policy proposes; None for the preset's.
-        optim_steps: how often the candidates are improved at each real step; None for the
-            preset's, and two more where an action has 20 numbers or more.
-        top_k: how many of the best plans the next ones are drawn like; None for the preset's.
-        horizon: how many steps the sequences of a batch have.
-        planning_horizon: how many steps a plan has, at most horizon; None for as many.
+        batch_size: the number of sequences of a batch; None for the preset's.
+        num_candidates: the number of plans that an iteration tries; None for the preset's.
+        policy_candidates: the number of them that the policy proposes; None for the preset's.
+        optim_steps: the number of iterations of a plan; None for the preset's, and two more where
+            an action has 20 numbers or more.
+        top_k: the number of best plans that the next ones are drawn like; None for the preset's.
+        horizon: the number of steps of the sequences of a batch.
+        planning_horizon: the number of steps of a plan, at most horizon; None for horizon.
         termination: "learned", or "none" if episodes end only by time.
         gamma: the discount per step, above 0; None for 1 - 5 / T with episodes of T steps, within
             0.95 and 0.995, as in the authors' code; 0.99 if T is not known.
-        pretraining_updates: how many updates are made at the end of the random steps; None for
-            one per random step.
-        updates_per_step: how many updates follow each real step after that.
+        pretraining_updates: the number of updates at the end of the random steps; None for one per
+            random step.
+        updates_per_step: the number of updates after each later real step.
         learning_rate: the learning rate of model, values and policy.
         encoder_rate: the encoder's learning rate, as a share of the others'.
         clip: the greatest norm of a gradient.
@@ -120,10 +120,11 @@ class TDMPC2Config(RunConfig):
         image_shift: the longest random shift of images, in pixels.
         evaluate_with: the actor in evaluations, films and reports: the planner, or only the
             policy, which is many times faster.
-        replay_capacity: how many real steps are kept.
+        replay_capacity: the number of real steps that are kept.
         replay_storage: where images of real steps are kept: in the memory of the device, or on
             the disk, in the folder for temporary files (TMPDIR), until the process ends.
-        compile: make each iteration of a plan one graph; the first steps take a minute or more.
+        compile: make graphs of the plan's iterations and of the losses, forward and backward; the
+            first plan and the first update take a minute or more each.
     """
 
     steps: Annotated[int, AtLeast(1)] | None = 10_000
@@ -231,7 +232,7 @@ class TDMPC2(Recipe):
         actor: the policy on observations, which acts without a plan.
         policy: the actor: the planner, or with ``evaluate_with="policy"`` an
             :class:`ExploringPlanner`.
-        counts: ``counts.updates`` is how many updates have been made.
+        counts: ``counts.updates`` is the number of updates so far.
     """
 
     name = "tdmpc2"
@@ -249,37 +250,17 @@ class TDMPC2(Recipe):
         self.world_model, model_loss = make_tdmpc2_world_model(env, sizes)
         self.q = make_tdmpc2_q_ensemble(env, sizes)
         self.prior = make_tdmpc2_policy(env, sizes).to(self.device)
-        # Eq. 3: joint embeddings, rewards and values, along sequences.
-        subset = min(2, self.q.num_networks)
-        value = ValueTerm(
-            self.q,
-            self.prior,
-            gamma=self.gamma,
-            weight=config.value_weight,
-            subset=subset,
-        )
-        self.loss = WorldModelLoss(
-            self.world_model,
-            losses=[*model_loss.terms, value],
-            multi_step=True,
-            decay=config.decay,
-            return_latents=True,
-        )
-        self.loss.set_keys(**read_specs(env).loss_keys)
-        self.loss.to(self.device)
+        self.loss, self.policy_loss = self.make_losses(model_loss.terms)
         self.targets = SoftUpdate(self.loss, tau=config.tau)
-        # Eq. 4: the policy, on the latents of the same update.
-        self.policy_loss = PolicyPriorLoss(
-            self.prior,
-            self.q,
-            decay=config.decay,
-            entropy_weight=config.size("entropy_weight"),
-            subset=subset,
-        ).to(self.device)
         self.optimizer = model_optimizer(self.loss, config)
         self.policy_optimizer = torch.optim.Adam(
             self.prior.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
         )
+        # The losses, as graphs if they are compiled; the checkpoint holds the losses themselves.
+        self._model_loss, self._policy_loss = self.loss, self.policy_loss
+        if config.compile:
+            self._model_loss = compiled_loss(self.loss)
+            self._policy_loss = compiled_loss(self.policy_loss)
         # Planning: MPPI with a terminal value; the policy proposes some of the candidates.
         self.imagined_env = WorldModelEnv(self.world_model, env, batch_size=[])
         self.planner = self.make_planner()
@@ -303,6 +284,42 @@ class TDMPC2(Recipe):
             "policy_optimizer": self.policy_optimizer,
             "replay": self.replay,
         }
+
+    def make_losses(
+        self, terms: Sequence[LossTerm]
+    ) -> tuple[WorldModelLoss, PolicyPriorLoss]:
+        """Return the loss of model and values, and that of the policy.
+
+        Args:
+            terms: the terms of the model.
+        """
+        config = self.config
+        subset = min(2, self.q.num_networks)
+        # Eq. 3: joint embeddings, rewards and values, along sequences.
+        value = ValueTerm(
+            self.q,
+            self.prior,
+            gamma=self.gamma,
+            weight=config.value_weight,
+            subset=subset,
+        )
+        loss = WorldModelLoss(
+            self.world_model,
+            losses=[*terms, value],
+            multi_step=True,
+            decay=config.decay,
+            return_latents=True,
+        )
+        loss.set_keys(**read_specs(self.env).loss_keys)
+        # Eq. 4: the policy, on the latents of the same update.
+        policy_loss = PolicyPriorLoss(
+            self.prior,
+            self.q,
+            decay=config.decay,
+            entropy_weight=config.size("entropy_weight"),
+            subset=subset,
+        )
+        return loss.to(self.device), policy_loss.to(self.device)
 
     def make_planner(self) -> MPPIPlanner:
         """Return the planner."""
@@ -345,11 +362,11 @@ class TDMPC2(Recipe):
             # Sample sequences of H steps from B.
             batch = self.sample()
             # Eq. 3: update encoder, dynamics, reward, termination and values ...
-            terms = self.loss(batch)
+            terms = self._model_loss(batch)
             latents = terms.pop("latents")  # z_0 ... z_H, rolled by the dynamics
             self.descend(terms, self.optimizer, batch, "The world model")
             # Eq. 4: ... then the policy, on the rolled latents ...
-            policy = self.policy_loss(latents)
+            policy = self._policy_loss(latents)
             self.descend(
                 policy.select("loss_policy"), self.policy_optimizer, batch, "The policy"
             )
