@@ -16,8 +16,9 @@ from torchrl_wm.diagnostics import (
     outcome_sections as outcomes,
     prediction_sections as predictions,
 )
-from torchrl_wm.diagnostics.compare_frames import Render
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
+from torchrl_wm.diagnostics.drawn_observations import Render
+from torchrl_wm.diagnostics.dream_section import dreams
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.recording import (
     as_rows,
@@ -34,6 +35,7 @@ from torchrl_wm.envs import WorldModelEnv
 #: Names, titles and makers, in the order of the report.
 SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
     "open_loop": ("Open-loop prediction error", predictions.open_loop),
+    "dreams": ("What the model dreams", dreams),
     "fan": ("Prediction fan", predictions.fan),
     "one_step": ("One-step prediction", predictions.one_step),
     "calibration": ("Calibration", predictions.calibration),

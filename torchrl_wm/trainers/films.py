@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm._registry import load_object
 from torchrl_wm.diagnostics import observation_renderer, render_comparison, save_video
-from torchrl_wm.diagnostics.compare_frames import drawn_frames, Render
+from torchrl_wm.diagnostics.drawn_observations import drawn_frames, Render
 from torchrl_wm.diagnostics.video_files import resized
 from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.keys import as_tuple, unique
