@@ -14,7 +14,6 @@ from torchrl_wm.diagnostics.dreams import (
     dream,
     dream_error,
     dream_frames,
-    small_height,
 )
 from torchrl_wm.diagnostics.images import Image
 from torchrl_wm.diagnostics.page import ReportSection
@@ -65,8 +64,7 @@ def dreams(study: Study) -> Measured:
             f"last frame by {persistence.mean():.1%}, the mean frame by {mean.mean():.1%}), and less "
             f"than both at {better} of them"
         )
-    few = found.some(_SHOWN)
-    film = dream_frames(few, height=small_height(few))
+    film = dream_frames(found.some(_SHOWN))
     section = ReportSection(
         "What the model dreams",
         how=(

@@ -89,7 +89,8 @@ def open_loop_video(
         windows: how many stretches of the data are shown side by side, each within one episode;
             they are spread evenly over the data.
         captions: write names beside the rows, and the step above.
-        height: of each image in pixels; as they are by default.
+        height: of each image in pixels. By default small images are enlarged to at most 80, and
+            large ones are reduced to 128.
 
     Returns:
         ``[C + H, height, width, 3]`` uint8.
@@ -99,7 +100,7 @@ def open_loop_video(
             positive, or the env is batch-locked.
         KeyError: if the data lacks actions, or there is no image that the env imagines and the
             data has.
-        ImportError: for captions or another height without Pillow.
+        ImportError: for captions or another height than that of the images without Pillow.
 
     Examples:
         >>> import gymnasium
@@ -235,6 +236,8 @@ def dream_frames(
     found: Dream, captions: bool = True, height: int | None = None
 ) -> np.ndarray:
     """Draw windows side by side, ``[C + H, height, width, 3]`` uint8."""
+    if height is None:
+        height = _small_height(found)
     kinds = {"real": [], "model": [], "error": []}
     for image in found.images:
         real, shown = (
@@ -271,15 +274,13 @@ def _framed(film: np.ndarray, context: int) -> np.ndarray:
     return out
 
 
-def _sized(frames: np.ndarray, height: int | None) -> np.ndarray:
+def _sized(frames: np.ndarray, height: int) -> np.ndarray:
     """Return ``[W, T, height, width, 3]`` of another height."""
-    if height is None:
-        return frames
     flat = resized(frames.reshape(-1, *frames.shape[2:]), height)
     return flat.reshape(*frames.shape[:2], *flat.shape[1:])
 
 
-def small_height(found: Dream) -> int:
+def _small_height(found: Dream) -> int:
     """Return a height of images that shows them well in a small file."""
     images = found.images
     frames = [image.frames(found.real[image.key][:1, 0]) for image in images]
