@@ -105,7 +105,7 @@ def write_report(
     Keyword Args:
         policy: acts in the imagined env, for the exploitation gap, which also needs
             ``real_env``.
-        real_env: the real env. If its observations can be drawn, it also draws the film.
+        real_env: the real env. If its observations can be drawn, it also draws the film of vectors.
         real_policy: acts in the real env; ``policy`` by default.
         policy_steps, policy_episodes: how long and how many the policy's episodes are.
         horizon: ``H``; less if the episodes are shorter.
@@ -114,7 +114,8 @@ def write_report(
         title: the heading.
         labels: a name for each dim of an observation, by its key.
         render: draws observations, see
-            :func:`~torchrl_wm.diagnostics.render_comparison`.
+            :func:`~torchrl_wm.diagnostics.render_comparison`. Images need no drawing: their film
+            is that of :func:`~torchrl_wm.diagnostics.open_loop_video`.
         sections: your own sections, which come first, such as a learning curve.
         seed: the seed of what is imagined, so that the same report can be made again. The
             random state is put back afterwards. With None, the current state is used.

@@ -155,9 +155,10 @@ def take_film(
     if episode is None:
         (episode,) = trainer.evaluate(1, seed=seed)
     if is_imagined:
-        settings = {"horizon": horizon, "max_steps": max_steps, "height": height}
         with forked_random(seed):
-            frames = render_comparison(env, episode, render=draw, **settings)
+            frames = render_comparison(
+                env, episode[:max_steps], render=draw, horizon=horizon, height=height
+            )
         return Film(frames, episode, True)
     frames = drawn_frames(draw, episode[:max_steps].cpu(), _observed_keys(trainer))
     frames = frames if height is None else resized(frames, height)
