@@ -28,7 +28,8 @@ class MetricsTable(Logger):
         folder: the folder of the run.
 
     Examples:
-        >>>         >>> from torchrl_wm.trainers.loggers import MetricsTable
+        >>> import tempfile
+        >>> from torchrl_wm.trainers.loggers import MetricsTable
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     table = MetricsTable(folder)
         ...     _ = table.log_metrics({"return": -1200.0, "episode": 1}, step=200)
