@@ -70,7 +70,8 @@ def test_the_file_has_everything_in_it(tmp_path) -> None:
         len(page.pictures) == 7
     )  # error, fan twice, scatter, calibration, rewards, ...
     assert [p.name for p in report.path.parent.iterdir()] == ["report.html"]
-    assert set(report.left_out) == {"terminations", "exploitation_gap", "video"}
+    left = {"dreams", "terminations", "exploitation_gap", "video"}
+    assert set(report.left_out) == left
     assert report.left_out["terminations"] == "the model has no termination head."
     text = " ".join(page.words)
     assert all(why in text for why in report.left_out.values())
@@ -139,7 +140,7 @@ def test_all_sections(tmp_path) -> None:
         policy_episodes=2,
         labels={"observation": ["cos", "sin", "speed"]},
     )
-    assert report.left_out == {}
+    assert report.left_out == {"dreams": "no image is predicted."}
     assert report.numbers["exploitation_gap/episodes"] == 2
     assert "no recorded step terminates" in report.verdicts["terminations"].lower()
     pictures = read(report.path).pictures

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from _real_envs import make_reacher, MBPO, PETS
+from PIL import Image
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.envs import GymEnv, RenameTransform, TransformedEnv
@@ -26,8 +27,8 @@ def rows_of(trainer, measured):
     return [row for row in rows if (ERRORS[0] in row) == measured]
 
 
-def films_of(run):
-    return sorted(path.name for path in (run.path / "films").iterdir())
+def films_of(run, name="policy"):
+    return sorted(path.name for path in (run.path / "films").glob(f"{name}-*"))
 
 
 @pytest.mark.parametrize("name, settings", [("pets", PETS), ("mbpo", MBPO)])
@@ -46,6 +47,10 @@ def test_a_watched_run_is_the_run_that_it_would_have_been(
     total = watched.collected_frames
     films = [f"policy-{step:09d}.gif" for step in range(12, total + 1, 12)]
     assert films_of(watched.run) == films and len(films) >= 3
+    dreams = [film.replace("policy", "dream") for film in films]
+    assert films_of(watched.run, "dream") == dreams[1:]
+    with Image.open(watched.run.path / "films" / dreams[1]) as fan:
+        assert fan.n_frames == 1 and np.asarray(fan.convert("L")).std() > 10
     # Before it has learnt there is a film alone.
     assert [row["step"] for row in measured] == list(range(24, total + 1, 12))
     for row in measured:
@@ -96,7 +101,7 @@ def test_the_error_is_a_share_of_the_spread() -> None:
 def test_a_run_that_goes_on_has_the_rows_of_one_that_was_not_interrupted(
     tmp_path,
 ) -> None:
-    settings = {**MBPO, "logger": "csv", "film_interval": 14, "num_envs": 2}
+    settings = {**MBPO, "logger": "csv", "film_interval": 20, "num_envs": 2}
     whole = start_run("mbpo", tmp_path / "whole", **settings)
     whole.train()
     run = tmp_path / "run"
@@ -117,7 +122,7 @@ def test_what_nothing_draws_is_said_once_and_measured_all_the_same(tmp_path) -> 
     said = [str(w.message) for w in caught if "not filmed" in str(w.message)]
     assert len(said) == 1 and "watch(trainer, render=f)" in said[0]
     assert len(rows_of(trainer, True)) >= 3
-    assert not (tmp_path / "run" / "films").exists()
+    assert not films_of(trainer.run)
 
 
 def test_an_env_of_ones_own_is_drawn_by_a_function(tmp_path) -> None:
@@ -143,6 +148,7 @@ def test_a_run_without_a_model_is_filmed_alone(tmp_path) -> None:
     trainer = start_run("mbpo", tmp_path / "run", **settings)
     trainer.train()
     assert films_of(trainer.run) == ["policy-000000030.gif", "policy-000000060.gif"]
+    assert not films_of(trainer.run, "dream")
     assert not rows_of(trainer, True)
 
 

@@ -113,9 +113,9 @@ def play(
     both = film_policy(trainer, film, real_only=real_only, **settings)
     if not both and not real_only:
         say(
-            f"Only the real env is filmed: nothing is known that draws {trainer.config.about} from "
-            f"its observations, and what is imagined has no other picture. --render "
-            f"module:function names your function that does."
+            f"Only the real env is filmed: the model predicts no observations, has learnt nothing "
+            f"yet, or nothing is known that draws {trainer.config.about} from its observations. "
+            f"--render module:function names your function that does."
         )
     say(str(film))
 

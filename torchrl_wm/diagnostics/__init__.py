@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torchrl_wm.diagnostics.calibration import calibration_curve
-from torchrl_wm.diagnostics.compare_frames import (
-    observation_renderer,
-    render_comparison,
-)
+from torchrl_wm.diagnostics.compare_frames import render_comparison
 from torchrl_wm.diagnostics.disagreements import disagreement
+from torchrl_wm.diagnostics.drawn_observations import observation_renderer
+from torchrl_wm.diagnostics.dreams import open_loop_video
 from torchrl_wm.diagnostics.fan import prediction_fan
 from torchrl_wm.diagnostics.one_step import one_step_prediction
 from torchrl_wm.diagnostics.open_loop import open_loop_error
@@ -40,6 +39,7 @@ __all__ = [
     "observation_renderer",
     "one_step_prediction",
     "open_loop_error",
+    "open_loop_video",
     "plot_calibration",
     "plot_disagreement",
     "plot_exploitation_gap",

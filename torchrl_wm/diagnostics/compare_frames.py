@@ -3,66 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Union
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from torchrl.envs import EnvBase
 
-from torchrl_wm import _upstream
-from torchrl_wm._rendering import as_frame, can_draw, IMAGE_KEYS, RealEnvRenderer
-from torchrl_wm.diagnostics.drawing import name_of
-from torchrl_wm.diagnostics.recording import check_env, Recording
+from torchrl_wm._rendering import IMAGE_KEYS
+from torchrl_wm.diagnostics.drawn_observations import (
+    class_name,
+    drawn_frames,
+    observation_renderer,
+    over_time,
+    Render,
+)
+from torchrl_wm.diagnostics.images import beside, Image, image_of, images_of
+from torchrl_wm.diagnostics.recording import (
+    check_env,
+    observed_keys,
+    positive,
+    Recording,
+)
 from torchrl_wm.diagnostics.video_files import captioned, GAP, resized, separated
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import as_tuple, join, leaf_keys
+from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
-
-Draw = Callable[[Any], np.ndarray]
-Render = Union[str, Draw, gymnasium.Env, EnvBase]
-
-
-def observation_renderer(render: Render) -> Draw | None:
-    """Return a function that draws observations, if one is known.
-
-    Args:
-        render: the id of a Gymnasium env; a Gymnasium or TorchRL env; or a
-            function from an observation to a frame, which is returned as it is.
-
-    Returns:
-        A function from an observation (an array, or a dictionary of arrays for
-        several observations) to a frame ``[height, width, 3]`` uint8; None for envs
-        whose state does not follow from their observation. Known are the pendulum,
-        the cart-pole, and MuJoCo envs that observe positions and velocities.
-
-    Examples:
-        >>> from torchrl.envs import GymEnv
-        >>> from torchrl_wm.diagnostics import observation_renderer
-        >>> observation_renderer(GymEnv("MountainCar-v0")) is None
-        True
-    """
-    if isinstance(render, EnvBase):
-        render = _innermost(render)
-        if not isinstance(render, gymnasium.Env):
-            return None
-    if isinstance(render, (str, gymnasium.Env)):
-        env = gymnasium.make(render) if isinstance(render, str) else render
-        if not can_draw(env):
-            return None
-        # An env of its own, as drawing sets its state.
-        if env.unwrapped.render_mode != "rgb_array" or not isinstance(render, str):
-            env = gymnasium.make(env.spec.id, render_mode="rgb_array")
-        return RealEnvRenderer(env)
-    if not callable(render):
-        raise TypeError(
-            f"render must be the id of an env, an env, or a function of the observation, got "
-            f"{type(render).__name__}."
-        )
-    return render
 
 
 @torch.no_grad()
@@ -71,6 +36,7 @@ def render_comparison(
     episode: TensorDictBase,
     *,
     policy: Callable | None = None,
+    horizon: int | None = None,
     render: Render | None = None,
     pixels_key: NestedKey | None = None,
     observation_key: NestedKey | None = None,
@@ -84,10 +50,10 @@ def render_comparison(
     look at the real state; with a policy, it imagines the policy's own actions. The
     difference is that of the colours: black is right.
 
-    The pictures are recorded and decoded pixels (the entry
-    ``pixels_key``, or one called pixels, image or rgb, that both have), else
-    ``render``, which draws recorded and imagined observations alike. Positions that
-    MuJoCo envs do not observe (how far a runner has run) are drawn as zero.
+    The pictures are recorded and decoded images (the entry ``pixels_key``, or all images that
+    both have, side by side), else ``render``, which draws recorded and imagined observations
+    alike. Positions that MuJoCo envs do not observe (how far a runner has run) are drawn as
+    zero.
 
     Args:
         env: an imagined env of batch size ``[]``.
@@ -95,9 +61,11 @@ def render_comparison(
 
     Keyword Args:
         policy: acts in the imagined env; the recorded actions are taken by default.
+        horizon: after how many steps the model looks at the real state again; never by default.
+            A recurrent model looks at what it has filtered from all recorded observations so far.
         render: the real env or its id, if :func:`observation_renderer` knows it, or
             ``f(observation) -> [height, width, 3]``.
-        pixels_key: the entry of the pixels, without the "next".
+        pixels_key: the entry of the image, without the "next".
         observation_key: which observation ``render`` draws, if it is one of several.
         max_steps: how many steps are shown at most.
         captions: write the step and the sum of the rewards so far over the panels.
@@ -106,11 +74,11 @@ def render_comparison(
     Returns:
         ``[T + 1, height, width, 3]`` uint8: the start, and each step. Panels from
         left to right: real, imagined, difference. After an imagined end the imagined
-        panel keeps its last frame, in grey.
+        panel keeps its last frame, in grey, until the model looks at the real state again.
 
     Raises:
-        ValueError: if nothing says how to draw, there is more than one episode, or
-            the two kinds of frames differ in size.
+        ValueError: if nothing says how to draw, there is more than one episode,
+            ``horizon`` is below 1, or the two kinds of frames differ in size.
         ImportError: for captions or another height without Pillow.
 
     Examples:
@@ -140,38 +108,23 @@ def render_comparison(
         )
     recording = Recording.of(env, episode, "render_comparison")
     real = recording.steps[:, : _length(recording, max_steps)]
-    horizon = real.batch_size[1]
-    start = real[:, 0].select(*env.start_keys, strict=False)
-    with evaluation_mode(env.world_model):
-        actions = None if policy is not None else real.select(*env.action_keys)
-        imagined = env.imagine(horizon, policy, start, actions)
+    if horizon is not None:
+        positive(horizon, "horizon")
+    imagined = _imagined(env, real, horizon, policy)
     real, imagined = real[0].cpu(), imagined[0].cpu()
     alive = imagined.get(("collector", "mask")).numpy()
     draw = _drawer(env, real, imagined, render, pixels_key, observation_key)
     panels = _panels(draw(real, "recorded"), draw(imagined, "imagined"), alive)
     if height is not None:
         panels = [resized(frames, height) for frames in panels]
-    names = ("real", "imagined", "difference")
-    film = [
-        np.concatenate(separated([frames[time] for frames in panels]), 1)
-        for time in range(horizon + 1)
-    ]
+    film = np.concatenate(separated(panels), 2)
     if not captions:
-        return np.stack(film)
+        return film
     sums = [_rewards_so_far(env, real, None), _rewards_so_far(env, imagined, alive)]
-    width = panels[0].shape[2] + GAP
-    out = []
-    for time, frame in enumerate(film):
-        texts = [
-            name if total is None else f"{name}: return {total[time]:.1f}"
-            for name, total in zip(names, sums)
-        ]
-        texts.append(f"{names[2]}, step {time}")
-        out.append(captioned(frame, texts, width))
-    return np.stack(out)
+    return _captioned(film, sums, panels[0].shape[2] + GAP)
 
 
-# Where the pictures come from ------------------------------------------------
+# What is shown ---------------------------------------------------------------
 
 
 def _length(recording: Recording, max_steps: int | None) -> int:
@@ -186,6 +139,26 @@ def _length(recording: Recording, max_steps: int | None) -> int:
     return length if max_steps is None else min(length, max_steps)
 
 
+def _imagined(
+    env: WorldModelEnv,
+    real: TensorDictBase,
+    horizon: int | None,
+    policy: Callable | None,
+) -> TensorDictBase:
+    """Imagine recorded steps ``[1, T]``, each ``horizon`` of them from the real state."""
+    parts = []
+    with evaluation_mode(env.world_model):
+        for window in real.split(horizon or real.batch_size[1], 1):
+            start = window[:, 0].select(*env.start_keys, strict=False)
+            actions = None if policy is not None else window.select(*env.action_keys)
+            steps = window.batch_size[1]
+            parts.append(env.imagine(steps, policy, start, actions))
+    return torch.cat(parts, 1)
+
+
+# Where the pictures come from ------------------------------------------------
+
+
 def _drawer(
     env: WorldModelEnv,
     real: TensorDictBase,
@@ -196,20 +169,14 @@ def _drawer(
 ) -> Callable[[TensorDictBase, str], np.ndarray]:
     """Return a function that makes frames ``[T + 1, ...]`` of steps ``[T]``."""
     if render is None:
-        key = _pixels_key(real, imagined, pixels_key)
-        recorded = real.get(join("next", key)).dtype
-        # Bytes are decoded to floats of the same range.
-        space = spaces.Box(0, 255, (1,)) if recorded is torch.uint8 else None
-        return lambda steps, name: np.stack(
-            [
-                as_frame(o.numpy(), space, f"{name} {key!r}")
-                for o in _over_time(steps, key)
-            ]
+        images = _images(env, real, pixels_key)
+        return lambda steps, name: beside(
+            [image.frames(over_time(steps, image.key)) for image in images]
         )
     draw = observation_renderer(render)
     if draw is None:
         raise ValueError(
-            f"Nothing draws the observations of {_name_of(render)}: no drawing of its state from them "
+            f"Nothing draws the observations of {class_name(render)}: no drawing of its state from them "
             f"is known. Pass render=f, f(observation) -> [height, width, 3]; or record pixels "
             f"(GymEnv(..., from_pixels=True, pixels_only=False)) and decode them. save_video(path, "
             f"frames) writes only the recorded pixels."
@@ -220,68 +187,36 @@ def _drawer(
     return lambda steps, name: drawn_frames(draw, steps, keys)
 
 
-def drawn_frames(
-    draw: Draw, steps: TensorDictBase, keys: list[NestedKey]
-) -> np.ndarray:
-    """Draw what steps ``[T]`` observe.
-
-    Args:
-        draw: a function from an observation to a frame, as :func:`observation_renderer` returns.
-        steps: recorded ones, on the CPU.
-        keys: the observations that it gets: an array of a single one, of several a dictionary
-            of arrays, nested keys joined by dots.
-
-    Returns:
-        ``[T + 1, height, width, 3]`` uint8: the start, and what follows each step.
-    """
-    series = {key: _over_time(steps, key) for key in keys}
-    out = []
-    for time in range(len(steps) + 1):
-        shown = {name_of(key): value[time].numpy() for key, value in series.items()}
-        shown = next(iter(shown.values())) if len(shown) == 1 else shown
-        out.append(as_frame(draw(shown), None, "what render draws"))
-    return np.stack(out)
-
-
-def _name_of(render: Render) -> str:
-    """Return the class name of an env, whose own repr lists all its specs."""
-    if not isinstance(render, EnvBase):
-        return repr(render)
-    inner = _innermost(render)
-    named = inner.unwrapped if isinstance(inner, gymnasium.Env) else inner
-    return type(named).__name__
-
-
-def _innermost(env: EnvBase) -> Any:
-    """Return what a TorchRL env wraps in the end, or that env itself."""
-    while hasattr(env, "base_env"):
-        env = env.base_env
-    inner = _upstream.wrapped_env(env)
-    return env if inner is None else inner
-
-
-def _pixels_key(
-    real: TensorDictBase, imagined: TensorDictBase, key: NestedKey | None
-) -> NestedKey:
-    """Return the entry with the pixels, which both episodes have."""
-    found = [key] if key is not None else _image_keys(real)
-    found = [unravel_key(key) for key in found]
-    for key in found:
-        lacking = [
-            name
-            for name, steps in (("recorded", real), ("imagined", imagined))
-            if steps.get(join("next", key), None) is None
-        ]
-        if not lacking:
-            return key
-        if len(found) == 1:
-            there = {"recorded": leaf_keys(real), "imagined": leaf_keys(imagined)}
-            raise ValueError(
-                f"The {' and the '.join(lacking)} episode has no {join('next', key)!r}: "
-                f"{there[lacking[0]]}. Decode it, WorldModelEnv(..., decode=True), or pass render=."
-            )
+def _images(
+    env: WorldModelEnv, real: TensorDictBase, key: NestedKey | None
+) -> list[Image]:
+    """Return the images that both episodes have, or the one with that key."""
+    shown, specs = images_of(env, real), env.full_observation_spec_unbatched
+    if key is not None:
+        key, recorded = unravel_key(key), real.get(join("next", key), None)
+        shown = [image for image in shown if image.key == key]
+        if not shown and recorded is not None and key in unique(specs.keys(True, True)):
+            shown = [image_of(key, specs[key], recorded, named=True)]
+            if shown == [None]:
+                raise ValueError(
+                    f"{key!r} has the shape {tuple(specs[key].shape)} of {specs[key].dtype}, and is "
+                    f"no image [C, H, W], [H, W, C] or [H, W]. Pass render=f, f(observation) -> "
+                    f"[height, width, 3]."
+                )
+    if shown:
+        return shown
+    named = [key] if key is not None else _image_keys(real)
+    if len(named) == 1:
+        (key,) = named
+        lacking, there = "imagined", sorted(specs.keys(True, True), key=str)
+        if real.get(join("next", key), None) is None:
+            lacking, there = "recorded", leaf_keys(real)
+        raise ValueError(
+            f"The {lacking} episode has no {join('next', key)!r}: {there}. Decode it, "
+            f"WorldModelEnv(..., decode=True), or pass render=."
+        )
     raise ValueError(
-        f"Nothing says how to draw: neither the recorded nor the imagined episode has pixels "
+        f"Nothing says how to draw: the recorded and the imagined episode have no image in common "
         f"(recorded: {leaf_keys(real)}). Pass render=real_env (pendulum, cart-pole, MuJoCo), "
         f"render=f with f(observation) -> [height, width, 3], or pixels_key=."
     )
@@ -300,29 +235,17 @@ def _drawn_keys(
     key: NestedKey | None,
 ) -> list[NestedKey]:
     """Return the observations to draw, which both episodes have."""
-    both = [
-        other
-        for other in env.observation_spec.keys(True, True)
-        if real.get(join("next", other), None) is not None
-    ]
+    observed = observed_keys(env)
+    both = [k for k in observed if real.get(join("next", k), None) is not None]
     if key is None and both:
-        return [unravel_key(other) for other in both]
-    if key is not None and unravel_key(key) in map(unravel_key, both):
+        return both
+    if key is not None and unravel_key(key) in both:
         return [unravel_key(key)]
     raise MissingEntryError(
         f"There is no observation {'' if key is None else repr(key)} to draw that both have: the "
-        f"imagined env has {list(env.observation_spec.keys(True, True))}, the recorded episode "
+        f"imagined env has {observed}, the recorded episode "
         f"{leaf_keys(real)}. Decode observations: WorldModelEnv(..., decode=True)."
     )
-
-
-def _over_time(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
-    """Return the start and what follows each step, ``[T + 1, ...]``."""
-    following = steps.get(join("next", key))
-    first = steps.get(key, None)
-    if first is None or first.shape != following.shape:
-        return torch.cat([following[:1], following])
-    return torch.cat([first[:1].to(following.dtype), following])
 
 
 # How they are put together ---------------------------------------------------
@@ -338,11 +261,10 @@ def _panels(
         )
     # After the end the last frame that counts is kept, in grey.
     ended = np.concatenate([[False], ~alive])
-    if ended.any():
-        first = int(ended.argmax())
-        last = imagined[first - 1].astype(np.float32).mean(-1, keepdims=True)
-        imagined = imagined.copy()
-        imagined[first:] = (0.6 * last + 60).clip(0, 255).astype(np.uint8)
+    last = np.maximum.accumulate(np.where(ended, 0, np.arange(len(ended))))[ended]
+    grey = 0.6 * imagined[last].astype(np.float32).mean(-1, keepdims=True) + 60
+    imagined = imagined.copy()
+    imagined[ended] = grey.clip(0, 255).astype(np.uint8)
     difference = np.abs(real.astype(np.int16) - imagined).astype(np.uint8)
     return [real, imagined, difference]
 
@@ -362,3 +284,17 @@ def _rewards_so_far(
     if alive is not None:
         total = total * alive
     return np.concatenate([[0.0], total.cumsum()])
+
+
+def _captioned(
+    film: np.ndarray, sums: list[np.ndarray | None], width: int
+) -> np.ndarray:
+    """Write the step and the returns so far over the panels, ``width`` apart."""
+    out = []
+    for time, frame in enumerate(film):
+        texts = [
+            name if total is None else f"{name}: return {total[time]:.1f}"
+            for name, total in zip(("real", "imagined"), sums)
+        ]
+        out.append(captioned(frame, [*texts, f"difference, step {time}"], width))
+    return np.stack(out)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 
@@ -114,6 +115,15 @@ def grid(count: int, width: float, height: float, columns: int = 3) -> tuple[Any
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """Return what a figure looks like, ``[height, width, 3]`` uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def annotate(figure: Figure, note: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 
 from torchrl_wm.diagnostics.recording import (
+    CONTEXT,
     Episodes,
     imagine_particles,
     matching,
@@ -25,7 +26,7 @@ def prediction_fan(
     episodes: Episodes,
     horizon: int,
     *,
-    start: int = 0,
+    start: int | None = None,
     particles: int = 100,
     quantiles: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
     keys: Sequence[NestedKey] | None = None,
@@ -40,7 +41,9 @@ def prediction_fan(
         episodes: recorded transitions, ``[*B, T]``, time last, or a list of them:
             then ``*B`` is the number of rows.
         horizon: ``H``.
-        start: the step of the episodes that imagination starts from, counted from 0.
+        start: the step of the episodes that imagination starts from, counted from 0. By default
+            it is 0. For a recurrent model it is 4, after five frames to filter, or less if the
+            episodes are too short for that.
         particles: ``P``, how many futures are imagined for each of the ``*B`` starts.
         quantiles: ``Q`` levels in [0, 1]; they are sorted.
         keys: which entries; by default all that can be compared.
@@ -84,6 +87,8 @@ def prediction_fan(
         )
     recording = Recording.of(env, episodes, "prediction_fan")
     length = recording.steps.batch_size[1]
+    if start is None:
+        start = max(0, _first_start(recording, length - horizon))
     if horizon < 1 or start < 0 or start + horizon > length:
         raise ValueError(
             f"horizon={horizon} steps from start={start} on do not fit into episodes of {length} "
@@ -125,3 +130,11 @@ def prediction_fan(
     out.set("level", levels.to(alive).expand(*size, -1))
     out.set("alive", alive.reshape(*size, 1))
     return out.set(("collector", "mask"), valid.reshape(size))
+
+
+def _first_start(recording: Recording, latest: int) -> int:
+    """Return the step to start from if none is given, ``latest`` at most."""
+    if not recording.env.world_model.is_recurrent:
+        return 0
+    shortest = int(recording.valid.sum(1).min())
+    return min(CONTEXT, shortest, latest + 1) - 1

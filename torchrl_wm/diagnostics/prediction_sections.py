@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -14,10 +12,12 @@ from torchrl_wm.diagnostics.compare_frames import render_comparison
 from torchrl_wm.diagnostics.disagreements import disagreement
 from torchrl_wm.diagnostics.drawing import MAX_DIMS, name_of
 from torchrl_wm.diagnostics.fan import prediction_fan
+from torchrl_wm.diagnostics.images import images_of
 from torchrl_wm.diagnostics.one_step import one_step_prediction
 from torchrl_wm.diagnostics.open_loop import open_loop_error
 from torchrl_wm.diagnostics.page import ReportSection
 from torchrl_wm.diagnostics.plots import plot_open_loop_error, plot_prediction_fan
+from torchrl_wm.diagnostics.recording import CONTEXT, spread
 from torchrl_wm.diagnostics.statistics_plots import (
     plot_calibration,
     plot_disagreement,
@@ -31,7 +31,7 @@ from torchrl_wm.diagnostics.verdicts import (
     judged_fan,
     leading,
 )
-from torchrl_wm.diagnostics.video_files import save_video
+from torchrl_wm.diagnostics.video_files import gif
 from torchrl_wm.modules.keys import join
 
 #: Entries of more dims than this, such as images, are drawn only by their means.
@@ -128,13 +128,15 @@ def fan(study: Study) -> Measured:
 def _fan_starts(study: Study) -> tuple[TensorDictBase, list[NestedKey]]:
     """Return windows ``[W, H]`` to imagine again, and the entries that can be drawn."""
     steps = study.recording.steps
-    windows = study.recording.window_index(study.horizon)
-    count = len(windows[0])
-    chosen = torch.linspace(0, count - 1, min(count, _FAN_STARTS)).round().long()
+    row, time = study.recording.window_index(study.horizon)
     rows = study.episodes.reshape(-1, study.episodes.batch_size[-1])
     if study.env.world_model.is_recurrent:
         rows = steps  # with the latents filtered up to each start
-    row, time = (index[chosen.to(index.device)].to(rows.device) for index in windows)
+        has_context = study.recording.ages[row, time[:, :1]].flatten() >= CONTEXT - 1
+        if has_context.any():
+            row, time = row[has_context], time[has_context]
+    chosen = spread(len(row), _FAN_STARTS)
+    row, time = (i[chosen.to(i.device)].to(rows.device) for i in (row, time))
     observed = study.recording.real(steps[:1, :1])
     keys = [key for key, value in observed.items() if value[0, 0].numel() <= MANY_DIMS]
     keys += list(study.recording.rewards(steps[:1, :1]))
@@ -273,17 +275,14 @@ def video(study: Study) -> Measured:
     rows = study.episodes.reshape(-1, study.episodes.batch_size[-1])
     lengths = study.recording.valid.sum(1)
     episode = rows[int(lengths.argmax())]
+    if study.render is None and images_of(study.env, study.recording.steps):
+        raise DoesNotApply("the film of what the model dreams shows it.")
+    if render is None:
+        raise DoesNotApply(
+            "nothing says how to draw: render=... (the real env's id, or a function)."
+        )
     settings = {"max_steps": _VIDEO_STEPS, "height": _VIDEO_HEIGHT}
-    try:
-        frames = render_comparison(study.env, episode, **settings)  # pixels
-    except ValueError:
-        if render is None:
-            raise DoesNotApply(
-                "neither pixels nor render=... (the real env's id, or a function) say how to draw."
-            ) from None
-        frames = render_comparison(study.env, episode, render=render, **settings)
-    with tempfile.TemporaryDirectory() as folder:
-        content = save_video(Path(folder) / "film.gif", frames).read_bytes()
+    frames = render_comparison(study.env, episode, render=render, **settings)
     section = ReportSection(
         "Real beside imagined",
         how=(
@@ -291,7 +290,7 @@ def video(study: Study) -> Measured:
             f"with the same actions from its start, without another look. The difference is black "
             f"where the pictures agree. The returns are those so far."
         ),
-        pictures=[content],
+        pictures=[gif(frames)],
     )
     return section, TensorDict({}, batch_size=[])
 

@@ -25,6 +25,9 @@ Episodes = Union[TensorDictBase, Sequence[TensorDictBase]]
 #: The entry of the next latents that a recurrent model filters from the recorded observations.
 FILTERED = "_filtered"
 
+#: How many frames a recurrent model has seen where it begins to imagine, if there are as many.
+CONTEXT = 5
+
 #: How many imagined numbers are held in memory at once.
 _NUMBERS_AT_ONCE = 30_000_000
 
@@ -72,7 +75,7 @@ class Recording:
         if env.device is not None and steps.device != env.device:
             steps = steps.to(env.device)
         model = env.world_model
-        observed = unique(env.observation_spec.keys(True, True))
+        observed = observed_keys(env)
         keys = [k for k in observed if steps.get(join("next", k), None) is not None]
         inputs = unique(model.encoder.in_keys)
         inputs += [join("next", key) for key in inputs]
@@ -96,6 +99,14 @@ class Recording:
     def done(self) -> torch.Tensor:
         """The steps that end an episode, ``[N, T]`` bool."""
         return ends(self.env, self.steps)
+
+    @property
+    def ages(self) -> torch.Tensor:
+        """The numbers of steps since the episodes began, as far as the rows show, ``[N, T]`` int64."""
+        done = self.done
+        time = torch.arange(done.shape[1], device=done.device).expand(done.shape)
+        begins = torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
+        return time - (time * begins).cummax(1).values
 
     def transitions(self) -> TensorDictBase:
         """Return all steps without padding, ``[M]``."""
@@ -279,6 +290,13 @@ def check_env(env: WorldModelEnv, name: str) -> None:
         )
 
 
+def observed_keys(env: WorldModelEnv) -> list[NestedKey]:
+    """Return the observations that an imagined env shows, without latents that only the model has."""
+    own = set(env.latent_keys) - set(unique(env.world_model.encoder.in_keys))
+    shown = unique(env.observation_spec.keys(True, True))
+    return [key for key in shown if key not in own]
+
+
 def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
     """Return the last steps of episodes, ``[*B, T]`` bool.
 
@@ -382,6 +400,11 @@ def matching(
 
 def _joined(parts: dict[NestedKey, list[torch.Tensor]]) -> Entries:
     return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def spread(count: int, most: int) -> torch.Tensor:
+    """Return the numbers of at most ``most`` of ``count`` things, from the first to the last."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def positive(value: int, name: str) -> None:

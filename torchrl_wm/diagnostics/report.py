@@ -16,8 +16,9 @@ from torchrl_wm.diagnostics import (
     outcome_sections as outcomes,
     prediction_sections as predictions,
 )
-from torchrl_wm.diagnostics.compare_frames import Render
 from torchrl_wm.diagnostics.drawing import name_of, new_figure
+from torchrl_wm.diagnostics.drawn_observations import Render
+from torchrl_wm.diagnostics.dream_section import dreams
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.recording import (
     as_rows,
@@ -34,6 +35,7 @@ from torchrl_wm.envs import WorldModelEnv
 #: Names, titles and makers, in the order of the report.
 SECTIONS: dict[str, tuple[str, Callable[[Study], Measured]]] = {
     "open_loop": ("Open-loop prediction error", predictions.open_loop),
+    "dreams": ("What the model dreams", dreams),
     "fan": ("Prediction fan", predictions.fan),
     "one_step": ("One-step prediction", predictions.one_step),
     "calibration": ("Calibration", predictions.calibration),
@@ -103,7 +105,7 @@ def write_report(
     Keyword Args:
         policy: acts in the imagined env, for the exploitation gap, which also needs
             ``real_env``.
-        real_env: the real env. If its observations can be drawn, it also draws the film.
+        real_env: the real env. If its observations can be drawn, it also draws the film of vectors.
         real_policy: acts in the real env; ``policy`` by default.
         policy_steps, policy_episodes: how long and how many the policy's episodes are.
         horizon: ``H``; less if the episodes are shorter.
@@ -112,7 +114,8 @@ def write_report(
         title: the heading.
         labels: a name for each dim of an observation, by its key.
         render: draws observations, see
-            :func:`~torchrl_wm.diagnostics.render_comparison`.
+            :func:`~torchrl_wm.diagnostics.render_comparison`. Images need no drawing: their film
+            is that of :func:`~torchrl_wm.diagnostics.open_loop_video`.
         sections: your own sections, which come first, such as a learning curve.
         seed: the seed of what is imagined, so that the same report can be made again. The
             random state is put back afterwards. With None, the current state is used.

@@ -11,6 +11,7 @@ import numpy as np
 
 STRIP = 18  # the height of a caption, in pixels
 GAP = 4  # between two panels
+_LABEL = 42  # the width of the names of rows
 
 
 def save_video(
@@ -63,9 +64,15 @@ def save_video(
     return path
 
 
+def gif(frames: np.ndarray, fps: float = 20.0) -> bytes:
+    """Return frames ``[T, height, width, 3]`` uint8 as the bytes of a GIF file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_video(Path(folder) / "film.gif", frames, fps=fps).read_bytes()
+
+
 def separated(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the frames with white gaps between them."""
-    gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
+    """Return frames ``[*B, height, width, 3]`` with white gaps to put between them, side by side."""
+    gap = np.full((*frames[0].shape[:-2], GAP, 3), 255, np.uint8)
     out = [frames[0]]
     for frame in frames[1:]:
         out += [gap, frame]
@@ -112,6 +119,19 @@ def captioned(frame: np.ndarray, texts: list[str], width: int) -> np.ndarray:
                 break
         draw.text((number * width + 2, 2), text, fill="black", font=font)
     return np.concatenate([np.asarray(strip), frame])
+
+
+def labelled(names: list[str], height: int) -> np.ndarray:
+    """Return a strip with the names of rows that are ``height`` pixels high each."""
+    pil = _pillow()
+    font = pil.ImageFont.load_default(12)
+    strip = pil.Image.new("RGB", (_LABEL, height * len(names)), "white")
+    draw = pil.ImageDraw.Draw(strip)
+    for number, name in enumerate(names):
+        draw.text(
+            (3, (number + 0.5) * height), name, fill="black", font=font, anchor="lm"
+        )
+    return np.asarray(strip)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:

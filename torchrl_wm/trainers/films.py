@@ -11,7 +11,8 @@ from tensordict import NestedKey, TensorDictBase
 
 from torchrl_wm._registry import load_object
 from torchrl_wm.diagnostics import observation_renderer, render_comparison, save_video
-from torchrl_wm.diagnostics.compare_frames import drawn_frames, Render
+from torchrl_wm.diagnostics.drawn_observations import drawn_frames, Render
+from torchrl_wm.diagnostics.recording import observed_keys
 from torchrl_wm.diagnostics.video_files import resized
 from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.keys import as_tuple, unique
@@ -50,8 +51,9 @@ def film_policy(
     """Film an episode of a run's policy, beside what the model imagines if that can be drawn.
 
     The model imagines the same actions, and looks at the real state again every ``horizon``
-    steps. A run without a model, or with one that has learnt nothing yet, is filmed only in the
-    real env.
+    steps; a recurrent model looks at what it has filtered from the beginning of the episode on. A
+    run without a model, or with one that has learnt nothing yet or predicts no observations, is
+    filmed only in the real env.
 
     Args:
         trainer: the run.
@@ -71,8 +73,8 @@ def film_policy(
             env gives them after its transforms: an array ``[*O]``, or for several observations
             a dictionary of arrays with nested keys joined by dots. It returns
             ``[height, width, 3]`` or ``[height, width]``, uint8, or floats in [0, 1]. By default
-            pendulum, cart-pole and MuJoCo's envs of Gymnasium are drawn from their observations,
-            and films of only the real env by its own renderer.
+            images are shown as they are; pendulum, cart-pole and MuJoCo's envs of Gymnasium are
+            drawn from their observations, and films of only the real env by its own renderer.
 
     Returns:
         Whether the film also shows what the model imagines.
@@ -133,8 +135,11 @@ def take_film(
             f"horizon and max_steps must be at least 1, got {horizon} and {max_steps}."
         )
     draw = _drawing(trainer, render)
-    recipe = trainer.recipe
-    is_imagined = draw is not None and not real_only and recipe.has_learnt
+    recipe, env = trainer.recipe, None
+    if draw is not None and not real_only and recipe.has_learnt:
+        env = recipe.diagnosed_env()
+    # A model of latents that does not decode them shows nothing.
+    is_imagined = env is not None and bool(observed_keys(env))
     is_acted = not is_imagined and render is None
     if recipe.policy is None and (is_acted or episode is None):
         raise ValueError(
@@ -143,21 +148,21 @@ def take_film(
             f"torchrl_wm.diagnostics.render_comparison."
         )
     if is_acted:
-        return _real_film(trainer, seed, max_steps, height)
+        film = _real_film(trainer, seed, max_steps, height)
+        if film.frames is not None or draw is None:
+            return film
+        episode = film.episode
     if episode is None:
         (episode,) = trainer.evaluate(1, seed=seed)
-    shown = episode[:max_steps]
-    if not is_imagined:
-        frames = drawn_frames(draw, shown.cpu(), _observed_keys(trainer))
-        frames = frames if height is None else resized(frames, height)
-        return Film(frames, episode, False)
-    env, parts = recipe.diagnosed_env(), []
-    with forked_random(seed):
-        for window in shown.split(horizon):
-            part = render_comparison(env, window, render=draw, height=height)
-            # A window begins with the last frame of the one before.
-            parts.append(part if not parts else part[1:])
-    return Film(np.concatenate(parts), episode, True)
+    if is_imagined:
+        with forked_random(seed):
+            frames = render_comparison(
+                env, episode[:max_steps], render=draw, horizon=horizon, height=height
+            )
+        return Film(frames, episode, True)
+    frames = drawn_frames(draw, episode[:max_steps].cpu(), _observed_keys(trainer))
+    frames = frames if height is None else resized(frames, height)
+    return Film(frames, episode, False)
 
 
 def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
@@ -184,11 +189,16 @@ def found_render(render: Render | None) -> Render | None:
 
 
 def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
-    """Return the observations that the model predicts, or those of the real env without a model."""
-    if trainer.recipe.world_model is not None:
-        return unique(trainer.recipe.diagnosed_env().observation_spec.keys(True, True))
+    """Return the observations that the model predicts; all of the real env if it predicts none."""
     keys = unique(trainer.env.observation_spec.keys(True, True))
-    return [key for key in keys if as_tuple(key)[-1] not in BOOKKEEPING]
+    keys = [key for key in keys if as_tuple(key)[-1] not in BOOKKEEPING]
+    model = trainer.recipe.world_model
+    if model is None:
+        return keys
+    shown = observed_keys(trainer.recipe.diagnosed_env())
+    return [key for key in keys if key in shown] or [
+        key for key in keys if key not in model.latent_keys
+    ]
 
 
 def _real_film(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from torchrl.record.loggers import get_logger, Logger, TensorboardLogger
 
 from torchrl_wm._files import write_text
 from torchrl_wm.diagnostics import save_video
+from torchrl_wm.diagnostics.video_files import gif
 
 
 class MetricsTable(Logger):
@@ -123,10 +123,7 @@ class TensorBoard(TensorboardLogger):
         """Log a film ``[1, T, 3, height, width]``."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "film.gif"
-            save_video(path, _frames(video), fps=kwargs.get("fps", 20.0))
-            content = path.read_bytes()
+        content = gif(_frames(video), fps=kwargs.get("fps", 20.0))
         height, width = video.shape[-2:]
         image = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=content

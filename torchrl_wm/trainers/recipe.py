@@ -125,8 +125,9 @@ class Recipe:
         return self.world_model is not None
 
     def diagnosed_env(self) -> WorldModelEnv:
-        """Return the imagined env for reports, films and open-loop errors."""
-        return WorldModelEnv(self.world_model, self.env, batch_size=[])
+        """Return the imagined env for reports, films and open-loop errors; it decodes if it can."""
+        decode = self.world_model.decoder is not None
+        return WorldModelEnv(self.world_model, self.env, batch_size=[], decode=decode)
 
     def measures(self) -> dict[str, float]:
         """Return the numbers that ``torchrl-wm evaluate`` prints for a recipe without a policy."""

@@ -220,7 +220,9 @@ class RunFolder:
             )
             logger.flush()
 
-    def log_film(self, name: str, frames: torch.Tensor, step: int) -> None:
+    def log_film(
+        self, name: str, frames: torch.Tensor, step: int, fps: float = 20
+    ) -> None:
         """Give a film, uint8 ``[T, height, width, 3]``, to all loggers that can take one.
 
         If a logger cannot take films, a warning says so once.
@@ -231,7 +233,7 @@ class RunFolder:
             if kind in self._filmless:
                 continue
             try:
-                logger.log_video(name, video, step=step, fps=20)
+                logger.log_video(name, video, step=step, fps=fps)
             except (ImportError, NotImplementedError) as err:
                 self._filmless.add(kind)
                 warnings.warn(f"{kind} gets no films: {err}", stacklevel=2)

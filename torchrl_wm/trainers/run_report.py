@@ -20,6 +20,9 @@ from torchrl_wm.diagnostics import (
     write_report,
 )
 from torchrl_wm.diagnostics.drawing import new_figure
+from torchrl_wm.diagnostics.prediction_sections import MANY_DIMS
+from torchrl_wm.diagnostics.recording import CONTEXT, observed_keys, Recording
+from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import episode_return, forked_random
 from torchrl_wm.trainers.films import found_render
@@ -232,20 +235,52 @@ def save_prediction_fan(
 
     Keyword Args:
         horizon: ``H``; less if the episode is shorter.
-        starts: how many steps imagination starts from, the first one among them.
+        starts: how many steps imagination starts from, the first one among them; a recurrent
+            model sees five frames before it.
         particles: how many times each of them is imagined.
         seed: the seed of what is imagined.
         labels: a name for each dim of the observation.
     """
-    env = trainer.recipe.diagnosed_env()
-    horizon = min(horizon, len(episode))
-    first = torch.linspace(0, len(episode) - horizon, starts).long().unique()
-    windows = torch.stack([episode[int(i) : int(i) + horizon] for i in first])
     with forked_random(seed):
-        fan = prediction_fan(env, windows, horizon, particles=particles)
-    key = next(iter(fan.get("real").keys(True, True)))
-    figure = plot_prediction_fan(fan, key, labels=labels, max_starts=len(first))
+        figure = fan_figure(
+            trainer.recipe.diagnosed_env(), episode, horizon, starts, particles, labels
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
+
+
+def fan_figure(
+    env: WorldModelEnv,
+    episode: TensorDictBase,
+    horizon: int,
+    starts: int,
+    particles: int,
+    labels: Sequence[str] | None = None,
+) -> Figure:
+    """Draw the fans of a model from some steps of an episode.
+
+    A recurrent model has filtered the episode up to each of them, five frames at least if the
+    episode is long enough. Images are not drawn.
+
+    Args: the imagined env, and those of :func:`save_prediction_fan`.
+
+    Raises:
+        ValueError: if all that is predicted has too many dims to draw.
+    """
+    steps = Recording.of(env, episode, "save_prediction_fan").steps[0]
+    horizon = min(horizon, len(episode))
+    last = len(episode) - horizon
+    earliest = min(CONTEXT - 1, last) if env.world_model.is_recurrent else 0
+    first = torch.linspace(earliest, last, starts).long().unique()
+    windows = torch.stack([steps[int(i) : int(i) + horizon] for i in first])
+    keys = [
+        key
+        for key in observed_keys(env) or env.latent_keys
+        if env.observation_spec[key].shape.numel() <= MANY_DIMS
+    ]
+    if not keys:
+        raise ValueError("All that the model predicts has too many dims to draw.")
+    fan = prediction_fan(env, windows, horizon, particles=particles, keys=keys[:1])
+    return plot_prediction_fan(fan, keys[0], labels=labels, max_starts=len(first))

@@ -177,8 +177,8 @@ class RunConfig(Settings):
         evaluation_interval: how many steps pass between two evaluations; 0 for none.
         evaluation_episodes: how many episodes an evaluation has.
         stop_return: the mean return of an evaluation that ends the run; None for no such end.
-        film_interval: how many steps pass between two films of the policy with measurements of
-            the model's open-loop error, which go to the loggers; 0 for none.
+        film_interval: how many steps pass between two films of the policy and of what the model
+            dreams, with measurements of its open-loop error, which go to the loggers; 0 for none.
     """
 
     env: str = "Pendulum-v1"

@@ -1,4 +1,4 @@
-"""Films of the policy and errors of the model during a run."""
+"""Films of the policy and of what the model dreams, and its errors, during a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from tensordict import TensorDictBase
 from torchrl.trainers import TrainerHookBase
 
 from torchrl_wm import _upstream
-from torchrl_wm.diagnostics import open_loop_error
+from torchrl_wm.diagnostics import open_loop_error, open_loop_video
+from torchrl_wm.diagnostics.drawing import pixels_of
+from torchrl_wm.diagnostics.images import images_of
+from torchrl_wm.diagnostics.recording import CONTEXT
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.films import take_film
+from torchrl_wm.trainers.run_report import fan_figure
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 #: How many steps ahead the model is measured.
@@ -23,6 +27,8 @@ HORIZONS = (1, 5, 20)
 _STARTS = 100
 #: The most steps of a film, and its height: a run waits while it is written.
 _FILM_STEPS, _FILM_HEIGHT = 250, 120
+#: The steps and the speed of what the model dreams, and the particles of a fan.
+_DREAM_STEPS, _DREAM_FPS, _PARTICLES = 20, 5, 50
 
 
 def watch(trainer: RecipeTrainer, *, render: str | Callable | None = None) -> None:
@@ -48,7 +54,10 @@ def watch(trainer: RecipeTrainer, *, render: str | Callable | None = None) -> No
 class Watching(TrainerHookBase):
     """A hook of TorchRL's Trainer that films an evaluation, and measures the model on it.
 
-    Every ``interval`` steps the loggers get the film as ``policy``, and the metrics a row with
+    Every ``interval`` steps the loggers get the film as ``policy``; what the model imagines of
+    the same episode as ``dream``, a video for images (see
+    :func:`~torchrl_wm.diagnostics.open_loop_video`) and a picture of a fan for vectors (see
+    :func:`~torchrl_wm.diagnostics.prediction_fan`); and the metrics a row with
     ``open_loop_error_1``, ``_5`` and ``_20``: the errors of the model 1, 5 and 20 steps ahead, as
     shares of the spread of the observations. All random states are left as they were.
 
@@ -61,7 +70,7 @@ class Watching(TrainerHookBase):
 
     def __init__(self, interval: int, *, render: str | Callable | None = None) -> None:
         self.interval, self.render = interval, render
-        self._is_filmed = True
+        self._is_filmed = self._is_dreamt = True
         self._trainer: RecipeTrainer | None = None
 
     def register(self, trainer: RecipeTrainer, name: str = "watching") -> None:
@@ -91,7 +100,9 @@ class Watching(TrainerHookBase):
                 return
             if episode is None:
                 (episode,) = trainer.evaluate(1, seed=trainer.config.seed)
-            errors = open_loop_shares(trainer.recipe.diagnosed_env(), episode)
+            env = trainer.recipe.diagnosed_env()
+            errors = open_loop_shares(env, episode)
+            self._dream(env, episode)
         if errors:
             trainer.record(**{f"open_loop_error_{k}": e for k, e in errors.items()})
 
@@ -126,6 +137,42 @@ class Watching(TrainerHookBase):
         frames = torch.from_numpy(film.frames)
         trainer.run.log_film("policy", frames, trainer.collected_frames)
         return film.episode
+
+    def _dream(self, env: WorldModelEnv, episode: TensorDictBase) -> None:
+        """Give the loggers what the model imagines of an episode."""
+        trainer = self._trainer
+        too_short = len(episode) <= CONTEXT
+        if trainer.run is None or not self._is_dreamt or too_short:
+            return
+        # No error of a picture should end a run.
+        try:
+            frames = dream_of(env, episode)
+        except Exception as err:
+            self._is_dreamt = False
+            warnings.warn(
+                f"What the model dreams is not shown ({type(err).__name__}: {err}).",
+                stacklevel=2,
+            )
+            return
+        step = trainer.collected_frames
+        trainer.run.log_film("dream", frames, step, fps=_DREAM_FPS)
+
+
+def dream_of(env: WorldModelEnv, episode: TensorDictBase) -> torch.Tensor:
+    """Draw what a model imagines of an episode: a video of images, or a fan in a single frame.
+
+    Args:
+        env: the imagined env.
+        episode: a real episode, ``[T]``, of more than five steps.
+
+    Returns:
+        ``[T, height, width, 3]`` uint8.
+    """
+    horizon = min(_DREAM_STEPS, len(episode) - CONTEXT + 1)
+    if images_of(env, episode):
+        return torch.from_numpy(open_loop_video(env, episode, horizon))
+    figure = fan_figure(env, episode, horizon, 3, _PARTICLES)
+    return torch.from_numpy(pixels_of(figure)).unsqueeze(0)
 
 
 def open_loop_shares(env: WorldModelEnv, episode: TensorDictBase) -> dict[int, float]:
