@@ -168,9 +168,6 @@ def take_film(
 def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
     """Return what draws observations: the user's function, or one that is known for the env."""
     if render is None:
-        config = trainer.config
-        if getattr(config, "pixels", None) is not None and config.pixels_only:
-            return None  # the state that is known to be drawn is not observed
         return observation_renderer(trainer.env)
     draw = observation_renderer(found_render(render))
     if draw is None:
