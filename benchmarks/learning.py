@@ -96,6 +96,7 @@ CHEETAH_MODEL = {
 ONE_UPDATE = {**SAC, "updates_per_step": 1}
 # TD-MPC2's authors train for 100k env steps with an action repeat of 2.
 SUITE = {
+    "compile": True,
     "action_repeat": 2,
     "termination": "none",
     "steps": 50_000,
@@ -151,6 +152,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "tdmpc2",
         {
             "env": "Pendulum-v1",
+            "compile": True,
             "termination": "none",
             "random_hold": 10,
             # With 0.975, as episodes of 200 steps have by default, hanging at an angle with full
@@ -165,6 +167,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "tdmpc2",
         {
             "env": "InvertedPendulum-v5",
+            "compile": True,
             "steps": 5000,
             "evaluation_interval": 500,
             "evaluation_episodes": 5,
@@ -175,6 +178,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "tdmpc2",
         {
             "env": "CartPole-v1",
+            "compile": True,
             "steps": 5000,
             "evaluation_interval": 500,
             "evaluation_episodes": 5,

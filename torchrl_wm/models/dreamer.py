@@ -218,18 +218,18 @@ class _BoundedMean(nn.Module):
         super().__init__()
         self.network = network
         # Derived from the spec, so not part of the state.
-        self.register_buffer("_middle", (high + low) / 2, persistent=False)
-        self.register_buffer("_half", (high - low) / 2, persistent=False)
+        self.register_buffer("middle", (high + low) / 2, persistent=False)
+        self.register_buffer("half", (high - low) / 2, persistent=False)
 
     def forward(self, *latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation, ``[*B, *A]`` each."""
         mean, share = self.network(*latents).chunk(2, -1)
         least, most = STD
         std = least + (most - least) * (share + 2).sigmoid()
-        mean, std = (x.unflatten(-1, self._half.shape or (1,)) for x in (mean, std))
-        if not self._half.ndim:
+        mean, std = (x.unflatten(-1, self.half.shape or (1,)) for x in (mean, std))
+        if not self.half.ndim:
             mean, std = mean.squeeze(-1), std.squeeze(-1)
-        return self._middle + self._half * mean.tanh(), self._half * std
+        return self.middle + self.half * mean.tanh(), self.half * std
 
 
 class _Squashed(nn.Module):

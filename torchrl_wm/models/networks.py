@@ -197,15 +197,15 @@ class UnitActions(JoinEntries):
         self.is_scaled = 1.0 in limit
         # Derived from the entries, so not part of the state.
         for name, values in (("middle", middle), ("half", half), ("limit", limit)):
-            self.register_buffer(f"_{name}", torch.tensor(values), persistent=False)
+            self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
         """Join actions ``[*B, *feature]`` to ``[*B, out_features]``."""
         joined = super().forward(*values)
         if not self.is_scaled:
             return joined
-        share = (joined - self._middle) / self._half
-        return share.clamp(-self._limit, self._limit)
+        share = (joined - self.middle) / self.half
+        return share.clamp(-self.limit, self.limit)
 
 
 def _are_finite(ends: Sequence[tuple[float, float]]) -> bool:

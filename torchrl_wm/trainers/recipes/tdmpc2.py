@@ -35,7 +35,8 @@ from torchrl_wm.trainers.sequences import sample_sequences
 from torchrl_wm.trainers.settings import AtLeast, resolve_device, RunConfig, Within
 from torchrl_wm.trainers.steps import Steps
 
-#: The sizes of networks, batches and plans: one that is quick on a CPU, and the paper's.
+#: The sizes of networks, batches and plans, and what goes with them: a preset that is quick on a
+#: CPU, and those of the paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "latent_size": 64,
@@ -49,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy_candidates": 6,
         "optim_steps": 3,
         "top_k": 16,
+        "tau": 0.05,
         "entropy_weight": 3e-3,
     },
     "1M": {
@@ -63,6 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy_candidates": 24,
         "optim_steps": 6,
         "top_k": 64,
+        "tau": 0.01,
         "entropy_weight": 1e-4,
     },
 }
@@ -81,8 +84,9 @@ class TDMPC2Config(RunConfig):
     """The settings of :class:`TDMPC2`.
 
     Args:
-        preset: the sizes of networks, batches and plans: small, which learns on a CPU, or those
-            of the paper, 1M, 5M and 19M parameters; auto is small on a CPU and 5M elsewhere.
+        preset: the sizes of networks, batches and plans, and the settings that go with them:
+            small, which learns on a CPU within thousands of steps, or those of the paper, 1M, 5M
+            and 19M parameters; auto is small on a CPU and 5M elsewhere.
         latent_size: the size of the latent, a multiple of 8; None for the preset's.
         num_cells: the size of the hidden layers; None for the preset's.
         encoder_cells: the size of the encoder's hidden layers; None for the preset's.
@@ -106,7 +110,8 @@ class TDMPC2Config(RunConfig):
         learning_rate: the learning rate of model, values and policy.
         encoder_rate: the encoder's learning rate, as a share of the others'.
         clip: the greatest norm of a gradient.
-        tau: the share of the values that is mixed into their targets in an update.
+        tau: the share of the values that is mixed into their targets in an update; None for the
+            preset's.
         decay: the weight of a step of a sequence relative to the one before it.
         consistency_weight: the weight of the latents' loss.
         reward_weight: the weight of the reward's loss.
@@ -151,7 +156,7 @@ class TDMPC2Config(RunConfig):
     learning_rate: float = 3e-4
     encoder_rate: float = 0.3
     clip: float = 20.0
-    tau: Annotated[float, Within(0, 1)] = 0.01
+    tau: Annotated[float, Within(0, 1)] | None = None
     decay: Annotated[float, Within(0, 1)] = 0.5
     consistency_weight: float = 20.0
     reward_weight: float = 0.1
@@ -251,7 +256,7 @@ class TDMPC2(Recipe):
         self.q = make_tdmpc2_q_ensemble(env, sizes)
         self.prior = make_tdmpc2_policy(env, sizes).to(self.device)
         self.loss, self.policy_loss = self.make_losses(model_loss.terms)
-        self.targets = SoftUpdate(self.loss, tau=config.tau)
+        self.targets = SoftUpdate(self.loss, tau=config.size("tau"))
         self.optimizer = model_optimizer(self.loss, config)
         self.policy_optimizer = torch.optim.Adam(
             self.prior.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
