@@ -316,7 +316,7 @@ class TDMPC2(Recipe):
             return_latents=True,
         )
         loss.set_keys(**read_specs(self.env).loss_keys)
-        # Eq. 4: the policy, on the latents of the same update.
+        # The policy, on the latents of the same update (eq. 5).
         policy_loss = PolicyPriorLoss(
             self.prior,
             self.q,
@@ -370,7 +370,7 @@ class TDMPC2(Recipe):
             terms = self._model_loss(batch)
             latents = terms.pop("latents")  # z_0 ... z_H, rolled by the dynamics
             self.descend(terms, self.optimizer, batch, "The world model")
-            # Eq. 4: ... then the policy, on the rolled latents ...
+            # Eq. 5: ... then the policy, on the rolled latents ...
             policy = self._policy_loss(latents)
             self.descend(
                 policy.select("loss_policy"), self.policy_optimizer, batch, "The policy"
