@@ -13,22 +13,21 @@ from tensordict.nn import (
     TensorDictModule,
 )
 from torch import nn
-from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import (
     DreamerV3DiscreteActor,
     DreamerV3MLP,
     IndependentNormal,
     MLP,
-    OneHotCategorical,
     SymExpTwoHot,
 )
 
 from torchrl_wm.models.building import resolve_config
+from torchrl_wm.models.policy_actions import choice_distribution, policy_action
 from torchrl_wm.models.rssm import LATENTS, RSSMConfig
 from torchrl_wm.modules import TwoHotHead
 from torchrl_wm.modules.blocks.squashed_normal import squashed_normal
-from torchrl_wm.modules.keys import suffixed
 
 #: The standard deviation of a V3 actor's action, as a share of half the range (arXiv 2301.04104,
 #: the authors' code).
@@ -82,16 +81,8 @@ def make_dreamer_actor_critic(
         (torch.Size([5, 1]), torch.Size([5, 1]))
     """
     config = resolve_config(RSSMConfig, config, overrides)
-    keys = list(env.action_keys)
-    if len(keys) != 1:
-        raise ValueError(
-            f"make_dreamer_actor_critic serves one action, and the env has {keys}. Join them, by "
-            f"torchrl.envs.CatTensors for instance."
-        )
-    key, spec = keys[0], env.full_action_spec_unbatched[keys[0]]
-    several = isinstance(spec, (MultiOneHot, MultiCategorical))
-    is_choice = isinstance(spec, (OneHot, Categorical)) and not several
-    make = _choosing if is_choice and spec.shape.numel() else _continuous
+    key, spec, is_choice = policy_action(env, "make_dreamer_actor_critic")
+    make = _choosing if is_choice else _continuous
     actor, critic = make(config, spec, key), _critic(config)
     if env.device is not None:
         actor, critic = actor.to(env.device), critic.to(env.device)
@@ -102,49 +93,26 @@ def _choosing(
     config: RSSMConfig, spec: TensorSpec, key: NestedKey
 ) -> ProbabilisticTensorDictSequential:
     """Return the actor of a choice."""
-    one_hot = isinstance(spec, OneHot)
-    if len(spec.shape) != one_hot:
-        raise ValueError(
-            f"Dreamer's actor makes one choice, and {key!r} has the shape {tuple(spec.shape)}."
-        )
     options = int(spec.space.n)
-    if not config.normed:
-        network = TensorDictModule(_network(config, options), LATENTS, ["logits"])
-    else:
-        made = DreamerV3DiscreteActor(
+    network = TensorDictModule(_network(config, options), LATENTS, ["logits"])
+    if config.normed:
+        # Its network; its distribution cannot be traced by torch.compile.
+        network = DreamerV3DiscreteActor(
             config.features,
             options,
             depth=config.depth,
             num_cells=config.num_cells,
             unimix=config.unimix,
             in_keys=LATENTS,
-            action_key=key,
-            log_prob_key=suffixed(key, "_log_prob"),
-        )
-        if one_hot:
-            return made
-        network = made[0]
-    kind = OneHotCategorical if one_hot else torch.distributions.Categorical
-    return _actor(network, {"logits": "logits"}, key, kind)
+        )[0]
+    return _actor(network, {"logits": "logits"}, key, choice_distribution(spec))
 
 
 def _continuous(
     config: RSSMConfig, spec: TensorSpec, key: NestedKey
 ) -> ProbabilisticTensorDictSequential:
     """Return the actor of a bounded action."""
-    low, high = (getattr(spec.space, name, None) for name in ("low", "high"))
-    most = torch.finfo(torch.float32).max / 4
-    if (
-        not spec.dtype.is_floating_point
-        or low is None
-        or not all(bound.abs().max() < most for bound in (low, high))
-    ):
-        raise ValueError(
-            f"Dreamer's actor gives continuous actions within finite bounds, or a single choice; "
-            f"{key!r} is a {type(spec).__name__} of {spec.dtype} and the shape "
-            f"{tuple(spec.shape)}. Bound it with Gymnasium's ClipAction or RescaleAction, or make "
-            f"one choice of it."
-        )
+    low, high = spec.space.low, spec.space.high
     network = _network(config, 2 * spec.shape.numel())
     if config.normed:
         module: nn.Module = _BoundedMean(network, low.clone(), high.clone())
@@ -219,17 +187,17 @@ class _BoundedMean(nn.Module):
         self.network = network
         # Derived from the spec, so not part of the state.
         self.register_buffer("middle", (high + low) / 2, persistent=False)
-        self.register_buffer("half", (high - low) / 2, persistent=False)
+        self.register_buffer("reach", (high - low) / 2, persistent=False)
 
     def forward(self, *latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation, ``[*B, *A]`` each."""
         mean, share = self.network(*latents).chunk(2, -1)
         least, most = STD
         std = least + (most - least) * (share + 2).sigmoid()
-        mean, std = (x.unflatten(-1, self.half.shape or (1,)) for x in (mean, std))
-        if not self.half.ndim:
+        mean, std = (x.unflatten(-1, self.reach.shape or (1,)) for x in (mean, std))
+        if not self.reach.ndim:
             mean, std = mean.squeeze(-1), std.squeeze(-1)
-        return self.middle + self.half * mean.tanh(), self.half * std
+        return self.middle + self.reach * mean.tanh(), self.reach * std
 
 
 class _Squashed(nn.Module):

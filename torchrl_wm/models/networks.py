@@ -185,18 +185,18 @@ class UnitActions(JoinEntries):
 
     def __init__(self, actions: Sequence[ActionEntry]) -> None:
         super().__init__(actions)
-        middle, half, limit = [], [], []
+        middle, reach, limit = [], [], []
         for entry in actions:
             ends = list(zip(entry.low, entry.high)) if entry.kind == "bounded" else []
             if not entry.dtype.is_floating_point or not _are_finite(ends):
                 ends = []
             middle += [(low + high) / 2 for low, high in ends] or [0.0] * entry.size
-            half += [(high - low) / 2 for low, high in ends] or [1.0] * entry.size
+            reach += [(high - low) / 2 for low, high in ends] or [1.0] * entry.size
             limit += ([1.0] if ends else [inf]) * entry.size
         #: Whether any number is scaled.
         self.is_scaled = 1.0 in limit
         # Derived from the entries, so not part of the state.
-        for name, values in (("middle", middle), ("half", half), ("limit", limit)):
+        for name, values in (("middle", middle), ("reach", reach), ("limit", limit)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ class UnitActions(JoinEntries):
         joined = super().forward(*values)
         if not self.is_scaled:
             return joined
-        share = (joined - self.middle) / self.half
+        share = (joined - self.middle) / self.reach
         return share.clamp(-self.limit, self.limit)
 
 

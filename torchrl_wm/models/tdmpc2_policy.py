@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torch.nn.functional import one_hot
-from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
-from torchrl.modules import OneHotCategorical, ProbabilisticActor
+from torchrl.modules import ProbabilisticActor
 
 from torchrl_wm.models.building import resolve_config
+from torchrl_wm.models.policy_actions import choice_distribution, policy_action
 from torchrl_wm.models.tdmpc2 import TDMPC2Config
 from torchrl_wm.modules import NormedMLP
 from torchrl_wm.modules.blocks.squashed_normal import squashed_normal
@@ -57,36 +56,13 @@ def make_tdmpc2_policy(
         torch.Size([5, 1])
     """
     config = resolve_config(TDMPC2Config, config, overrides)
-    keys = list(env.action_keys)
-    if len(keys) != 1:
-        raise ValueError(
-            f"make_tdmpc2_policy serves one action, and the env has {keys}. Join them, by "
-            f"torchrl.envs.CatTensors for instance."
-        )
-    key, spec = keys[0], env.full_action_spec_unbatched[keys[0]]
-    several = isinstance(spec, (MultiOneHot, MultiCategorical))
-    if isinstance(spec, (OneHot, Categorical)) and not several and spec.shape.numel():
-        policy = _choosing(config, spec, key)
-    else:
-        policy = _continuous(config, spec, key)
+    key, spec, is_choice = policy_action(env, "make_tdmpc2_policy")
+    policy = (_choosing if is_choice else _continuous)(config, spec, key)
     return policy if env.device is None else policy.to(env.device)
 
 
 def _continuous(config: TDMPC2Config, spec: TensorSpec, key: Any) -> ProbabilisticActor:
     """Return the policy of a bounded action."""
-    bounds = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
-    most = torch.finfo(torch.float32).max / 4
-    if (
-        not spec.dtype.is_floating_point
-        or bounds[0] is None
-        or not all(bound.abs().max() < most for bound in bounds)
-    ):
-        raise ValueError(
-            f"TD-MPC2's policy gives continuous actions within finite bounds, or a single choice; "
-            f"{key!r} is a {type(spec).__name__} of {spec.dtype} and the shape "
-            f"{tuple(spec.shape)}. Bound it with Gymnasium's ClipAction or RescaleAction, or "
-            f"make one choice of it."
-        )
     network = NormedMLP(config.latent_size, 2 * spec.shape.numel(), config.cells)
     module = _Gaussian(network, spec, config.log_std_min, config.log_std_max)
     return ProbabilisticActor(
@@ -105,11 +81,6 @@ def _continuous(config: TDMPC2Config, spec: TensorSpec, key: Any) -> Probabilist
 
 def _choosing(config: TDMPC2Config, spec: TensorSpec, key: Any) -> ProbabilisticActor:
     """Return the policy of a choice."""
-    is_one_hot = isinstance(spec, OneHot)
-    if len(spec.shape) != is_one_hot:
-        raise ValueError(
-            f"TD-MPC2's policy makes one choice, and {key!r} has the shape {tuple(spec.shape)}."
-        )
     options = int(spec.space.n)
     return ProbabilisticActor(
         TensorDictModule(
@@ -118,7 +89,7 @@ def _choosing(config: TDMPC2Config, spec: TensorSpec, key: Any) -> Probabilistic
         in_keys=["logits"],
         out_keys=[key],
         spec=spec,
-        distribution_class=(_OneHot if is_one_hot else torch.distributions.Categorical),
+        distribution_class=choice_distribution(spec),
     )
 
 
@@ -144,11 +115,3 @@ class _Gaussian(nn.Module):
         scale = (self.low + 0.5 * (self.high - self.low) * (share.tanh() + 1)).exp()
         shape = (*latent.shape[:-1], *self.shape)
         return tuple(part.reshape(shape).to(self.dtype) for part in (loc, scale))
-
-
-class _OneHot(OneHotCategorical):
-    """TorchRL's distribution of a choice, with samples that ``torch.compile`` can trace."""
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        drawn = torch.distributions.Categorical.sample(self, sample_shape)
-        return one_hot(drawn, self.num_samples)

@@ -22,12 +22,18 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from torchrl_wm.models import make_dreamer_actor_critic, read_specs, RSSMConfig
 from torchrl_wm.modules import ContinuationModel, WorldModel
-from torchrl_wm.modules.world_model.flat import Placement, to_flat, to_tensordict
+from torchrl_wm.modules.world_model.compiling import Compiler
+from torchrl_wm.modules.world_model.flat import (
+    FlatTensors,
+    Placement,
+    to_flat,
+    to_tensordict,
+)
 from torchrl_wm.modules.world_model.program import Program
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.trainers.env_checks import check_bounds
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
-from torchrl_wm.trainers.learning import check_losses
+from torchrl_wm.trainers.learning import check_losses, compiled_loss
 from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
 from torchrl_wm.trainers.settings import AtLeast, resolve_device, Within
 from torchrl_wm.trainers.steps import Steps
@@ -102,6 +108,8 @@ class DreamerConfig(RecurrentRunConfig):
         learning_rate: the learning rate of all networks; None for the preset's.
         warmup: over how many updates the learning rate rises; None for the preset's.
         clip: the greatest norm of a gradient, as a share of the norm of its parameter.
+        compile: make graphs of the steps of filter and imagination, and of the values' loss; the
+            first update takes a minute or more.
     """
 
     version: Literal["v3", "v2", "v1"] = "v3"
@@ -120,6 +128,7 @@ class DreamerConfig(RecurrentRunConfig):
     learning_rate: float | None = None
     warmup: Annotated[int, AtLeast(0)] | None = None
     clip: float = 0.3
+    compile: bool = False
 
     def __post_init__(self) -> None:
         # Settled here, so that a run that is resumed on another device keeps its sizes.
@@ -199,6 +208,11 @@ class Dreamer(RecurrentRecipe):
             agc=config.clip,
             warmup_steps=config.size("warmup"),
         )
+        self._value_loss = self.value_loss
+        if config.compile:
+            self.world_model.compile_rollout("step")
+            self.imagination.compile()
+            self._value_loss = compiled_loss(self.value_loss)
         acting = self.actor
         if not is_choice:  # the Gaussian reaches beyond the bounds
             inside = TensorDictModule(spec.to(self.device).project, [key], [key])
@@ -272,7 +286,7 @@ class Dreamer(RecurrentRecipe):
             acting, imagined = self.actor_loss(starts.reshape(-1))
             terms["loss_actor"] = acting["loss_actor"]
             # ... whose lambda-returns are the targets of the values, on real steps, too.
-            valuing, _ = self.value_loss(imagined)
+            valuing, _ = self._value_loss(imagined)
             terms["loss_value"] = valuing["loss_value"]
             if self.is_v3 and self.config.replay_value_weight:
                 returns = imagined["lambda_target"][:, 0].reshape(starts.shape)
@@ -360,6 +374,7 @@ class Imagination(nn.Module):
             self.continuation = ContinuationModel(world_model)
         self.differentiable = differentiable
         self._acting = Program([])
+        self._compiler: Compiler | None = None
 
     def reset(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return the latents to begin from."""
@@ -386,6 +401,10 @@ class Imagination(nn.Module):
             heads = {"reward_head": self.world_model.reward_head}
             return run_components(heads, steps)
 
+    def compile(self) -> None:
+        """Make graphs of a step and of the judgement."""
+        self._compiler = Compiler({}, "An update", "compile=False")
+
     def steps(
         self, number: int, policy: nn.Module, start: TensorDictBase
     ) -> TensorDictBase:
@@ -395,14 +414,25 @@ class Imagination(nn.Module):
         )
         if not self._acting.is_for(policy):
             self._acting = Program([policy])
-        state, made = to_flat(start, self.world_model.latent_keys), []
-        for _ in range(number):
+        acting = self._acting
+
+        def step(state: FlatTensors, at: Placement) -> tuple[FlatTensors, FlatTensors]:
             values = dict(state)
-            self._acting(values, at)
-            made.append({key: values[key] for key in (*state, *transition.context)})
-            state = transition.predict(state, made[-1], at)
-            state = {key: state[place] for key, place in transition.latents}
-            at = at._replace(trusted=True)
+            acting(values, at)
+            now = {key: values[key] for key in (*state, *transition.context)}
+            values = transition.predict(state, now, at)
+            return now, {key: values[place] for key, place in transition.latents}
+
+        state, made = to_flat(start, self.world_model.latent_keys), []
+        now, state = step(state, at)
+        made.append(now)
+        at = at._replace(trusted=True)
+        if self._compiler is not None:
+            models = (transition, acting)
+            step = self._compiler.wrap(step, models, (), (at, tuple(state)))
+        for _ in range(number - 1):
+            now, state = step(state, at)
+            made.append(now)
         flat = {key: torch.stack([now[key] for now in made], 1) for key in made[0]}
         for key, value in state.items():
             flat["next", key] = torch.cat([flat[key][:, 1:], value.unsqueeze(1)], 1)
