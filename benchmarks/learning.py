@@ -533,6 +533,107 @@ def last_table(names: dict[str, str]) -> str:
     return table(header, rows)
 
 
+def planner_and_policy_table(name: str) -> str:
+    """The last evaluation of TD-MPC2's planner and of its policy without a plan, by seed."""
+    planner, policy = (curves(name, column) for column in ACTORS)
+    rows = []
+    for (seed, curve), seconds in zip(planner.items(), cpu_seconds(name)):
+        numbers = (*curve[-1], policy[seed][-1][1], seconds)
+        rows.append([seed, *(f"{number:.0f}" for number in numbers)])
+    header = ["seed", "real steps", "planner", "policy without a plan", "CPU seconds"]
+    return table(header, rows)
+
+
+#: The columns of TD-MPC2's evaluations: with a plan, and by the policy without one.
+ACTORS = ("evaluation_return", "policy_return")
+
+
+def cpu_seconds(name: str) -> list[float]:
+    """The seconds of the processor that each seed took."""
+    return [float(rows[-1]["cpu"]) for rows in rows_of(name).values()]
+
+
+def planner_and_policy_figure(title: str, name: str, y: str, level: float):
+    """Curves of the planner and of the policy without a plan, by seed."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = drawn.add_subplot()
+    for number, column in enumerate(ACTORS):
+        for i, curve in enumerate(curves(name, column).values()):
+            shown = ("planner", "policy without a plan")[number]
+            axes.plot(
+                *zip(*curve),
+                color=f"C{number}",
+                lw=1,
+                marker=".",
+                alpha=0.7,
+                label=None if i else shown,
+            )
+    axes.axhline(level, color="0.6", ls=":", lw=1)
+    axes.set(title=title, xlabel="real steps", ylabel=y)
+    axes.legend(fontsize="small")
+    return drawn
+
+
+#: Tasks of dm_control by the names of TD-MPC2's authors.
+SUITE_TASKS = ("cartpole-swingup", "pendulum-swingup", "walker-walk")
+
+
+def published(task: str) -> dict[int, list[tuple[float, float]]]:
+    """``(env step, return)`` by seed, of the results in the repository of TD-MPC2's authors."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    with open(OUT / "tdmpc2_published.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["task"] == task:
+                point = float(row["env_step"]), float(row["return"])
+                found.setdefault(int(row["seed"]), []).append(point)
+    return found
+
+
+def suite_table() -> str:
+    """The last evaluation of each seed beside the published ones at 100,000 env steps."""
+    rows = []
+    for task in SUITE_TASKS:
+        theirs = [dict(curve)[100_000.0] for curve in published(task).values()]
+        shown = ", ".join(f"{value:.0f}" for value in theirs)
+        name = f"tdmpc2-{task}"
+        found = curves(name, "evaluation_return")
+        for (seed, curve), seconds in zip(found.items(), cpu_seconds(name)):
+            step, value = curve[-1]
+            rows.append(
+                [task, seed, f"{2 * step:.0f}", f"{value:.0f}", f"{seconds:.0f}", shown]
+            )
+    header = ["task", "seed", "env steps", "return", "CPU seconds", "authors, 100,000"]
+    return table(header, rows)
+
+
+def suite_figure():
+    """Our curves by seed, and the published ones, over env steps."""
+    from matplotlib.figure import Figure
+
+    there = [task for task in SUITE_TASKS if rows_of(f"tdmpc2-{task}")]
+    drawn = Figure(figsize=(4.5 * len(there), 3.6), layout="constrained")
+    for axes, task in zip(drawn.subplots(1, len(there), squeeze=False)[0], there):
+        for i, curve in enumerate(
+            curves(f"tdmpc2-{task}", "evaluation_return").values()
+        ):
+            steps, values = zip(*curve)
+            axes.plot(
+                [2 * step for step in steps],
+                values,
+                "C0.-",
+                lw=1,
+                label=None if i else "ours, 0.2 M parameters",
+            )
+        for i, curve in enumerate(published(task).values()):
+            axes.plot(*zip(*curve), "kx--", lw=0.7, label=None if i else "authors, 5 M")
+        axes.set(title=task, xlabel="env steps", ylabel="return", ylim=(0, 1000))
+        axes.set_xlim(0, 105_000)
+        axes.legend(fontsize="small", loc="lower right")
+    return drawn
+
+
 def label(task: str) -> dict[str, str]:
     return {
         f"mbpo-{task}": "MBPO",
@@ -542,6 +643,26 @@ def label(task: str) -> dict[str, str]:
 
 
 REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
+    "pendulum_tdmpc2": (
+        lambda: planner_and_policy_table("tdmpc2-pendulum"),
+        lambda: planner_and_policy_figure(
+            "TD-MPC2 on Pendulum-v1",
+            "tdmpc2-pendulum",
+            "mean return of 10 episodes",
+            -250,
+        ),
+    ),
+    "inverted_pendulum_tdmpc2": (
+        lambda: steps_table({"tdmpc2-inverted-pendulum": "TD-MPC2"}, 950),
+        lambda: figure(
+            "TD-MPC2 on InvertedPendulum-v5",
+            "evaluation_return",
+            {"tdmpc2-inverted-pendulum": "TD-MPC2"},
+            "mean return of 5 episodes",
+            950,
+        ),
+    ),
+    "suite_tdmpc2": (suite_table, suite_figure),
     "cartpole": (
         cartpole_table,
         lambda: trials_figure(
