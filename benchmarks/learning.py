@@ -184,6 +184,53 @@ EXPERIMENTS: dict[str, Experiment] = {
             "evaluation_episodes": 5,
         },
     ),
+    "dreamer-cartpole": Experiment(
+        "dreamer",
+        {
+            "env": "CartPole-v1",
+            "compile": True,
+            "steps": 10_000,
+            "evaluation_interval": 1000,
+            "evaluation_episodes": 10,
+        },
+    ),
+    "dreamer-pendulum": Experiment(
+        "dreamer",
+        {
+            "env": "Pendulum-v1",
+            "compile": True,
+            "random_hold": 10,
+            "steps": 6000,
+            "evaluation_interval": 1000,
+            "evaluation_episodes": 10,
+        },
+    ),
+    "dreamer-cartpole-swingup": Experiment(
+        "dreamer",
+        {
+            "env": "dm_control/cartpole/swingup",
+            "action_repeat": 2,
+            "compile": True,
+            "steps": 25_000,
+            "random_steps": 1000,
+            "evaluation_interval": 2500,
+            "evaluation_episodes": 5,
+        },
+        seeds=3,
+    ),
+    "planet-pendulum": Experiment(
+        "planet",
+        {
+            "env": "Pendulum-v1",
+            "termination": "none",
+            "random_hold": 10,
+            "steps": 10_000,
+            "random_steps": 1000,
+            "evaluation_interval": 1000,
+            "evaluation_episodes": 10,
+        },
+        seeds=3,
+    ),
     "mbpo-half-cheetah": Experiment("mbpo", {**CHEETAH, **CHEETAH_MODEL}, seeds=1),
     "sac-half-cheetah-same-updates": Experiment("mbpo", {**CHEETAH, **SAC}, seeds=1),
     "sac-half-cheetah-one-update": Experiment(
@@ -206,6 +253,7 @@ def train(name: str, seed: int) -> None:
     trainer = trainer_class(experiment.recipe)(**experiment.settings, seed=seed)
     if experiment.recipe == "tdmpc2":
         trainer.register_op("post_steps", lambda: evaluate_prior(trainer))
+    trainer.register_op("post_steps", lambda: show(trainer))
     trainer.train()
     rows = [
         {"seed": seed, **row, "cpu": round(time.process_time())}
@@ -233,7 +281,13 @@ def evaluate_prior(trainer: Any) -> None:
     played = run_episodes(env, actor, episodes, first_episode=first)
     returns = [episode_return(env, episode) for episode in played]
     row["policy_return"] = sum(returns) / episodes
-    say(f"{row}")
+
+
+def show(trainer: Any) -> None:
+    """Print the evaluation of this step, if there was one."""
+    row = trainer.metrics[-1] if trainer.metrics else {}
+    if "evaluation_return" in row and row["step"] == trainer.collected_frames:
+        say(", ".join(f"{name} {value:.0f}" for name, value in row.items()))
 
 
 def part(name: str, seed: int) -> Path:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _real_envs import MBPO as SMALL_MBPO, PETS as SMALL_PETS, TDMPC2 as SMALL_TDMPC2
+from _real_envs import (
+    DREAMER as SMALL_DREAMER,
+    MBPO as SMALL_MBPO,
+    PETS as SMALL_PETS,
+    PLANET as SMALL_PLANET,
+    TDMPC2 as SMALL_TDMPC2,
+)
 
 from torchrl_wm.trainers import (
+    DreamerTrainer,
     MBPOTrainer,
     PETSTrainer,
+    PlaNetTrainer,
     RecipeTrainer,
     RunFolder,
     TDMPC2Trainer,
@@ -31,10 +39,18 @@ MBPO = {
     "logger": "csv",
 }
 TDMPC2 = {**SMALL_TDMPC2, "random_hold": 3, "steps": 75, "evaluation_interval": 25}
+DREAMER = {**SMALL_DREAMER, "random_hold": 3, "steps": 75, "evaluation_interval": 25}
+PLANET = {**SMALL_PLANET, "random_hold": 3, "steps": 75, "evaluation_interval": 25}
 RECIPES = pytest.mark.parametrize(
     "kind, settings",
-    [(PETSTrainer, PETS), (MBPOTrainer, MBPO), (TDMPC2Trainer, TDMPC2)],
-    ids=["pets", "mbpo", "tdmpc2"],
+    [
+        (PETSTrainer, PETS),
+        (MBPOTrainer, MBPO),
+        (TDMPC2Trainer, TDMPC2),
+        (DreamerTrainer, DREAMER),
+        (PlaNetTrainer, PLANET),
+    ],
+    ids=["pets", "mbpo", "tdmpc2", "dreamer", "planet"],
 )
 
 

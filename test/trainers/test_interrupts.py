@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from _runs import MBPO, PETS
+from _runs import DREAMER, MBPO, PETS
 
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
 from torchrl_wm.trainers import PETSTrainer, resume_run, RunFolder, start_run
@@ -78,7 +78,8 @@ print(json.dumps(stopped))
 """
 
 
-ALL = [("pets", 1), ("pets", 2), ("mbpo", 1), ("mbpo", 2)]
+SETTINGS = {"pets": PETS, "mbpo": MBPO, "dreamer": DREAMER}
+ALL = [(name, number) for name in SETTINGS for number in (1, 2)]
 
 
 def stop_again_and_again(
@@ -87,8 +88,7 @@ def stop_again_and_again(
     """Return how often a run of each recipe and number of envs was stopped."""
     runs = []
     for name, number in which:
-        settings = {"pets": PETS, "mbpo": MBPO}[name]
-        settings = {**settings, "num_envs": number, "env": "_real_envs:Ragged"}
+        settings = {**SETTINGS[name], "num_envs": number, "env": "_real_envs:Ragged"}
         runs.append((name, str(tmp_path / f"{name}-{number}"), settings))
     paths = [os.getcwd(), os.path.dirname(os.path.dirname(__file__))]
     done = subprocess.run(
@@ -116,7 +116,7 @@ def test_ctrl_c_at_any_moment(tmp_path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_25_times(how, tmp_path) -> None:
     stopped = stop_again_and_again(tmp_path, how, 25, 0.6)
-    assert stopped == [25] * 4
+    assert stopped == [25] * len(ALL)
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_losses_that_are_not_finite(kind, settings, tmp_path) -> None:
     settings[rate] = 1e30
     trainer = kind.start(tmp_path / "run", **settings)
     with pytest.raises(NonFiniteLossError, match="(?s)gradient step.*bad_batch.pt"):
-        trainer.train()
+        trainer.train()  # where latents are filtered, they show it before the next update
     batch = torch.load(tmp_path / "run" / "bad_batch.pt", weights_only=True)
     assert "action" in batch
     assert RunFolder.open(tmp_path / "run").saved()

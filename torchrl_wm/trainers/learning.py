@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import nn
 from torchrl.data import ReplayBuffer
 
@@ -239,8 +239,15 @@ def check_losses(
     )
 
 
-def check_transitions(rows: TensorDictBase, step: int) -> None:
-    """Refuse transitions of a real env that are not finite, before the recipe learns from them.
+def check_transitions(
+    rows: TensorDictBase, step: int, latents: Collection[NestedKey] = ()
+) -> None:
+    """Refuse transitions that are not finite, before the recipe learns from them.
+
+    Args:
+        rows: the transitions, ``[N]``.
+        step: how many real steps have been made.
+        latents: the entries that the model computes, and not the real env.
 
     Raises:
         NonFiniteLossError: if some are not.
@@ -250,9 +257,16 @@ def check_transitions(rows: TensorDictBase, step: int) -> None:
         for key, value in rows.items(True, True)
         if value.is_floating_point() and not value.isfinite().all()
     ]
-    if bad:
+    if not bad:
+        return
+    if set(bad) <= set(latents):
         raise NonFiniteLossError(
-            f"The real env gave {bad} with NaN or infinite values, up to real step {step}. Look "
-            f"at what it computes there; nothing was learnt from this step.",
+            f"The world model filtered the observations into {bad} with NaN or infinite values, "
+            f"up to real step {step}, after its last gradient step. Lower the learning rate.",
             rows,
         )
+    raise NonFiniteLossError(
+        f"The real env gave {bad} with NaN or infinite values, up to real step {step}. Look "
+        f"at what it computes there; nothing was learnt from this step.",
+        rows,
+    )

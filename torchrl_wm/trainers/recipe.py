@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -118,6 +118,11 @@ class Recipe:
     def title(self) -> str:
         """The title of its runs."""
         return f"{self.name} on {self.config.about}"
+
+    @property
+    def latents(self) -> list[NestedKey]:
+        """The entries of real steps that the model computes; none by default."""
+        return []
 
     @property
     def has_learnt(self) -> bool:

@@ -174,7 +174,7 @@ class RecipeTrainer(Trainer):
         total = self.collected_frames + len(steps)
         if self.recipe.replay is not None:
             rows = self.recipe.kept(steps)
-            check_transitions(rows, total)
+            check_transitions(rows, total, self.recipe.latents)
             self.recipe.replay.extend(rows)
         self.new_steps = self.collector.count(steps, total)
         if self._progress is not None:

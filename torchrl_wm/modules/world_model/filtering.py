@@ -165,15 +165,18 @@ class Filter:
             return tensordict.update(self._fresh(observed))
         begins, transition = episode_begins(tensordict), self.transition
         missing = missing_from(tensordict, transition.context)
-        if missing:
-            if begins is None or not begins.all():
-                raise MissingEntryError(
-                    f"The latents go on from the step before, and what was done then is missing: "
-                    f"{missing}; the tensordict has {leaf_keys(tensordict)}. Keep the action at "
-                    f"the root, as env.rollout does: step_mdp(td, exclude_action=False); or say "
-                    f"with 'is_init' (torchrl.envs.InitTracker) that every episode begins here."
-                )
+        # Where all episodes begin, there is no action before, and what is drawn for a step would
+        # be in vain. A look at the flags waits for any other device.
+        may_look = missing or (begins is not None and begins.device.type == "cpu")
+        if may_look and begins is not None and begins.all():
             return tensordict.update(self._fresh(observed))
+        if missing:
+            raise MissingEntryError(
+                f"The latents go on from the step before, and what was done then is missing: "
+                f"{missing}; the tensordict has {leaf_keys(tensordict)}. Keep the action at the "
+                f"root, as env.rollout does: step_mdp(td, exclude_action=False); or say with "
+                f"'is_init' (torchrl.envs.InitTracker) that every episode begins here."
+            )
         encoded = self.encoder(observed.copy())
         at = Placement(tensordict.batch_size, tensordict.device)
         before = to_flat(tensordict, self.latents)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.trainers.algorithms import DreamerV3UpdateRatio
 
-from torchrl_wm.models import make_rssm_world_model, read_specs, RSSMConfig
+from torchrl_wm.models import make_rssm_world_model, RSSMConfig
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
@@ -110,13 +110,7 @@ class RecurrentRecipe(Recipe):
         self.replay = make_replay(
             config.replay_capacity, self.device, config.replay_storage
         )
-        specs = read_specs(env)
-        self._keys = [
-            *transition_keys(env, self.world_model),
-            *self.world_model.latent_keys,
-            "is_init",
-        ]
-        self._images = specs.pixels
+        self._keys = [*transition_keys(env, self.world_model), *self.latents, "is_init"]
         replayed = config.size("batch_size") * config.size("batch_length")
         self.ratio = DreamerV3UpdateRatio(config.size("train_ratio") / replayed)
         self.counts = Counts(updates=0)
@@ -134,6 +128,10 @@ class RecurrentRecipe(Recipe):
             config.size("batch_length"),
             config.num_envs,
         )
+
+    @property
+    def latents(self) -> list[NestedKey]:
+        return list(self.world_model.latent_keys)
 
     @property
     def has_learnt(self) -> bool:
