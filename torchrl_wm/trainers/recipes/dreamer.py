@@ -53,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_ratio": 128.0,
         "imagine_every": 4,
         "learning_rate": 1e-3,
+        "actor_rate": 0.3,
         "warmup": 100,
         "gamma": 0.99,
     },
@@ -69,6 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_ratio": 512.0,
         "imagine_every": 1,
         "learning_rate": 4e-5,
+        "actor_rate": 1.0,
         "warmup": 1000,
         "gamma": 0.997,
     },
@@ -105,7 +107,8 @@ class DreamerConfig(RecurrentRunConfig):
         replay_value_weight: the weight of the values' loss on real steps; only in V3.
         slow_critic_weight: the weight of the distance from the slow critic; only in V3.
         tau: the share of the critic that is mixed into the slow one in an update.
-        learning_rate: the learning rate of all networks; None for the preset's.
+        learning_rate: the learning rate of model and critic; None for the preset's.
+        actor_rate: the actor's learning rate, as a share of theirs; None for the preset's.
         warmup: over how many updates the learning rate rises; None for the preset's.
         clip: the greatest norm of a gradient, as a share of the norm of its parameter.
         compile: make graphs of the steps of filter and imagination, and of the values' loss; the
@@ -126,6 +129,7 @@ class DreamerConfig(RecurrentRunConfig):
     slow_critic_weight: Annotated[float, AtLeast(0)] = 1.0
     tau: Annotated[float, Within(0, 1)] = 0.02
     learning_rate: float | None = None
+    actor_rate: float | None = None
     warmup: Annotated[int, AtLeast(0)] | None = None
     clip: float = 0.3
     compile: bool = False
@@ -201,10 +205,15 @@ class Dreamer(RecurrentRecipe):
             if self.has_slow_critic
             else None
         )
-        trained = (self.loss, self.actor, self.value_loss)
+        rate = config.size("learning_rate")
+        others = (*self.loss.parameters(), *self.value_loss.parameters())
+        acting_rate = rate * config.size("actor_rate")
         self.optimizer = DreamerV3Optimizer(
-            [parameter for part in trained for parameter in part.parameters()],
-            lr=config.size("learning_rate"),
+            [
+                {"params": others},
+                {"params": list(self.actor.parameters()), "lr": acting_rate},
+            ],
+            lr=rate,
             agc=config.clip,
             warmup_steps=config.size("warmup"),
         )
