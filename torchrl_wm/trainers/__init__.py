@@ -34,6 +34,7 @@ from torchrl_wm.trainers.run_report import (
     write_run_report,
 )
 from torchrl_wm.trainers.runs import resume_run, start_run, trainer_class
+from torchrl_wm.trainers.sequences import sample_sequences
 from torchrl_wm.trainers.settings import RunConfig
 from torchrl_wm.trainers.steps import Steps
 from torchrl_wm.trainers.trainer import RecipeTrainer
@@ -83,6 +84,7 @@ __all__ = [
     "register_recipe",
     "resume_run",
     "run_episodes",
+    "sample_sequences",
     "save_prediction_fan",
     "start_run",
     "train_world_model",

@@ -28,6 +28,15 @@ def sample_sequences(
 
     Raises:
         ValueError: if the replay is shorter than one sequence.
+
+    Examples:
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> from torchrl_wm.trainers import make_real_env, sample_sequences
+        >>> replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
+        >>> env = make_real_env("CartPole-v1", seed=0)
+        >>> _ = replay.extend(env.rollout(60, break_when_any_done=False))
+        >>> sample_sequences(replay, 4, 32)["is_init"].shape
+        torch.Size([4, 32, 1])
     """
     storage, size = replay.storage, len(replay)
     starts = size - (length - 1) * num_envs
