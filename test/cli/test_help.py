@@ -86,18 +86,21 @@ def test_numbers_may_still_be_none(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_the_package_is_the_command() -> None:
-    words = [sys.executable, "-m", "torchrl_wm", "train", "dreamer"]
+    words = [sys.executable, "-m", "torchrl_wm", "train", "muzero"]
     outcome = subprocess.run(words, capture_output=True, text=True)
     assert outcome.returncode == 2
-    assert "There is no recipe 'dreamer'" in outcome.stderr
+    assert "There is no recipe 'muzero'" in outcome.stderr
 
 
 @pytest.mark.parametrize(
     "words",
-    ["train dreamer", "train dreamer --trials 3", "train --report dreamer"],
+    ["train muzero", "train muzero --trials 3", "train --report muzero"],
 )
 def test_unknown_recipes_are_told_those_that_there_are(words, capsys) -> None:
     assert main(words.split()) == 2
     err = capsys.readouterr().err
-    assert "There is no recipe 'dreamer'" in err
-    assert "['mbpo', 'model', 'pets', 'tdmpc2']" in err and "None" not in err
+    assert "There is no recipe 'muzero'" in err
+    assert (
+        "['dreamer', 'mbpo', 'model', 'pets', 'planet', 'tdmpc2']" in err
+        and "None" not in err
+    )
