@@ -24,6 +24,8 @@ from torchrl_wm.trainers import (
     trainer_class,
 )
 
+BUILT_IN = ["pets", "mbpo", "tdmpc2", "dreamer", "planet", "model"]
+
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch) -> dict:
@@ -62,7 +64,7 @@ def make(parent: type = PETS, **content) -> type:
 def test_a_registered_recipe_runs_under_its_name(tmp_path) -> None:
     own = register_recipe("own", make())
     assert own.name == "own" and PETS.name == "pets"
-    assert _registry.recipe_names() == ["pets", "mbpo", "tdmpc2", "model", "own"]
+    assert _registry.recipe_names() == [*BUILT_IN, "own"]
     entry = _registry.find_recipe("own")
     assert entry.summary == "My own planner." and entry.load() is own
     start_run("own", tmp_path / "run", **{**SMALL, "trials": 1}).train()
@@ -105,7 +107,7 @@ def test_a_recipe_has_one_name() -> None:
     own = register_recipe("own", make())
     with pytest.raises(ValueError, match="has the name 'own' already"):
         register_recipe("mine", own)
-    assert _registry.recipe_names() == ["pets", "mbpo", "tdmpc2", "model", "own"]
+    assert _registry.recipe_names() == [*BUILT_IN, "own"]
 
 
 def test_what_is_no_recipe() -> None:
@@ -220,7 +222,7 @@ def test_looking_for_recipes_imports_none() -> None:
     code = """
 import sys
 from torchrl_wm import _registry
-assert _registry.recipe_names()[:4] == ["pets", "mbpo", "tdmpc2", "model"]
+assert _registry.recipe_names()[:6] == ["pets", "mbpo", "tdmpc2", "dreamer", "planet", "model"]
 assert _registry.find_recipe("pets").summary
 assert "torch" not in sys.modules
 """
