@@ -250,3 +250,30 @@ def make_nested_ragged() -> TransformedEnv:
             [("agent", "action")],
         ),
     )
+
+
+class Pictures(gymnasium.Env):
+    """Its observation is a small picture with a bar at the place, and the speed."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "pixels": gymnasium.spaces.Box(0, 255, (16, 16, 3), np.uint8),
+            "speed": gymnasium.spaces.Box(-9, 9, (1,)),
+        }
+    )
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = int(self.np_random.integers(16))
+        return self._observation(0.0), {}
+
+    def step(self, action):
+        self.place = (self.place + round(2 * float(action[0]))) % 16
+        reward = -abs(self.place - 8) / 8
+        return self._observation(float(action[0])), reward, False, False, {}
+
+    def _observation(self, speed):
+        pixels = np.zeros((16, 16, 3), np.uint8)
+        pixels[:, self.place] = 255
+        return {"pixels": pixels, "speed": np.array([speed], np.float32)}

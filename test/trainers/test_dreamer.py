@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from _real_envs import (
     make_nested,
     make_nested_ragged,
     make_reacher,
+    Pictures,
     PLANET,
     Ragged,
     Unbounded,
@@ -31,27 +31,6 @@ BOTH = pytest.mark.parametrize(
     [(DreamerTrainer, DREAMER), (PlaNetTrainer, PLANET)],
     ids=["dreamer", "planet"],
 )
-
-
-class Pictures(gymnasium.Env):
-    """Its observation is a small picture with a bar at the place."""
-
-    observation_space = gymnasium.spaces.Box(0, 255, (16, 16, 3), np.uint8)
-    action_space = gymnasium.spaces.Box(-1, 1, (1,))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place = int(self.np_random.integers(16))
-        return self._observation(), {}
-
-    def step(self, action):
-        self.place = (self.place + round(2 * float(action[0]))) % 16
-        return self._observation(), -abs(self.place - 8) / 8, False, False, {}
-
-    def _observation(self):
-        pixels = np.zeros((16, 16, 3), np.uint8)
-        pixels[:, self.place] = 255
-        return pixels
 
 
 def trained(kind=DreamerTrainer, **settings):
