@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,12 +13,8 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_wm._rendering import IMAGE_KEYS
+from torchrl_wm.modules.blocks.pixels import image_layout, ImageLayout
 from torchrl_wm.modules.keys import as_tuple, join, unique
-
-#: The most channels of an image, such as those of a stack of frames.
-_MAX_CHANNELS = 16
-#: The fewest rows and columns of an image that is not called one.
-_MIN_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Image:
     """
 
     key: NestedKey
-    layout: Literal["CHW", "HWC", "HW"]
+    layout: ImageLayout
     low: float
     high: float
 
@@ -109,7 +104,7 @@ def image_of(
     """
     if spec.dtype is None:
         return None
-    layout = _layout(tuple(spec.shape), spec.dtype, named)
+    layout = image_layout(spec.shape, spec.dtype, named)
     if layout is None:
         return None
     dtype = spec.dtype if recorded is None else recorded.dtype
@@ -125,28 +120,6 @@ def image_of(
         if least < most and (least < low or most > high):
             low, high = least, most
     return Image(unravel_key(key), layout, low, high)
-
-
-def _layout(
-    shape: tuple[int, ...], dtype: torch.dtype, named: bool
-) -> Literal["CHW", "HWC", "HW"] | None:
-    """Return the order of the dims of an image; None for what is no image."""
-    if dtype is not torch.uint8 and not dtype.is_floating_point:
-        return None
-    if len(shape) == 2:
-        layout, sides = "HW", shape
-        if dtype is not torch.uint8 and not named:
-            return None
-    elif len(shape) == 3:
-        # The smaller of the first and the last dim is that of the channels.
-        first = shape[0] <= shape[-1]
-        layout, sides = ("CHW", shape[1:]) if first else ("HWC", shape[:-1])
-        most = min(sides) - 1 if dtype is torch.uint8 else 0
-        if min(shape[0], shape[-1]) > max(most, _MAX_CHANNELS):
-            return None
-    else:
-        return None
-    return layout if named or min(sides) >= _MIN_SIDE else None
 
 
 def beside(films: Sequence[np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tensordict import NestedKey
@@ -12,9 +12,8 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.models.reference import ActionEntry, SpecEntry, SpecsOnlyEnv
 from torchrl_wm.modules.blocks.entries import Entry
+from torchrl_wm.modules.blocks.pixels import ImageLayout
 from torchrl_wm.modules.keys import as_tuple, sibling, unique
-
-PixelLayout = Literal["CHW", "HWC", "HW"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class PixelEntry(Entry):
         scale: the largest value, 255 or 1, by which networks divide the image.
     """
 
-    layout: PixelLayout = "CHW"
+    layout: ImageLayout = "CHW"
     scale: float = 1.0
 
     @property

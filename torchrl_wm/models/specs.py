@@ -9,20 +9,16 @@ from tensordict import NestedKey
 from torchrl.data import Bounded, Composite, NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry, PixelLayout
+from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry
 from torchrl_wm.models.reference import ActionEntry, SpecEntry
 from torchrl_wm.modules.blocks.entries import Entry
+from torchrl_wm.modules.blocks.pixels import image_layout, MIN_SIDE
 from torchrl_wm.modules.keys import as_tuple, unique
 
 #: Entries that transforms write beside the observations, and that no model predicts.
 BOOKKEEPING = frozenset(
     {"is_init", "step_count", "traj_ids", "episode_reward", "imagined_step"}
 )
-
-#: The most channels of an image: a stack of 4 RGBA frames has 16. Images of bytes may have more.
-_MAX_CHANNELS = 16
-#: The fewest rows and columns of an image.
-_MIN_SIDE = 8
 
 
 def read_specs(
@@ -95,24 +91,8 @@ def read_specs(
 def pixel_entry(key: NestedKey, spec: TensorSpec) -> PixelEntry | None:
     """Return the entry of an image; None if the spec is not that of an image."""
     shape, dtype = tuple(spec.shape), spec.dtype
-    if dtype is not torch.uint8 and not dtype.is_floating_point:
-        return None
-    if len(shape) == 2 and dtype is torch.uint8:
-        layout: PixelLayout = "HW"
-        sides = shape
-    elif len(shape) == 3:
-        # The smaller of the first and the last dim is that of the channels.
-        first = shape[0] <= shape[-1]
-        layout = "CHW" if first else "HWC"
-        sides = shape[1:] if first else shape[:-1]
-        most = _MAX_CHANNELS
-        if dtype is torch.uint8:
-            most = max(most, min(sides) - 1)
-        if min(shape[0], shape[-1]) > most:
-            return None
-    else:
-        return None
-    if min(sides) < _MIN_SIDE:
+    layout = image_layout(shape, dtype)
+    if layout is None:
         return None
     scale = 1.0
     if dtype is torch.uint8:
@@ -202,7 +182,7 @@ def _check_numeric(kind: str, key: NestedKey, spec: TensorSpec) -> None:
 def _check_no_image(key: NestedKey, spec: TensorSpec) -> None:
     """Refuse bytes that look like an image and would become a vector of thousands of numbers."""
     shape = tuple(spec.shape)
-    large = sum(n >= _MIN_SIDE for n in shape)
+    large = sum(n >= MIN_SIDE for n in shape)
     if spec.dtype is not torch.uint8 or len(shape) < 3 or large < 2:
         return
     dims = f"{-len(shape)}, -1, in_keys=[{key!r}]"

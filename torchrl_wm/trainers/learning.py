@@ -213,6 +213,37 @@ def compiled_loss(loss: nn.Module) -> Callable[[TensorDictBase], TensorDictBase]
     return compiler.wrap(lambda batch: loss(batch), [loss], (), ())
 
 
+def descend(
+    terms: TensorDictBase,
+    optimizer: torch.optim.Optimizer,
+    batch: TensorDictBase,
+    who: str,
+    step: int,
+    clip: float | None = None,
+) -> None:
+    """Make a gradient step on the sum of some terms.
+
+    Args:
+        terms: the terms of a loss, scalars.
+        optimizer: the optimizer of what they train.
+        batch: the batch, for the error.
+        who: the name of what learns, for the error.
+        step: how many such steps have been made.
+        clip: the greatest norm of the gradient; None for no limit.
+
+    Raises:
+        NonFiniteLossError: if the sum is not finite.
+    """
+    total = terms.sum(reduce=True)
+    check_losses(terms, total, batch, who, step)
+    optimizer.zero_grad()
+    total.backward()
+    if clip is not None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, clip)
+    optimizer.step()
+
+
 def check_losses(
     losses: TensorDictBase,
     total: torch.Tensor,

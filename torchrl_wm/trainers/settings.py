@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
+    ClassVar,
     get_args,
     get_origin,
     get_type_hints,
@@ -214,6 +215,32 @@ class RunConfig(Settings):
     @property
     def about(self) -> str:
         return self.env
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetConfig(RunConfig):
+    """The settings of a run that has presets; a subclass names them in a field ``preset``.
+
+    A setting that is None has the value of the preset.
+    """
+
+    #: The presets by name; the first one is that of a CPU if ``preset`` is "auto".
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    #: The preset of other devices.
+    ELSEWHERE: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Settled here, so that a run that is resumed on another device keeps its sizes.
+        if self.preset == "auto":
+            is_cpu = resolve_device(self.device).type == "cpu"
+            preset = next(iter(self.PRESETS)) if is_cpu else self.ELSEWHERE
+            object.__setattr__(self, "preset", preset)
+
+    def size(self, name: str) -> Any:
+        """Return a setting that presets have: this one's own value, or the preset's."""
+        own = getattr(self, name)
+        return self.PRESETS[self.preset][name] if own is None else own
 
 
 def slug(text: str) -> str:

@@ -13,8 +13,41 @@ from torchrl.modules import DreamerV3ImageDecoder, DreamerV3ImageEncoder
 
 ImageLayout = Literal["CHW", "HWC", "HW"]
 _LAYOUTS = ("CHW", "HWC", "HW")
+#: The most channels of an image: a stack of 4 RGBA frames has 16. Images of bytes may have more.
+_MAX_CHANNELS = 16
+#: The fewest rows and columns of an image that is not called one.
+MIN_SIDE = 8
 #: Channels of the stages relative to ``depth``, as in DreamerV3.
 _MULTIPLIERS = (2, 3, 4, 4)
+
+
+def image_layout(
+    shape: Sequence[int], dtype: torch.dtype, named: bool = False
+) -> ImageLayout | None:
+    """Return the order of the dims of an image; None for what is no image.
+
+    Args:
+        shape: the shape of an entry, without batch dims.
+        dtype: its dtype.
+        named: whether the entry is known to be an image, however small.
+    """
+    shape = tuple(shape)
+    if dtype is not torch.uint8 and not dtype.is_floating_point:
+        return None
+    if len(shape) == 2 and (dtype is torch.uint8 or named):
+        layout: ImageLayout = "HW"
+        sides = shape
+    elif len(shape) == 3:
+        # The smaller of the first and the last dim is that of the channels.
+        first = shape[0] <= shape[-1]
+        layout = "CHW" if first else "HWC"
+        sides = shape[1:] if first else shape[:-1]
+        most = min(sides) - 1 if dtype is torch.uint8 else 0
+        if min(shape[0], shape[-1]) > max(most, _MAX_CHANNELS):
+            return None
+    else:
+        return None
+    return layout if named or min(sides) >= MIN_SIDE else None
 
 
 def default_multipliers(height: int, width: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.envs import EnvBase
 from torchrl.objectives import (
@@ -20,11 +20,10 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from torchrl_wm.models import make_dreamer_actor_critic, read_specs, RSSMConfig
 from torchrl_wm.trainers.actor_imagination import Imagination, recalled
-from torchrl_wm.trainers.env_checks import check_bounds
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
-from torchrl_wm.trainers.learning import check_losses, compiled_loss
+from torchrl_wm.trainers.learning import compiled_loss, descend
 from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
-from torchrl_wm.trainers.settings import AtLeast, resolve_device, Within
+from torchrl_wm.trainers.settings import AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks and batches: one that is quick on a CPU, and the authors'.
@@ -104,6 +103,9 @@ class DreamerConfig(RecurrentRunConfig):
             first update takes a minute or more.
     """
 
+    PRESETS = PRESETS
+    ELSEWHERE = "12M"
+
     version: Literal["v3", "v2", "v1"] = "v3"
     preset: Literal["auto", "small", "1M", "12M"] = "auto"
     categoricals: Annotated[int, AtLeast(1)] | None = None
@@ -124,18 +126,11 @@ class DreamerConfig(RecurrentRunConfig):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        # Settled here, so that a run that is resumed on another device keeps its sizes.
-        if self.preset == "auto":
-            kind = resolve_device(self.device).type
-            object.__setattr__(self, "preset", "small" if kind == "cpu" else "12M")
         super().__post_init__()
         if not 0 < self.size("gamma") < 1:
             raise ValueError(
                 f"gamma is a discount above 0 and below 1, got {self.gamma}."
             )
-
-    def defaults(self) -> dict[str, Any]:
-        return PRESETS[self.preset]
 
     def model_settings(self) -> RSSMConfig:
         names = ["belief_size", "hidden_size", "num_cells", "depth", "pixel_depth"]
@@ -178,7 +173,6 @@ class Dreamer(RecurrentRecipe):
         super().__init__(config, env)
         key = env.action_key
         spec = env.full_action_spec_unbatched[key]
-        check_bounds(spec, key)
         actor, critic = make_dreamer_actor_critic(env, self.sizes)
         self.actor, self.critic = actor.to(self.device), critic.to(self.device)
         self.gamma = config.size("gamma")
@@ -266,8 +260,7 @@ class Dreamer(RecurrentRecipe):
             actor_loss=self.actor_loss,
             slow_critic_regularization=config.slow_critic_weight,
         )
-        done = read_specs(env).loss_keys
-        loss.set_keys(**done)
+        loss.set_keys(**read_specs(env).loss_keys)
         return loss.to(self.device)
 
     def learn(self, steps: Steps) -> dict[str, torch.Tensor]:
@@ -290,7 +283,9 @@ class Dreamer(RecurrentRecipe):
                 returns = imagined["lambda_target"][:, 0].reshape(starts.shape)
                 real = self.replayed(batch, latents, returns, every)
                 terms["loss_replay_value"] = self.replay_value(real)
-            self.descend(terms, batch)
+            descend(terms, self.optimizer, batch, "Dreamer", self.counts.updates)
+            if self.targets is not None:
+                self.targets.step()
             self.counts.updates += 1
             losses = {**terms.detach(), "entropy": acting["actor_entropy"]}
             losses["return_scale"] = acting["return_scale"]
@@ -333,13 +328,3 @@ class Dreamer(RecurrentRecipe):
             real, horizon=1 / (1 - self.gamma), lmbda=config.lmbda
         )
         return config.replay_value_weight * found["loss_replay_value"]
-
-    def descend(self, terms: TensorDict, batch: TensorDictBase) -> None:
-        """Make a gradient step on the sum of some terms."""
-        total = terms.sum(reduce=True)
-        check_losses(terms, total, batch, "Dreamer", self.counts.updates)
-        self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
-        if self.targets is not None:
-            self.targets.step()

@@ -15,11 +15,11 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.models import RSSMConfig
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner
-from torchrl_wm.trainers.env_checks import check_bounds, check_planned_action
+from torchrl_wm.trainers.env_checks import check_planned_action
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
-from torchrl_wm.trainers.learning import check_losses
+from torchrl_wm.trainers.learning import descend
 from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
-from torchrl_wm.trainers.settings import AtLeast, resolve_device, Within
+from torchrl_wm.trainers.settings import AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks, batches and plans: one that is quick on a CPU, and the paper's.
@@ -81,6 +81,9 @@ class PlaNetConfig(RecurrentRunConfig):
         clip: the greatest norm of the gradient.
     """
 
+    PRESETS = PRESETS
+    ELSEWHERE = "paper"
+
     preset: Literal["auto", "small", "paper"] = "auto"
     state_size: Annotated[int, AtLeast(1)] | None = None
     free_nats: Annotated[float, AtLeast(0)] | None = None
@@ -93,17 +96,6 @@ class PlaNetConfig(RecurrentRunConfig):
     action_noise: Annotated[float, AtLeast(0)] = 0.3
     learning_rate: float = 1e-3
     clip: float = 1000.0
-
-    def __post_init__(self) -> None:
-        # Settled here, so that a run that is resumed on another device keeps its sizes.
-        if self.preset == "auto":
-            kind = resolve_device(self.device).type
-            preset = "small" if kind == "cpu" else "paper"
-            object.__setattr__(self, "preset", preset)
-        super().__post_init__()
-
-    def defaults(self) -> dict[str, Any]:
-        return PRESETS[self.preset]
 
     def model_settings(self) -> RSSMConfig:
         names = ("belief_size", "state_size", "hidden_size", "num_cells", "depth")
@@ -139,7 +131,6 @@ class PlaNet(RecurrentRecipe):
         super().__init__(config, env)
         key = env.action_key
         spec = env.full_action_spec_unbatched[key]
-        check_bounds(spec, key)
         check_planned_action(env)
         self.loss.return_latents = False  # nothing learns from them
         self.optimizer = torch.optim.Adam(
@@ -185,12 +176,8 @@ class PlaNet(RecurrentRecipe):
             # Sequences of real steps: filter them, and predict observations and rewards.
             batch = self.sample()
             terms = self.loss(batch)
-            total = terms.sum(reduce=True)
-            check_losses(terms, total, batch, "The world model", self.counts.updates)
-            self.optimizer.zero_grad()
-            total.backward()
-            nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.clip)
-            self.optimizer.step()
+            updates, clip = self.counts.updates, self.config.clip
+            descend(terms, self.optimizer, batch, "The world model", updates, clip)
             self.counts.updates += 1
             losses = dict(terms.detach())
         return losses

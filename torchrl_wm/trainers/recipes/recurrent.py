@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.trainers.algorithms import DreamerV3UpdateRatio
 
 from torchrl_wm.models import make_rssm_world_model, RSSMConfig
+from torchrl_wm.trainers.env_checks import check_bounds
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
-from torchrl_wm.trainers.settings import AtLeast, RunConfig
+from torchrl_wm.trainers.settings import AtLeast, PresetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrentRunConfig(RunConfig):
+class RecurrentRunConfig(PresetConfig):
     """The settings of a run that learns a recurrent state space model.
 
     Args:
@@ -69,15 +70,6 @@ class RecurrentRunConfig(RunConfig):
                 f"batches or more steps."
             )
 
-    def size(self, name: str) -> Any:
-        """Return a setting that presets have: this one's own value, or the preset's."""
-        own = getattr(self, name)
-        return self.defaults()[name] if own is None else own
-
-    def defaults(self) -> dict[str, Any]:
-        """Return the preset's values of the settings that are None."""
-        raise NotImplementedError
-
     def model_settings(self) -> RSSMConfig:
         """Return the settings of the world model."""
         raise NotImplementedError
@@ -102,6 +94,7 @@ class RecurrentRecipe(Recipe):
 
     def __init__(self, config: RecurrentRunConfig, env: EnvBase) -> None:
         super().__init__(config, env)
+        check_bounds(env.full_action_spec_unbatched[env.action_key], env.action_key)
         self.sizes = config.model_settings()
         self.world_model, self.loss = make_rssm_world_model(env, self.sizes)
         self.loss.return_latents = True

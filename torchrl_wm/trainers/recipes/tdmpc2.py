@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
-from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type, ExplorationType
 from torchrl.objectives import SoftUpdate
@@ -28,11 +27,11 @@ from torchrl_wm.objectives import LossTerm, PolicyPriorLoss, ValueTerm, WorldMod
 from torchrl_wm.planners import MPPIPlanner
 from torchrl_wm.trainers.env_checks import check_bounds, check_planned_action
 from torchrl_wm.trainers.gym_actions import gymnasium_env
-from torchrl_wm.trainers.learning import check_losses, compiled_loss
+from torchrl_wm.trainers.learning import compiled_loss, descend
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
-from torchrl_wm.trainers.settings import AtLeast, resolve_device, RunConfig, Within
+from torchrl_wm.trainers.settings import AtLeast, PresetConfig, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks, batches and plans, and what goes with them: a preset that is quick on a
@@ -80,7 +79,7 @@ PRESETS["19M"] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TDMPC2Config(RunConfig):
+class TDMPC2Config(PresetConfig):
     """The settings of :class:`TDMPC2`.
 
     Args:
@@ -132,6 +131,9 @@ class TDMPC2Config(RunConfig):
             first plan and the first update take a minute or more each.
     """
 
+    PRESETS = PRESETS
+    ELSEWHERE = "5M"
+
     steps: Annotated[int, AtLeast(1)] | None = 10_000
     random_steps: Annotated[int, AtLeast(1)] = 1000
     evaluation_interval: Annotated[int, AtLeast(0)] = 1000
@@ -174,11 +176,6 @@ class TDMPC2Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Settled here, so that a run that is resumed on another device keeps its sizes.
-        if self.preset == "auto":
-            kind = resolve_device(self.device).type
-            preset = "small" if kind == "cpu" else "5M"
-            object.__setattr__(self, "preset", preset)
         if self.gamma == 0:
             raise ValueError("gamma is a discount above 0 and at most 1, got 0.")
         if (self.planning_horizon or 0) > self.horizon:
@@ -198,11 +195,6 @@ class TDMPC2Config(RunConfig):
                 f"replay_capacity={self.replay_capacity} has no room for a sequence of each env: "
                 f"give at least {least}."
             )
-
-    def size(self, name: str) -> Any:
-        """Return a setting that presets have: this one's own value, or the preset's."""
-        own = getattr(self, name)
-        return PRESETS[self.preset][name] if own is None else own
 
     @property
     def model(self) -> ModelSizes:
@@ -369,12 +361,12 @@ class TDMPC2(Recipe):
             # Eq. 3: update encoder, dynamics, reward, termination and values ...
             terms = self._model_loss(batch)
             latents = terms.pop("latents")  # z_0 ... z_H, rolled by the dynamics
-            self.descend(terms, self.optimizer, batch, "The world model")
+            number, clip = self.counts.updates, config.clip
+            descend(terms, self.optimizer, batch, "The world model", number, clip)
             # Eq. 5: ... then the policy, on the rolled latents ...
             policy = self._policy_loss(latents)
-            self.descend(
-                policy.select("loss_policy"), self.policy_optimizer, batch, "The policy"
-            )
+            loss = policy.select("loss_policy")
+            descend(loss, self.policy_optimizer, batch, "The policy", number, clip)
             # ... and the target values.
             self.targets.step()
             self.counts.updates += 1
@@ -394,21 +386,6 @@ class TDMPC2(Recipe):
                 image = random_shift(batch.get(key), config.image_shift, entry.layout)
                 batch.set(key, image)
         return batch
-
-    def descend(
-        self,
-        terms: TensorDict,
-        optimizer: torch.optim.Optimizer,
-        batch: TensorDictBase,
-        who: str,
-    ) -> None:
-        """Make a gradient step on the sum of some terms."""
-        total = terms.sum(reduce=True)
-        check_losses(terms, total, batch, who, self.counts.updates)
-        optimizer.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(parameters_of(optimizer), self.config.clip)
-        optimizer.step()
 
     @property
     def has_learnt(self) -> bool:
@@ -472,8 +449,3 @@ def model_optimizer(loss: WorldModelLoss, config: TDMPC2Config) -> torch.optim.A
         {"params": others, "lr": rate},
     ]
     return torch.optim.Adam(groups, lr=rate, fused=True)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    """Return the parameters that an optimizer trains."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
