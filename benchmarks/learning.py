@@ -218,6 +218,20 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
         seeds=3,
     ),
+    "dreamer-pendulum-pixels": Experiment(
+        "dreamer",
+        {
+            "env": "Pendulum-v1",
+            "pixels": 32,
+            "pixels_only": True,
+            "compile": True,
+            "random_hold": 10,
+            "steps": 6000,
+            "evaluation_interval": 500,
+            "evaluation_episodes": 5,
+        },
+        seeds=1,
+    ),
     "planet-pendulum": Experiment(
         "planet",
         {
@@ -266,6 +280,16 @@ def train(name: str, seed: int) -> None:
         out = csv.DictWriter(file, names)
         out.writeheader()
         out.writerows(rows)
+    if "pixels" in experiment.settings:
+        save_dreams(name, trainer)
+
+
+def save_dreams(name: str, trainer: Any) -> None:
+    """Write what the model dreams of an episode of the policy, 25 steps from four moments."""
+    from torchrl_wm.diagnostics import open_loop_video, save_video
+
+    film = open_loop_video(trainer.recipe.diagnosed_env(), trainer.evaluate(1), 25)
+    save_video(OUT / f"{name.replace('-', '_')}_dreams.gif", film, fps=10)
 
 
 def evaluate_prior(trainer: Any) -> None:
@@ -574,6 +598,24 @@ def steps_table(names: dict[str, str], level: float) -> str:
     )
 
 
+def evaluations_table(name: str, level: float) -> str:
+    """When each seed reached a return, and all its evaluations."""
+    rows = []
+    found = curves(name, "evaluation_return")
+    for (seed, curve), seconds in zip(found.items(), cpu_seconds(name)):
+        first = next((f"{step:.0f}" for step, value in curve if value >= level), "-")
+        shown = " ".join(f"{value:.0f}" for _, value in curve)
+        rows.append([seed, first, shown, f"{curve[-1][0]:.0f}", f"{seconds:.0f}"])
+    header = [
+        "seed",
+        f"{level:.0f} by step",
+        "evaluations",
+        "real steps",
+        "CPU seconds",
+    ]
+    return table(header, rows)
+
+
 def last_table(names: dict[str, str]) -> str:
     """The last evaluation of each seed."""
     rows = []
@@ -696,6 +738,20 @@ def label(task: str) -> dict[str, str]:
     }
 
 
+def evaluations_report(
+    name: str, title: str, level: float, episodes: int
+) -> dict[str, tuple[Callable[[], str], Callable[[], Any]]]:
+    """The report of an experiment whose runs go on to their last step, by its name."""
+    recipe, task = name.split("-", 1)
+
+    def draw() -> Any:
+        y = f"mean return of {episodes} episodes"
+        return figure(title, "evaluation_return", {name: title.split()[0]}, y, level)
+
+    file = f"{task.replace('-', '_')}_{recipe}"
+    return {file: (lambda: evaluations_table(name, level), draw)}
+
+
 REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
     "pendulum_tdmpc2": (
         lambda: planner_and_policy_table("tdmpc2-pendulum"),
@@ -717,6 +773,19 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
         ),
     ),
     "suite_tdmpc2": (suite_table, suite_figure),
+    **evaluations_report("tdmpc2-cartpole", "TD-MPC2 on CartPole-v1", 475, 5),
+    **evaluations_report("dreamer-cartpole", "Dreamer on CartPole-v1", 475, 10),
+    **evaluations_report("dreamer-pendulum", "Dreamer on Pendulum-v1", -250, 10),
+    **evaluations_report(
+        "dreamer-pendulum-pixels", "Dreamer on Pendulum-v1 from images", -250, 5
+    ),
+    **evaluations_report("planet-pendulum", "PlaNet on Pendulum-v1", -300, 10),
+    **evaluations_report(
+        "dreamer-cartpole-swingup",
+        "Dreamer on dm_control's cartpole-swingup",
+        322,
+        5,
+    ),
     "cartpole": (
         cartpole_table,
         lambda: trials_figure(

@@ -1,4 +1,4 @@
-"""The latents that the loss hands out: those that its terms compared, detached."""
+"""The latents that the loss hands out: those that its terms compared, detached or not."""
 
 from __future__ import annotations
 
@@ -88,6 +88,21 @@ def test_losses_and_gradients_are_the_same(options, reduction) -> None:
         out.append((losses, [p.grad.clone() for p in model.parameters()]))
     assert (out[0][0] == out[1][0]).all()
     assert all(torch.equal(a, b) for a, b in zip(out[0][1], out[1][1]))
+
+
+@pytest.mark.parametrize("key", ["latent", ("deep", "latent")])
+def test_a_loss_on_attached_latents_trains_the_model(key) -> None:
+    model, batch = make_model(latent=key), alive(2, 4)
+    loss = WorldModelLoss(model, return_latents=True, detach_latents=False)
+    latents = loss(batch)["latents"]
+    latents["next", key].sum().backward()
+    expected = [p.grad.clone() for p in model.dynamics.parameters()]
+    assert any(grad.any() for grad in expected)
+    model.zero_grad()
+    rolled = model.step(model.encode(batch.select("observation", "action")))
+    rolled["next", key].sum().backward()
+    for parameter, grad in zip(model.dynamics.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, grad)
 
 
 def test_out_keys_and_dispatch() -> None:

@@ -80,7 +80,7 @@ class WorldModelLoss(LossModule):
     step that the mask calls invalid.
 
     With ``return_latents=True`` the entry ``"latents"`` holds the latents of this pass,
-    detached, so that a policy can be trained on them without a second one: ``[*B]`` or
+    by default detached, so that a policy can be trained on them without a second one: ``[*B]`` or
     ``[*B, T]``, whatever the reduction, those at the root and those that follow under
     ``"next"``. With ``multi_step`` they are the rolled ones, in recurrent models the
     filtered ones. ``("collector", "mask")``, ``[*B]`` bool, is True where a step counts.
@@ -111,6 +111,8 @@ class WorldModelLoss(LossModule):
             sample, ``[*B]``.
         return_latents: add the latents to the output. Take them out before the losses are
             summed, ``latents = losses.pop("latents")``. Also an attribute.
+        detach_latents: whether these latents are detached. Without, a loss on them trains the
+            model, too, as DreamerV3's loss of values on real steps does. Also an attribute.
 
     Raises:
         TypeError: if ``world_model`` is not a WorldModel.
@@ -194,6 +196,7 @@ class WorldModelLoss(LossModule):
         multi_step: bool = False,
         decay: float = 1.0,
         return_latents: bool = False,
+        detach_latents: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(world_model, WorldModel):
@@ -226,6 +229,7 @@ class WorldModelLoss(LossModule):
         self.multi_step = multi_step
         self.decay = decay
         self.return_latents = return_latents
+        self.detach_latents = detach_latents
         self.world_model = world_model
         #: The modules of each network that has target parameters, when these began.
         self._copied: dict[str, list[nn.Module]] = {}
@@ -468,7 +472,8 @@ class WorldModelLoss(LossModule):
         if self.return_latents:
             if valid is None:
                 valid = torch.ones(size, dtype=torch.bool, device=batch.device)
-            latents = predicted.select(*self._returned_latents()).detach()
+            latents = predicted.select(*self._returned_latents())
+            latents = latents.detach() if self.detach_latents else latents
             out.set("latents", latents.set(("collector", "mask"), valid))
         if torch.compiler.is_compiling():
             # A graph cannot return objects that hold weak references.

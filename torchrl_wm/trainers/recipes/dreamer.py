@@ -162,6 +162,7 @@ class Dreamer(RecurrentRecipe):
         imagination: makes the steps that they learn from.
         gamma: the discount.
         policy: the filter and the actor.
+        learns_real_values: whether the values are also learnt on real steps.
         counts: ``counts.updates`` is how many updates have been made.
     """
 
@@ -179,6 +180,9 @@ class Dreamer(RecurrentRecipe):
         # Only the first Dreamers, and V2 only for continuous actions, learn through the model.
         is_choice = not spec.dtype.is_floating_point
         self.is_v3 = config.version == "v3"
+        self.learns_real_values = self.is_v3 and config.replay_value_weight > 0
+        # The loss of the values on real steps trains the model, too.
+        self.loss.detach_latents = not self.learns_real_values
         through_model = not self.is_v3 and not is_choice
         self.imagination = Imagination(self.world_model, self.critic, through_model)
         self.actor_loss = self._make_actor_loss(through_model)
@@ -279,7 +283,7 @@ class Dreamer(RecurrentRecipe):
             # ... whose lambda-returns are the targets of the values, on real steps, too.
             valuing, _ = self._value_loss(imagined)
             terms["loss_value"] = valuing["loss_value"]
-            if self.is_v3 and self.config.replay_value_weight:
+            if self.learns_real_values:
                 returns = imagined["lambda_target"][:, 0].reshape(starts.shape)
                 real = self.replayed(batch, latents, returns, every)
                 terms["loss_replay_value"] = self.replay_value(real)
@@ -297,7 +301,7 @@ class Dreamer(RecurrentRecipe):
         first = int(torch.randint(every, ())) if every > 1 else 0
         chosen = slice(first, None, every)
         states = latents["next"].select(*self.world_model.latent_keys)
-        return states[:, chosen], chosen
+        return states[:, chosen].detach(), chosen
 
     def replayed(
         self,
