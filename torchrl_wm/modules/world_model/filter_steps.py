@@ -87,10 +87,11 @@ def filter_step(
     """
     if now.begins is not None:
         state = where(now.begins, now.fresh, state)
-    values = transition.predict(state, now.context, at)
     if now.encoded is not None:
+        values = transition.predict(state, now.context, at)
         written, following = transition.correct(values, now.encoded, at)
         return following, {**state, **written}
+    values = transition.imagine(state, now.context, at)
     following = {key: values[place] for key, place in transition.latents}
     given = now.context.keys() - transition.written
     return following, {k: value for k, value in values.items() if k not in given}
