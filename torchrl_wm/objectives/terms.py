@@ -35,6 +35,7 @@ from torchrl_wm.objectives.comparisons import (
     Scale,
 )
 from torchrl_wm.objectives.keys import LossKeys
+from torchrl_wm.objectives.processes import Processes
 
 #: The entries of a done head that are read as logits if they are floats.
 _LOGITS = ("terminated_logits", "continue_pred", "terminated", "done")
@@ -46,10 +47,13 @@ class LossContext(Protocol):
     Attributes:
         world_model: the model that is trained.
         tensor_keys: the keys that :meth:`WorldModelLoss.set_keys` changes.
+        processes: those that train the loss together. A statistic of the batch is one of all
+            their batches: ``loss.processes.average(x.sum()) / loss.processes.average(count)``.
     """
 
     world_model: WorldModel
     tensor_keys: LossKeys
+    processes: Processes
 
     def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
         """Return the latents of the next observations, by the target encoder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_not
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from torchrl_wm.objectives.networks import (
     named_networks,
     swapped_parameters,
 )
+from torchrl_wm.objectives.processes import TrainedTogether
 from torchrl_wm.objectives.samples import (
     blank,
     first_episode,
@@ -49,7 +50,7 @@ LossName = Literal["reward", "done", "reconstruction", "latent"]
 _OF_THE_MODEL = (*WorldModel.component_names, "initial_state")
 
 
-class WorldModelLoss(LossModule):
+class WorldModelLoss(TrainedTogether, LossModule):
     """The loss that trains a :class:`~torchrl_wm.WorldModel` on real transitions.
 
     It has several terms, each returned under its own name:
@@ -288,6 +289,17 @@ class WorldModelLoss(LossModule):
             move_along(value, self._parts()[name])
         return value
 
+    def delayed_networks(self) -> dict[str, nn.Module]:
+        """Return the networks that have target parameters, by name."""
+        networks = self._parts()
+        return {name: networks[name] for name in self._copied}
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that are trained, by name."""
+        return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
+
     def reset_parameters_recursive(self) -> None:
         """Reset the parameters of all networks; targets begin as a copy of them."""
         TensorDictModuleBase.reset_parameters_recursive(self)
@@ -460,7 +472,7 @@ class WorldModelLoss(LossModule):
         out = TensorDict(
             {
                 f"loss_{term.name}": term.weight
-                * reduce(value, valid, weights, self.reduction)
+                * reduce(value, valid, weights, self.reduction, self.processes)
                 for term, value in zip(self.terms, values)
             },
             batch_size=size if self.reduction == "none" else (),
