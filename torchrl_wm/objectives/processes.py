@@ -24,8 +24,21 @@ from torchrl_wm import _upstream
 class Processes:
     """The processes that average their gradients. Alone, a process does not communicate.
 
+    A term of your own that needs a statistic of the whole batch, such as a mean, takes it over
+    the batches of all processes: ``loss.processes`` (:class:`LossContext`).
+
     Args:
         groups: the groups that they form. Several groups are the dims of one mesh.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_wm.objectives import Processes
+        >>> alone = Processes()
+        >>> rows = torch.tensor([1.0, 2.0, 6.0])
+        >>> alone.average(rows.sum()) / alone.average(torch.tensor(3.0))
+        tensor(3.)
+        >>> alone.gather(rows)
+        tensor([1., 2., 6.])
     """
 
     def __init__(self, groups: Iterable[dist.ProcessGroup] = ()) -> None:
@@ -79,12 +92,14 @@ class TrainedTogether(nn.Module):
         return {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_initialized():
+        if not _is_initialized():
             return super().__call__(*args, **kwargs)
         self._look_for_shards()
         wrapper = _upstream.running_ddp()
         if wrapper is None:  # a network of the loss may be wrapped by itself
             wrapper = next(_of(self, DistributedDataParallel), None)
+        elif not torch.compiler.is_compiling():
+            self._check_wrapper(wrapper)
         self.processes = (
             self._shards if wrapper is None else Processes([wrapper.process_group])
         )
@@ -93,6 +108,15 @@ class TrainedTogether(nn.Module):
         finally:
             self.processes = Processes()
         return _hidden(out) if self._shows_losses else out
+
+    def _check_wrapper(self, wrapper: DistributedDataParallel) -> None:
+        """Raise an error if DDP looks for losses where it cannot see them."""
+        if wrapper.module is self and wrapper.find_unused_parameters:
+            raise ValueError(
+                "DistributedDataParallel(find_unused_parameters=True) does not look for losses "
+                "in tensordicts. Leave the argument out, and freeze what no loss trains, such as "
+                "world_model.decoder.requires_grad_(False)."
+            )
 
     def _look_for_shards(self) -> None:
         """Find the processes that parameters are sharded over.
@@ -125,9 +149,8 @@ class TrainedTogether(nn.Module):
                 raise ValueError(
                     f"{names[module]} is sharded by itself and returns a tensordict, in which "
                     f"fully_shard finds no gradients: it would not be trained. Shard the loss as "
-                    f"a whole, fully_shard(loss), or networks that return tensors, such as the "
-                    f"module of a TensorDictModule, fully_shard({names[module]}.module). Make the "
-                    f"optimizer after that."
+                    f"a whole, fully_shard(loss), or networks that return tensors, such as "
+                    f"fully_shard(world_model.dynamics.module), and make the optimizer after that."
                 )
         for name, network in self.delayed_networks().items():
             if self in sharded or any(part in sharded for part in network.modules()):

@@ -86,6 +86,11 @@ class WorldModelLoss(TrainedTogether, LossModule):
     ``"next"``. With ``multi_step`` they are the rolled ones, in recurrent models the
     filtered ones. ``("collector", "mask")``, ``[*B]`` bool, is True where a step counts.
 
+    Several processes may train it, under
+    :class:`~torch.nn.parallel.DistributedDataParallel` or ``fully_shard(loss)``: a mean is then
+    one over the valid samples of all of them, so that the averaged gradients are those of the
+    joined batch. With ``"sum"`` they are those of the joined batch over the number of processes.
+
     The model is a submodule of the loss. ``loss.<name>_params`` are the parameters of a
     component or of a term's module, ``loss.target_<name>_params`` its target parameters,
     which begin anew, as a copy, if its networks are replaced.
