@@ -122,8 +122,8 @@ class ModelPass:
         raise ValueError(
             f"{why} is trained on sequences, [*B, T] with time last, and the batch has the "
             f"batch size {tuple(batch.batch_size)}. Sample slices and give them their "
-            f"shape: buffer.sample().reshape(-1, T); name the time of a single sequence: "
-            f"td.refine_names('time')."
+            f"shape: buffer.sample().reshape(-1, T), or WorldModelLoss(..., slice_len=T); name "
+            f"the time of a single sequence: td.refine_names('time')."
         )
 
 

@@ -17,6 +17,23 @@ from torchrl_wm.objectives.processes import Processes
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def as_slices(batch: TensorDictBase, length: int) -> TensorDictBase:
+    """Return a flat batch of slices, ``[B * T]``, as ``[B, T]``; others as they are.
+
+    Raises:
+        ValueError: if the batch does not consist of slices of that length.
+    """
+    if batch.batch_dims != 1:
+        return batch
+    if len(batch) % length:
+        raise ValueError(
+            f"slice_len={length} does not divide the batch of {len(batch)} steps. Let the sampler "
+            f"draw whole slices: SliceSampler(slice_len={length}, strict_length=True), with a "
+            f"batch size that is a multiple of {length}."
+        )
+    return batch.reshape(-1, length)
+
+
 def valid_samples(
     batch: TensorDictBase, mask_key: NestedKey | Literal["auto"] | None
 ) -> torch.Tensor | None:

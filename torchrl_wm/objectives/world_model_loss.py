@@ -30,6 +30,7 @@ from torchrl_wm.objectives.networks import (
 )
 from torchrl_wm.objectives.processes import TrainedTogether
 from torchrl_wm.objectives.samples import (
+    as_slices,
     blank,
     first_episode,
     reduce,
@@ -117,11 +118,18 @@ class WorldModelLoss(TrainedTogether, LossModule):
             sample, ``[*B]``.
         return_latents: add the latents to the output. Take them out before the losses are
             summed, ``latents = losses.pop("latents")``. Also an attribute.
+        slice_len: read a flat batch, ``[B * T]``, as slices of so many steps, ``[B, T]``. For
+            learners that sample by themselves, such as TorchRL's on Ray; the sampler is a
+            :class:`~torchrl.data.SliceSampler` of that ``slice_len`` with
+            ``strict_length=True``.
+        policy: the policy that acts on what is trained, such as a planner over the model. It is
+            not trained here. TorchRL's learners publish its weights, in which the model is, to
+            the collectors; they find it as ``loss.actor_network``.
 
     Raises:
         TypeError: if ``world_model`` is not a WorldModel.
-        ValueError: for unknown losses, distances or reductions, and for a term
-            whose component the model lacks.
+        ValueError: for unknown losses, distances or reductions, for a term whose component the
+            model lacks, and for a policy of which nothing is trained here.
 
     Examples:
         >>> import torch
@@ -200,6 +208,8 @@ class WorldModelLoss(TrainedTogether, LossModule):
         multi_step: bool = False,
         decay: float = 1.0,
         return_latents: bool = False,
+        slice_len: int | None = None,
+        policy: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(world_model, WorldModel):
@@ -217,6 +227,8 @@ class WorldModelLoss(TrainedTogether, LossModule):
                 f"decay must be in (0, 1], and weighs the steps of multi_step=True; got "
                 f"decay={decay} with multi_step={multi_step}."
             )
+        if slice_len is not None and slice_len < 1:
+            raise ValueError(f"slice_len={slice_len} must be at least 1.")
         named = {
             "reward": RewardTerm(reward_loss, reward_weight),
             "done": DoneTerm(done_loss, done_weight),
@@ -232,6 +244,7 @@ class WorldModelLoss(TrainedTogether, LossModule):
         self.multi_step = multi_step
         self.decay = decay
         self.return_latents = return_latents
+        self.slice_len = slice_len
         self.world_model = world_model
         #: The modules of each network that has target parameters, when these began.
         self._copied: dict[str, list[nn.Module]] = {}
@@ -241,6 +254,19 @@ class WorldModelLoss(TrainedTogether, LossModule):
         for term in self.terms:
             term.check(world_model)
         self._follow_parts()
+        if policy is not None:
+            self._name_policy(policy)
+
+    def _name_policy(self, policy: nn.Module) -> None:
+        """Let TorchRL's learners find the policy, which is no submodule: others train it."""
+        trained = {id(parameter) for parameter in self.parameters()}
+        if trained.isdisjoint(map(id, policy.parameters())):
+            raise ValueError(
+                f"policy, {type(policy).__name__}, has none of the parameters that this loss "
+                f"trains: what a learner publishes would never change. Give one that acts by the "
+                f"same world model, such as CEMPlanner(WorldModelEnv(world_model, env), ...)."
+            )
+        self.__dict__["actor_network"] = policy
 
     # Networks ------------------------------------------------------------
 
@@ -440,7 +466,8 @@ class WorldModelLoss(TrainedTogether, LossModule):
 
         Args:
             tensordict: the transitions, ``[*B]``: observations and action at
-                the root, labels under ``"next"``. It is not modified.
+                the root, labels under ``"next"``. It is not modified. With ``slice_len``,
+                ``[B * T]`` will do for ``[B, T]``.
 
         Returns:
             One entry for each term, ``loss_<name>``: a scalar, or ``[*B]`` with
@@ -451,6 +478,8 @@ class WorldModelLoss(TrainedTogether, LossModule):
             ValueError: if a prediction and its label differ in shape, or class numbers are
                 ``[*B, 1]`` where their spec says ``[*B]``.
         """
+        if self.slice_len is not None:
+            tensordict = as_slices(tensordict, self.slice_len)
         size = tensordict.batch_size
         if not size.numel():
             raise ValueError(f"The batch is empty: its batch size is {tuple(size)}.")
