@@ -102,6 +102,8 @@ def make_trainer(
             "world_size": LEARNERS,
             "resources_per_rank": {"num_cpus": 1},
             "backend": "gloo",
+            "setup_timeout": 300,  # seconds, for a busy machine
+            "command_timeout": 300,
         },
         progress_bar=False,
     )

@@ -63,7 +63,7 @@ def _run(rank: int, folder: str) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=100),
+        timeout=timedelta(seconds=300),
     )
     found = {}
     for name, function in CASES.items():

@@ -80,12 +80,10 @@ class TrainedTogether(nn.Module):
             evaluate, and the others need not.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.processes = Processes()
-        #: The processes that the parameters are sharded over.
-        self._shards = Processes()
-        self._shows_losses = False
+    processes = Processes()
+    #: The processes that the parameters are sharded over.
+    _shards = Processes()
+    _shows_losses = False
 
     def delayed_networks(self) -> dict[str, nn.Module]:
         """Return the networks that have target parameters, by name."""
