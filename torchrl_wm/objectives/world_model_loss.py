@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from operator import is_not
-from typing import Any, Literal
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import dispatch, TensorDictModuleBase
+from tensordict.nn import dispatch
 from torch import nn
-from torchrl.objectives import LossModule
 
-from torchrl_wm import _upstream
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.blocks.normalizer import with_statistics
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.objectives.comparisons import next_observations
 from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.model_pass import ModelPass
-from torchrl_wm.objectives.networks import (
-    move_along,
-    named_networks,
-    swapped_parameters,
-)
-from torchrl_wm.objectives.processes import TrainedTogether
+from torchrl_wm.objectives.networks import LossWithNetworks
 from torchrl_wm.objectives.samples import (
     as_slices,
     blank,
@@ -48,10 +38,9 @@ from torchrl_wm.objectives.terms import (
 )
 
 LossName = Literal["reward", "done", "reconstruction", "latent"]
-_OF_THE_MODEL = (*WorldModel.component_names, "initial_state")
 
 
-class WorldModelLoss(TrainedTogether, LossModule):
+class WorldModelLoss(LossWithNetworks):
     """The loss that trains a :class:`~torchrl_wm.WorldModel` on real transitions.
 
     It has several terms, each returned under its own name:
@@ -246,8 +235,6 @@ class WorldModelLoss(TrainedTogether, LossModule):
         self.return_latents = return_latents
         self.slice_len = slice_len
         self.world_model = world_model
-        #: The modules of each network that has target parameters, when these began.
-        self._copied: dict[str, list[nn.Module]] = {}
         #: The batch of the present call, and the encoding of its next observations.
         self._batch: TensorDictBase | None = None
         self._encoded: TensorDictBase | None = None
@@ -267,88 +254,6 @@ class WorldModelLoss(TrainedTogether, LossModule):
                 f"same world model, such as CEMPlanner(WorldModelEnv(world_model, env), ...)."
             )
         self.__dict__["actor_network"] = policy
-
-    # Networks ------------------------------------------------------------
-
-    def _parts(self) -> dict[str, nn.Module]:
-        """Return the model's components and the terms' own modules, by name."""
-        return named_networks(self.world_model, self.terms)
-
-    def _follow_parts(self) -> None:
-        """Register the terms' modules, and begin the targets of other networks anew."""
-        if torch.compiler.is_compiling():
-            return  # a graph is made for the present networks
-        delayed = {name for term in self.terms for name in term.delayed}
-        if self.delay_encoder:
-            delayed.add("encoder")
-        for name, network in self._parts().items():
-            standing = _upstream.submodules(self).get(name)
-            if name not in _OF_THE_MODEL and standing is not network:
-                setattr(self, name, network)
-            if name in delayed:
-                modules, before = list(network.modules()), self._copied.get(name, [])
-                same = len(modules) == len(before)
-                if not same or any(map(is_not, modules, before)):
-                    self._begin_targets(name, network)
-                    self._copied[name] = modules
-
-    def _begin_targets(self, name: str, network: nn.Module) -> None:
-        """Make target parameters for a network, as a copy of its parameters."""
-        with warnings.catch_warnings():
-            # The class cannot annotate modules of terms.
-            warnings.filterwarnings("ignore", ".*part of the annotations")
-            self.convert_to_functional(network, name, create_target_params=True)
-        # Only the targets are the loss's own: the network stands in the model or in a term.
-        delattr(self, f"{name}_params")
-        del self.__dict__[name]
-
-    def __getattr__(self, item: str) -> Any:
-        """Return a network or its present parameters; targets follow it to its device."""
-        try:
-            value = super().__getattr__(item)
-        except AttributeError:
-            if item == "world_model" or item.startswith("target_"):
-                raise
-            network = self._parts().get(item.removesuffix("_params"))
-            if network is None:
-                raise
-            if item.endswith("_params"):
-                return TensorDict.from_module(network, as_module=True)
-            return network
-        if item.startswith("target_") and item.endswith("_params"):
-            name = item.removeprefix("target_").removesuffix("_params")
-            move_along(value, self._parts()[name])
-        return value
-
-    def delayed_networks(self) -> dict[str, nn.Module]:
-        """Return the networks that have target parameters, by name."""
-        networks = self._parts()
-        return {name: networks[name] for name in self._copied}
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters that are trained, by name."""
-        return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
-
-    def reset_parameters_recursive(self) -> None:
-        """Reset the parameters of all networks; targets begin as a copy of them."""
-        TensorDictModuleBase.reset_parameters_recursive(self)
-        for name in self._copied:
-            parameters = getattr(self, f"{name}_params")
-            getattr(self, f"target_{name}_params").data.update_(parameters.data)
-
-    def target_parameters(self, name: str) -> AbstractContextManager[None]:
-        """Let a network use its target parameters for a while.
-
-        Args:
-            name: ``"encoder"`` (with ``delay_encoder``), or a module of a term that
-                is among its ``delayed``.
-        """
-        network = self._parts()[name]
-        targets = getattr(self, f"target_{name}_params")
-        own = TensorDict.from_module(network)
-        return swapped_parameters(network, with_statistics(targets, own, network))
 
     # Services to terms ----------------------------------------------------
 
