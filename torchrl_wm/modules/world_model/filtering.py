@@ -23,6 +23,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.filter_steps import (
     contiguous,
+    filter_step,
     filter_steps,
     FilterInputs,
     LaterSteps,
@@ -193,8 +194,8 @@ class Filter:
         at = Placement(tensordict.batch_size, tensordict.device)
         before = to_flat(tensordict, self.latents)
         context = to_flat(tensordict, transition.context)
-        values = transition.predict(before, context, at)
-        _, state = transition.correct(values, self._below_next(encoded), at)
+        now = FilterInputs(context, self._below_next(encoded))
+        state, _ = filter_step(transition, before, now, at, predicts=False)
         if _may_begin(begins):
             fresh = to_flat(self._fresh(observed), self.latents)
             state = where(begins, fresh, state)
@@ -204,13 +205,17 @@ class Filter:
 
     # Sequences -----------------------------------------------------------
 
-    def observe_sequence(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def observe_sequence(
+        self, tensordict: TensorDictBase, predicts: bool = True
+    ) -> TensorDictBase:
         """Filter whole sequences.
 
         Args:
             tensordict: transitions, ``[*B, T]``, with the observations at the root
                 and under "next"; not modified. Latents at the root of the first
                 step are where the filter starts, unless an episode begins there.
+            predicts: whether the predictions are of use. Without, the dynamics are not run where
+                the encoder writes all that they predict.
 
         Returns:
             A tensordict, ``[*B, T]``, with the filtered latents at the root and
@@ -241,7 +246,9 @@ class Filter:
             begins,
             fresh,
         )
-        steps = self._steps(transition, state, given, tensordict, self.sequence)
+        steps = self._steps(
+            transition, state, given, tensordict, self.sequence, predicts
+        )
         return tensordict.copy().update(steps)
 
     def predict_sequence(
@@ -272,6 +279,7 @@ class Filter:
         inputs: FilterInputs,
         tensordict: TensorDictBase,
         sequence: nn.Module | None = None,
+        predicts: bool = True,
     ) -> TensorDictBase:
         """Make all steps of the sequences in ``tensordict``, ``[*B, T]``, one by one or at once."""
         size, device = tensordict.batch_size, tensordict.device
@@ -279,7 +287,9 @@ class Filter:
         if sequence is not None:
             steps = run_sequence(sequence, transition, state, inputs, at)
         else:
-            steps = filter_steps(transition, state, inputs, at, self.later_steps)
+            steps = filter_steps(
+                transition, state, inputs, at, self.later_steps, predicts
+            )
         return to_tensordict(steps, Placement(size, device))
 
     def _first_latents(self, tensordict: TensorDictBase) -> FlatTensors:

@@ -84,6 +84,10 @@ class Transition:
             return {}
         return {key: encoded[place] for key, place in self._moved if place in encoded}
 
+    def is_seen(self, encoded: FlatTensors) -> bool:
+        """Return whether the encoder determines all that the dynamics predict: none need be run."""
+        return len(self.known(encoded)) == len(self._moved)
+
     def is_current(self) -> bool:
         """Return whether all components still have the networks, keys and hooks they had."""
         programs = [self._predict, *self._judge.values()]
@@ -150,8 +154,12 @@ class Transition:
         """Return what :meth:`correct` does, without the latents of heads."""
         predicted = {key: value for key, value in values.items() if _below_next(key)}
         if self._correct is None:
-            state = {key: predicted[place] for key, place in self._moved}
-            return predicted, {**state, **self.known(encoded)}
+            known = self.known(encoded)
+            state = {
+                key: known[key] if key in known else predicted[place]
+                for key, place in self._moved
+            }
+            return predicted, state
         if self._at_next:
             values.update(encoded)
             _run("posterior", self.posterior, self._correct, values, at)
