@@ -171,9 +171,9 @@ def test_component_without_keys() -> None:
 
 
 def test_missing_component() -> None:
-    encoder, dynamics, _ = make_model().components.values()
-    with pytest.raises(TypeError, match="reward_head.*NoneType"):
-        WorldModel(encoder, dynamics, None)
+    encoder, _, head = make_model().components.values()
+    with pytest.raises(TypeError, match="dynamics.*NoneType"):
+        WorldModel(encoder, None, head)
 
 
 def test_key_read_and_never_written() -> None:
