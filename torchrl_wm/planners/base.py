@@ -322,12 +322,13 @@ class MPCPlanner(CarryingPlanner):
     ) -> tuple[Search, Population, Any]:
         self._update()
         state = self.objective.start(tensordict)
-        search = self.begin(self.carried(tensordict))
-        proposed = None if self.policy is None else self._proposed(state, search)
-        for search, population in self.iterations(state, search, proposed):
+        begun = self.begin(self.carried(tensordict))
+        proposed = None if self.policy is None else self._proposed(state, begun)
+        made = None
+        for made in self.iterations(state, begun, proposed):
             if watch is not None:
-                watch(population)
-        return search, population, state
+                watch(made[1])
+        return *made, state
 
     def iterations(
         self, state: Any, search: Search, proposed: torch.Tensor | None

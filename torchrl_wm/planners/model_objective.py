@@ -15,7 +15,14 @@ from torchrl_wm.envs.entries import fits, widened
 from torchrl_wm.envs.layout import Layout
 from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import join, leaf_keys, missing_from, strip_next, unique
+from torchrl_wm.modules.keys import (
+    as_tuple,
+    join,
+    leaf_keys,
+    missing_from,
+    strip_next,
+    unique,
+)
 from torchrl_wm.modules.world_model.flat import (
     FlatTensors,
     Placement,
@@ -36,10 +43,13 @@ class ModelObjective(Objective):
     #: The terminal value and the policy, as programs.
     value: Program | None = None
     program: Program | None = None
+    #: The networks of a step whose outputs somebody reads; None if all are read.
+    needed: Program | None = None
+    _needed_for: tuple = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # These hold on to networks: a copy makes its own.
-        held = ("kernel", "value", "program")
+        held = ("kernel", "value", "program", "needed", "_needed_for")
         return {k: v for k, v in self.__dict__.items() if k not in held}
 
     def prepare(self) -> tuple:
@@ -56,7 +66,28 @@ class ModelObjective(Objective):
                 self.program = program
             elif not self.program.is_for(self.policy):
                 self.program = program
-        return (kernel, kernel.program, self.value, self.program, *super().prepare())
+        self._leave_out(kernel)
+        programs = (kernel.program, self.value, self.program, self.needed)
+        return (kernel, *programs, *super().prepare())
+
+    def _leave_out(self, kernel: StepKernel) -> None:
+        """Leave out the networks that nobody reads: a reward head, say, where no score reads it."""
+        scores, layout = [score for _, score in self.score.terms], kernel.layout
+        if self._needed_for == (kernel.program, scores):
+            return
+        self._needed_for, self.needed = (kernel.program, scores), None
+        if any(score.in_keys is None for score in scores):
+            return
+        endings = [*layout.endings.bool_keys, *layout.endings.logit_keys]
+        read = {join("next", key) for key in (*layout.latent, *endings)}
+        read.update(key for score in scores for key in score.in_keys)
+        kept = []
+        for module in reversed(kernel.program.modules):
+            if any(_overlap(key, other) for key in module.out_keys for other in read):
+                kept.insert(0, module)
+                read.update(unique(module.in_keys))
+        if len(kept) < len(kernel.program.modules):
+            self.needed = Program(kept)
 
     def start(self, tensordict: TensorDictBase) -> FlatTensors:
         env = self.env
@@ -166,7 +197,7 @@ class ModelObjective(Objective):
         at = self._at(state)
         observed = list(self._read_observations(layout))
         moving = [*layout.latent, *observed, *layout.counter]
-        options = (endings.never(at), bool(observed), False)
+        options = (endings.never(at), bool(observed), False, False, self.needed)
         first, later = kernel.stages(at, *options), None
 
         def advance(state: FlatTensors, action: torch.Tensor, step: int) -> tuple:
@@ -222,3 +253,10 @@ class ModelObjective(Objective):
     def _at(self, state: FlatTensors) -> Placement:
         """Return the number of rows of a state, ``[R]``, and its device."""
         return Placement(next(iter(state.values())).shape[:1], self.env.device)
+
+
+def _overlap(one: NestedKey, other: NestedKey) -> bool:
+    """Return whether two keys name the same entry, or one what is below the other."""
+    names, others = as_tuple(one), as_tuple(other)
+    shorter = min(len(names), len(others))
+    return names[:shorter] == others[:shorter]

@@ -122,8 +122,9 @@ class GoalDistance(StepScore):
                 f"The goal {self.goal!r} has the shape {tuple(goal.shape[1:])}, and the latent "
                 f"{self.latent!r}, which should reach it, {tuple(latent.shape[1:])}."
             )
-        goal = goal.to(latent.dtype)
-        return -_DISTANCES[self.distance](latent.flatten(1), goal.flatten(1))
+        shape = (latent.shape[0], latent.shape[1:].numel())
+        near, goal = latent.reshape(shape), goal.to(latent.dtype).reshape(shape)
+        return -_DISTANCES[self.distance](near, goal)
 
 
 class ActionCost(StepScore):
@@ -175,11 +176,9 @@ class DisagreementPenalty(StepScore):
 
 def per_row(entry: torch.Tensor) -> torch.Tensor:
     """Return ``[R, ...]`` as ``[R]``, added up over all other dims."""
-    return (
-        entry.squeeze(-1)
-        if entry.ndim == 2 and entry.shape[1] == 1
-        else entry.flatten(1).sum(-1)
-    )
+    if entry.ndim == 2 and entry.shape[1] == 1:
+        return entry.squeeze(-1)
+    return entry if entry.ndim == 1 else entry.flatten(1).sum(-1)
 
 
 def _squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
