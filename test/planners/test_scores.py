@@ -171,6 +171,15 @@ class TestValues:
         expected = state["goal"].square().sum(-1, True).expand(3, 2)
         torch.testing.assert_close(found, expected)
 
+    @pytest.mark.parametrize("name", ["policy", "terminal_value"])
+    def test_observations_that_would_stand_still_are_not_read(self, name) -> None:
+        key = "action" if name == "policy" else "state_value"
+        reads = Mod(nn.Linear(2, 2), ["observation"], [key])
+        planner = CEMPlanner(point_env(), **SMALL, **{name: reads})
+        state = points(2, observation=torch.zeros(2, 2))
+        with pytest.raises(MissingEntryError, match=r"\['observation'\]"):
+            planner(state)
+
     def test_with_nested_keys(self) -> None:
         env = point_env(latent=("inner", "state"), action=("arm", "move"))
         state = TensorDict(

@@ -188,11 +188,16 @@ class Objective(ABC):
         for _, score in self.score.terms:
             read = self.shown(start) if score.in_keys is None else score.in_keys
             keys += [key for key in read if not is_next(key)]
-        for module in (self.policy, self.terminal_value):
-            keys += getattr(module, "in_keys", None) or []
+        modules = (self.policy, self.terminal_value)
+        read = [key for m in modules for key in getattr(m, "in_keys", None) or []]
+        read = [key for key in unique(read) if key not in known]
+        if read:
+            # A goal, but no observation, which would stand still.
+            kept = self.shown(start)
+            keys += [key for key in read if key in kept]
         return [key for key in unique(keys) if key not in known]
 
     def shown(self, start: TensorDictBase) -> list[NestedKey]:
-        """Return the entries of a start that a score is shown that does not say what it reads."""
+        """Return the entries of a start that those may read who do not ask for one: no observations."""
         mine = {self.action_key, *self.ignored}
         return [k for k in unique(leaf_keys(start)) if not is_next(k) and k not in mine]
