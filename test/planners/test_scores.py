@@ -250,6 +250,30 @@ class TestPlans:
         CEMPlanner(env, **SMALL)(points(1))
         assert len(calls) == SMALL["optim_steps"] * SMALL["planning_horizon"]
 
+    def test_of_decoded_observations(self) -> None:
+        env = point_env()
+        env.world_model.decoder = Mod(lambda x: 2 * x, ["latent"], ["observation"])
+        env = WorldModelEnv(env.world_model, env, decode=True)
+        key = ("next", "observation")
+        declared = TrajectoryScore(lambda t: t[key].sum((-1, -2)), in_keys=[key])
+        for score in (declared, lambda t: t[key].sum((-1, -2))):
+            plan = CEMPlanner(env, **SMALL, score=score).plan(points(2))
+            rows = env.reset(points(2))
+            imagined = env.imagine(3, tensordict=rows, actions=plan["actions"])
+            expected = imagined[key].sum((-1, -2)).unsqueeze(-1)
+            torch.testing.assert_close(plan["predicted_return"], expected)
+
+    @pytest.mark.slow
+    def test_compile(self) -> None:
+        score = GoalDistance("latent", goal="goal", steps="last") + far - ActionCost()
+        planner = CEMPlanner(
+            point_env(done=ends), **SMALL, score=score, action_block=2, execute=2
+        )
+        torch.manual_seed(0)
+        eager = planner.plan(start())
+        torch.manual_seed(0)
+        torch.testing.assert_close(planner.compile().plan(start()), eager)
+
     def test_in_an_env_that_is_no_model(self) -> None:
         env = PendulumEnv()
         state = env.reset(env.gen_params(batch_size=[3]), set_state=True)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import TensorSpec
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.acting import ProgramActor
 from torchrl_wm.envs.entries import fits, widened
-from torchrl_wm.envs.layout import Layout
+from torchrl_wm.envs.layout import Layout, Specs
 from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import (
@@ -33,6 +32,7 @@ from torchrl_wm.modules.world_model.program import Program
 from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.planners.checks import check_start
 from torchrl_wm.planners.objective import Objective, Step
+from torchrl_wm.planners.scores import Score
 
 
 class ModelObjective(Objective):
@@ -72,7 +72,7 @@ class ModelObjective(Objective):
 
     def _leave_out(self, kernel: StepKernel) -> None:
         """Leave out the networks that nobody reads: a reward head, say, where no score reads it."""
-        scores, layout = [score for _, score in self.score.terms], kernel.layout
+        scores, layout = self._scores(), kernel.layout
         if self._needed_for == (kernel.program, scores):
             return
         self._needed_for, self.needed = (kernel.program, scores), None
@@ -92,7 +92,8 @@ class ModelObjective(Objective):
     def start(self, tensordict: TensorDictBase) -> FlatTensors:
         env = self.env
         kernel = self.kernel
-        specs = {**kernel.layout.state, **self._read_observations(kernel.layout)}
+        observed = self._read_observations(kernel.layout, of_start=True)
+        specs = {**kernel.layout.state, **observed}
         needed = list(specs)
         missing = missing_from(tensordict, needed)
         state = tensordict
@@ -163,18 +164,19 @@ class ModelObjective(Objective):
         written = unique([*written_keys(env.world_model.encoder), *layout.latent])
         return {key: encoded.get(key) for key in written if key in encoded.keys(True)}
 
-    def _read_observations(self, layout: Layout) -> dict[NestedKey, TensorSpec]:
-        """Return the decoded observations that the policy, the value or a score read."""
-        scores = [score for _, score in self.score.terms]
-        if any(score.in_keys is None for score in scores):
+    def _read_observations(self, layout: Layout, of_start: bool) -> Specs:
+        """Return the decoded observations that policy, value or a score read; or those of a start."""
+        modules = [self.policy, self.terminal_value, *self._scores()]
+        keys = unique(k for m in modules for k in getattr(m, "in_keys", None) or ())
+        if of_start:
+            return {k: spec for k, spec in layout.decoded.items() if k in keys}
+        if any(score.in_keys is None for score in self._scores()):
             return layout.decoded
-        modules = (self.policy, self.terminal_value, *scores)
-        read = {
-            strip_next(key)
-            for m in modules
-            for key in getattr(m, "in_keys", None) or ()
-        }
+        read = {strip_next(key) for key in keys}
         return {key: spec for key, spec in layout.decoded.items() if key in read}
+
+    def _scores(self) -> list[Score]:
+        return [score for _, score in self.score.terms]
 
     def repeat(self, state: FlatTensors, times: int) -> FlatTensors:
         # Always copies: a model may work in place.
@@ -195,7 +197,7 @@ class ModelObjective(Objective):
         kernel, layout = self.kernel, self.kernel.layout
         endings, outputs = layout.endings, kernel.outputs
         at = self._at(state)
-        observed = list(self._read_observations(layout))
+        observed = list(self._read_observations(layout, of_start=False))
         moving = [*layout.latent, *observed, *layout.counter]
         options = (endings.never(at), bool(observed), False, False, self.needed)
         first, later = kernel.stages(at, *options), None
