@@ -138,6 +138,31 @@ class TestValues:
             found = judged(env, score, actions, state)
             torch.testing.assert_close(found, expected)
 
+    def test_of_a_function_that_is_shown_no_notes_of_real_steps(self) -> None:
+        seen = []
+
+        def score(trajectory: TensorDict) -> torch.Tensor:
+            seen.append(trajectory)
+            return trajectory["action"].sum((-1, -2))
+
+        state = start().update(
+            {"observation": torch.zeros(3, 2), "is_init": torch.ones(3, 1)}
+        )
+        state["collector", "mask"] = torch.zeros(3, dtype=torch.bool)
+        state["task", "goal"] = torch.zeros(3, 2)
+        CEMPlanner(point_env(), **SMALL, score=score)(state)
+        kept = {
+            "latent",
+            "action",
+            "goal",
+            "weight_of_row",
+            "task",
+            "next",
+            "collector",
+        }
+        assert set(seen[0].keys()) == kept and seen[0]["collector", "mask"].all()
+        assert seen[0]["task", "goal"].shape == (3, 12, 3, 2)
+
     def test_of_nothing_that_follows_an_end(self) -> None:
         def nan_after(point: torch.Tensor) -> torch.Tensor:
             return torch.where(point[..., :1] > 0.15, torch.nan, 1.0)

@@ -127,8 +127,8 @@ class ModelObjective(Objective):
 
     def shown(self, start: TensorDictBase) -> list[NestedKey]:
         """Return the entries that an imagined env keeps: no observations, no notes of real steps."""
-        dropped = self.env.imaginer.starts.dropped
-        return [key for key in super().shown(start) if key not in dropped]
+        dropped, shown = self.env.imaginer.starts.dropped, super().shown(start)
+        return [key for key in shown if dropped.isdisjoint((key, as_tuple(key)[0]))]
 
     def encode(
         self,

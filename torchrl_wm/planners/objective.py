@@ -126,7 +126,7 @@ class Objective(ABC):
             action = state.get(self.action_key)
             actions.append(action)
             for step in range(self.action_block):
-                state = advance(state, action, number + step)[0]
+                state = advance(state, action, number * self.action_block + step)[0]
         return torch.stack(actions, 1)
 
     @abstractmethod
