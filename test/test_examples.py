@@ -58,3 +58,12 @@ def test_sb3_in_a_model_learns_what_works_in_the_real_env() -> None:
     pytest.importorskip("stable_baselines3")
     real, random, _, difference = gap(run("sb3_in_a_model.py"))
     assert real > random + 600 and abs(difference) < 300
+
+
+def test_ray_world_model() -> None:
+    """Two learners and two collectors, for two rounds: the model predicts what it never saw."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'torchrl-wm[ray]'")
+    out = run("ray_world_model.py", *"--steps 400 --updates 60".split())
+    before, after = re.search(r"before ([\d.]+), after ([\d.]+)", out).groups()
+    assert float(after) < 0.75 * float(before)
+    assert out.count("200 real steps") == 2

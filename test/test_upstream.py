@@ -640,6 +640,10 @@ def test_envs_are_copied_without_what_no_pickle_takes() -> None:
             lambda: _upstream.following_root(SpecEnv(), TensorDict()),
         ),
         (
+            "torch.nn.parallel:DistributedDataParallel._active_ddp_module",
+            _upstream.running_ddp,
+        ),
+        (
             "torchrl.data:RoundRobinWriter._cursor",
             lambda: _upstream.cursor(RoundRobinWriter()),
         ),

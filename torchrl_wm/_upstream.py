@@ -123,6 +123,11 @@ NAMES = (
         "the compiler's error is raised as it is",
     ),
     Private(
+        "torch.nn.parallel:DistributedDataParallel._active_ddp_module",
+        "a loss divides by the steps of all processes while DistributedDataParallel runs it",
+        "an error where several processes are joined",
+    ),
+    Private(
         "torchrl.modules.tensordict_module.rnn:_scan",
         "compile_rollout(scope='scan') makes all steps one graph",
         "compile_rollout warns, and compiles one step: the same result",
@@ -383,6 +388,21 @@ def is_batched(tensor: torch.Tensor) -> bool:
     functions = getattr(torch._C, "_functorch", None)
     batched = getattr(functions, "is_legacy_batchedtensor", None)
     return True if batched is None else batched(tensor)
+
+
+def running_ddp() -> nn.Module | None:
+    """Return the DistributedDataParallel whose forward runs now; None outside of one.
+
+    Raises:
+        UpstreamError: if torch does not say.
+    """
+    kind = nn.parallel.DistributedDataParallel
+    try:
+        return kind._active_ddp_module
+    except AttributeError:
+        raise missing(
+            "torch.nn.parallel:DistributedDataParallel._active_ddp_module"
+        ) from None
 
 
 def backend_errors() -> tuple[type[Exception], ...]:

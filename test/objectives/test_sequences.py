@@ -515,3 +515,45 @@ def test_filters_begin_anew_where_another_key_says_so(name, key) -> None:
     got = loss(batch.clone().set(place, ended))["loss_reward"]
     assert torch.equal(got, expected)
     assert loss(batch.clone().select(*loss.in_keys)) is not None
+
+
+class TestSlices:
+    """Batches of learners that sample by themselves: flat, slice after slice."""
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_flat_batch_is_read_as_slices(self, nested) -> None:
+        keys = {"latent": ("agent", "z"), "reward": ("agent", "reward")}
+        model = make_model(**keys) if nested else make_model()
+        batch = alive(4, 3)
+        batch["next", "agent"] = TensorDict(
+            {"reward": batch["next", "reward"]}, batch.batch_size
+        )
+        batch["priority_weight"] = torch.rand(4, 3)
+        loss = WorldModelLoss(model, losses=["reward", "latent"], multi_step=True)
+        if nested:
+            loss.set_keys(reward=("agent", "reward"))
+        expected = loss(batch)
+        with pytest.raises(ValueError, match="slice_len=T"):
+            loss(batch.reshape(-1))
+        loss.slice_len = 3
+        for rows in (batch, batch.reshape(-1)):
+            torch.testing.assert_close(loss(rows).to_dict(), expected.to_dict())
+
+    def test_each_step_has_its_number(self) -> None:
+        loss = WorldModelLoss(
+            make_model(), multi_step=True, slice_len=3, reduction="none"
+        )
+        assert loss(alive(12))["loss_reward"].shape == (4, 3)
+
+    def test_a_recurrent_model(self) -> None:
+        batch, loss = alive(4, 3), WorldModelLoss(gru_model(), slice_len=3)
+        torch.testing.assert_close(
+            loss(batch.reshape(-1))["loss_reward"], loss(batch)["loss_reward"]
+        )
+
+    def test_parts_of_slices_are_an_error(self) -> None:
+        loss = WorldModelLoss(make_model(), multi_step=True, slice_len=5)
+        with pytest.raises(ValueError, match="slice_len=5.*12 steps.*SliceSampler"):
+            loss(alive(12))
+        with pytest.raises(ValueError, match="slice_len=0"):
+            WorldModelLoss(make_model(), slice_len=0)

@@ -21,7 +21,8 @@ from torchrl_wm.trainers import (
     RunConfig,
     TDMPC2Trainer,
 )
-from torchrl_wm.trainers.collecting import Acting, RealSteps
+from torchrl_wm.trainers.acting import Acting
+from torchrl_wm.trainers.collecting import RealSteps
 from torchrl_wm.trainers.episodes import Episodes
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import check_losses, NonFiniteLossError

@@ -165,7 +165,7 @@ def test_the_config_of_another_recipe() -> None:
 
 
 def test_episodes_that_never_end(monkeypatch) -> None:
-    monkeypatch.setattr("torchrl_wm.trainers.collecting.MAX_STEPS", 30)
+    monkeypatch.setattr("torchrl_wm.trainers.acting.MAX_STEPS", 30)
     trainer = PETSTrainer(**{**SMALL, "max_episode_steps": 31, "random_steps": 40})
     with pytest.raises(RuntimeError, match="max_episode_steps"):
         trainer.train()

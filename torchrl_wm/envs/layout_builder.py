@@ -150,11 +150,12 @@ class LayoutBuilder:
             for key, spec in latent.items():
                 self._check("encoder", key, encoded.get(key, None), spec)
         reference, device = self.reference, self.device
-        taken = {*latent, *context, *unique(reference.reward.keys(True, True))}
+        rewards = self._rewards()
+        taken = {*latent, *context, *unique(rewards.keys(True, True))}
         taken.update(self.action_keys, self.endings.keys)
         return Layout(
             action=_to(reference.action, device),
-            reward=_to(reference.reward, device),
+            reward=_to(rewards, device),
             done=_to(self.endings.spec(reference.done), device),
             latent=latent,
             context=context,
@@ -384,15 +385,25 @@ class LayoutBuilder:
                 f"in_keys={shared}, out_keys={other}))."
             )
 
+    def _rewards(self) -> Composite:
+        """Return the specs of the rewards: none of a model that predicts none and has no head for them."""
+        rewards = self.reference.reward
+        below = {join("next", key) for key in unique(rewards.keys(True, True))}
+        if self.world_model.reward_head is None and not below & {*self.written}:
+            return Composite()
+        return rewards
+
     def _check_rewards(self) -> None:
-        keys = unique(self.reference.reward.keys(True, True))
+        keys = unique(self._rewards().keys(True, True))
         missing = [key for key in keys if join("next", key) not in self.written]
         if missing:
             below = [join("next", key) for key in missing]
+            head, writer = self.world_model.reward_head, "the model has no reward_head"
+            if head is not None:
+                writer = f"reward_head writes {written_keys(head)}"
             raise ValueError(
                 f"The reference env's reward is {missing}, so that {below} must be predicted, but "
-                f"reward_head writes {written_keys(self.world_model.reward_head)}. Change its "
-                f"out_keys to {below}."
+                f"{writer}. Change its out_keys to {below}."
             )
 
     def _check_done_head(self) -> None:

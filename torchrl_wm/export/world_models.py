@@ -332,6 +332,11 @@ def _space_of(entries: dict[NestedKey, TensorSpec]) -> spaces.Space:
 
 
 def _only(keys: list[NestedKey], specs: Any, what: str) -> NestedKey:
+    if not keys:
+        raise ValueError(
+            f"A Gymnasium env has one {what} a step, and the world model predicts none. Give it a "
+            f"{what}_head: WorldModel(encoder, dynamics, {what}_head, ...)."
+        )
     if len(keys) != 1 or specs[keys[0]].shape.numel() != 1:
         shapes = {key: tuple(specs[key].shape) for key in keys}
         raise ValueError(

@@ -45,6 +45,7 @@ from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.world_model.initial_state import InitialState
 from torchrl_wm.modules.world_model.observer import Observer
+from torchrl_wm.modules.world_model.sequence_pass import check_sequence
 from torchrl_wm.modules.world_model.world_model import WorldModel
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "TerminationHead",
     "TwoHotHead",
     "WorldModel",
+    "check_sequence",
     "fit_normalizers",
     "random_shift",
     "with_propagation",

@@ -13,6 +13,7 @@ from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.kl import KLTerm
 from torchrl_wm.objectives.observation import ObservationTerm
 from torchrl_wm.objectives.policy import PolicyPriorLoss, ValueScale
+from torchrl_wm.objectives.processes import Processes
 from torchrl_wm.objectives.terms import (
     DoneTerm,
     LatentTerm,
@@ -36,6 +37,7 @@ __all__ = [
     "LossTerm",
     "ObservationTerm",
     "PolicyPriorLoss",
+    "Processes",
     "ReconstructionTerm",
     "RewardTerm",
     "TwoHotTerm",

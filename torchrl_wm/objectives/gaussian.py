@@ -162,7 +162,7 @@ class GaussianNLLTerm(LossTerm):
         nll = gaussian_nll(target.unsqueeze(-2) if members else target, loc, log_var)
         if self.beta:
             weights = (self.beta * log_var.detach()).exp()
-            nll = nll * weights / self._mean_of_valid(weights, loss.valid(batch))
+            nll = nll * weights / self._mean_of_valid(weights, batch, loss)
         value = nll.mean(-1)  # [*B, E] or [*B]
         if members:
             value = (value * self._member_weights(loc, batch, loss)).mean(-1)
@@ -175,18 +175,23 @@ class GaussianNLLTerm(LossTerm):
         return value
 
     def _mean_of_valid(
-        self, weights: torch.Tensor, valid: torch.Tensor | None
+        self, weights: torch.Tensor, batch: TensorDictBase, loss: LossContext
     ) -> torch.Tensor:
         """Return the mean of each dimension, ``[D]``, over members and all rows but padding."""
-        rows = weights.flatten(0, -2)
-        if valid is None:
+        rows, valid = weights.flatten(0, -2), loss.valid(batch)
+        if valid is None and not loss.processes.groups:
             return rows.mean(0)
         lead = weights.shape[:-1]
-        counts = valid.reshape(valid.shape + (1,) * (len(lead) - valid.ndim))
-        counts = counts.expand(lead).reshape(-1, 1).to(weights.dtype)
+        counts = torch.ones(lead, dtype=weights.dtype, device=weights.device)
+        if valid is not None:
+            counts = counts * valid.reshape(
+                valid.shape + (1,) * (len(lead) - valid.ndim)
+            )
+        counts = counts.reshape(-1, 1)
+        total = loss.processes.average(counts.sum())
         # A batch with nothing valid is masked as a whole: any mean but zero will do.
-        none = (counts.sum() == 0).to(weights.dtype)
-        return ((rows * counts).sum(0) + none) / (counts.sum() + none)
+        none = (total == 0).to(weights.dtype)
+        return (loss.processes.average((rows * counts).sum(0)) + none) / (total + none)
 
     def _joined(self, batch: TensorDictBase, loss: LossContext) -> torch.Tensor:
         """Return the real entries side by side, ``[*B, D]``."""

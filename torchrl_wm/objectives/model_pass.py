@@ -41,16 +41,31 @@ class ModelPass:
     """
 
     def __init__(
-        self, world_model: WorldModel, terms: Iterable[LossTerm], multi_step: bool
+        self,
+        world_model: WorldModel,
+        terms: Iterable[LossTerm],
+        multi_step: bool,
+        predicts: bool = False,
     ) -> None:
         self.world_model, self.multi_step = world_model, multi_step
+        terms = list(terms)
+        #: Whether anything reads what the dynamics predict.
+        self.predicts = predicts or multi_step or any(t.needs_prediction for t in terms)
         components = _needed(world_model, terms)
-        self.inputs = _root_inputs(components)
+        filters = self.predicts or world_model.is_recurrent
+        if not filters:
+            components.pop("dynamics")
+        # Some heads judge real latents, beside which they may read more.
+        judges = {
+            name: world_model.components[name] for t in terms for name in t.components
+        }
+        self.inputs = _root_inputs({**components, **judges})
         if world_model.is_recurrent:
             # Latents are filtered from the observations; they may be given, too.
             latents = world_model.latent_keys
             self.inputs = [key for key in self.inputs if key not in latents]
-        self._ahead = {name: components.pop(name) for name in ("encoder", "dynamics")}
+        ahead = [name for name in ("encoder", "dynamics") if name in components]
+        self._ahead = {name: components.pop(name) for name in ahead}
         self._heads = components
 
     def check(self, batch: TensorDictBase) -> None:
@@ -110,7 +125,7 @@ class ModelPass:
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
         labels = [key for key in observed if key not in hidden]
-        return model.observe(steps).exclude(*labels)
+        return model.filter.observe_sequence(steps, self.predicts).exclude(*labels)
 
     def _check_sequence(self, batch: TensorDictBase) -> None:
         """Raise an error if the batch may not be sequences, ``[*B, T]``."""
@@ -122,8 +137,8 @@ class ModelPass:
         raise ValueError(
             f"{why} is trained on sequences, [*B, T] with time last, and the batch has the "
             f"batch size {tuple(batch.batch_size)}. Sample slices and give them their "
-            f"shape: buffer.sample().reshape(-1, T); name the time of a single sequence: "
-            f"td.refine_names('time')."
+            f"shape: buffer.sample().reshape(-1, T), or WorldModelLoss(..., slice_len=T); name "
+            f"the time of a single sequence: td.refine_names('time')."
         )
 
 
@@ -134,7 +149,8 @@ def _needed(
     components = dict(world_model.components)
     components.pop("posterior", None)
     wanted = {"encoder", "dynamics"}
-    wanted.update(name for term in terms for name in term.components)
+    reading = (term for term in terms if term.needs_prediction)
+    wanted.update(name for term in reading for name in term.components)
     wanted.discard("posterior")  # run where sequences are filtered
     read = {key for name in wanted for key in unique(components[name].in_keys)}
     for name in reversed(list(components)):

@@ -14,6 +14,7 @@ from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.wiring import written_keys
 from torchrl_wm.objectives.networks import swapped_parameters
+from torchrl_wm.objectives.processes import TrainedTogether
 
 
 class ValueScale(nn.Module):
@@ -62,7 +63,7 @@ class ValueScale(nn.Module):
         return values / self.value
 
 
-class PolicyPriorLoss(nn.Module):
+class PolicyPriorLoss(TrainedTogether):
     """The loss that trains a policy to act well by the action values, and to stay random.
 
     It is that of TD-MPC2 (arXiv 2310.16828, eq. 5). At the latents ``z_0 ... z_T`` that the world
@@ -155,12 +156,14 @@ class PolicyPriorLoss(nn.Module):
             self.q_ensemble, frozen
         ):
             values, entropy = self._values(steps)  # [*B, T + 1]
-        self.scale.update(values[..., 0])
+        self.scale.update(self.processes.gather(values[..., 0]))
         gain = self.scale(values) + self.entropy_weight * self._numbers * entropy
         time = torch.arange(gain.shape[-1], device=gain.device)
         weight = valid.to(gain.dtype)
-        loss = -(self.decay**time * gain * weight).sum() / weight.sum().clamp_min(1.0)
-        mean = (entropy.detach() * weight).sum() / weight.sum().clamp_min(1.0)
+        count = self.processes.average(weight.sum())
+        count = count.clamp_min(torch.finfo(weight.dtype).tiny)
+        loss = -(self.decay**time * gain * weight).sum() / count
+        mean = (entropy.detach() * weight).sum() / count
         return TensorDict(
             {
                 "loss_policy": loss,

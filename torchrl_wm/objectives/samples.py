@@ -12,8 +12,26 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys
 from torchrl_wm.modules.world_model.filtering import episode_begins, IS_INIT
 from torchrl_wm.objectives.keys import LossKeys
+from torchrl_wm.objectives.processes import Processes
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+def as_slices(batch: TensorDictBase, length: int) -> TensorDictBase:
+    """Return a flat batch of slices, ``[B * T]``, as ``[B, T]``; others as they are.
+
+    Raises:
+        ValueError: if the batch does not consist of slices of that length.
+    """
+    if batch.batch_dims != 1:
+        return batch
+    if len(batch) % length:
+        raise ValueError(
+            f"slice_len={length} does not divide the batch of {len(batch)} steps. Let the sampler "
+            f"draw whole slices: SliceSampler(slice_len={length}, strict_length=True), with a "
+            f"batch size that is a multiple of {length}."
+        )
+    return batch.reshape(-1, length)
 
 
 def valid_samples(
@@ -113,18 +131,26 @@ def reduce(
     valid: torch.Tensor | None,
     weights: torch.Tensor | None,
     reduction: str,
+    processes: Processes,
 ) -> torch.Tensor:
-    """Reduce one number per sample, ``[*B]``; invalid samples are zero and do not count."""
+    """Reduce one number per sample, ``[*B]``; invalid samples are zero and do not count.
+
+    A mean divides by the samples of all processes, or their weights: by how many there are in
+    each on average, as the processes average their gradients.
+    """
     if valid is not None:
         value = torch.where(valid, value, torch.zeros_like(value))
     if weights is not None:
         value = value * weights
     if reduction == "none":
         return value
-    if reduction == "sum" or (weights is None and valid is None):
-        return value.sum() if reduction == "sum" else value.mean()
+    if reduction == "sum":
+        return value.sum()
+    if weights is None and valid is None and not processes.groups:
+        return value.mean()
     count = torch.ones_like(value) if weights is None else weights
     if valid is not None:
         count = torch.where(valid, count, torch.zeros_like(count))
+    total = processes.average(count.sum())
     # All samples invalid, or of no weight: zero, not NaN.
-    return value.sum() / count.sum().clamp_min(torch.finfo(value.dtype).tiny)
+    return value.sum() / total.clamp_min(torch.finfo(value.dtype).tiny)

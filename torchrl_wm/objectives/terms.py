@@ -35,6 +35,7 @@ from torchrl_wm.objectives.comparisons import (
     Scale,
 )
 from torchrl_wm.objectives.keys import LossKeys
+from torchrl_wm.objectives.processes import Processes
 
 #: The entries of a done head that are read as logits if they are floats.
 _LOGITS = ("terminated_logits", "continue_pred", "terminated", "done")
@@ -46,13 +47,18 @@ class LossContext(Protocol):
     Attributes:
         world_model: the model that is trained.
         tensor_keys: the keys that :meth:`WorldModelLoss.set_keys` changes.
+        processes: those that train the loss together. A statistic of the batch is one of all
+            their batches: ``loss.processes.average(x.sum()) / loss.processes.average(count)``.
     """
 
     world_model: WorldModel
     tensor_keys: LossKeys
+    processes: Processes
 
-    def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
-        """Return the latents of the next observations, by the target encoder."""
+    def encode_next(
+        self, batch: TensorDictBase, gradient: bool = False
+    ) -> TensorDictBase:
+        """Return the latents of the next observations, by the target encoder if there is one."""
 
     def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
         """Return the observations that the predicted next latents stand for."""
@@ -103,6 +109,13 @@ class LossTerm(abc.ABC):
 
     #: The heads whose outputs the term reads. A head that no term reads is not run.
     components: tuple[str, ...] = ()
+    #: Whether the term reads predictions. If no term does, the loss only encodes, and
+    #: ``predicted`` has the latents of the observations: a denoising loss runs no sampler.
+    needs_prediction: bool = True
+    #: Whether the term gives one number per sample, ``[*B]``, or one for the whole batch, such as
+    #: a statistic over it (VICReg, SIGReg). The latter counts once in a mean, and leaves out
+    #: masked samples itself (:meth:`LossContext.valid`).
+    per_sample: bool = True
     #: The names of modules, among its own :meth:`modules`, that have target parameters.
     delayed: tuple[str, ...] = ()
 
@@ -174,6 +187,7 @@ class RewardTerm(LossTerm):
             ``losses=[RewardTerm(key=("red", "reward"), name="red"), ...]``.
         name: the loss appears as ``loss_<name>``.
         scale: see :class:`ReconstructionTerm`.
+        real_next: see :class:`DoneTerm`.
     """
 
     components = ("reward_head",)
@@ -185,17 +199,23 @@ class RewardTerm(LossTerm):
         key: NestedKey | None = None,
         name: str = "reward",
         scale: Scale | None = None,
+        real_next: bool = False,
     ) -> None:
         super().__init__(name, weight)
         self.distance = check_distance("reward_loss", distance, DISTANCES)
         self.key = key
         self.scale = scale
+        self.real_next = real_next
+        self.needs_prediction = not real_next
 
     def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
-        return [keys.label_key("reward") if not self.key else join("next", self.key)]
+        label = keys.label_key("reward") if not self.key else join("next", self.key)
+        return [label, *(next_observations(world_model) if self.real_next else ())]
 
     def __call__(self, predicted, batch, loss):
         keys = loss.tensor_keys
+        if self.real_next:
+            predicted = loss.judge_real_next("reward_head", predicted, batch)
         key = join("next", self.key or keys.reward)
         reward = prediction(predicted, key, "reward_head", loss.world_model)
         label = reward_label(batch, keys, self.name, self.key)
@@ -225,6 +245,7 @@ class DoneTerm(LossTerm):
         super().__init__("done", weight)
         self.distance = check_distance("done_loss", distance, ("bce", *DISTANCES))
         self.real_next = real_next
+        self.needs_prediction = not real_next
 
     def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
         labels = [keys.label_key(name) for name in ("terminated", "done")]
@@ -379,13 +400,23 @@ class LatentTerm(LossTerm):
     """Distance of the predicted next latents from those of the next observation.
 
     The target is the encoder's (or, with ``delay_encoder``, the target
-    encoder's) latent of the next observation, without gradient. A batch that
-    has ``target_latent`` uses that.
+    encoder's) latent of the next observation, by default without gradient. A batch that
+    has ``target_latent`` uses that, without gradient.
+
+    Args:
+        distance: the distance.
+        weight: the factor of the term.
+        stop_gradient: whether no gradient flows into the targets. Joint-embedding models that
+            keep their latents from collapsing by another term (VICReg, LeJEPA's SIGReg, arXiv
+            2511.08544) train both sides, ``stop_gradient=False``.
     """
 
-    def __init__(self, distance: str = "l2", weight: float = 1.0) -> None:
+    def __init__(
+        self, distance: str = "l2", weight: float = 1.0, stop_gradient: bool = True
+    ) -> None:
         super().__init__("latent", weight)
         self.distance = check_distance("latent_loss", distance, DISTANCES)
+        self.stop_gradient = stop_gradient
 
     def labels(self, world_model: WorldModel, keys: LossKeys) -> list[NestedKey]:
         return next_observations(world_model)
@@ -407,7 +438,7 @@ class LatentTerm(LossTerm):
                 )
             return self.compare(value, target.detach(), name, batch)
         latents = loss.world_model.latent_keys
-        targets = loss.encode_next(batch)
+        targets = loss.encode_next(batch, gradient=not self.stop_gradient)
         compared = [key for key in latents if targets.get(key, None) is not None]
         if not compared:
             raise MissingEntryError(
@@ -418,9 +449,9 @@ class LatentTerm(LossTerm):
         total = 0.0
         for key in compared:
             name = join("next", key)
-            total = total + self.compare(
-                predicted.get(name), targets.get(key).detach(), name, batch
-            )
+            target = targets.get(key)
+            target = target.detach() if self.stop_gradient else target
+            total = total + self.compare(predicted.get(name), target, name, batch)
         return total
 
     def compare(self, predicted, target, key, batch) -> torch.Tensor:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from operator import is_not
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import dispatch, TensorDictModuleBase
+from tensordict.nn import dispatch
 from torch import nn
-from torchrl.objectives import LossModule
 
-from torchrl_wm import _upstream
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.blocks.normalizer import with_statistics
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.objectives.comparisons import next_observations
 from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.model_pass import ModelPass
-from torchrl_wm.objectives.networks import (
-    move_along,
-    named_networks,
-    swapped_parameters,
-)
+from torchrl_wm.objectives.networks import LossWithNetworks
 from torchrl_wm.objectives.samples import (
+    as_slices,
     blank,
     first_episode,
     reduce,
@@ -46,10 +38,9 @@ from torchrl_wm.objectives.terms import (
 )
 
 LossName = Literal["reward", "done", "reconstruction", "latent"]
-_OF_THE_MODEL = (*WorldModel.component_names, "initial_state")
 
 
-class WorldModelLoss(LossModule):
+class WorldModelLoss(LossWithNetworks):
     """The loss that trains a :class:`~torchrl_wm.WorldModel` on real transitions.
 
     It has several terms, each returned under its own name:
@@ -85,6 +76,11 @@ class WorldModelLoss(LossModule):
     ``"next"``. With ``multi_step`` they are the rolled ones, in recurrent models the
     filtered ones. ``("collector", "mask")``, ``[*B]`` bool, is True where a step counts.
 
+    Several processes may train it, under
+    :class:`~torch.nn.parallel.DistributedDataParallel` or ``fully_shard(loss)``: a mean is then
+    one over the valid samples of all of them, so that the averaged gradients are those of the
+    joined batch. With ``"sum"`` they are those of the joined batch over the number of processes.
+
     The model is a submodule of the loss. ``loss.<name>_params`` are the parameters of a
     component or of a term's module, ``loss.target_<name>_params`` its target parameters,
     which begin anew, as a copy, if its networks are replaced.
@@ -113,11 +109,18 @@ class WorldModelLoss(LossModule):
             summed, ``latents = losses.pop("latents")``. Also an attribute.
         detach_latents: whether these latents are detached. Without, a loss on them trains the
             model, too, as DreamerV3's loss of values on real steps does. Also an attribute.
+        slice_len: read a flat batch, ``[B * T]``, as slices of so many steps, ``[B, T]``. For
+            learners that sample by themselves, such as TorchRL's on Ray; the sampler is a
+            :class:`~torchrl.data.SliceSampler` of that ``slice_len`` with
+            ``strict_length=True``.
+        policy: the policy that acts on what is trained, such as a planner over the model. It is
+            not trained here. TorchRL's learners publish its weights, in which the model is, to
+            the collectors; they find it as ``loss.actor_network``.
 
     Raises:
         TypeError: if ``world_model`` is not a WorldModel.
-        ValueError: for unknown losses, distances or reductions, and for a term
-            whose component the model lacks.
+        ValueError: for unknown losses, distances or reductions, for a term whose component the
+            model lacks, and for a policy of which nothing is trained here.
 
     Examples:
         >>> import torch
@@ -197,6 +200,8 @@ class WorldModelLoss(LossModule):
         decay: float = 1.0,
         return_latents: bool = False,
         detach_latents: bool = True,
+        slice_len: int | None = None,
+        policy: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(world_model, WorldModel):
@@ -214,6 +219,8 @@ class WorldModelLoss(LossModule):
                 f"decay must be in (0, 1], and weighs the steps of multi_step=True; got "
                 f"decay={decay} with multi_step={multi_step}."
             )
+        if slice_len is not None and slice_len < 1:
+            raise ValueError(f"slice_len={slice_len} must be at least 1.")
         named = {
             "reward": RewardTerm(reward_loss, reward_weight),
             "done": DoneTerm(done_loss, done_weight),
@@ -230,104 +237,58 @@ class WorldModelLoss(LossModule):
         self.decay = decay
         self.return_latents = return_latents
         self.detach_latents = detach_latents
+        self.slice_len = slice_len
         self.world_model = world_model
-        #: The modules of each network that has target parameters, when these began.
-        self._copied: dict[str, list[nn.Module]] = {}
         #: The batch of the present call, and the encoding of its next observations.
         self._batch: TensorDictBase | None = None
-        self._encoded: TensorDictBase | None = None
+        self._encoded: dict[bool, TensorDictBase] = {}
         for term in self.terms:
             term.check(world_model)
         self._follow_parts()
+        if policy is not None:
+            self._name_policy(policy)
 
-    # Networks ------------------------------------------------------------
-
-    def _parts(self) -> dict[str, nn.Module]:
-        """Return the model's components and the terms' own modules, by name."""
-        return named_networks(self.world_model, self.terms)
-
-    def _follow_parts(self) -> None:
-        """Register the terms' modules, and begin the targets of other networks anew."""
-        if torch.compiler.is_compiling():
-            return  # a graph is made for the present networks
-        delayed = {name for term in self.terms for name in term.delayed}
-        if self.delay_encoder:
-            delayed.add("encoder")
-        for name, network in self._parts().items():
-            standing = _upstream.submodules(self).get(name)
-            if name not in _OF_THE_MODEL and standing is not network:
-                setattr(self, name, network)
-            if name in delayed:
-                modules, before = list(network.modules()), self._copied.get(name, [])
-                same = len(modules) == len(before)
-                if not same or any(map(is_not, modules, before)):
-                    self._begin_targets(name, network)
-                    self._copied[name] = modules
-
-    def _begin_targets(self, name: str, network: nn.Module) -> None:
-        """Make target parameters for a network, as a copy of its parameters."""
-        with warnings.catch_warnings():
-            # The class cannot annotate modules of terms.
-            warnings.filterwarnings("ignore", ".*part of the annotations")
-            self.convert_to_functional(network, name, create_target_params=True)
-        # Only the targets are the loss's own: the network stands in the model or in a term.
-        delattr(self, f"{name}_params")
-        del self.__dict__[name]
-
-    def __getattr__(self, item: str) -> Any:
-        """Return a network or its present parameters; targets follow it to its device."""
-        try:
-            value = super().__getattr__(item)
-        except AttributeError:
-            if item == "world_model" or item.startswith("target_"):
-                raise
-            network = self._parts().get(item.removesuffix("_params"))
-            if network is None:
-                raise
-            if item.endswith("_params"):
-                return TensorDict.from_module(network, as_module=True)
-            return network
-        if item.startswith("target_") and item.endswith("_params"):
-            name = item.removeprefix("target_").removesuffix("_params")
-            move_along(value, self._parts()[name])
-        return value
-
-    def reset_parameters_recursive(self) -> None:
-        """Reset the parameters of all networks; targets begin as a copy of them."""
-        TensorDictModuleBase.reset_parameters_recursive(self)
-        for name in self._copied:
-            parameters = getattr(self, f"{name}_params")
-            getattr(self, f"target_{name}_params").data.update_(parameters.data)
-
-    def target_parameters(self, name: str) -> AbstractContextManager[None]:
-        """Let a network use its target parameters for a while.
-
-        Args:
-            name: ``"encoder"`` (with ``delay_encoder``), or a module of a term that
-                is among its ``delayed``.
-        """
-        network = self._parts()[name]
-        targets = getattr(self, f"target_{name}_params")
-        own = TensorDict.from_module(network)
-        return swapped_parameters(network, with_statistics(targets, own, network))
+    def _name_policy(self, policy: nn.Module) -> None:
+        """Let TorchRL's learners find the policy, which is no submodule: others train it."""
+        trained = {id(parameter) for parameter in self.parameters()}
+        if trained.isdisjoint(map(id, policy.parameters())):
+            raise ValueError(
+                f"policy, {type(policy).__name__}, has none of the parameters that this loss "
+                f"trains: what a learner publishes would never change. Give one that acts by the "
+                f"same world model, such as CEMPlanner(WorldModelEnv(world_model, env), ...)."
+            )
+        self.__dict__["actor_network"] = policy
 
     # Services to terms ----------------------------------------------------
 
-    def encode_next(self, batch: TensorDictBase) -> TensorDictBase:
-        """Return the latents of the next observations, by the target encoder, without gradient.
+    def encode_next(
+        self, batch: TensorDictBase, gradient: bool = False
+    ) -> TensorDictBase:
+        """Return the latents of the next observations, by the target encoder if there is one.
 
         All terms of a call share one encoding of its batch.
 
+        Args:
+            batch: the real transitions.
+            gradient: whether gradients flow into the encoder.
+
         Raises:
             KeyError: if the batch lacks a next observation.
+            ValueError: if gradients should flow into a target encoder.
         """
+        if gradient and self.delay_encoder:
+            raise ValueError(
+                "With delay_encoder=True targets are encoded by target parameters, which get no "
+                "gradient. Leave out delay_encoder, or let the term stop gradients: "
+                "LatentTerm(stop_gradient=True)."
+            )
         if batch is not self._batch:
-            return self._encode_next(batch)
-        if self._encoded is None:
-            self._encoded = self._encode_next(batch)
-        return self._encoded.copy()
+            return self._encode_next(batch, gradient)
+        if gradient not in self._encoded:
+            self._encoded[gradient] = self._encode_next(batch, gradient)
+        return self._encoded[gradient].copy()
 
-    def _encode_next(self, batch: TensorDictBase) -> TensorDictBase:
+    def _encode_next(self, batch: TensorDictBase, gradient: bool) -> TensorDictBase:
         """Encode the next observations."""
         encoder = self.world_model.encoder
         missing = missing_from(batch, next_observations(self.world_model))
@@ -341,7 +302,8 @@ class WorldModelLoss(LossModule):
         for key in unique(encoder.in_keys):
             inputs.set(key, batch.get(join("next", key)))
         delayed = self.target_parameters("encoder") if self.delay_encoder else None
-        with torch.no_grad(), delayed or nullcontext():
+        grad = nullcontext() if gradient else torch.no_grad()
+        with grad, delayed or nullcontext():
             return run_components({"encoder": encoder}, inputs)
 
     def decode_next(self, predicted: TensorDictBase) -> TensorDictBase:
@@ -391,9 +353,7 @@ class WorldModelLoss(LossModule):
         if self.world_model.is_recurrent:
             # The filter reads the observations that the steps led to.
             labels += next_observations(self.world_model)
-        return unique(
-            [*ModelPass(self.world_model, self.terms, self.multi_step).inputs, *labels]
-        )
+        return unique([*self._pass().inputs, *labels])
 
     @in_keys.setter
     def in_keys(self, value) -> None:
@@ -427,7 +387,8 @@ class WorldModelLoss(LossModule):
 
         Args:
             tensordict: the transitions, ``[*B]``: observations and action at
-                the root, labels under ``"next"``. It is not modified.
+                the root, labels under ``"next"``. It is not modified. With ``slice_len``,
+                ``[B * T]`` will do for ``[B, T]``.
 
         Returns:
             One entry for each term, ``loss_<name>``: a scalar, or ``[*B]`` with
@@ -438,11 +399,13 @@ class WorldModelLoss(LossModule):
             ValueError: if a prediction and its label differ in shape, or class numbers are
                 ``[*B, 1]`` where their spec says ``[*B]``.
         """
+        if self.slice_len is not None:
+            tensordict = as_slices(tensordict, self.slice_len)
         size = tensordict.batch_size
         if not size.numel():
             raise ValueError(f"The batch is empty: its batch size is {tuple(size)}.")
         self._follow_parts()
-        predict = ModelPass(self.world_model, self.terms, self.multi_step)
+        predict = self._pass()
         predict.check(tensordict)
         valid = self.valid(tensordict)
         if self.multi_step and valid is not None:
@@ -454,21 +417,22 @@ class WorldModelLoss(LossModule):
         try:
             values = [self._compare(term, predicted, batch) for term in self.terms]
         finally:
-            self._batch = self._encoded = None
-        weights = sample_weights(batch, self.tensor_keys)
+            self._batch, self._encoded = None, {}
+        weights, decay = sample_weights(batch, self.tensor_keys), None
         if self.multi_step:
             within = first_episode(tensordict, self.tensor_keys)
             valid = within if valid is None else valid & within
             time = torch.arange(size[-1], device=tensordict.device)
-            values = [(self.decay**time).expand(size) * value for value in values]
-        out = TensorDict(
-            {
-                f"loss_{term.name}": term.weight
-                * reduce(value, valid, weights, self.reduction)
-                for term, value in zip(self.terms, values)
-            },
-            batch_size=size if self.reduction == "none" else (),
-        )
+            decay = (self.decay**time).expand(size)
+        losses = {}
+        for term, value in zip(self.terms, values):
+            if not term.per_sample:
+                value = value.expand(size)
+            elif decay is not None:
+                value = decay * value
+            reduced = reduce(value, valid, weights, self.reduction, self.processes)
+            losses[f"loss_{term.name}"] = term.weight * reduced
+        out = TensorDict(losses, batch_size=size if self.reduction == "none" else ())
         if self.return_latents:
             if valid is None:
                 valid = torch.ones(size, dtype=torch.bool, device=batch.device)
@@ -481,15 +445,28 @@ class WorldModelLoss(LossModule):
             out.clear_refs_for_compile_()
         return out
 
+    def _pass(self) -> ModelPass:
+        """Return the pass over the present components."""
+        return ModelPass(
+            self.world_model, self.terms, self.multi_step, self.return_latents
+        )
+
     def _compare(
         self, term: LossTerm, predicted: TensorDictBase, batch: TensorDictBase
     ) -> torch.Tensor:
-        """Return the value of a term for each sample, ``[*B]``."""
+        """Return the value of a term for each sample, ``[*B]``, or for the whole batch."""
         value = term(predicted, batch, self)
+        if not term.per_sample:
+            if value.ndim:
+                raise ValueError(
+                    f"The loss {term.name!r} has per_sample=False: it must give one number for "
+                    f"the whole batch, and gave {tuple(value.shape)}. Take its mean."
+                )
+            return value
         if value.shape != batch.batch_size:
             raise ValueError(
                 f"The loss {term.name!r} must give one number per sample, of the batch's "
                 f"shape {tuple(batch.batch_size)}, and gave {tuple(value.shape)}. Take the "
-                f"mean over the feature dims."
+                f"mean over the feature dims; a term of the whole batch has per_sample=False."
             )
         return value

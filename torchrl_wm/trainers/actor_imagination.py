@@ -89,7 +89,7 @@ class Imagination(nn.Module):
             values = dict(state)
             acting(values, at)
             now = {key: values[key] for key in (*state, *transition.context)}
-            values = transition.predict(state, now, at)
+            values = transition.imagine(state, now, at)
             return now, {key: values[place] for key, place in transition.latents}
 
         state, made = to_flat(start, self.world_model.latent_keys), []

@@ -18,7 +18,7 @@ from torchrl.envs.utils import set_exploration_type
 from torchrl_wm import _upstream
 from torchrl_wm.modules.keys import unique
 from torchrl_wm.modules.modes import evaluation_mode
-from torchrl_wm.trainers.collecting import prepared
+from torchrl_wm.trainers.acting import prepared
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.gym_actions import innermost, layers

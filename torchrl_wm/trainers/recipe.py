@@ -15,7 +15,7 @@ from torchrl.envs.utils import ExplorationType
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import WorldModel
-from torchrl_wm.trainers.collecting import RealSteps
+from torchrl_wm.trainers.collectors import real_steps
 from torchrl_wm.trainers.frame_storage import FrameStorage
 from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
 from torchrl_wm.trainers.settings import resolve_device, RunConfig, Settings
@@ -85,7 +85,7 @@ class Recipe:
                 f"the real envs, in its __init__."
             )
         source = self.config.env if source is None else source
-        return RealSteps(self.config, source, self.env, self.policy, self.device)
+        return real_steps(self.config, source, self.env, self.policy, self.device)
 
     def kept(self, steps: TensorDictBase) -> TensorDictBase:
         """Return what is kept of real steps, ``[N]``; the trainer puts it into the replay."""

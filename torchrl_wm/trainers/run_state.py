@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torchrl.checkpoint import GlobalRNGState
 
@@ -79,3 +81,10 @@ class TrainerState:
         trainer.episodes = state_dict["episodes"]
         trainer.seconds = state_dict["seconds"]
         trainer._losses = dict(state_dict["losses"])
+
+
+def seed_all(seed: int) -> None:
+    """Seed all random states that a recipe may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 import sysconfig
 import warnings
@@ -12,14 +11,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-
 from torchrl_wm._registry import find_recipe, path_of
 from torchrl_wm.trainers.loggers import check_loggers
 from torchrl_wm.trainers.real_envs import EnvSource
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.run_folder import RunFolder
+from torchrl_wm.trainers.run_state import seed_all
 from torchrl_wm.trainers.settings import Settings
 from torchrl_wm.trainers.trainer import RecipeTrainer
 from torchrl_wm.trainers.watching import watch
@@ -57,7 +54,7 @@ class ConfiguredTrainer(RecipeTrainer):
     ) -> None:
         config, objects = self.configured(config, {**given, "env": env})
         source = objects.pop("env", None)
-        _seed_all(config.seed)
+        seed_all(config.seed)
         real_env = self.recipe_class.make_env(config, source)
         recipe = self.recipe_class(config, real_env, **objects)
         collector = recipe.make_collector(source)
@@ -99,6 +96,7 @@ class ConfiguredTrainer(RecipeTrainer):
         # The trainer is built first, so that errors leave no folder behind.
         trainer = cls(config, progress=progress, **objects)
         check_loggers(config.logger)
+        trainer.collector.prepare()
         content = {
             "algorithm": cls.recipe_class.name,
             "recipe": path_of(cls.recipe_class),
@@ -130,7 +128,8 @@ class ConfiguredTrainer(RecipeTrainer):
             checkpoint: the step of another checkpoint that the folder has.
             progress: show a progress bar.
             given: objects that the run was started with beside its config: an env, functions;
-                a later end of the run, such as ``steps=50_000``; another ``device``.
+                a later end of the run, such as ``steps=50_000``; another ``device`` or
+                ``ray_address``.
 
         Raises:
             FileNotFoundError: if the folder is not one of a run, or has no such checkpoint.
@@ -152,8 +151,8 @@ class ConfiguredTrainer(RecipeTrainer):
         cls._check_given(run, objects)
         if "env" in changes and changes["env"] == config.env:
             changes.pop("env")
-        device = {"device": changes.pop("device")} if "device" in changes else {}
-        config = replace(config, **device).lengthened(changes)
+        places = {name: changes.pop(name) for name in config.PLACES if name in changes}
+        config = replace(config, **places).lengthened(changes)
         trainer = cls(config, run=run, progress=progress, **objects)
         run.config["config"] = asdict(config)
         if run.saved() or checkpoint is not None:
@@ -292,13 +291,6 @@ def trainer_of(path: str | os.PathLike) -> type[ConfiguredTrainer]:
         )
     entry = find_recipe(run.config["algorithm"], run.config.get("recipe"))
     return trainer_class(entry.name)
-
-
-def _seed_all(seed: int) -> None:
-    """Seed all random states that a recipe may draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def _own_paths() -> list[str]:

@@ -83,6 +83,8 @@ class Settings:
 
     #: The settings that say when a run ends; a finished run goes on with a later end.
     ENDS = ("steps",)
+    #: The settings that say where a run runs; it may go on elsewhere.
+    PLACES: ClassVar[tuple[str, ...]] = ("device",)
 
     def __post_init__(self) -> None:
         if isinstance(self.logger, str):
@@ -164,7 +166,14 @@ class RunConfig(Settings):
             dm_control/cartpole/swingup, or module:function, your function that makes it.
         num_envs: how many real envs act at once.
         collector: where the real envs run: single means this process, processes a process for
-            each env.
+            each env, and ray the workers of Ray, one for each env, on this machine or a cluster.
+        ray_address: the Ray cluster, host:port; auto for the one in RAY_ADDRESS or on this
+            machine. None starts Ray on this machine, for this run.
+        ray_cpus: how many CPUs each worker of Ray asks for.
+        ray_batch: how many steps a worker of Ray makes at a request. The others wait for it, and
+            what is learnt reaches it one or two requests later.
+        ray_push_interval: how many real steps pass at least between two times at which Ray's
+            workers get new weights, between two requests.
         random_steps: how many steps to act at random first. An episode that begins before they
             are reached is random to its end.
         random_hold: for how many steps a random action is kept. In tasks of many small steps,
@@ -184,7 +193,11 @@ class RunConfig(Settings):
 
     env: str = "Pendulum-v1"
     num_envs: Annotated[int, AtLeast(1)] = 1
-    collector: Literal["single", "processes"] = "single"
+    collector: Literal["single", "processes", "ray"] = "single"
+    ray_address: str | None = None
+    ray_cpus: Annotated[float, AtLeast(0)] = 1.0
+    ray_batch: Annotated[int, AtLeast(1)] = 10
+    ray_push_interval: Annotated[int, AtLeast(1)] = 1
     random_steps: Annotated[int, AtLeast(1)] = 200
     random_hold: Annotated[int, AtLeast(1)] = 1
     max_episode_steps: Annotated[int, AtLeast(1)] | None = None
@@ -197,9 +210,18 @@ class RunConfig(Settings):
     film_interval: Annotated[int, AtLeast(0)] = 0
 
     ENDS = ("steps", "stop_return")
+    PLACES = ("device", "ray_address")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.collector != "ray":
+            for item in fields(self):
+                value = getattr(self, item.name)
+                if item.name.startswith("ray_") and value != item.default:
+                    raise ValueError(
+                        f"{item.name}={value!r} is for the workers of Ray, and the run has "
+                        f"collector={self.collector!r}: give collector='ray', or leave it out."
+                    )
         if self.stop_return is not None and not self.evaluation_interval:
             raise ValueError(
                 f"stop_return={self.stop_return} is checked in evaluations, and there are none: "

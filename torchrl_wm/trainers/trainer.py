@@ -17,7 +17,7 @@ from torchrl_wm import _upstream
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
 from torchrl_wm.trainers.checkpoints import all_parts
-from torchrl_wm.trainers.collecting import RealSteps
+from torchrl_wm.trainers.counted_steps import CollectingError, CountedSteps
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import episode_return, forked_random, run_episodes
 from torchrl_wm.trainers.learning import check_transitions, NonFiniteLossError
@@ -60,7 +60,7 @@ class RecipeTrainer(Trainer):
     def __init__(
         self,
         recipe: Recipe,
-        collector: RealSteps,
+        collector: CountedSteps,
         *,
         run: RunFolder | None = None,
         progress: bool = False,
@@ -134,6 +134,7 @@ class RecipeTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
+            CollectingError: if the real envs cannot go on. A checkpoint is in the run's folder.
             RuntimeError: if this trainer was interrupted before.
             KeyboardInterrupt: after Ctrl-C.
         """
@@ -151,8 +152,7 @@ class RecipeTrainer(Trainer):
             self.run.restore(self.metrics)
         if self._progress is not None:
             self._progress.begin(self.collected_frames, self._expected_steps())
-        if not self.collected_frames:
-            self.collector.begin()
+        self.collector.begin(self.collected_frames)
         self.collector.on_begin = self._random.restore
         self._is_running = True
         try:
@@ -162,6 +162,8 @@ class RecipeTrainer(Trainer):
             self._is_running = False
         except NonFiniteLossError as err:
             raise self._with_batch_saved(err) from err
+        except CollectingError as err:
+            raise self._saved_after(err) from err
         finally:
             self.collector.shutdown()
             if self.run is not None:
@@ -330,6 +332,17 @@ class RecipeTrainer(Trainer):
         check_interrupt()
         if self._progress is not None:
             self._progress.fitting(step, steps)
+
+    def _saved_after(self, err: CollectingError) -> CollectingError:
+        """Save the run as it is; return the error with where it is saved."""
+        step = self.collected_frames
+        if self.run is None or not step:
+            return err
+        if str(step) not in {path.name.partition("-")[2] for path in self.run.saved()}:
+            self.save()
+        return CollectingError(
+            f"{err} The run is saved at step {step}: go on from {str(self.run.path)!r}."
+        )
 
     def _with_batch_saved(self, err: NonFiniteLossError) -> NonFiniteLossError:
         if self.run is None:

@@ -6,6 +6,7 @@ From the calls of users down to tensors; a file imports only from those below it
 - ``observer.py``: :class:`Observer`, the front of a policy in the real env.
 - ``filtering.py``: ``Filter``, from observations to latents, a step or sequences at a time,
   and where episodes begin.
+- ``sequence_pass.py``: sequences filtered in one parallel pass, and :func:`check_sequence`.
 - ``compiling.py``: ``Compiler``, which keeps graphs, and that of the filter's steps.
 - ``filter_steps.py``: one step of the filter and many, on tensors.
 - ``transition.py``: dynamics and posterior on tensors: predict, correct.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 from torchrl_wm.modules.world_model.initial_state import InitialState
 from torchrl_wm.modules.world_model.observer import Observer
+from torchrl_wm.modules.world_model.sequence_pass import check_sequence
 from torchrl_wm.modules.world_model.world_model import WorldModel
 
-__all__ = ["InitialState", "Observer", "WorldModel"]
+__all__ = ["InitialState", "Observer", "WorldModel", "check_sequence"]

@@ -76,9 +76,20 @@ LaterSteps = Callable[
 
 
 def filter_step(
-    transition: Transition, state: FlatTensors, now: FilterInputs, at: Placement
+    transition: Transition,
+    state: FlatTensors,
+    now: FilterInputs,
+    at: Placement,
+    predicts: bool = True,
 ) -> tuple[FlatTensors, FlatTensors]:
     """Make one step.
+
+    Args:
+        transition: predicts and corrects.
+        state: the latents that it starts from.
+        now: the inputs of this step.
+        at: the batch size ``*B``, and the device.
+        predicts: whether the predictions are of use beside the next latents.
 
     Returns:
         The next latents; and the entries of this step: the latents it started
@@ -87,10 +98,13 @@ def filter_step(
     """
     if now.begins is not None:
         state = where(now.begins, now.fresh, state)
-    values = transition.predict(state, now.context, at)
     if now.encoded is not None:
+        values = {**now.context, **state}
+        if predicts or not transition.is_seen(now.encoded):
+            values = transition.predict(state, now.context, at)
         written, following = transition.correct(values, now.encoded, at)
         return following, {**state, **written}
+    values = transition.imagine(state, now.context, at)
     following = {key: values[place] for key, place in transition.latents}
     given = now.context.keys() - transition.written
     return following, {k: value for k, value in values.items() if k not in given}
@@ -102,6 +116,7 @@ def filter_steps(
     inputs: FilterInputs,
     at: Placement,
     later_steps: LaterSteps | None = None,
+    predicts: bool = True,
 ) -> FlatTensors:
     """Make all steps.
 
@@ -115,6 +130,7 @@ def filter_steps(
             already in ``state``.
         at: the batch size ``*B``, and the device.
         later_steps: makes the steps after the first; a loop by default.
+        predicts: see :func:`filter_step`.
 
     Returns:
         The entries of the steps, ``[*B, T, ...]`` by flat key.
@@ -122,9 +138,9 @@ def filter_steps(
     dim = len(at.batch_size)
     steps = inputs.unbind(dim)
     first = FilterInputs(steps[0].context, steps[0].encoded)
-    state, out = filter_step(transition, state, first, at)
+    state, out = filter_step(transition, state, first, at, predicts)
     at = at._replace(trusted=True)
-    if later_steps is not None and len(steps) > 1:
+    if later_steps is not None and predicts and len(steps) > 1:
         later = later_steps(transition, state, out, inputs, at)
         if later is not None:
             return {
@@ -133,7 +149,7 @@ def filter_steps(
             }
     outs = [out]
     for now in steps[1:]:
-        state, out = filter_step(transition, state, now, at)
+        state, out = filter_step(transition, state, now, at, predicts)
         outs.append(out)
     return {key: torch.stack([out[key] for out in outs], dim) for key in outs[0]}
 

@@ -23,6 +23,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.filter_steps import (
     contiguous,
+    filter_step,
     filter_steps,
     FilterInputs,
     LaterSteps,
@@ -36,10 +37,16 @@ from torchrl_wm.modules.world_model.flat import (
 )
 from torchrl_wm.modules.world_model.initial_state import InitialState
 from torchrl_wm.modules.world_model.run_components import run_components
+from torchrl_wm.modules.world_model.sequence_pass import (
+    check_sequence_module,
+    IS_INIT,
+    run_sequence,
+)
 from torchrl_wm.modules.world_model.transition import Transition
 from torchrl_wm.modules.world_model.wiring import written_keys
 
-IS_INIT = "is_init"
+#: The components that judge what the dynamics predict; they may have latents of their own.
+HEADS = ("reward_head", "done_head")
 
 
 class Filter:
@@ -49,9 +56,10 @@ class Filter:
     makes another one when a component is replaced.
 
     Args:
-        components: the model's components: encoder, dynamics and, perhaps, posterior.
+        components: the model's components, by name.
         initial_state: the first values of the latents that the encoder does not write.
         latents: the keys of the latents.
+        sequence: filters whole sequences in one pass; None leaves them to a loop of steps.
         later_steps: compiles the steps of a sequence after the first; None leaves them
             eager.
     """
@@ -61,14 +69,19 @@ class Filter:
         components: Mapping[str, nn.Module],
         initial_state: InitialState | None,
         latents: Sequence[NestedKey],
+        sequence: nn.Module | None = None,
         later_steps: LaterSteps | None = None,
     ) -> None:
         self.encoder, self.dynamics = components["encoder"], components["dynamics"]
         self.posterior = components.get("posterior")
+        self.heads = {k: components[k] for k in HEADS if k in components}
         self.initial_state = initial_state
         self.latents = list(latents)
+        self.sequence = sequence
         self.later_steps = later_steps
         self._transition: Transition | None = None
+        if sequence is not None:
+            check_sequence_module(sequence, self.transition, components)
 
     @property
     def is_recurrent(self) -> bool:
@@ -89,7 +102,7 @@ class Filter:
         made = self._transition
         # A graph is guarded as the networks are.
         if torch.compiler.is_compiling() or made is None or not made.is_current():
-            made = Transition(self.dynamics, self.posterior, self.latents)
+            made = Transition(self.dynamics, self.posterior, self.latents, self.heads)
             if not torch.compiler.is_compiling():
                 self._transition = made
         return made
@@ -181,8 +194,8 @@ class Filter:
         at = Placement(tensordict.batch_size, tensordict.device)
         before = to_flat(tensordict, self.latents)
         context = to_flat(tensordict, transition.context)
-        values = transition.predict(before, context, at)
-        _, state = transition.correct(values, self._below_next(encoded), at)
+        now = FilterInputs(context, self._below_next(encoded))
+        state, _ = filter_step(transition, before, now, at, predicts=False)
         if _may_begin(begins):
             fresh = to_flat(self._fresh(observed), self.latents)
             state = where(begins, fresh, state)
@@ -192,13 +205,17 @@ class Filter:
 
     # Sequences -----------------------------------------------------------
 
-    def observe_sequence(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def observe_sequence(
+        self, tensordict: TensorDictBase, predicts: bool = True
+    ) -> TensorDictBase:
         """Filter whole sequences.
 
         Args:
             tensordict: transitions, ``[*B, T]``, with the observations at the root
                 and under "next"; not modified. Latents at the root of the first
                 step are where the filter starts, unless an episode begins there.
+            predicts: whether the predictions are of use. Without, the dynamics are not run where
+                the encoder writes all that they predict.
 
         Returns:
             A tensordict, ``[*B, T]``, with the filtered latents at the root and
@@ -229,7 +246,9 @@ class Filter:
             begins,
             fresh,
         )
-        steps = self._steps(transition, state, given, tensordict)
+        steps = self._steps(
+            transition, state, given, tensordict, self.sequence, predicts
+        )
         return tensordict.copy().update(steps)
 
     def predict_sequence(
@@ -259,11 +278,18 @@ class Filter:
         state: FlatTensors,
         inputs: FilterInputs,
         tensordict: TensorDictBase,
+        sequence: nn.Module | None = None,
+        predicts: bool = True,
     ) -> TensorDictBase:
-        """Make all steps of the sequences in ``tensordict``, ``[*B, T]``."""
+        """Make all steps of the sequences in ``tensordict``, ``[*B, T]``, one by one or at once."""
         size, device = tensordict.batch_size, tensordict.device
         at = Placement(size[:-1], device)
-        steps = filter_steps(transition, state, inputs, at, self.later_steps)
+        if sequence is not None:
+            steps = run_sequence(sequence, transition, state, inputs, at)
+        else:
+            steps = filter_steps(
+                transition, state, inputs, at, self.later_steps, predicts
+            )
         return to_tensordict(steps, Placement(size, device))
 
     def _first_latents(self, tensordict: TensorDictBase) -> FlatTensors:

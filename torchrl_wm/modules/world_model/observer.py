@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
 
-from torchrl_wm.modules.keys import as_tuple, is_next, missing_from, unique
+from torchrl_wm.modules.keys import as_tuple, missing_from, unique
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 
 
@@ -47,9 +47,9 @@ class Observer(TensorDictModuleBase):
         super().__init__()
         world_model.filter.check_observable()
         self.world_model = world_model
-        before = [k for k in unique(world_model.dynamics.in_keys) if not is_next(k)]
-        self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
         self.out_keys = list(world_model.latent_keys)
+        before = [*self.out_keys, *world_model.filter.transition.context]
+        self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update the latents in ``tensordict``, ``[*B]``, by its observation."""

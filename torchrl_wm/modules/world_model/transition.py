@@ -1,8 +1,12 @@
-"""Dynamics and posterior on a flat dictionary of tensors: predict, then correct."""
+"""Dynamics and posterior on a flat dictionary of tensors: predict, then correct.
+
+A head that has latents of its own, such as an LSTM over what the model predicts, moves them
+after the correction.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tensordict import NestedKey
 from torch import nn
@@ -23,6 +27,7 @@ class Transition:
         posterior: corrects them by an encoded observation. Without one, what the encoder
             writes takes the place of what was predicted.
         latents: the keys of the latents.
+        heads: the heads of the model, by name. Those that write no latents are left out.
     """
 
     def __init__(
@@ -30,29 +35,65 @@ class Transition:
         dynamics: nn.Module,
         posterior: nn.Module | None,
         latents: Sequence[NestedKey],
+        heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.dynamics, self.posterior = dynamics, posterior
-        #: The latents, and where the dynamics write them.
+        #: The latents, and where they are predicted.
         self.latents = [(key, join("next", key)) for key in latents]
-        reads = unique(dynamics.in_keys)
-        #: The keys that the dynamics read beside latents: the action, and constant context.
+        places = {place for _, place in self.latents}
+        #: The heads that have latents of their own, by name.
+        self.heads = {
+            name: head
+            for name, head in (heads or {}).items()
+            if places & {*written_keys(head)}
+        }
+        of_heads = {key for head in self.heads.values() for key in written_keys(head)}
+        self._moved = [pair for pair in self.latents if pair[1] not in of_heads]
+        self._judged = [pair for pair in self.latents if pair[1] in of_heads]
+        steps = (dynamics, *self.heads.values())
+        reads = unique([key for module in steps for key in unique(module.in_keys)])
+        #: The keys that a step reads beside latents: the action, and constant context.
         self.context = [k for k in reads if not is_next(k) and k not in latents]
-        self.written = set(written_keys(dynamics))
+        self.written = {*written_keys(dynamics), *of_heads}
         self._predict = Program([dynamics])
+        self._judge = {name: Program([head]) for name, head in self.heads.items()}
         self._correct = None
         if posterior is not None:
             self._correct = Program([posterior])
             self._at_next = any(is_next(key) for key in unique(posterior.in_keys))
-            self._corrected = [
+            self._corrections = [
                 (strip_next(key), join("next", strip_next(key)))
                 for key in written_keys(posterior)
             ]
 
+    @property
+    def places(self) -> list[NestedKey]:
+        """The entries that a step of the filter writes, all below "next"."""
+        of_heads = [place for _, place in self._judged]
+        corrected = [] if self._correct is None else [p for _, p in self._corrections]
+        predicted = [key for key in written_keys(self.dynamics) if is_next(key)]
+        return unique([*predicted, *corrected, *of_heads])
+
+    def known(self, encoded: FlatTensors) -> FlatTensors:
+        """Return the next latents that the encoder alone determines, by the latents' keys.
+
+        Args:
+            encoded: what the encoder makes of the next observations, by ``("next", key)``.
+        """
+        if self._correct is not None:
+            return {}
+        return {key: encoded[place] for key, place in self._moved if place in encoded}
+
+    def is_seen(self, encoded: FlatTensors) -> bool:
+        """Return whether the encoder determines all that the dynamics predict: none need be run."""
+        return len(self.known(encoded)) == len(self._moved)
+
     def is_current(self) -> bool:
-        """Return whether both components still have the networks, keys and hooks they had."""
-        return self._predict.is_current() and (
-            self._correct is None or self._correct.is_current()
-        )
+        """Return whether all components still have the networks, keys and hooks they had."""
+        programs = [self._predict, *self._judge.values()]
+        if self._correct is not None:
+            programs.append(self._correct)
+        return all(program.is_current() for program in programs)
 
     def predict(
         self, state: FlatTensors, context: FlatTensors, at: Placement
@@ -71,6 +112,17 @@ class Transition:
         _run("dynamics", self.dynamics, self._predict, values, at)
         return values
 
+    def imagine(
+        self, state: FlatTensors, context: FlatTensors, at: Placement
+    ) -> FlatTensors:
+        """Run the dynamics, and the heads that have latents of their own.
+
+        The arguments and the result are those of :meth:`predict`, with what the heads write.
+        """
+        values = self.predict(state, context, at)
+        self._run_heads(values, at)
+        return values
+
     def correct(
         self, values: FlatTensors, encoded: FlatTensors, at: Placement
     ) -> tuple[FlatTensors, FlatTensors]:
@@ -83,27 +135,46 @@ class Transition:
             at: the batch size and device of both.
 
         Returns:
-            The entries that dynamics and posterior write under "next", and the corrected
-            latents.
+            The entries that dynamics and posterior write under "next", with the latents of
+            heads, and the corrected latents.
         """
+        out, state = self._corrected(values, encoded, at)
+        if self.heads:
+            # They judge the corrected latents.
+            judged = {**values, **out}
+            judged.update((place, state[key]) for key, place in self._moved)
+            self._run_heads(judged, at)
+            for key, place in self._judged:
+                out[place] = state[key] = judged[place]
+        return out, state
+
+    def _corrected(
+        self, values: FlatTensors, encoded: FlatTensors, at: Placement
+    ) -> tuple[FlatTensors, FlatTensors]:
+        """Return what :meth:`correct` does, without the latents of heads."""
         predicted = {key: value for key, value in values.items() if _below_next(key)}
         if self._correct is None:
+            known = self.known(encoded)
             state = {
-                key: encoded[place] if place in encoded else predicted[place]
-                for key, place in self.latents
+                key: known[key] if key in known else predicted[place]
+                for key, place in self._moved
             }
             return predicted, state
         if self._at_next:
             values.update(encoded)
             _run("posterior", self.posterior, self._correct, values, at)
-            places = [place for _, place in self._corrected]
+            places = [place for _, place in self._corrections]
             out = {key: values[key] for key in (*predicted, *places)}
         else:
             below = {strip_next(k): v for k, v in {**predicted, **encoded}.items()}
             _run("posterior", self.posterior, self._correct, below, at)
             out = {place: below[strip_next(place)] for place in predicted}
-            out.update((place, below[key]) for key, place in self._corrected)
-        return out, {key: out[place] for key, place in self.latents}
+            out.update((place, below[key]) for key, place in self._corrections)
+        return out, {key: out[place] for key, place in self._moved}
+
+    def _run_heads(self, values: FlatTensors, at: Placement) -> None:
+        for name, program in self._judge.items():
+            _run(name, self.heads[name], program, values, at)
 
 
 def _below_next(key: NestedKey) -> bool:

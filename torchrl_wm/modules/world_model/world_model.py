@@ -59,6 +59,9 @@ class WorldModel(TensorDictModuleBase):
                  observation (not the action)
     ===========  ======================================  =====================
 
+    A head may have latents of its own: root keys that it reads and writes under "next", such as
+    an LSTM's state. A filter moves them after the correction, on the corrected latents.
+
     A ``done_head`` best writes ``("next", "terminated_logits")``, a float of
     shape ``[*B, 1]``: :class:`~torchrl_wm.WorldModelLoss` trains the logits and
     :class:`~torchrl_wm.WorldModelEnv` derives the bools from them, so that one
@@ -69,7 +72,8 @@ class WorldModel(TensorDictModuleBase):
         dynamics: moves the latents, e.g. ``(latent, action) -> ("next",
             latent)``.
         reward_head: predicts the reward, e.g. ``("next", latent) -> ("next",
-            "reward")``.
+            "reward")``. None for a model that nobody asks for rewards: its imagined env has
+            none, and its planners need a score of their own.
 
     Keyword Args:
         done_head: predicts the end of the episode.
@@ -80,6 +84,14 @@ class WorldModel(TensorDictModuleBase):
         initial_state: the first values of latents that the encoder does not write,
             such as a GRU's belief: a tensordict or Composite without batch dims,
             a TensorDictModule that writes them, or a function of the batch size.
+        sequence: filters whole sequences, ``[*B, T]``, in one parallel pass (a causal
+            transformer, a parallel scan), where :meth:`observe` and the loss would else make one
+            step after the other. It reads, over ``[*B, T]``, the latents of the encoder, what
+            the dynamics read beside latents, ``("next", key)`` of what the encoder writes, and
+            ``is_init``, True where an episode begins after the first step; other latents stand
+            at the first step and where episodes begin, and are zero elsewhere. It writes what dynamics and posterior write under "next",
+            and holds their modules, no tensors of its own: its parameters are theirs.
+            :func:`~torchrl_wm.modules.check_sequence` compares it with the step.
 
     Raises:
         TypeError: if a component does not name its keys.
@@ -145,27 +157,41 @@ class WorldModel(TensorDictModuleBase):
         self,
         encoder: TensorDictModuleBase,
         dynamics: TensorDictModuleBase,
-        reward_head: TensorDictModuleBase,
+        reward_head: TensorDictModuleBase | None = None,
         *,
         done_head: TensorDictModuleBase | None = None,
         decoder: TensorDictModuleBase | None = None,
         posterior: TensorDictModuleBase | None = None,
         initial_state: InitialStateLike | None = None,
+        sequence: TensorDictModuleBase | None = None,
     ) -> None:
         _upstream.check_replaced(nn.Module)
         super().__init__()
         given = (encoder, dynamics, reward_head, done_head, decoder, posterior)
         for name, module in zip(self.component_names, given):
-            if module is not None or name in ("encoder", "dynamics", "reward_head"):
+            if module is not None or name in ("encoder", "dynamics"):
                 check_component(name, module)
             self.register_module(name, module)
         self.register_module("initial_state", None)
+        self.sequence = sequence
         latents = self._wiring.latents  # checks the wiring
         if initial_state is not None:
             self.initial_state = InitialState(initial_state)
             self.initial_state.check(latents, written_keys(encoder))
 
     # Components and keys -------------------------------------------------
+
+    #: Filters whole sequences in one pass; None if there is nothing but the step. It is no
+    #: submodule, whose tensors would stand twice in the state dict.
+    sequence: TensorDictModuleBase | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "sequence":
+            if value is not None:
+                check_component(name, value)
+            self.__dict__[name] = value
+            return
+        super().__setattr__(name, value)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -228,6 +254,7 @@ class WorldModel(TensorDictModuleBase):
         """The things that follow from the components, made anew when one was replaced."""
         made, parts = self._last_wiring, dict(self.components)
         parts["initial_state"] = self.initial_state
+        parts["sequence"] = self.sequence
         if made is None or not _same(made.parts, parts):
             later_steps = None if made is None else made.filter.later_steps
             made = self._last_wiring = self._wire(parts, later_steps)
@@ -237,7 +264,7 @@ class WorldModel(TensorDictModuleBase):
         self, parts: dict[str, nn.Module | None], later_steps: FilterCompiler | None
     ) -> _Wiring:
         """Check the components and connect them."""
-        components = {k: v for k, v in parts.items() if k != "initial_state"}
+        components = {k: v for k, v in parts.items() if k in self.component_names}
         for name, module in components.items():
             check_component(name, module)
         ahead = {k: v for k, v in components.items() if k != "posterior"}
@@ -248,7 +275,9 @@ class WorldModel(TensorDictModuleBase):
             *(components[name] for name in self.step_names if name in components)
         )
         latents = latents_of(step)
-        filter_ = Filter(components, self.initial_state, latents, later_steps)
+        filter_ = Filter(
+            components, self.initial_state, latents, self.sequence, later_steps
+        )
         forward = TensorDictSequential(*ahead.values())
         return _Wiring(parts, forward, step, latents, filter_)
 
@@ -465,6 +494,9 @@ class WorldModel(TensorDictModuleBase):
             (name, f"{unique(part.in_keys)} -> {written_keys(part)}", _count(part))
             for name, part in self.components.items()
         ]
+        if self.sequence is not None:
+            keys = f"{unique(self.sequence.in_keys)} -> {written_keys(self.sequence)}"
+            lines.append(("sequence", keys, "shared"))
         begin = self.initial_state
         if begin is not None:
             lines.append(("initial_state", f"-> {begin.keys()}", _count(begin)))

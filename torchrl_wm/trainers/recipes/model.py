@@ -181,7 +181,10 @@ class GradientSteps:
         """The parts that a checkpoint holds."""
         return {"gradient_steps": self._counts}
 
-    def begin(self) -> None:
+    def prepare(self) -> None:
+        """Do nothing: nothing can be missing."""
+
+    def begin(self, total: int) -> None:
         """Do nothing: there are no episodes to begin."""
 
     def __iter__(self) -> Iterator[TensorDictBase]:

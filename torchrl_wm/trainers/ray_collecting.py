@@ -1,0 +1,235 @@
+"""Collecting on the workers of Ray, on this machine or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors.distributed import RayCollector
+from torchrl.envs import EnvBase
+
+from torchrl_wm._interrupts import check_interrupt
+from torchrl_wm.trainers.counted_steps import (
+    CollectingError,
+    CountedSteps,
+    make_pickled,
+    pickled_source,
+)
+from torchrl_wm.trainers.policy_copies import copied_policy
+from torchrl_wm.trainers.ray_connection import RayConnection
+from torchrl_wm.trainers.ray_workers import Begin, EnvWorker, named_tensors
+from torchrl_wm.trainers.real_envs import copied_source, EnvSource
+from torchrl_wm.trainers.settings import RunConfig
+
+#: For how long workers may take to start: other jobs may have their CPUs.
+START_SECONDS = 300.0
+#: How many workers in a row may be lost before they give a batch.
+MAX_LOST = 3
+
+
+class RaySteps(CountedSteps):
+    """The collector of a run on the workers of Ray: each has one real env and a copy of the policy.
+
+    Each worker makes ``ray_batch`` steps at a request. The batches of all workers are handed on
+    step by step, so that the envs take turns as elsewhere. A request is made before the batch of the
+    one before is there: while the recipe learns from a batch, the workers make the next one, with
+    weights that know nothing of the batch before.
+
+    A worker that is lost is replaced, and its env begins a new episode. What is in the replay
+    stays, and so do the other envs.
+
+    Args:
+        config: says how many envs there are, and what their workers ask for.
+        source: makes the envs.
+        env: one of them.
+        policy: the policy.
+        device: the device of the policy. The copies act on CPUs.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: EnvSource,
+        env: EnvBase,
+        policy: TensorDictModuleBase,
+        device: torch.device,
+    ) -> None:
+        # Refused now, not when the run has begun.
+        self._sent = pickled_source(copied_source(source), config.collector)
+        super().__init__(config, source, env, policy, device)
+        self._connection: RayConnection | None = None
+        self._collector: RayCollector | None = None
+        self._pushed = 0
+
+    def prepare(self) -> None:
+        """Connect to Ray, or start it.
+
+        Raises:
+            ImportError: if it is not installed.
+            ConnectionError: if nobody answers, or with another version.
+            ValueError: if there are too few CPUs, or the policy cannot be sent.
+        """
+        if self._connection is None:
+            copied_policy(self.policy, "cpu")
+            config = self.config
+            cpus = config.num_envs * config.ray_cpus
+            self._connection = RayConnection(config.ray_address, cpus)
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        self.prepare()
+        if self._total:  # envs elsewhere do not repeat their episodes
+            self._begin_next(torch.ones(len(self.episodes), dtype=torch.bool))
+        self._collector = self._make_collector()
+        self._wait_for(self._collector.remote_collectors)
+        self._pushed = self._total
+        self.on_begin()
+        asked = self._ask()
+        while True:
+            following = self._ask()  # so that no worker ever waits for this process
+            batches = self._received(asked, following)
+            asked = following
+            yield from torch.stack(batches).unbind(1)
+
+    def shutdown(self) -> None:
+        if self._collector is not None:
+            self._collector.shutdown()
+            self._collector = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # Workers ------------------------------------------------------------------
+
+    def _make_collector(self) -> RayCollector:
+        """Return TorchRL's collector, which makes the workers."""
+        config = self.config
+        return RayCollector(
+            self._env_makers(),
+            copied_policy(self.policy, "cpu"),
+            collector_class=EnvWorker,
+            collector_kwargs=[
+                {"begin": self._begin(k)} for k in range(config.num_envs)
+            ],
+            sync=True,
+            frames_per_batch=config.num_envs * config.ray_batch,
+            remote_configs={"num_cpus": config.ray_cpus, "num_gpus": 0},
+            # Weights go through Ray's store, once for each machine: TorchRL's own schemes make
+            # a process group, in which no worker can be replaced.
+            weight_sync_schemes={},
+        )
+
+    def _env_makers(self) -> list:
+        return [
+            partial(make_pickled, self._sent, **settings)
+            for settings in self._settings_of_envs()
+        ]
+
+    def _begin(self, env: int) -> Begin:
+        config = self.config
+        return Begin(
+            config.seed,
+            env,
+            config.num_envs,
+            self._total,
+            config.random_steps,
+            config.random_hold,
+        )
+
+    def _wait_for(self, workers: list) -> None:
+        """Wait until workers have started.
+
+        Raises:
+            CollectingError: if they do not.
+        """
+        import ray
+
+        until = time.monotonic() + START_SECONDS
+        waiting = [worker.__ray_ready__.remote() for worker in workers]
+        while waiting:
+            check_interrupt()
+            ready, waiting = ray.wait(waiting, timeout=1.0)
+            try:
+                ray.get(ready)
+            except ray.exceptions.RayError as err:
+                raise CollectingError(f"A worker of Ray cannot start: {err}") from err
+            if waiting and time.monotonic() > until:
+                free = ray.available_resources().get("CPU", 0.0)
+                raise CollectingError(
+                    f"{len(waiting)} workers of Ray did not start within {START_SECONDS:g} s. "
+                    f"Each asks for ray_cpus={self.config.ray_cpus:g} CPUs, and {free:g} of the "
+                    f"cluster's are free."
+                )
+
+    def _replace(self, env: int) -> Any:
+        """Replace a lost worker; return it.
+
+        Its env begins a new episode.
+        """
+        self._begin_next(torch.arange(len(self.episodes)) == env)
+        collector, config = self._collector, self.config
+        collector.add_collectors(
+            [self._env_makers()[env]],
+            1,
+            copied_policy(self.policy, "cpu"),
+            [{**collector.collector_kwargs[env], "begin": self._begin(env)}],
+            [{"num_cpus": config.ray_cpus, "num_gpus": 0}],
+        )
+        new = collector.remote_collectors.pop()
+        collector.remote_collectors[env] = new
+        self._wait_for([new])
+        return new
+
+    # Batches and weights ------------------------------------------------------
+
+    def _ask(self) -> list:
+        """Ask each worker for its next batch, with new weights if they are due."""
+        import ray
+
+        workers = self._collector.remote_collectors
+        if self._total - self._pushed >= self.config.ray_push_interval:
+            self._pushed = self._total
+            weights = {
+                name: tensor.detach().cpu()
+                for name, tensor in named_tensors(self.policy).items()
+            }
+            stored = ray.put(weights)
+            # A worker does what it is asked for in this order.
+            for worker in workers:
+                worker.load_weights.remote(stored)
+        return [worker.next.remote() for worker in workers]
+
+    def _received(self, asked: list, following: list) -> list[TensorDictBase]:
+        """Return the batch of each worker, ``[T]``; lost workers are replaced.
+
+        Args:
+            asked: the requests for these batches.
+            following: those for the next ones, of which a new worker has to be asked again.
+
+        Raises:
+            CollectingError: if they are lost again and again.
+        """
+        import ray
+
+        batches, lost = [], 0
+        for env, batch in enumerate(asked):
+            while True:
+                check_interrupt()
+                if not ray.wait([batch], timeout=1.0)[0]:
+                    continue
+                try:
+                    batches.append(ray.get(batch))
+                    break
+                except ray.exceptions.RayActorError as err:
+                    lost += 1
+                    if lost > MAX_LOST:
+                        raise CollectingError(
+                            f"{lost} workers of Ray were lost, one after the other: {err}"
+                        ) from err
+                    new = self._replace(env)
+                    batch, following[env] = new.next.remote(), new.next.remote()
+        return batches
