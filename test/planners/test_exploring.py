@@ -63,7 +63,7 @@ def test_bad_candidates_are_not_drawn() -> None:
     env, start = started()
 
     class Half(MPPIPlanner):
-        def score(self, state, samples):
+        def rate(self, state, samples):
             bad = samples[..., 0, 0] < 0
             return torch.where(bad, -torch.inf, 0.0)
 
@@ -72,7 +72,7 @@ def test_bad_candidates_are_not_drawn() -> None:
     planned = search.proposal._replace(spread=torch.zeros_like(search.proposal.spread))
     for _ in range(10):
         first = planner.explore(search._replace(proposal=planned), population)
-        assert (first[:, 0] >= 0).all()
+        assert (first[:, 0, 0] >= 0).all()
 
 
 def test_choices_are_those_of_elites() -> None:

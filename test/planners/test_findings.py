@@ -16,7 +16,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.planners import CEMPlanner, ICEMPlanner, MPPIPlanner
-from torchrl_wm.planners.objective import EnvObjective
+from torchrl_wm.planners.env_objective import EnvObjective
 
 SMALL = {"planning_horizon": 3, "optim_steps": 2, "num_candidates": 12, "top_k": 3}
 
@@ -108,17 +108,11 @@ def test_envs_and_models_agree_on_endings() -> None:
             planner = CEMPlanner(limited, **SMALL, **options)
             actions = torch.zeros(2, 5, 3, 1)
             planner.plan(start(2))
-            expected = planner.score(planner.objective.start(start(2)), actions)
-            planner.objective = EnvObjective(
-                limited,
-                "action",
-                ("next", "reward"),
-                options.get("discount", 1.0),
-                options.get("terminal_value"),
-                None,
-            )
+            expected = planner.rate(planner.objective.start(start(2)), actions)
+            planner.objective = EnvObjective(limited, "action")
+            planner._update()
             state = limited.reset(start(2))
-            found = planner.score(planner.objective.start(state), actions)
+            found = planner.rate(planner.objective.start(state), actions)
             torch.testing.assert_close(found, expected)
 
 

@@ -161,8 +161,8 @@ class TestReturns:
         """What a planner predicts for actions ``[B, N, H, A]``."""
         numbers = {**SMALL, "planning_horizon": actions.shape[2]}
         planner = CEMPlanner(env, **numbers, **options)
-        planner.objective.prepare()
-        return planner.score(
+        planner._update()
+        return planner.rate(
             planner.objective.start(start), planner.space.from_action(actions)
         )
 
@@ -258,10 +258,11 @@ class TestReturns:
         seen = []
         env = WorldModelEnv(model, real)
         planner = CEMPlanner(env, num_particles=4, **SMALL)
-        predict = env.step_kernel.predict
-        env.step_kernel.predict = lambda values, *args, **kwargs: (
-            seen.append(values["member"]) or predict(values, *args, **kwargs)
-        )
+        stages = env.step_kernel.stages
+        env.step_kernel.stages = lambda *args, **kwargs: [
+            lambda values, at: seen.append(values["member"]),
+            *stages(*args, **kwargs),
+        ]
         assert real.rollout(2, planner)["action"].shape == (2, 1)
         assert seen[0].shape == (12 * 4,) and len(seen[0].unique()) == 5
         for step in range(3):  # and follows it to the horizon
@@ -550,7 +551,7 @@ class TestStart:
             total += step["next", "reward"].squeeze(-1)
             state = env.step_mdp(step)
         expected = total - state["th"].abs()
-        found = planner.score(state, planner.space.from_action(actions).unsqueeze(1))
+        found = planner.rate(state, planner.space.from_action(actions).unsqueeze(1))
         assert found.shape == (3, 1) and expected.isfinite().all()
 
     def test_inside_a_transformed_env(self) -> None:

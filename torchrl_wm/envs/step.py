@@ -153,18 +153,21 @@ class StepKernel:
         decode: bool = True,
         check_finite: bool = True,
         check_rounded: bool = False,
+        program: Program | None = None,
     ) -> list[Stage]:
         """Return what makes one step, in order: only what this env and this moment need.
 
         Each stage works in place. Together they write the :attr:`outputs` of a step into flat
         tensors that hold its start and its actions; other predictions of the model may stand
-        below "next", too. The arguments are those of :meth:`predict`.
+        below "next", too. The arguments are those of :meth:`predict`, and ``program``, which
+        predicts only some of the outputs.
         """
         checked = self.check_finite and check_finite
         decode = decode and self._decode is not None
         stages: list[Stage] = [self._isolated]
         if self._is_contained:
-            stages = [*self.program.trusted] if at.trusted else [self.program]
+            used = program if program is not None and self._is_checked else self.program
+            stages = [*used.trusted] if at.trusted else [used]
         if not self._is_checked:
             stages.append(partial(self._require, self._predicted))
         if self.layout.context:

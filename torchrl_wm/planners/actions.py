@@ -145,8 +145,12 @@ class BoundedSpace(ActionSpace):
     def action(self, samples: torch.Tensor) -> torch.Tensor:
         if self._is_unit:
             return samples
-        # Rounding must not lead out of the bounds.
-        return torch.clamp(self.center + self.half * samples, self.low, self.high)
+        action = self.center + self.half * samples
+        # Rounding must not lead out of the bounds, nor stop the gradient at them.
+        within = torch.clamp(action.detach(), self.low, self.high)
+        if not action.requires_grad:
+            return within
+        return action + (within - action).detach()
 
     def from_action(self, action: torch.Tensor) -> torch.Tensor:
         half = self.half.clamp_min(torch.finfo(action.dtype).tiny)

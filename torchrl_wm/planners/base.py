@@ -1,14 +1,13 @@
-"""Model-predictive control: plan from the present state, act once, and plan again."""
+"""Model-predictive control: plan from the present state, act, and plan again."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import InteractionType, set_interaction_type, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type, ExplorationType
 
@@ -16,26 +15,30 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.envs.collecting import leave_out_collectors
 from torchrl_wm.modules.keys import join, unique
 from torchrl_wm.modules.modes import evaluation_mode
-from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.filtering import IS_INIT
-from torchrl_wm.planners.actions import action_space, ChoiceSpace, Proposal
-from torchrl_wm.planners.carried import Carried, CarryingPlanner, write_carried
+from torchrl_wm.planners.actions import action_space, ChoiceSpace
+from torchrl_wm.planners.carried import Carried, where_rows, write_carried
 from torchrl_wm.planners.checks import check_env, check_modules, check_plan_key
-from torchrl_wm.planners.objective import EnvObjective, ModelObjective
-from torchrl_wm.planners.search import course, Population, Search, without_copies
-from torchrl_wm.planners.settings import PlannerSettings
+from torchrl_wm.planners.env_objective import EnvObjective
+from torchrl_wm.planners.model_objective import ModelObjective
+from torchrl_wm.planners.scores import as_score, Score
+from torchrl_wm.planners.search import course, Population, Search
+from torchrl_wm.planners.searching import SearchingPlanner
+from torchrl_wm.planners.settings import check_execute, PlannerSettings
+from torchrl_wm.planners.step_scores import PredictedReward
 
 
-class MPCPlanner(CarryingPlanner):
+class MPCPlanner(SearchingPlanner):
     """The base of all planners; :class:`~torchrl_wm.planners.CEMPlanner` shows how to use one.
 
     A planner is a policy. It reads the state that the env steps from (latents,
     or the observations that they are encoded from), ``[*B]``, imagines
     ``num_candidates`` plans for each of the ``B`` states at once, and writes the
-    first action of the plan that the search ends with. Rewards count up to and
-    including the step at which an episode is predicted to end. Candidates whose
-    return is not finite lose. No graph is built, and the host does not wait for the
-    device. Model, policy and terminal value are in eval mode during a search.
+    first action of the plan that the search ends with. A plan is judged by the rewards
+    of its steps, or by another ``score``, up to and including the step at which an
+    episode is predicted to end. Candidates whose return is not finite lose. No graph is
+    built, and the host does not wait for the device, except with ``execute``. Model,
+    policy, scores and terminal value are in eval mode during a search.
 
     A subclass defines how one population of candidates leads to the next one
     (:meth:`improve`).
@@ -43,19 +46,30 @@ class MPCPlanner(CarryingPlanner):
     Args:
         env: the env to plan in: a :class:`~torchrl_wm.WorldModelEnv`, or any env that
             takes tensordicts of every batch size.
-        planning_horizon: the number of steps ``H`` of a plan.
+        planning_horizon: the number of actions ``H`` of a plan.
         optim_steps: the number of iterations of a search.
         num_candidates: the number of candidates ``N`` for each state.
         top_k: the number of best candidates that the next ones are drawn like.
-        reward_key: the reward, below "next". Rewards of several agents add up.
+        reward_key: the reward, below "next". Rewards of several agents add up. Not read if
+            there is a ``score``.
         action_key: the action to plan, and to write.
 
     Keyword Args:
-        discount: the factor on rewards per step.
+        score: what a plan is worth in place of its rewards: a
+            :class:`~torchrl_wm.planners.Score`, a function of the imagined trajectory
+            ``[B, N, H]`` to ``[B, N]``, or a list of these, which add up. Their returns are
+            what the planner calls returns.
+        discount: the factor on rewards and scores per step.
         action_range: the bounds ``(low, high)`` to search in, numbers or ``[*A]``.
             By default those of the action spec.
-        warm_start: begin each search with the plan of the step before, moved by
-            one step. The plan travels in the tensordict under ``plan_key`` and
+        execute: the number of actions of a plan that are taken before the next plan is made,
+            for each row by itself: it plans anew where ``is_init`` is True. The actions travel
+            beside the plan, under ``plan_key`` with ``"_actions"`` and ``"_step"`` appended. If
+            any row needs a plan, all are planned; to know, the host waits for the device.
+        action_block: the number of steps that each action of a plan is held for, in
+            imagination and when it is taken: a plan reaches ``H * action_block`` steps ahead.
+        warm_start: begin each search with the plan of the search before, moved on by
+            ``execute`` actions. The plan travels in the tensordict under ``plan_key`` and
             begins anew where ``is_init`` (:class:`~torchrl.envs.InitTracker`) is True.
             By default, searches are warm in envs that have the entry, by
             :meth:`make_tensordict_primer`; with True, the planner adds it everywhere.
@@ -87,9 +101,6 @@ class MPCPlanner(CarryingPlanner):
             or if the actions have no bounds.
     """
 
-    #: The default of ``act_on`` for actions that have a mean.
-    default_act_on = "mean"
-
     def __init__(
         self,
         env: EnvBase,
@@ -100,7 +111,10 @@ class MPCPlanner(CarryingPlanner):
         reward_key: NestedKey = ("next", "reward"),
         action_key: NestedKey = "action",
         *,
+        score: Score | Callable | list | None = None,
         discount: float = 1.0,
+        execute: int = 1,
+        action_block: int = 1,
         action_range: tuple | None = None,
         warm_start: bool | None = None,
         plan_key: str = "plan",
@@ -113,7 +127,7 @@ class MPCPlanner(CarryingPlanner):
         momentum: float = 0.0,
         act_on: Literal["mean", "best"] | None = None,
     ) -> None:
-        check_env(env, action_key, reward_key)
+        check_env(env, action_key, reward_key if score is None else None)
         check_plan_key(env, plan_key, action_key)
         action_key, reward_key = unravel_key(action_key), unravel_key(reward_key)
         check_modules(policy, terminal_value, action_key)
@@ -130,6 +144,8 @@ class MPCPlanner(CarryingPlanner):
             min_std=min_std,
             momentum=momentum,
             act_on=act_on,
+            execute=execute,
+            action_block=action_block,
             has_policy=policy is not None,
         )
         super().__init__(env, action_key)
@@ -141,6 +157,8 @@ class MPCPlanner(CarryingPlanner):
         self.plan_key = plan_key
         self.terminal_value = terminal_value
         self.policy = policy
+        self.score = score
+        self._rewards: PredictedReward | None = None
         self.space = action_space(
             self.action_spec, action_key, action_range, env.device
         )
@@ -149,11 +167,11 @@ class MPCPlanner(CarryingPlanner):
             self.min_std = 0.05 if is_choice else 0.0
         self.act_on = act_on or ("best" if is_choice else self.default_act_on)
         kind = ModelObjective if isinstance(env, WorldModelEnv) else EnvObjective
-        self.objective = kind(
-            env, action_key, reward_key, discount, terminal_value, policy
-        )
-        if warm_start:
-            carried = self.carried_keys
+        self.objective = kind(env, action_key)
+        self._hand_on()
+        read = [k for k in self._present_score().start_keys if k != action_key]
+        self.in_keys = unique([*self.in_keys, *read])
+        if carried := self.always_carried:
             self.in_keys = unique([*self.in_keys, *carried, IS_INIT])
             self.out_keys = [action_key, *(join("next", key) for key in carried)]
 
@@ -165,150 +183,9 @@ class MPCPlanner(CarryingPlanner):
                 "A planner belongs to its env, whose actions and model it was made for: make a new "
                 "one. A model's components may be replaced: env.world_model.reward_head = ..."
             )
+        if name == "score" and value is not None:
+            value = as_score(value)
         super().__setattr__(name, value)
-
-    # How a planner searches -----------------------------------------------
-
-    @abstractmethod
-    def improve(
-        self, search: Search, population: Population
-    ) -> tuple[Proposal, torch.Tensor | None]:
-        """Return the next proposal, and the candidates to keep, from a rated population.
-
-        Args:
-            search: the search so far.
-            population: its latest candidates, with their returns.
-        """
-
-    def choose(self, search: Search) -> torch.Tensor:
-        """Return the plan to act on at the end of a search, as samples ``[B, H, ...]``."""
-        if self.act_on == "best":
-            return search.best.samples[:, 0]
-        return self.space.mode(search.proposal.plan)
-
-    def explore(self, search: Search, population: Population) -> torch.Tensor:
-        """Return the first step to take under ``ExplorationType.RANDOM``, ``[B, ...]``.
-
-        By default it is the first step of the chosen plan: planners that search by samples
-        of a random model explore where the model is uncertain.
-
-        Args:
-            search: the search when it is over.
-            population: the candidates of its last iteration.
-        """
-        return self.choose(search)[:, 0]
-
-    def population_size(self, iteration: int) -> int:
-        """Return the number of candidates of an iteration."""
-        return self.num_candidates
-
-    def draw(self, search: Search, noise: torch.Tensor) -> torch.Tensor:
-        """Draw new candidates ``[B, N, H, ...]``, one for each row of ``noise``."""
-        return self.space.sample(search.proposal, noise, self.min_std)
-
-    def begin(self, carried: Carried) -> Search:
-        """Return the search before the first iteration."""
-        plan = carried[self.plan_key]
-        # Above -inf: a candidate whose return is not finite never replaces the plan.
-        lowest = torch.finfo(torch.float32).min
-        nothing = torch.full((plan.shape[0], 1), lowest, device=plan.device)
-        best = Population(self.space.mode(plan).unsqueeze(1), nothing)
-        return Search(self.space.proposal(plan, self.init_std), best, None)
-
-    def score(self, state: Any, samples: torch.Tensor) -> torch.Tensor:
-        """Return the predicted returns ``[B, N]`` of samples, -inf if they are not finite.
-
-        Args:
-            state: the states to plan from, ``[B]``.
-            samples: the candidates, ``[B, N, H, ...]``.
-        """
-        rows, number = samples.shape[:2]
-        particles = self.num_particles
-        actions = self.space.action(samples).flatten(0, 1)
-        if particles > 1:
-            actions = actions.repeat_interleave(particles, 0)
-        starts = self.objective.repeat(state, number * particles)
-        returns = self.returns(starts, actions)
-        returns = returns.reshape(rows, number, particles).mean(-1)
-        return torch.where(returns.isfinite(), returns, -torch.inf)
-
-    def returns(self, starts: Any, actions: torch.Tensor) -> torch.Tensor:
-        """Return the predicted returns ``[M]`` of actions ``[M, H, *A]`` from ``M`` states."""
-        return self.objective.returns(starts, actions)
-
-    def refit(
-        self, search: Search, elites: Population, weights: torch.Tensor
-    ) -> Proposal:
-        """Return the proposal that fits the elites, ``[B, K]``, by their weights."""
-        # Returns, and weights made of them, may have another dtype than the plan.
-        weights = weights.to(search.proposal.plan.dtype)
-        # Candidates that are not finite lose, however few are left.
-        weights = torch.where(elites.returns > -torch.inf, weights, 0.0)
-        any_left = weights.sum(1) > 0
-        weights = torch.where(any_left.unsqueeze(1), weights, 1.0)
-        new, old = (
-            self.space.fit(elites.samples, weights, self.min_std),
-            search.proposal,
-        )
-        keep = torch.where(any_left, self.momentum, 1.0).to(old.plan.dtype)
-        keep = keep.reshape(-1, *(1,) * (old.plan.ndim - 1))
-        return Proposal(*(torch.lerp(n, o, keep) for n, o in zip(new, old)))
-
-    def _iterate(
-        self,
-        state: Any,
-        search: Search,
-        proposed: torch.Tensor | None,
-        noise: torch.Tensor,
-    ) -> tuple[Search, Population]:
-        # The plan itself is a candidate: a search never loses what it had.
-        plan = self.space.mode(search.proposal.plan).unsqueeze(1)
-        parts = [plan, proposed, self.draw(search, noise), search.kept]
-        samples = torch.cat([part for part in parts if part is not None], 1)
-        returns = self.score(state, samples)
-        if proposed is not None:
-            returns = without_copies(returns, proposed)
-        population = Population(samples, returns)
-        best = Population(*(torch.cat(p, 1) for p in zip(search.best, population)))
-        proposal, kept = self.improve(search, population)
-        return Search(proposal, best.best(1), kept), population
-
-    def _solve(
-        self,
-        tensordict: TensorDictBase,
-        watch: Callable[[Population], None] | None = None,
-    ) -> tuple[Search, Population, Any]:
-        with evaluation_mode(self, self.env):
-            return self._search(tensordict, watch)
-
-    def _search(
-        self,
-        tensordict: TensorDictBase,
-        watch: Callable[[Population], None] | None,
-    ) -> tuple[Search, Population, Any]:
-        self._update()
-        state = self.objective.start(tensordict)
-        search = self.begin(self.carried(tensordict))
-        proposed, rows = None, search.best.returns.shape[0]
-        if self.policy is not None:
-            starts = self.objective.repeat(state, self.num_policy_candidates)
-            propose = self._function(self.objective.proposed, "proposed", rows)
-            # Without noise, a policy would propose the same plan for all its candidates.
-            with set_interaction_type(InteractionType.RANDOM):
-                actions = propose(starts, self.planning_horizon)
-            shape = (rows, self.num_policy_candidates, *actions.shape[1:])
-            proposed = self.space.from_action(actions.reshape(shape))
-        for i in range(self.optim_steps):
-            # Drawn outside of the graph: compiled plans have the random numbers of eager ones.
-            fresh = max(1, self.population_size(i) - self.num_policy_candidates - 1)
-            noise = self.space.noise(rows, fresh, self.planning_horizon)
-            # One graph for each shape: dynamo gives up on functions of many shapes.
-            shapes = (noise.shape, search.kept is None)
-            iterate = self._function(self._iterate, "iterate", shapes)
-            search, population = iterate(state, search, proposed, noise)
-            if watch is not None:
-                watch(population)
-        return search, population, state
 
     # How it is used --------------------------------------------------------
 
@@ -340,19 +217,45 @@ class MPCPlanner(CarryingPlanner):
         """
         if kwargs:
             raise TypeError(f"A planner takes a tensordict, and got {sorted(kwargs)}.")
-        search, population, _ = self._solve(tensordict)
+        warm = self.is_warm(tensordict)
+        if self.steps_per_plan == 1:
+            search, population, _ = self._solve(tensordict)
+            samples = self._samples(search, population)[:, 0]
+            carried = self.carry(search) if warm else {}
+        else:
+            samples, carried = self._act_on_plan(tensordict, warm)
         size = tensordict.batch_size
         out = tensordict if tensordict_out is None else tensordict_out
-        out.set(self.action_key, self._first_action(search, population, size))
-        if self.is_warm(tensordict):
-            write_carried(out, self.carry(search), size)
+        out.set(self.action_key, self._action(samples, size))
+        write_carried(out, carried, size)
         return out
+
+    def _act_on_plan(
+        self, tensordict: TensorDictBase, warm: bool
+    ) -> tuple[torch.Tensor, Carried]:
+        """Return the samples to act on, ``[B, ...]``, and what travels; plan where a plan is due."""
+        taken = self.executed(tensordict)
+        plan = self.carried(tensordict) if warm else {}
+        step = taken[self.step_key]
+        due = (step == 0).squeeze(-1)
+        # The host waits for the device here, and saves the searches of all other steps.
+        if due.any():
+            search, population, _ = self._solve(tensordict)
+            samples = self._samples(search, population)[:, : self.execute]
+            new = {self.actions_key: samples, **(self.carry(search) if warm else {})}
+            merged = where_rows(due, new, {**plan, **taken})
+            taken[self.actions_key] = merged.pop(self.actions_key)
+            plan = merged
+        rows = torch.arange(len(due), device=due.device)
+        now = taken[self.actions_key][rows, step.squeeze(-1) // self.action_block]
+        taken[self.step_key] = (step + 1) % self.steps_per_plan
+        return now, {**plan, **taken}
 
     @torch.no_grad()
     def planning(self, td: TensorDictBase) -> torch.Tensor:
         """Return the first action ``[*B, *A]`` of a plan from the states in ``td``, ``[*B]``."""
         search, population, _ = self._solve(td)
-        return self._first_action(search, population, td.batch_size)
+        return self._action(self._samples(search, population)[:, 0], td.batch_size)
 
     @torch.no_grad()
     def plan(self, tensordict: TensorDictBase) -> TensorDict:
@@ -376,7 +279,7 @@ class MPCPlanner(CarryingPlanner):
         search, _, state = self._solve(tensordict, seen.append)
         chosen = self.choose(search)
         with evaluation_mode(self, self.env):
-            predicted = self.score(state, chosen.unsqueeze(1))
+            predicted = self.rate(state, chosen.unsqueeze(1))
         rows = {
             "actions": self.space.action(chosen),
             "predicted_return": predicted,
@@ -387,37 +290,6 @@ class MPCPlanner(CarryingPlanner):
         out = TensorDict(rows, batch_size=[chosen.shape[0]])
         return out.reshape(tensordict.batch_size)
 
-    def compile(self, **kwargs: Any) -> MPCPlanner:
-        """Compile the search: each iteration, with all its imagination, becomes one graph.
-
-        The first call for each shape of the state and each population size makes a
-        graph (ten seconds to a minute or more), which is kept. Replacing a
-        component makes new ones.
-
-        Args:
-            kwargs: for :func:`torch.compile`; ``fullgraph`` is True and ``dynamic``
-                False unless given.
-
-        Returns:
-            The planner itself. Without a compiler, the first call warns, and planning
-            stays eager. :meth:`eager` undoes it.
-
-        Raises:
-            TypeError: if the env is not a ``WorldModelEnv``.
-        """
-        if not isinstance(self.env, WorldModelEnv):
-            raise TypeError(
-                f"Only the step of a WorldModelEnv compiles as a whole, and this planner plans in "
-                f"a {type(self.env).__name__}."
-            )
-        self.__dict__["_compiler"] = Compiler(kwargs, "A plan", "planner.eager()")
-        return self
-
-    def eager(self) -> MPCPlanner:
-        """Undo :meth:`compile`, and return the planner itself."""
-        self.__dict__["_compiler"] = None
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         leave_out_collectors(self.env)
         return {**self.__dict__, "_compiler": None, "_held": ()}
@@ -425,32 +297,38 @@ class MPCPlanner(CarryingPlanner):
     # Details ---------------------------------------------------------------
 
     def _update(self) -> None:
+        """Look at what a plan depends on as it is now."""
+        check_execute(self.execute, self.planning_horizon)
+        self._hand_on()
+        self.__dict__["_held"] = self.objective.prepare()
+
+    def _hand_on(self) -> None:
         """Hand the planner's present settings to its objective."""
         self.objective.update(
+            score=self._present_score(),
             policy=self.policy,
             terminal_value=self.terminal_value,
             discount=self.discount,
-            reward_key=self.reward_key,
+            action_block=self.action_block,
             ignored=self.carried_keys,
         )
-        self.__dict__["_held"] = self.objective.prepare()
 
-    def _function(self, function: Callable, name: str, shapes: Any) -> Callable:
-        """Return a function, compiled after :meth:`compile`."""
-        compiler = self.__dict__.get("_compiler")
-        if compiler is None:
-            return function
-        if name == "proposed" and self.objective.program is None:
-            return function  # a policy of any kind
-        key = (name, shapes, self.discount, self.reward_key)
-        return compiler.wrap(function, self._held, (), key)
+    def _present_score(self) -> Score:
+        """Return the score, by default the rewards."""
+        if self.score is not None:
+            return self.score
+        rewards = self._rewards
+        if rewards is None or rewards.reward_key != self.reward_key:
+            rewards = self._rewards = PredictedReward(self.reward_key)
+        return rewards
 
-    def _first_action(
-        self, search: Search, population: Population, size: torch.Size
-    ) -> torch.Tensor:
+    def _samples(self, search: Search, population: Population) -> torch.Tensor:
+        """Return the plan to act on, ``[B, execute, ...]`` or longer."""
         if exploration_type() is ExplorationType.RANDOM:
-            sample = self.explore(search, population)
-        else:
-            sample = self.choose(search)[:, 0]
-        action = self.space.action(sample)
+            return self.explore(search, population)
+        return self.choose(search)
+
+    def _action(self, samples: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """Return samples ``[B, ...]`` as actions, ``[*B, *A]``."""
+        action = self.space.action(samples)
         return action.reshape((*size, *action.shape[1:]))

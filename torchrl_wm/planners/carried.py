@@ -1,4 +1,4 @@
-"""The entries in which a plan travels from one step to the next."""
+"""The entries in which a plan travels from one step to the next: to begin with it, or to act on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import MPCPlannerBase
 
-from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.keys import join, suffixed
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 from torchrl_wm.planners.actions import ActionSpace
 from torchrl_wm.planners.search import Search
@@ -28,13 +28,17 @@ class CarryingPlanner(MPCPlannerBase):
     Attributes:
         warm_start: whether plans travel; None if they do where the tensordict has one.
         plan_key: the entry in which the plan travels.
-        planning_horizon: the number of steps of a plan.
+        planning_horizon: the number of actions of a plan.
+        execute: the number of actions that are taken before the next plan is made.
+        action_block: the number of steps that each action is held for.
         space: the space of the action.
     """
 
     warm_start: bool | None
     plan_key: NestedKey
     planning_horizon: int
+    execute: int
+    action_block: int
     space: ActionSpace
 
     def carried_shapes(self) -> dict[NestedKey, tuple[int, ...]]:
@@ -42,8 +46,8 @@ class CarryingPlanner(MPCPlannerBase):
         return {}
 
     def carry(self, search: Search) -> Carried:
-        """Return the plan, and what travels beside it, moved by one step for the next search."""
-        return {self.plan_key: moved(search.proposal.plan, 1)}
+        """Return the plan, and what travels beside it, moved on to where the next search begins."""
+        return {self.plan_key: moved(search.proposal.plan, self.execute, 1)}
 
     def carried_specs(self) -> CarriedSpecs:
         """Return the shapes, without batch dims, and dtypes of the entries that travel."""
@@ -54,10 +58,49 @@ class CarryingPlanner(MPCPlannerBase):
             specs[key] = (torch.Size(shape), self.space.sample_dtype)
         return specs
 
+    # Acting on one plan for several steps
+
+    @property
+    def steps_per_plan(self) -> int:
+        """The number of steps from one plan to the next."""
+        return self.execute * self.action_block
+
+    @property
+    def actions_key(self) -> NestedKey:
+        """The entry in which the actions travel that are taken one after the other."""
+        return suffixed(self.plan_key, "_actions")
+
+    @property
+    def step_key(self) -> NestedKey:
+        """The entry that counts the steps since the plan was made; 0 where one is to be made."""
+        return suffixed(self.plan_key, "_step")
+
+    def executed_specs(self) -> CarriedSpecs:
+        """Return the shapes and dtypes of what travels to act on; none if each step has its plan."""
+        if self.steps_per_plan == 1:
+            return {}
+        actions = torch.Size((self.execute, *self.space.sample_shape))
+        return {
+            self.actions_key: (actions, self.space.sample_dtype),
+            self.step_key: (torch.Size([1]), torch.int64),
+        }
+
+    def executed(self, tensordict: TensorDictBase) -> Carried:
+        """Return the actions that are taken and the number of the step, ``[B, ...]``."""
+        specs = self.executed_specs()
+        return read_carried(tensordict, specs, self.env.device, warm=True)
+
+    @property
+    def always_carried(self) -> list[NestedKey]:
+        """The entries that travel in any env, whether it has a primer for them or not."""
+        plan = list(self.carried_specs()) if self.warm_start else []
+        return [*plan, *self.executed_specs()]
+
     @property
     def carried_keys(self) -> list[NestedKey]:
-        """The entries in which the plan travels; none with ``warm_start=False``."""
-        return [] if self.warm_start is False else list(self.carried_specs())
+        """All entries that may travel; not the plan with ``warm_start=False``."""
+        plan = [] if self.warm_start is False else list(self.carried_specs())
+        return [*plan, *self.executed_specs()]
 
     def is_warm(self, tensordict: TensorDictBase) -> bool:
         """Return whether a search from ``tensordict`` begins with the plan that it holds."""
@@ -81,15 +124,19 @@ class CarryingPlanner(MPCPlannerBase):
                 ``reset_key``.
 
         Raises:
-            RuntimeError: if the planner carries no plan (``warm_start=False``).
+            RuntimeError: if the planner carries nothing (``warm_start=False`` and a plan for
+                each step).
         """
-        if self.warm_start is False:
+        if not self.carried_keys:
             raise RuntimeError(
                 "The planner carries no plan from step to step: pass warm_start=True, or leave "
                 "the primer out."
             )
         spec = Composite(shape=())
-        for key, (shape, dtype) in self.carried_specs().items():
+        specs = {**self.carried_specs(), **self.executed_specs()}
+        for key, (shape, dtype) in specs.items():
+            if key not in self.carried_keys:
+                continue
             spec[key] = Unbounded(shape, dtype=dtype, device=self.env.device)
         return TensorDictPrimer(spec, default_value=0.0, expand_specs=True, **kwargs)
 
@@ -144,7 +191,15 @@ def write_carried(
         tensordict.set(key, value.clone())
 
 
-def moved(steps: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return a plan one step later: without the first step, and with zeros as the last."""
-    later = steps.narrow(dim, 1, steps.shape[dim] - 1)
-    return torch.cat([later, torch.zeros_like(steps.narrow(dim, 0, 1))], dim)
+def moved(steps: torch.Tensor, by: int, dim: int) -> torch.Tensor:
+    """Return a plan some steps later: without the first ones, and with zeros as the last."""
+    later = steps.narrow(dim, by, steps.shape[dim] - by)
+    return torch.cat([later, torch.zeros_like(steps.narrow(dim, 0, by))], dim)
+
+
+def where_rows(rows: torch.Tensor, new: Carried, old: Carried) -> Carried:
+    """Return the entries of ``new`` in ``rows``, ``[B]`` bool, else those of ``old``."""
+    return {
+        key: torch.where(rows.reshape(-1, *(1,) * (value.ndim - 1)), value, old[key])
+        for key, value in new.items()
+    }

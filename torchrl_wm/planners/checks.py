@@ -62,8 +62,10 @@ def check_plan_key(env: EnvBase, plan_key: NestedKey, action_key: NestedKey) -> 
         )
 
 
-def check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> None:
-    """Refuse an env that cannot be planned in, or lacks the action or reward."""
+def check_env(
+    env: EnvBase, action_key: NestedKey, reward_key: NestedKey | None
+) -> None:
+    """Refuse an env that cannot be planned in, or lacks the action, or the reward if one is read."""
     if not isinstance(env, EnvBase):
         raise TypeError(
             f"A planner plans in a torchrl_wm.WorldModelEnv or another TorchRL env, got "
@@ -92,7 +94,7 @@ def check_env(env: EnvBase, action_key: NestedKey, reward_key: NestedKey) -> Non
             f"action_key={_first(actions)}."
         )
     rewards = [join("next", key) for key in env.full_reward_spec.keys(True, True)]
-    if join(reward_key) not in rewards:
+    if reward_key is not None and join(reward_key) not in rewards:
         raise ValueError(
             f"The env has no reward {reward_key!r}; its steps write {rewards}. Pass "
             f"reward_key={_first(rewards)}, with 'next'."

@@ -21,7 +21,7 @@ class ICEMPlanner(MPCPlanner):
 
     It differs from :class:`~torchrl_wm.planners.CEMPlanner` in four ways: candidates
     vary smoothly over time (coloured noise); a part of the elites stays from
-    iteration to iteration and, moved by one step, from plan to plan; each iteration
+    iteration to iteration and, moved on, from plan to plan; each iteration
     has fewer candidates than the one before; and the planner acts on the best
     candidate seen. Unlike in the paper, the elites become fewer with the candidates:
     a share that grows from iteration to iteration would stop the search from
@@ -146,6 +146,6 @@ class ICEMPlanner(MPCPlanner):
     def carry(self, search: Search) -> Carried:
         carried = super().carry(search)
         if self.num_kept:
-            # The paper draws a new last step; here it is zero, the mean of the moved plan.
-            carried[self.elites_key] = moved(search.kept, 2)
+            # The paper draws new last steps; here they are zero, the mean of the moved plan.
+            carried[self.elites_key] = moved(search.kept, self.execute, 2)
         return carried

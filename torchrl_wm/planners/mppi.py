@@ -10,7 +10,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.planners.actions import BoundedSpace, Proposal
 from torchrl_wm.planners.base import MPCPlanner
-from torchrl_wm.planners.objective import done_keys, rewards_until_end
+from torchrl_wm.planners.env_objective import done_keys, rewards_until_end
 from torchrl_wm.planners.search import Population, Search
 from torchrl_wm.planners.settings import passes_on_to
 
@@ -40,7 +40,7 @@ class MPPIPlanner(MPCPlanner):
         TypeError: if the advantage module is not a module, and as
             :class:`~torchrl_wm.planners.MPCPlanner`.
         ValueError: if ``temperature`` is not positive, if an advantage module has
-            a ``discount`` or a ``terminal_value`` beside it, and as
+            a ``discount``, a ``terminal_value`` or a ``score`` beside it, and as
             :class:`~torchrl_wm.planners.MPCPlanner`.
 
     Examples:
@@ -85,11 +85,11 @@ class MPPIPlanner(MPCPlanner):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        ignored = {"discount", "terminal_value"} & kwargs.keys()
+        ignored = {"discount", "terminal_value", "score"} & kwargs.keys()
         if advantage_module is not None and ignored:
             raise ValueError(
-                f"An advantage_module has its own discount and value network: leave out "
-                f"{sorted(ignored)}."
+                f"An advantage_module judges by rewards, its own discount and its value network: "
+                f"leave out {sorted(ignored)}."
             )
         super().__init__(
             env, planning_horizon, optim_steps, num_candidates, top_k, *keys, **kwargs
@@ -101,10 +101,12 @@ class MPPIPlanner(MPCPlanner):
     def returns(self, starts: Any, actions: torch.Tensor) -> torch.Tensor:
         if self.advantage_module is None:
             return super().returns(starts, actions)
-        imagined = self.objective.imagine(starts, actions)
+        lead, plans = actions.shape[:2], actions.flatten(0, 1)
+        steps = torch.stack(self.objective.held(plans, 1), 1)
+        imagined = self.objective.imagine(starts, steps)
         reward = rewards_until_end(imagined, self.reward_key, done_keys(self.env))
         self.advantage_module(imagined.set(self.reward_key, reward))
-        return imagined.get("advantage")[:, 0]
+        return imagined.get("advantage")[:, 0].reshape(lead)
 
     def improve(self, search: Search, population: Population) -> tuple[Proposal, None]:
         elites = population.best(self.top_k)
@@ -116,12 +118,12 @@ class MPPIPlanner(MPCPlanner):
         # The largest of p / Exponential(1) is a draw from p.
         drawn = (weights / torch.empty_like(weights).exponential_()).argmax(1)
         rows = torch.arange(len(drawn), device=drawn.device)
-        first = elites.samples[rows, drawn, :1]  # [B, 1, ...]
+        first = elites.samples[rows, drawn, : self.execute]  # [B, execute, ...]
         if not isinstance(self.space, BoundedSpace):
-            return first[:, 0]
-        around = Proposal(first, search.proposal.spread[:, :1])
-        noise = self.space.noise(len(drawn), 1, 1)
-        return self.space.sample(around, noise, self.min_std)[:, 0, 0]
+            return first
+        around = Proposal(first, search.proposal.spread[:, : self.execute])
+        noise = self.space.noise(len(drawn), 1, self.execute)
+        return self.space.sample(around, noise, self.min_std)[:, 0]
 
     def _weights(self, elites: Population) -> torch.Tensor:
         """Return the weights of elites, ``[B, K]``; the best has 1, however large the returns."""

@@ -1,86 +1,60 @@
-"""What a plan is worth: the return that a model, or any env, predicts for it."""
+"""What a plan is worth: its imagined steps, scored one after the other."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.envs.acting import ProgramActor
-from torchrl_wm.envs.entries import fits, widened
-from torchrl_wm.envs.layout import Layout
-from torchrl_wm.envs.step import StepKernel
-from torchrl_wm.modules.keys import (
-    as_tuple,
-    join,
-    missing_from,
-    sibling,
-    strip_next,
-    unique,
-)
-from torchrl_wm.modules.world_model.flat import (
-    FlatTensors,
-    Placement,
-    to_tensordict,
-    where,
-)
-from torchrl_wm.modules.world_model.program import Program
-from torchrl_wm.planners.checks import check_start
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import is_next, leaf_keys, unique
+from torchrl_wm.modules.world_model.flat import FlatTensors
+from torchrl_wm.planners.scores import Score
+from torchrl_wm.planners.tally import Imagined
+from torchrl_wm.planners.terminal import TerminalValue, value_key
 
-#: The names under which TorchRL's modules write values.
-_VALUE_NAMES = ("state_value", "state_action_value", "chosen_action_value")
-
-#: The rows of a state, an action and the number of the step, to the next state, the
-#: reward, and where trajectories ended and terminated, ``[R]``; None if they cannot.
+#: The rows of a state, an action and the number of the step, to the next state, all entries
+#: of the step, and where trajectories ended and terminated, ``[R]``; None if they cannot.
 Step = Callable[[Any, torch.Tensor, int], tuple]
 
 
 class Objective(ABC):
-    """Predicts returns: the sum of rewards up to the first end, and what is worth what remains.
+    """Imagines plans and scores them, with the value of where they end.
 
     Args:
         env: what predicts.
         action_key: the action that is planned.
-        reward_key: the reward, below "next".
-        discount: the factor per step.
-        terminal_value: writes the value of the states at the horizon.
-        policy: proposes actions.
     """
 
-    def __init__(
-        self,
-        env: EnvBase,
-        action_key: NestedKey,
-        reward_key: NestedKey,
-        discount: float,
-        terminal_value: TensorDictModuleBase | None,
-        policy: Callable | None,
-    ) -> None:
+    #: The settings of the planner (:meth:`update`).
+    score: Score
+    discount: float = 1.0
+    terminal_value: TensorDictModuleBase | None = None
+    value_key: NestedKey | None = None
+    policy: Callable | None = None
+    action_block: int = 1
+    #: What is in the tensordict for the planner alone.
+    ignored: Sequence[NestedKey] = ()
+
+    def __init__(self, env: EnvBase, action_key: NestedKey) -> None:
         self.env = env
         self.action_key = action_key
-        self.reward_key = reward_key
-        self.discount = discount
-        self.terminal_value = terminal_value
-        self.policy = policy
-        self.value_key = None if terminal_value is None else value_key(terminal_value)
 
     def update(self, **settings: Any) -> None:
         """Take over the planner's settings, which may have been replaced."""
-        if settings["terminal_value"] is not self.terminal_value:
-            value = settings["terminal_value"]
+        value = settings["terminal_value"]
+        if value is not self.terminal_value:
             self.value_key = None if value is None else value_key(value)
         self.__dict__.update(settings)
 
     def prepare(self) -> tuple:
-        """Look at what predicts as it is now; all that a compiled plan depends on."""
-        return ()
+        """Look at what predicts and scores as it is now; all that a compiled plan depends on."""
+        return tuple(score for _, score in self.score.terms)
 
     @abstractmethod
     def start(self, tensordict: TensorDictBase) -> Any:
@@ -106,336 +80,124 @@ class Objective(ABC):
     def evaluate(self, state: Any) -> torch.Tensor:
         """Return the terminal value of states, ``[R, 1]``."""
 
+    @abstractmethod
+    def encode(
+        self,
+        tensordict: TensorDictBase,
+        observations: Mapping[NestedKey, NestedKey],
+    ) -> FlatTensors:
+        """Return what the encoder makes of observations in ``tensordict``, by the entries that hold them."""
+
     def returns(self, state: Any, actions: torch.Tensor) -> torch.Tensor:
-        """Return the returns ``[R]`` of the actions ``[R, H, *A]`` from the rows of ``state``."""
+        """Return the scores ``[B, N]`` of plans ``[B, N, H, *A]`` from the rows ``[B * N]`` of ``state``."""
+        lead = actions.shape[:2]
+        sequence = self.held(actions.flatten(0, 1), 1)
         advance = self.stepper(state)
-        value = None if self.terminal_value is None else _Value(self)
-        total = going = None
-        scale = 1.0
-        for step, action in enumerate(actions.unbind(1)):
-            state, reward, ended, terminated = advance(state, action, step)
-            reward = _scaled(_per_row(reward), scale)
+        tallies = [score.tally(weight) for weight, score in self.score.terms]
+        value, going, scale = None, None, 1.0
+        if self.terminal_value is not None:
+            value = TerminalValue(self.evaluate, self.select)
+        for step, action in enumerate(sequence):
+            state, made, ended, terminated = advance(state, action, step)
+            is_last = step + 1 == len(sequence)
+            imagined = Imagined(made, going, ended, scale, is_last)
+            for tally in tallies:
+                tally.add(imagined)
             scale *= self.discount
-            if going is not None:
-                # Not a product: what follows an end may be NaN.
-                reward = torch.where(going, reward, torch.zeros_like(reward))
-            total = reward if total is None else total + reward
             if value is not None:
-                value.step(state, scale, going, terminated)
+                value.follow(state, scale, going, terminated)
             if ended is not None:
                 going = ~ended if going is None else going & ~ended
-        return total if value is None else total + value()
+        totals = [tally.scores(lead) for tally in tallies]
+        total = sum(totals[1:], totals[0])
+        return (total if value is None else total + value()).reshape(lead)
+
+    def held(self, actions: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Return the actions of all steps in order: each one of a plan is held for a block."""
+        return [
+            action for action in actions.unbind(dim) for _ in range(self.action_block)
+        ]
 
     def proposed(self, state: Any, horizon: int) -> torch.Tensor:
         """Return the actions of the policy from the rows of ``state`` on, ``[R, H, *A]``."""
         advance, act, actions = self.stepper(state), self.actor(state), []
-        for step in range(horizon):
-            state = act(state, step)
+        for number in range(horizon):
+            state = act(state, number)
             action = state.get(self.action_key)
             actions.append(action)
-            state = advance(state, action, step)[0]
+            for step in range(self.action_block):
+                state = advance(state, action, number * self.action_block + step)[0]
         return torch.stack(actions, 1)
 
     @abstractmethod
     def imagine(self, state: Any, actions: torch.Tensor) -> TensorDictBase:
         """Return the whole trajectories ``[R, H]`` of the actions ``[R, H, *A]``."""
 
+    # What is read of a start ----------------------------------------------
 
-class ModelObjective(Objective):
-    """Predicts on tensors alone, by the step kernel of a :class:`~torchrl_wm.WorldModelEnv`."""
+    def start_entries(
+        self, tensordict: TensorDictBase, known: Iterable[NestedKey]
+    ) -> FlatTensors:
+        """Return what scores, policy and value read beside a state, as rows ``[B]``.
 
-    env: WorldModelEnv
-    kernel: StepKernel
-    #: The terminal value and the policy, as programs.
-    value: Program | None = None
-    program: Program | None = None
+        Args:
+            tensordict: the states, ``[*B]``.
+            known: the entries of a state, which scores may read, too.
 
-    def __getstate__(self) -> dict[str, Any]:
-        # These hold on to networks: a copy makes its own.
-        held = ("kernel", "value", "program")
-        return {k: v for k, v in self.__dict__.items() if k not in held}
+        Raises:
+            MissingEntryError: if a score reads an entry of the start that is not there.
+        """
+        made: dict[tuple, FlatTensors] = {}
 
-    def prepare(self) -> tuple:
-        self.kernel = kernel = self.env.step_kernel
-        if self.terminal_value is not None:
-            if self.value is None or not self.value.is_for(self.terminal_value):
-                self.value = Program([self.terminal_value])
-        if self.policy is not None:
-            act = self.env.actor(self.policy, torch.Size([1]))
-            program = getattr(act, "program", None)
-            # The one at hand stays as long as it is true: graphs are made for it.
-            if program is None or self.program is None:
-                self.program = program
-            elif not self.program.is_for(self.policy):
-                self.program = program
-        return (kernel, kernel.program, self.value, self.program)
+        def encode(observations: Mapping[NestedKey, NestedKey]) -> FlatTensors:
+            # Several scores may have one goal.
+            if tuple(observations.items()) not in made:
+                encoded = self.encode(tensordict, observations)
+                made[tuple(observations.items())] = encoded
+            return made[tuple(observations.items())]
 
-    def start(self, tensordict: TensorDictBase) -> FlatTensors:
-        env = self.env
-        kernel = self.kernel
-        specs = {**kernel.layout.state, **self._read_observations(kernel.layout)}
-        needed = list(specs)
-        missing = missing_from(tensordict, needed)
-        state = tensordict
-        if missing:
-            inputs = unique(env.world_model.encoder.in_keys)
-            recurrent = env.world_model.is_recurrent
-            if not recurrent and not missing_from(tensordict, inputs):
-                state = env.world_model.encode(tensordict.copy())
-            check_start(
-                env.world_model, kernel.layout, tensordict, missing_from(state, needed)
-            )
-        values = {key: state.get(key) for key in needed}
-        for key in kernel.layout.counter:
-            count = tensordict.get(key, None)
-            if count is not None:
-                values[key] = count
-        dims, batch_size = tensordict.batch_dims, tensordict.batch_size
-        for key, spec in specs.items():
-            values[key] = widened(values[key], spec.dtype)
-            if not fits(values[key], spec, batch_size):
-                raise ValueError(
-                    f"The planner's {key!r} has the shape {tuple(values[key].shape)} and "
-                    f"{values[key].dtype}; the tensordict's batch size {tuple(batch_size)} and "
-                    f"the env's spec ask for {(*batch_size, *spec.shape)} and {spec.dtype}."
+        out: FlatTensors = {}
+        for _, score in self.score.terms:
+            out.update(score.begin(tensordict, encode))
+        known = {*known, *out, self.action_key}
+        for key in self._read_keys(tensordict, known):
+            value = tensordict.get(key, None)
+            if isinstance(value, torch.Tensor):
+                out[key] = value
+        for _, score in self.score.terms:
+            roots = [key for key in score.in_keys or () if not is_next(key)]
+            lacking = [key for key in roots if key not in known and key not in out]
+            if lacking:
+                raise MissingEntryError(
+                    f"The score {score} reads {lacking}, and the tensordict has "
+                    f"{leaf_keys(tensordict)}; a plan has {sorted(known, key=str)}, too. Set it "
+                    f"beside the state: tensordict[{lacking[0]!r}] = ..., of the batch size "
+                    f"{tuple(tensordict.batch_size)}."
                 )
+        size, dims = tensordict.batch_size.numel(), tensordict.batch_dims
         return {
-            key: value.reshape(-1, *value.shape[dims:]).to(env.device)
-            for key, value in values.items()
+            key: value.reshape(size, *value.shape[dims:]).to(self.env.device)
+            for key, value in out.items()
         }
 
-    def _read_observations(self, layout: Layout) -> dict[NestedKey, TensorSpec]:
-        """Return the decoded observations that the policy or the terminal value read."""
+    def _read_keys(
+        self, start: TensorDictBase, known: set[NestedKey]
+    ) -> list[NestedKey]:
+        """Return the entries to take over from a start."""
+        keys: list[NestedKey] = []
+        for _, score in self.score.terms:
+            read = self.shown(start) if score.in_keys is None else score.in_keys
+            keys += [key for key in read if not is_next(key)]
         modules = (self.policy, self.terminal_value)
-        read = {key for m in modules for key in unique(getattr(m, "in_keys", []))}
-        return {key: spec for key, spec in layout.decoded.items() if key in read}
+        read = [key for m in modules for key in getattr(m, "in_keys", None) or []]
+        read = [key for key in unique(read) if key not in known]
+        if read:
+            # A goal, but no observation, which would stand still.
+            kept = self.shown(start)
+            keys += [key for key in read if key in kept]
+        return [key for key in unique(keys) if key not in known]
 
-    def repeat(self, state: FlatTensors, times: int) -> FlatTensors:
-        # Always copies: a model may work in place.
-        rows = {key: value.repeat_interleave(times, 0) for key, value in state.items()}
-        if times == 1:
-            return rows
-        # In an ensemble of which each trajectory follows a member (TSinf), each follows
-        # its own: a plan must please all of them.
-        dynamics = self.env.world_model.dynamics
-        member = getattr(dynamics, "member_key", None)
-        if member in rows:
-            elites = dynamics.elites
-            drawn = torch.randint(len(elites), rows[member].shape, device=elites.device)
-            rows[member] = elites[drawn]
-        return rows
-
-    def stepper(self, state: FlatTensors) -> Step:
-        kernel, layout = self.kernel, self.kernel.layout
-        endings = layout.endings
-        at = self._at(state)
-        trusted, never = at._replace(trusted=True), endings.never(at)
-        place = strip_next(self.reward_key)
-        observed = list(self._read_observations(layout))
-        moving = [*layout.latent, *observed, *layout.counter]
-
-        def advance(state: FlatTensors, action: torch.Tensor, step: int) -> tuple:
-            values = {**state, self.action_key: action}
-            predicted = kernel.predict(
-                values,
-                trusted if step else at,
-                never,
-                decode=bool(observed),
-                check_finite=False,
-            )
-            for key in moving:
-                values[key] = predicted[key]
-            ended = terminated = None
-            if endings.can_end:
-                # As in TorchRL's planners: one of several groups ends it.
-                ended, terminated = (
-                    endings.ended(predicted, at, name, any_group=True)
-                    for name in ("done", "terminated")
-                )
-            return values, predicted[place], ended, terminated
-
-        return advance
-
-    def actor(self, state: FlatTensors) -> Callable[[FlatTensors, int], FlatTensors]:
-        at = self._at(state)
-        if self.program is not None:
-            write = ProgramActor(self.program, at)
-        else:
-            write = self.env.actor(self.policy, at.batch_size)
-
-        def act(state: FlatTensors, step: int) -> FlatTensors:
-            values = dict(state)
-            write(values, step)
-            return values
-
-        return act
-
-    def select(
-        self, rows: torch.Tensor, new: FlatTensors, old: FlatTensors
-    ) -> FlatTensors:
-        return where(rows, new, old)
-
-    def evaluate(self, state: FlatTensors) -> torch.Tensor:
-        values = dict(state)
-        self.value(values, self._at(state))
-        return values[self.value_key]
-
-    def imagine(self, state: FlatTensors, actions: torch.Tensor) -> TensorDictBase:
-        start = to_tensordict(state, self._at(state))
-        return self.env.imagine(actions.shape[1], tensordict=start, actions=actions)
-
-    def _at(self, state: FlatTensors) -> Placement:
-        """Return the number of rows of a state, ``[R]``, and its device."""
-        return Placement(next(iter(state.values())).shape[:1], self.env.device)
-
-
-class _Value:
-    """The value of where each trajectory is when it ends or reaches the horizon.
-
-    A termination is worth nothing; a truncation is worth its state.
-    """
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.state: Any = None
-        self.scale: torch.Tensor | float = 1.0
-        self.worth: torch.Tensor | None = None
-
-    def step(
-        self,
-        state: Any,
-        scale: float,
-        going: torch.Tensor | None,
-        terminated: torch.Tensor | None,
-    ) -> None:
-        """Follow the trajectories that were still ``going`` before this step."""
-        if going is None:
-            self.state, self.scale = state, scale
-        else:
-            self.state = self.objective.select(going, state, self.state)
-            before = torch.as_tensor(self.scale, device=going.device)
-            self.scale = torch.where(going, scale, before)
-        if terminated is not None:
-            ended = terminated if going is None else terminated & going
-            self.worth = ~ended if self.worth is None else self.worth & ~ended
-
-    def __call__(self) -> torch.Tensor:
-        value = self.scale * _per_row(self.objective.evaluate(self.state))
-        if self.worth is None:
-            return value
-        return torch.where(self.worth, value, torch.zeros_like(value))
-
-
-class EnvObjective(Objective):
-    """Predicts by stepping an env that takes tensordicts of any batch size."""
-
-    #: What is in the tensordict for the planner alone.
-    ignored: Sequence[NestedKey] = ()
-
-    def start(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state = tensordict.exclude("next", self.action_key, *self.ignored).reshape(-1)
-        if self.env.device is not None:
-            state = state.to(self.env.device)
-        return state
-
-    def repeat(self, state: TensorDictBase, times: int) -> TensorDictBase:
-        rows = state.unsqueeze(1).expand(state.shape[0], times)
-        return rows.reshape(-1)
-
-    def stepper(self, state: TensorDictBase) -> Step:
-        def advance(state: TensorDictBase, action: torch.Tensor, step: int) -> tuple:
-            made = self.env.step(state.copy().set(self.action_key, action))
-            return (
-                self.env.step_mdp(made),
-                made.get(self.reward_key),
-                self._ended(made, "done"),
-                self._ended(made, "terminated"),
-            )
-
-        return advance
-
-    def actor(
-        self, state: TensorDictBase
-    ) -> Callable[[TensorDictBase, int], TensorDictBase]:
-        return lambda state, step: self.policy(state.copy())
-
-    def select(
-        self, rows: torch.Tensor, new: TensorDictBase, old: TensorDictBase
-    ) -> TensorDictBase:
-        return torch.where(rows, new, old)
-
-    def evaluate(self, state: TensorDictBase) -> torch.Tensor:
-        return self.terminal_value(state.copy()).get(self.value_key)
-
-    def _ended(self, step: TensorDictBase, name: str) -> torch.Tensor:
-        ended = torch.zeros(step.batch_size, dtype=torch.bool, device=step.device)
-        for key in done_keys(self.env):
-            flag = step.get(sibling(key, name), None)
-            if flag is not None:
-                ended = ended | flag.flatten(1).all(-1)
-        return ended
-
-    def imagine(self, state: TensorDictBase, actions: torch.Tensor) -> TensorDictBase:
-        steps = []
-        for action in actions.unbind(1):
-            step = self.env.step(state.copy().set(self.action_key, action))
-            steps.append(step)
-            state = self.env.step_mdp(step)
-        return torch.stack(steps, 1).refine_names(..., "time")
-
-
-def done_keys(env: EnvBase) -> list[NestedKey]:
-    """Return the ``done`` entries of a step that end a trajectory, as TorchRL's planners do.
-
-    A group of done entries that has an ancestor is heard only through it.
-    """
-    keys = [key for key in map(as_tuple, env.done_keys) if key[-1] == "done"]
-    groups = [key[:-1] for key in keys]
-
-    def has_ancestor(group: tuple[str, ...]) -> bool:
-        return any(len(o) < len(group) and group[: len(o)] == o for o in groups)
-
-    return [join("next", key) for key in keys if not has_ancestor(key[:-1])]
-
-
-def rewards_until_end(
-    steps: TensorDictBase, reward_key: NestedKey, done_keys: Sequence[NestedKey]
-) -> torch.Tensor:
-    """Return the rewards of steps ``[R, T]``, with zeros after the step that ended each row."""
-    reward = steps.get(reward_key)
-    if not done_keys:
-        return reward
-    done = torch.stack([steps[key].expand_as(reward) for key in done_keys]).any(0)
-    return torch.where(done.cumsum(1) > done, torch.zeros_like(reward), reward)
-
-
-def value_key(module: TensorDictModuleBase) -> NestedKey:
-    """Where a value module writes.
-
-    Raises:
-        ValueError: if that is not clear from its keys.
-    """
-    keys = unique(module.out_keys)
-    for name in _VALUE_NAMES:
-        named = [key for key in keys if key == name or key[-1] == name]
-        if len(named) == 1:
-            return named[0]
-    if len(keys) == 1:
-        return keys[0]
-    raise ValueError(
-        f"terminal_value writes {keys}, and it is not clear which is the value: let it write one "
-        f"of {list(_VALUE_NAMES)}, or nothing else."
-    )
-
-
-def _scaled(reward: torch.Tensor, scale: float) -> torch.Tensor:
-    return reward if scale == 1.0 else scale * reward
-
-
-def _per_row(entry: torch.Tensor) -> torch.Tensor:
-    """``[R, ...]`` as ``[R]``; the rewards of several agents add up."""
-    return (
-        entry.squeeze(-1)
-        if entry.ndim == 2 and entry.shape[1] == 1
-        else entry.flatten(1).sum(-1)
-    )
+    def shown(self, start: TensorDictBase) -> list[NestedKey]:
+        """Return the entries of a start that those may read who do not ask for one: no observations."""
+        mine = {self.action_key, *self.ignored}
+        return [k for k in unique(leaf_keys(start)) if not is_next(k) and k not in mine]

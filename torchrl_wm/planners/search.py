@@ -41,6 +41,11 @@ class Search(NamedTuple):
     best: Population
     kept: torch.Tensor | None
 
+    def best_with(self, population: Population) -> Population:
+        """Return the best candidate so far, when a population has been judged, too."""
+        both = (torch.cat(parts, 1) for parts in zip(self.best, population))
+        return Population(*both).best(1)
+
 
 def without_copies(returns: torch.Tensor, proposed: torch.Tensor) -> torch.Tensor:
     """Return the returns with -inf for proposals that equal the first one.

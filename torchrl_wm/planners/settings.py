@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, InitVar
 from math import inf
 from typing import Literal
@@ -17,6 +17,8 @@ _COUNTS = (
     "num_candidates",
     "top_k",
     "num_particles",
+    "execute",
+    "action_block",
 )
 
 
@@ -40,6 +42,8 @@ class PlannerSettings:
     min_std: float | None
     momentum: float
     act_on: Literal["mean", "best"] | None
+    execute: int
+    action_block: int
     has_policy: InitVar[bool]
 
     def __post_init__(self, has_policy: bool) -> None:
@@ -50,6 +54,7 @@ class PlannerSettings:
                 f"top_k={self.top_k} of num_candidates={self.num_candidates}: there are not so "
                 f"many. Choose a top_k of about a tenth of the candidates."
             )
+        check_execute(self.execute, self.planning_horizon)
         self._share_with_policy(has_policy)
         self._check_spread()
         if self.warm_start not in (None, True, False):
@@ -96,12 +101,24 @@ class PlannerSettings:
         self.init_std = float(self.init_std)
 
 
-def passes_on_to(base: Callable) -> Callable[[Callable], Callable]:
+def check_execute(execute: int, planning_horizon: int) -> None:
+    """Refuse to act on more actions than a plan has."""
+    if execute > planning_horizon:
+        raise ValueError(
+            f"execute={execute} of planning_horizon={planning_horizon}: a plan has not so many "
+            f"actions. Plan further, or plan again earlier."
+        )
+
+
+def passes_on_to(
+    base: Callable, without: Sequence[str] = ()
+) -> Callable[[Callable], Callable]:
     """Show the parameters of ``base`` in the signature of a function that passes on the rest.
 
     The function takes ``*args`` and ``**kwargs`` and calls ``base`` with them. Its signature, which
     :func:`help` and the documentation show, then names all parameters in the order in which
-    they are given: its own, then those of ``base`` that it does not have itself.
+    they are given: its own, then those of ``base`` that it does not have itself, ``without``
+    some.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -110,7 +127,7 @@ def passes_on_to(base: Callable) -> Callable[[Callable], Callable]:
         inherited = inspect.signature(base).parameters
         every = [
             *own.values(),
-            *(p for name, p in inherited.items() if name not in own),
+            *(p for name, p in inherited.items() if name not in (*own, *without)),
         ]
         named = [p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         named.sort(key=lambda parameter: parameter.kind)  # keyword-only ones last
