@@ -105,9 +105,9 @@ def check_float_observations(env: EnvBase) -> None:
     )
     if images:
         raise ValueError(
-            f"The recipes predict vectors, and these observations of the env are images: {images}. "
-            f"Leave them out, {without}, or make vectors of them. TD-MPC2 learns from images: "
-            f"TDMPC2Trainer, torchrl-wm train tdmpc2."
+            f"PETS, MBPO and ensembles predict vectors, and these observations of the env are images: "
+            f"{images}. Leave them out, {without}, or make vectors of them. Dreamer, PlaNet and "
+            f"TD-MPC2 learn from images: torchrl-wm train dreamer, planet or tdmpc2."
         )
     if others:
         raise ValueError(
