@@ -309,8 +309,9 @@ def evaluate_prior(trainer: Any) -> None:
 
 def show(trainer: Any) -> None:
     """Print the evaluation of this step, if there was one."""
-    row = trainer.metrics[-1] if trainer.metrics else {}
-    if "evaluation_return" in row and row["step"] == trainer.collected_frames:
+    # Episodes may have ended at the same step, after the evaluation.
+    rows = [r for r in trainer.metrics if r["step"] == trainer.collected_frames]
+    for row in (r for r in rows if "evaluation_return" in r):
         say(", ".join(f"{name} {value:.0f}" for name, value in row.items()))
 
 
