@@ -11,6 +11,7 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_wm import GymWorldModelEnv, WorldModel, WorldModelEnv, WorldModelLoss
 from torchrl_wm.modules.keys import join
+from torchrl_wm.planners import CEMPlanner, GoalDistance
 
 
 def unrewarded(latent="latent") -> WorldModel:
@@ -76,3 +77,13 @@ def test_taking_a_head_away_needs_a_new_env() -> None:
     model.reward_head = None
     with pytest.raises(ValueError, match="Make a new WorldModelEnv"):
         env.rollout(2, tensordict=model.encode(observed(())))
+
+
+@pytest.mark.parametrize("latent", ["latent", ("deep", "latent")])
+def test_planning_for_a_goal(latent) -> None:
+    env = WorldModelEnv(unrewarded(latent), SpecEnv())
+    planner = CEMPlanner(env, 5, 2, 16, 4, score=GoalDistance(latent, goal="goal"))
+    start = env.world_model.encode(observed(())).set("goal", torch.ones(LATENT))
+    assert planner(start)["action"].shape == (ACTION,)
+    with pytest.raises(ValueError, match="no rewards.*score="):
+        CEMPlanner(env, 5, 2, 16, 4)

@@ -94,6 +94,11 @@ def check_env(
             f"action_key={_first(actions)}."
         )
     rewards = [join("next", key) for key in env.full_reward_spec.keys(True, True)]
+    if reward_key is not None and not rewards:
+        raise ValueError(
+            "The env has no rewards, as its world model has no reward_head. Say what a plan is "
+            "worth: score=GoalDistance(...), or a function of the imagined trajectory."
+        )
     if reward_key is not None and join(reward_key) not in rewards:
         raise ValueError(
             f"The env has no reward {reward_key!r}; its steps write {rewards}. Pass "
