@@ -270,3 +270,28 @@ def test_actions_of_another_planner_are_refused() -> None:
     state = CEMPlanner(env, execute=3, **SMALL)(points(2))
     with pytest.raises(ValueError, match="'plan_actions'.*plan_key"):
         CEMPlanner(env, execute=2, **SMALL)(state)
+
+
+def test_shorter_plans_from_now_on() -> None:
+    """A plan that travels is given up where the new settings have fewer steps."""
+    planner = CEMPlanner(point_env(), execute=2, action_block=3, **SMALL)
+    made = steps_of(planner, points(2), 5)
+    planner.action_block = 1
+    following = points(2).select("latent").update(made[-1]["next"])
+    assert planner(following)["action"].shape == (2, 2)
+
+
+def test_what_travels_beside_the_plan_must_not_be_an_entry_of_the_env() -> None:
+    env = point_env(latent="plan_step")
+    with pytest.raises(ValueError, match="overwrite the entries.*'plan_step'"):
+        CEMPlanner(env, execute=2, **SMALL)
+
+
+def test_classes_and_unnamed_settings_are_refused() -> None:
+    env = point_env()
+    with pytest.raises(
+        TypeError, match=r"is a class: give an instance, GoalDistance\("
+    ):
+        CEMPlanner(env, score=GoalDistance, **SMALL)
+    with pytest.raises(TypeError, match="positional"):
+        GradientPlanner(env, 5, 3, 4, 2)

@@ -171,7 +171,7 @@ def test_a_check_of_the_env_is_not_the_planner_s() -> None:
         (
             lambda env: CEMPlanner(env, plan_key="latent", **SMALL),
             ValueError,
-            "plan_key 'latent'",
+            r"plan_key='latent'.*overwrite.*'latent'",
         ),
         (
             lambda env: CEMPlanner(

@@ -13,7 +13,7 @@ from torch import nn
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models in eval mode for a while; afterwards each module has its own mode again."""
-    modules = {module for model in models for module in model.modules()}
+    modules = {module for model in models for module in _modules(model)}
     training = [module for module in modules if module.training]
     try:
         if training:
@@ -23,6 +23,15 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a model; the sequence of a world model is no submodule of it."""
+    for module in model.modules():
+        yield module
+        sequence = module.__dict__.get("sequence")
+        if isinstance(sequence, nn.Module):
+            yield from sequence.modules()
 
 
 def draws() -> bool:

@@ -76,8 +76,9 @@ class TrainedTogether(nn.Module):
         processes: those that average the gradients of the present call: the processes of
             :class:`~torch.nn.parallel.DistributedDataParallel` while it runs the loss, or of
             one that wraps a network of the loss, and those that ``fully_shard`` shards it
-            over. A loss that is called by itself is one process's own business: one may
-            evaluate, and the others need not.
+            over. A loss that is called by itself, and not by its wrapper, is one process's own
+            business: one may evaluate, and the others need not. All processes must call a loss
+            that is sharded, or one of whose networks is wrapped by itself.
     """
 
     processes = Processes()
@@ -109,7 +110,10 @@ class TrainedTogether(nn.Module):
 
     def _check_wrapper(self, wrapper: DistributedDataParallel) -> None:
         """Raise an error if DDP looks for losses where it cannot see them."""
-        if wrapper.module is self and wrapper.find_unused_parameters:
+        module = getattr(
+            wrapper.module, "_orig_mod", wrapper.module
+        )  # if it is compiled
+        if module is self and wrapper.find_unused_parameters:
             raise ValueError(
                 "DistributedDataParallel(find_unused_parameters=True) does not look for losses "
                 "in tensordicts. Leave the argument out, and freeze what no loss trains, such as "

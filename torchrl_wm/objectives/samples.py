@@ -126,17 +126,42 @@ def blank(batch: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:
     return batch.apply(zeros)
 
 
+def counted(
+    size: torch.Size,
+    device: torch.device,
+    valid: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    processes: Processes,
+) -> torch.Tensor | None:
+    """Return what a mean divides by, of the valid samples or their weights; None for all ``[*B]``.
+
+    It counts the samples of all processes: how many there are in each on average, as the
+    processes average their gradients.
+    """
+    if weights is None and valid is None and not processes.groups:
+        return None
+    if weights is None:
+        weights = torch.ones(size, device=device)
+    if valid is not None:
+        weights = torch.where(valid, weights, torch.zeros_like(weights))
+    return processes.average(weights.sum())
+
+
 def reduce(
     value: torch.Tensor,
     valid: torch.Tensor | None,
     weights: torch.Tensor | None,
     reduction: str,
-    processes: Processes,
+    count: torch.Tensor | None,
 ) -> torch.Tensor:
     """Reduce one number per sample, ``[*B]``; invalid samples are zero and do not count.
 
-    A mean divides by the samples of all processes, or their weights: by how many there are in
-    each on average, as the processes average their gradients.
+    Args:
+        value: the numbers.
+        valid: which samples are valid.
+        weights: their weights.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        count: what a mean divides by, from :func:`counted`.
     """
     if valid is not None:
         value = torch.where(valid, value, torch.zeros_like(value))
@@ -146,11 +171,8 @@ def reduce(
         return value
     if reduction == "sum":
         return value.sum()
-    if weights is None and valid is None and not processes.groups:
+    if count is None:
         return value.mean()
-    count = torch.ones_like(value) if weights is None else weights
-    if valid is not None:
-        count = torch.where(valid, count, torch.zeros_like(count))
-    total = processes.average(count.sum())
     # All samples invalid, or of no weight: zero, not NaN.
-    return value.sum() / total.clamp_min(torch.finfo(value.dtype).tiny)
+    count = count.to(value.dtype)
+    return value.sum() / count.clamp_min(torch.finfo(value.dtype).tiny)

@@ -113,8 +113,9 @@ class LossTerm(abc.ABC):
     #: ``predicted`` has the latents of the observations: a denoising loss runs no sampler.
     needs_prediction: bool = True
     #: Whether the term gives one number per sample, ``[*B]``, or one for the whole batch, such as
-    #: a statistic over it (VICReg, SIGReg). The latter counts once in a mean, and leaves out
-    #: masked samples itself (:meth:`LossContext.valid`).
+    #: a statistic over it (VICReg, SIGReg). The latter counts once in a mean and in a sum, stands
+    #: at each sample without a reduction, and leaves out masked samples itself
+    #: (:meth:`LossContext.valid`).
     per_sample: bool = True
     #: The names of modules, among its own :meth:`modules`, that have target parameters.
     delayed: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from torchrl_wm.objectives.networks import LossWithNetworks
 from torchrl_wm.objectives.samples import (
     as_slices,
     blank,
+    counted,
     first_episode,
     reduce,
     REDUCTIONS,
@@ -118,9 +119,9 @@ class WorldModelLoss(LossWithNetworks):
             the collectors; they find it as ``loss.actor_network``.
 
     Raises:
-        TypeError: if ``world_model`` is not a WorldModel.
+        TypeError: if ``world_model`` is not a WorldModel, or the policy no module.
         ValueError: for unknown losses, distances or reductions, for a term whose component the
-            model lacks, and for a policy of which nothing is trained here.
+            model lacks, and for a policy that has none of the trained parameters.
 
     Examples:
         >>> import torch
@@ -250,6 +251,11 @@ class WorldModelLoss(LossWithNetworks):
 
     def _name_policy(self, policy: nn.Module) -> None:
         """Let TorchRL's learners find the policy, which is no submodule: others train it."""
+        if not isinstance(policy, nn.Module):
+            raise TypeError(
+                f"policy must be a module, whose weights a learner publishes, got "
+                f"{type(policy).__name__}. Give a planner or an actor on the world model."
+            )
         trained = {id(parameter) for parameter in self.parameters()}
         if trained.isdisjoint(map(id, policy.parameters())):
             raise ValueError(
@@ -424,14 +430,19 @@ class WorldModelLoss(LossWithNetworks):
             valid = within if valid is None else valid & within
             time = torch.arange(size[-1], device=tensordict.device)
             decay = (self.decay**time).expand(size)
+        count = None
+        if self.reduction == "mean":
+            device = values[0].device
+            count = counted(size, device, valid, weights, self.processes)
         losses = {}
         for term, value in zip(self.terms, values):
-            if not term.per_sample:
+            if term.per_sample:
+                value = value if decay is None else decay * value
+            elif self.reduction != "sum":
                 value = value.expand(size)
-            elif decay is not None:
-                value = decay * value
-            reduced = reduce(value, valid, weights, self.reduction, self.processes)
-            losses[f"loss_{term.name}"] = term.weight * reduced
+            if value.shape == size:
+                value = reduce(value, valid, weights, self.reduction, count)
+            losses[f"loss_{term.name}"] = term.weight * value
         out = TensorDict(losses, batch_size=size if self.reduction == "none" else ())
         if self.return_latents:
             if valid is None:

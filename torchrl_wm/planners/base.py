@@ -18,7 +18,7 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.filtering import IS_INIT
 from torchrl_wm.planners.actions import action_space, ChoiceSpace
 from torchrl_wm.planners.carried import Carried, where_rows, write_carried
-from torchrl_wm.planners.checks import check_env, check_modules, check_plan_key
+from torchrl_wm.planners.checks import check_env, check_modules, check_plan_keys
 from torchrl_wm.planners.env_objective import EnvObjective
 from torchrl_wm.planners.model_objective import ModelObjective
 from torchrl_wm.planners.scores import as_score, Score
@@ -36,8 +36,9 @@ class MPCPlanner(SearchingPlanner):
     ``num_candidates`` plans for each of the ``B`` states at once, and writes the
     first action of the plan that the search ends with. A plan is judged by the rewards
     of its steps, or by another ``score``, up to and including the step at which an
-    episode is predicted to end. Candidates whose return is not finite lose. No graph is
-    built, and the host does not wait for the device, except with ``execute``. Model,
+    episode is predicted to end. Candidates whose return is not finite lose. No graph of autograd
+    is built, except by :class:`~torchrl_wm.planners.GradientPlanner`, and the host does not wait
+    for the device, except with ``execute``. Model,
     policy, scores and terminal value are in eval mode during a search.
 
     A subclass defines how one population of candidates leads to the next one
@@ -128,7 +129,6 @@ class MPCPlanner(SearchingPlanner):
         act_on: Literal["mean", "best"] | None = None,
     ) -> None:
         check_env(env, action_key, reward_key if score is None else None)
-        check_plan_key(env, plan_key, action_key)
         action_key, reward_key = unravel_key(action_key), unravel_key(reward_key)
         check_modules(policy, terminal_value, action_key)
         settings = PlannerSettings(
@@ -168,6 +168,7 @@ class MPCPlanner(SearchingPlanner):
         self.act_on = act_on or ("best" if is_choice else self.default_act_on)
         kind = ModelObjective if isinstance(env, WorldModelEnv) else EnvObjective
         self.objective = kind(env, action_key)
+        check_plan_keys(env, plan_key, self.carried_keys, action_key)
         self._hand_on()
         read = [k for k in self._present_score().start_keys if k != action_key]
         self.in_keys = unique([*self.in_keys, *read])
@@ -237,6 +238,8 @@ class MPCPlanner(SearchingPlanner):
         taken = self.executed(tensordict)
         plan = self.carried(tensordict) if warm else {}
         step = taken[self.step_key]
+        # There are fewer steps to a plan if a setting was changed meanwhile.
+        step = torch.where(step < self.steps_per_plan, step, torch.zeros_like(step))
         due = (step == 0).squeeze(-1)
         # The host waits for the device here, and saves the searches of all other steps.
         if due.any():

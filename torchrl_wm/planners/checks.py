@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
@@ -47,18 +47,24 @@ def check_modules(
         )
 
 
-def check_plan_key(env: EnvBase, plan_key: NestedKey, action_key: NestedKey) -> None:
-    """Refuse a plan that would overwrite an entry of the env."""
+def check_plan_keys(
+    env: EnvBase,
+    plan_key: NestedKey,
+    carried: Iterable[NestedKey],
+    action_key: NestedKey,
+) -> None:
+    """Refuse a plan, or what travels beside it, that would overwrite an entry of the env."""
     taken = [
         *env.full_observation_spec.keys(True, True),
         *env.full_done_spec.keys(True, True),
         *env.full_reward_spec.keys(True, True),
         action_key,
     ]
-    if unravel_key(plan_key) in unique(taken):
+    overwritten = [key for key in unique([plan_key, *carried]) if key in unique(taken)]
+    if overwritten:
         raise ValueError(
-            f"plan_key {plan_key!r} is an entry of the env, which the plan would overwrite. "
-            f"Choose another key."
+            f"With plan_key={plan_key!r} the planner would overwrite the entries {overwritten} of "
+            f"the env. Choose another plan_key."
         )
 
 

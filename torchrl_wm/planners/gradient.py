@@ -68,9 +68,9 @@ class GradientPlanner(MPCPlanner):
         planning_horizon: int = 15,
         optim_steps: int = 20,
         num_candidates: int = 8,
+        *,
         reward_key: NestedKey = ("next", "reward"),
         action_key: NestedKey = "action",
-        *,
         learning_rate: float = 0.1,
         **kwargs: Any,
     ) -> None:
@@ -105,7 +105,10 @@ class GradientPlanner(MPCPlanner):
                     plans.clamp_(-1.0, 1.0)
             with torch.enable_grad():
                 returns = rate(state, plans)
-                plans.grad = self._gradient(returns, plans)
+                if (
+                    not step or step + 1 < self.optim_steps
+                ):  # the last one moves nothing
+                    plans.grad = self._gradient(returns, plans)
             population = Population(plans.detach().clone(), returns.detach())
             proposal, _ = self.improve(search, population)
             search = Search(proposal, search.best_with(population), None)

@@ -1,4 +1,4 @@
-"""Plans in a world model, imagined on tensors alone."""
+"""Plans in a world model, imagined without tensordicts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from torchrl_wm.planners.scores import Score
 
 
 class ModelObjective(Objective):
-    """Predicts on tensors alone, by the step kernel of a :class:`~torchrl_wm.WorldModelEnv`."""
+    """Predicts without tensordicts, by the step kernel of a :class:`~torchrl_wm.WorldModelEnv`."""
 
     env: WorldModelEnv
     kernel: StepKernel
@@ -157,7 +157,8 @@ class ModelObjective(Objective):
                 raise ValueError(
                     f"The goal observation {entry!r} has the shape "
                     f"{tuple(value.shape[len(size):])} and {value.dtype}; the encoder's {key!r} "
-                    f"is of {tuple(spec.shape)} and {spec.dtype}."
+                    f"is of {tuple(spec.shape)} and {spec.dtype}. Give it in that form: "
+                    f"goal.to({spec.dtype}).reshape(..., {', '.join(map(str, spec.shape))})."
                 )
             given.set(key, value)
         encoded = env.world_model.encode(given)

@@ -38,7 +38,7 @@ class Objective(ABC):
     value_key: NestedKey | None = None
     policy: Callable | None = None
     action_block: int = 1
-    #: What is in the tensordict for the planner alone.
+    #: What is in the tensordict only for the planner.
     ignored: Sequence[NestedKey] = ()
 
     def __init__(self, env: EnvBase, action_key: NestedKey) -> None:

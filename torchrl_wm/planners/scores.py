@@ -282,6 +282,10 @@ def as_score(score: Any) -> Score:
     """
     if isinstance(score, Score):
         return score
+    if isinstance(score, type):
+        raise TypeError(
+            f"score={score.__name__} is a class: give an instance, {score.__name__}(...)."
+        )
     if isinstance(score, (list, tuple)):
         if not score:
             raise ValueError(

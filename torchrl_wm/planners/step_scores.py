@@ -50,8 +50,8 @@ class GoalDistance(StepScore):
         distance: ``"squared"`` is the mean of the squared differences; also ``"euclidean"`` and
             ``"cosine"`` (one less the cosine).
         steps: ``"all"`` or ``"last"``, as in :class:`StepScore`. A goal that counts at the last
-            step only says nothing of when to reach it: a planner that acts on the first action
-            alone may put it off for ever. Act on more of each plan (``execute=``).
+            step only says nothing of when to reach it: a planner that acts on one action of each
+            plan may put it off for ever. Act on more of each plan (``execute=``).
 
     Raises:
         ValueError: for other distances or steps, and in a plan if the goal has another shape

@@ -145,6 +145,34 @@ def test_compiled_steps_of_the_filter_give_the_same() -> None:
     torch.testing.assert_close(found["lstm"], expected["lstm"])
 
 
+@pytest.mark.parametrize("latent, state", KEYS)
+def test_a_head_that_reads_what_the_dynamics_add(latent, state) -> None:
+    """The encoder writes the latent, and the dynamics are needed all the same."""
+    model, batch = model_of(latent, state), data(1, 3)
+    move = model.dynamics.module
+
+    def both(z, a):
+        z = move(z, a)
+        return z, 2 * z
+
+    model.dynamics = Mod(
+        both, [latent, "action"], [join("next", latent), ("next", "more")]
+    )
+    model.reward_head = Mod(
+        model.reward_head.module,
+        [("next", "more"), "action", state],
+        [("next", "reward"), join("next", state)],
+    )
+    sequence = model.observe(batch)
+    carried = TensorDict({}, [1])
+    for t in range(3):
+        carried.update(batch[:, t].select("observation"))
+        carried["is_init"] = torch.full((1, 1), t == 0)
+        carried = model.observer()(carried)
+        torch.testing.assert_close(carried[state], sequence[state][:, t])
+        carried.set("action", batch["action"][:, t])
+
+
 def test_a_replaced_head_is_noticed() -> None:
     model, batch = model_of(), data(2, 4)
     before = model.observe(batch)["lstm"]

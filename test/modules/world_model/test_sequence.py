@@ -16,6 +16,7 @@ from torch import nn
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
 from torchrl_wm.modules import check_sequence
 from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.modes import evaluation_mode
 
 OBS, ACTION, HIDDEN = 6, 2, 5
 NAMES = [("latent", "hidden"), (("deep", "latent"), ("deep", "hidden"))]
@@ -168,6 +169,37 @@ def test_a_difference_is_named() -> None:
         check_sequence(model, data(2, 6))
     with pytest.raises(ValueError, match="no sequence to check"):
         check_sequence(model_of(parallel=False), data(2, 6))
+
+
+def test_a_difference_without_feature_dims_is_named() -> None:
+    first = Mod(lambda total, seen: total + seen, ["total", "seen"], ["total"])
+    model = WorldModel(
+        Mod(lambda o: o[..., 0], ["observation"], ["seen"]),
+        Mod(lambda total, a: total.clone(), ["total", "action"], [("next", "total")]),
+        posterior=Mod(
+            first.module, [("next", "total"), ("next", "seen")], [("next", "total")]
+        ),
+        initial_state={"total": torch.zeros(())},
+        sequence=Mod(
+            lambda total, seen: total[:, :1]
+            + seen.cumsum(1)
+            + (seen.cumsum(1) * 0 + 1),
+            ["total", ("next", "seen")],
+            [("next", "total")],
+        ),
+    )
+    with pytest.raises(ValueError, match="'total'.*from step 0 on, by 1"):
+        check_sequence(model, data(2, 4).exclude("is_init"))
+
+
+def test_its_mode_is_the_models() -> None:
+    model = model_of()
+    model.eval()
+    assert not model.sequence.training and not model.sequence.module.training
+    model.train()
+    with evaluation_mode(model):
+        assert not model.sequence.module.training
+    assert model.sequence.module.training and model.sequence.training
 
 
 def test_bad_modules_are_refused() -> None:

@@ -284,7 +284,10 @@ class Filter:
         """Make all steps of the sequences in ``tensordict``, ``[*B, T]``, one by one or at once."""
         size, device = tensordict.batch_size, tensordict.device
         at = Placement(size[:-1], device)
-        if sequence is not None:
+        is_parallel = sequence is not None
+        if is_parallel and not predicts:
+            is_parallel = not transition.is_seen(inputs.encoded)
+        if is_parallel:
             steps = run_sequence(sequence, transition, state, inputs, at)
         else:
             steps = filter_steps(

@@ -177,13 +177,13 @@ def check_sequence(
             steps = world_model.observe(tensordict)
         finally:
             world_model.sequence = sequence
-    dim = tensordict.batch_dims
+    size = tensordict.batch_size
     for key in unique(steps.keys(True, True)):
         found, expected = parallel.get(key), steps.get(key)
         far = ~found.isclose(expected, rtol=rtol, atol=atol, equal_nan=True)
         if far.any():
-            step = far.flatten(dim).any(-1).reshape(-1, far.shape[dim - 1]).any(0)
-            difference = (found - expected).abs().max()
+            step = far.reshape(*size, -1).any(-1).reshape(-1, size[-1]).any(0)
+            difference = (found.double() - expected.double()).abs().max()
             raise ValueError(
                 f"sequence disagrees with the step: {key!r} differs from step "
                 f"{int(step.int().argmax())} on, by {difference:.3g} at most. Both must compute "

@@ -85,8 +85,12 @@ class Transition:
         return {key: encoded[place] for key, place in self._moved if place in encoded}
 
     def is_seen(self, encoded: FlatTensors) -> bool:
-        """Return whether the encoder determines all that the dynamics predict: none need be run."""
-        return len(self.known(encoded)) == len(self._moved)
+        """Return whether the encoder determines all that a step needs of the dynamics' predictions."""
+        known = {join("next", key) for key in self.known(encoded)}
+        predicted = {key for key in written_keys(self.dynamics) if is_next(key)}
+        read = {key for head in self.heads.values() for key in unique(head.in_keys)}
+        needed = {place for _, place in self._moved} | (read & predicted)
+        return needed <= known
 
     def is_current(self) -> bool:
         """Return whether all components still have the networks, keys and hooks they had."""

@@ -86,11 +86,13 @@ class WorldModel(TensorDictModuleBase):
             a TensorDictModule that writes them, or a function of the batch size.
         sequence: filters whole sequences, ``[*B, T]``, in one parallel pass (a causal
             transformer, a parallel scan), where :meth:`observe` and the loss would else make one
-            step after the other. It reads, over ``[*B, T]``, the latents of the encoder, what
-            the dynamics read beside latents, ``("next", key)`` of what the encoder writes, and
-            ``is_init``, True where an episode begins after the first step; other latents stand
-            at the first step and where episodes begin, and are zero elsewhere. It writes what dynamics and posterior write under "next",
-            and holds their modules, no tensors of its own: its parameters are theirs.
+            step after the other. Over ``[*B, T]`` it may read what the step reads beside
+            latents, ``("next", key)`` of what the encoder writes, latents, and ``is_init``,
+            which is True where an episode begins after the first step. Without a posterior,
+            the latents that the encoder writes are there for all steps; others stand at the first
+            step and where episodes begin, and are zero elsewhere. It writes what dynamics and
+            posterior write under "next", and the next latents of heads. It holds the modules
+            of the components, and no tensors of its own.
             :func:`~torchrl_wm.modules.check_sequence` compares it with the step.
 
     Raises:
@@ -192,6 +194,12 @@ class WorldModel(TensorDictModuleBase):
             self.__dict__[name] = value
             return
         super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> WorldModel:
+        """Put all components, and the sequence, into training or evaluation mode."""
+        if self.sequence is not None:
+            self.sequence.train(mode)
+        return super().train(mode)
 
     @property
     def components(self) -> dict[str, nn.Module]:
