@@ -118,7 +118,11 @@ def test_nobody_answers(tmp_path, monkeypatch) -> None:
         monkeypatch.setenv("RAY_ADDRESS", address)
         refused(tmp_path, ConnectionError, "Nobody answers.*'auto'", ray_address="auto")
     refused(tmp_path, ConnectionError, "Nobody answers", ray_address="nowhere:x")
-    refused(tmp_path, ValueError, "host:port", ray_address="ray://127.0.0.1:10001")
+    client = "ray://127.0.0.1:10001"
+    message = f"{{}}='{client}'.*give host:port"
+    refused(tmp_path, ValueError, message.format("ray_address"), ray_address=client)
+    monkeypatch.setenv("RAY_ADDRESS", client)
+    refused(tmp_path, ValueError, message.format("RAY_ADDRESS"), ray_address="auto")
 
 
 def test_somebody_else_answers(tmp_path, monkeypatch) -> None:

@@ -122,13 +122,16 @@ class RayConnection:
 
 def _resolved(address: str) -> str:
     """Return the address that "auto" stands for."""
-    if "://" in address:
+    name, found = "ray_address", address
+    if address == "auto" and os.environ.get("RAY_ADDRESS"):
+        name, found = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    if "://" in found:
         raise ValueError(
-            f"ray_address={address!r} is one of Ray's client, through which workers cannot be "
-            f"watched. Run on a machine of the cluster, and give host:port, such as "
-            f"ray_address='10.0.0.1:6379', or 'auto'."
+            f"{name}={found!r} is one of Ray's client, through which workers cannot be watched. "
+            f"Run on a machine of the cluster, and give host:port, such as "
+            f"ray_address='10.0.0.1:6379'."
         )
-    return os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    return found
 
 
 def _check_listens(address: str, given: str) -> None:
