@@ -183,6 +183,15 @@ def test_settings_of_ray_without_it(settings) -> None:
 # Steps ----------------------------------------------------------------------------
 
 
+def test_the_cluster_by_other_names(connected, tmp_path) -> None:
+    port = connected.rpartition(":")[2]
+    for host in ("localhost", "127.0.0.1"):
+        settings = {**PETS, **RAY, "ray_address": f"{host}:{port}"}
+        PETSTrainer.start(tmp_path / host, **settings)
+    message = "is connected to Ray at.*ray_address='localhost:1'"
+    refused(tmp_path, ValueError, message, ray_address="localhost:1")
+
+
 def test_steps_are_those_of_one_process(connected) -> None:
     """Entries of an agent: episodes, random ones, and weights that come one batch later."""
     source = "_real_envs:make_nested_ragged"

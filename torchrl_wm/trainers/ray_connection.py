@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import math
 import os
@@ -147,11 +148,27 @@ def _check_listens(address: str, given: str) -> None:
 
 def _check_is(address: str, connected: str) -> None:
     """Refuse another cluster than that which this process is connected to."""
-    if address not in ("auto", connected):
+    if address != "auto" and not _places(address) & _places(connected):
         raise ValueError(
             f"This process is connected to Ray at {connected!r}, and ray_address={address!r}. Call "
             f"ray.shutdown() first, or leave out ray_address."
         )
+
+
+def _places(address: str) -> set[tuple[str, str]]:
+    """Return the numeric hosts of an address, each with its port."""
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return {(host, port)}
+    hosts = {place[0] for *_, place in found}
+    if any(ipaddress.ip_address(host).is_loopback for host in hosts):
+        import ray
+
+        # Ray names this machine by the address that others have for it.
+        hosts.add(ray.util.get_node_ip_address())
+    return {(host, port) for host in hosts}
 
 
 def _check_cpus(asked: float, there: float, who: str) -> None:
