@@ -152,6 +152,17 @@ def test_more_cpus_than_there_are(cluster, tmp_path) -> None:
     refused(tmp_path, ValueError, message, num_envs=1, ray_cpus=float(number + 1))
 
 
+def test_runs_that_were_not_trained_are_not_connected(cluster, tmp_path) -> None:
+    """The first of several runs would end the connection of the others."""
+    settings = {**PETS, **RAY, "ray_cpus": 0.25}
+    for number, address in enumerate([None, cluster, None], start=1):
+        path = tmp_path / f"run-{number}"
+        PETSTrainer.start(
+            path, **{**settings, "ray_address": address, "num_envs": number}
+        )
+        assert not ray.is_initialized()
+
+
 def test_what_cannot_be_sent(tmp_path) -> None:
     lock = threading.Lock()
     message = "(?s)collector='ray' sends.*lock.*collector='single'"

@@ -62,26 +62,24 @@ class RaySteps(CountedSteps):
         # Refused now, not when the run has begun.
         self._sent = pickled_source(copied_source(source), config.collector)
         super().__init__(config, source, env, policy, device)
-        self._connection: RayConnection | None = None
+        cpus = config.num_envs * config.ray_cpus
+        self._connection = RayConnection(config.ray_address, cpus)
         self._collector: RayCollector | None = None
         self._pushed = 0
 
     def prepare(self) -> None:
-        """Connect to Ray, or start it.
+        """Refuse what cannot run here; Ray is not started before the run begins.
 
         Raises:
-            ImportError: if it is not installed.
+            ImportError: if Ray is not installed.
             ConnectionError: if nobody answers, or with another version.
             ValueError: if there are too few CPUs, or the policy cannot be sent.
         """
-        if self._connection is None:
-            copied_policy(self.policy, "cpu")
-            config = self.config
-            cpus = config.num_envs * config.ray_cpus
-            self._connection = RayConnection(config.ray_address, cpus)
+        copied_policy(self.policy, "cpu")
+        self._connection.check()
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        self.prepare()
+        self._connection.open()
         if self._total:  # envs elsewhere do not repeat their episodes
             self._begin_next(torch.ones(len(self.episodes), dtype=torch.bool))
         self._collector = self._make_collector()
@@ -99,9 +97,7 @@ class RaySteps(CountedSteps):
         if self._collector is not None:
             self._collector.shutdown()
             self._collector = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._connection.close()
 
     # Workers ------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import ModuleType
 
 from torchrl_wm._interrupts import blocked_interrupts
 
@@ -29,34 +30,46 @@ _PROBE = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)"
 class RayConnection:
     """The connection of this process to Ray.
 
-    Without an address, the connection that this process has is used, or else Ray is started here,
-    and ended by :meth:`close`.
+    Without an address, the connection that this process has is used, or else Ray is started here.
 
     Args:
         address: that of a cluster, ``"host:port"``; "auto" for the one in the environment variable
-            RAY_ADDRESS or on this machine; None for this machine alone.
+            RAY_ADDRESS or on this machine; None for this machine only.
         cpus: the CPUs that all workers ask for.
-
-    Raises:
-        ImportError: if Ray is not installed.
-        ConnectionError: if nobody answers, or the cluster has another version of Ray or Python.
-        ValueError: if there are fewer CPUs.
     """
 
     def __init__(self, address: str | None, cpus: float) -> None:
-        if find_spec("ray") is None:
-            raise ImportError(
-                "collector='ray' needs Ray: pip install 'torchrl-wm[ray]'."
-            )
-        import ray
-
+        self._address, self._cpus = address, cpus
         self._is_own = False
+
+    def check(self) -> None:
+        """Refuse what :meth:`open` would refuse; nothing stays open.
+
+        Raises:
+            ImportError: if Ray is not installed.
+            ConnectionError: if nobody answers, or the cluster has another version of Ray or Python.
+            ValueError: if there are fewer CPUs.
+        """
+        ray = _ray()
+        if self._address is None and not ray.is_initialized():
+            _check_cpus(self._cpus, _own_cpus(), "this machine has")
+        else:
+            self.open()
+            self.close()
+
+    def open(self) -> None:
+        """Connect to the cluster, or start Ray here.
+
+        Raises:
+            ImportError, ConnectionError, ValueError: as :meth:`check`.
+        """
+        ray, address = _ray(), self._address
         if address is None and not ray.is_initialized():
-            _check_cpus(cpus, _own_cpus(), "this machine has")
+            _check_cpus(self._cpus, _own_cpus(), "this machine has")
             with _quiet_start():
                 ray.init(
                     "local",
-                    num_cpus=math.ceil(cpus),
+                    num_cpus=math.ceil(self._cpus),
                     num_gpus=0,
                     include_dashboard=False,
                     log_to_driver=False,
@@ -70,7 +83,7 @@ class RayConnection:
             _check_is(address, ray.get_runtime_context().gcs_address)
         try:
             there = ray.cluster_resources().get("CPU", 0.0)
-            _check_cpus(cpus, there, "the Ray cluster has")
+            _check_cpus(self._cpus, there, "the Ray cluster has")
         except ValueError:
             self.close()
             raise
@@ -119,6 +132,14 @@ class RayConnection:
                 f"{ray.__version__} and Python {platform.python_version()}: {err} Install the "
                 f"same versions on all machines."
             ) from err
+
+
+def _ray() -> ModuleType:
+    if find_spec("ray") is None:
+        raise ImportError("collector='ray' needs Ray: pip install 'torchrl-wm[ray]'.")
+    import ray
+
+    return ray
 
 
 def _resolved(address: str) -> str:
