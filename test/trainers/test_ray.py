@@ -348,7 +348,12 @@ def steps_of(monkeypatch) -> Callable[[Cluster], RaySteps]:
     return make
 
 
-LOST = [ray.exceptions.RayActorError()] * 4
+LOST = [
+    ray.exceptions.RayActorError(),
+    ray.exceptions.NodeDiedError("gone"),
+    ray.exceptions.OutOfMemoryError("killed"),
+    ray.exceptions.ObjectLostError("00" * 28, b"", ""),
+]
 
 
 def test_a_machine_with_all_workers_is_lost(steps_of) -> None:
@@ -369,6 +374,16 @@ def test_the_workers_of_an_env_are_lost_again_and_again(steps_of) -> None:
     with pytest.raises(CollectingError, match="4 workers of Ray.* env 2"):
         next(iter(steps_of(cluster)))
     assert cluster.replaced == [[2]] * 3
+
+
+def test_an_error_of_the_env_loses_no_worker(steps_of) -> None:
+    # The env has workers of its own.
+    error = ray.exceptions.RayTaskError("next", "", LOST[0]).as_instanceof_cause()
+    assert isinstance(error, ray.exceptions.RayActorError)
+    cluster = Cluster({1: [error]})
+    with pytest.raises(ray.exceptions.RayTaskError):
+        next(iter(steps_of(cluster)))
+    assert not cluster.replaced
 
 
 # Runs ---------------------------------------------------------------------------------

@@ -238,7 +238,9 @@ class RaySteps(CountedSteps):
             for env in [env for env in waiting if waiting[env][-1] in ready]:
                 try:
                     *_, batches[env] = ray.get(waiting.pop(env))
-                except ray.exceptions.RayActorError as err:
+                except ray.exceptions.RayError as err:
+                    if not _is_loss(err):
+                        raise
                     lost[env] += 1
                     if lost[env] > MAX_LOST:
                         raise CollectingError(
@@ -251,3 +253,20 @@ class RaySteps(CountedSteps):
             for env in gone:
                 waiting[env], following[env] = self._ask(env), self._ask(env)
         return [batches[env] for env in range(len(asked))]
+
+
+def _is_loss(err: Exception) -> bool:
+    """Whether an error means that a worker, or the batch that it made, is gone."""
+    from ray import exceptions
+
+    # What the env raises is an instance of its own class, too.
+    return not isinstance(err, exceptions.RayTaskError) and isinstance(
+        err,
+        (
+            exceptions.NodeDiedError,
+            exceptions.ObjectLostError,
+            exceptions.OutOfMemoryError,
+            exceptions.RayActorError,
+            exceptions.WorkerCrashedError,
+        ),
+    )
