@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from torchrl_wm.trainers import (
 from torchrl_wm.trainers.counted_steps import CollectingError
 from torchrl_wm.trainers.policy_copies import copied_policy
 from torchrl_wm.trainers.ray_collecting import RaySteps
+from torchrl_wm.trainers.ray_workers import Begin, EnvWorker, named_tensors
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra ray")
 
@@ -384,6 +386,33 @@ def test_an_error_of_the_env_loses_no_worker(steps_of) -> None:
     with pytest.raises(ray.exceptions.RayTaskError):
         next(iter(steps_of(cluster)))
     assert not cluster.replaced
+
+
+def test_weights_that_workers_cannot_take(steps_of) -> None:
+    steps = steps_of(Cluster({}, load=ValueError("The policy has changed")))
+    made = 0
+    with pytest.raises(ValueError, match="The policy has changed"):
+        for _ in steps:
+            made += 4
+            steps.begin(made)  # what is learnt of them is pushed at the next request
+    assert made == 2 * 20
+
+
+def test_a_policy_that_changed_its_tensors() -> None:
+    policy, begin = Pushing(), Begin(0, 0, 1, 0, 0, 1)
+    maker = partial(make_real_env, "_real_envs:make_nested_ragged", seed=7)
+    worker = EnvWorker(maker, policy, begin=begin, frames_per_batch=5, total_frames=-1)
+    weights = named_tensors(Pushing())
+    worker.load_weights({**weights, "value": torch.tensor(0.5)})
+    assert policy.value == 0.5
+    wider = {**weights, "value": torch.ones(1)}  # which copy_ would take
+    fewer = {name: tensor for name, tensor in weights.items() if name != "value"}
+    more = {**weights, "value_2": torch.ones(1)}
+    for changed in (wider, fewer, more):
+        with pytest.raises(ValueError, match="The policy has changed.*value"):
+            worker.load_weights(changed)
+    assert policy.value == 0.5
+    worker.shutdown()
 
 
 # Runs ---------------------------------------------------------------------------------

@@ -209,9 +209,8 @@ class RaySteps(CountedSteps):
         A worker does things in the order of the requests, so that the last of them is the batch.
         """
         worker = self._collector.remote_collectors[env]
-        if weights is not None:
-            worker.load_weights.remote(weights)
-        return [worker.next.remote()]
+        loaded = [] if weights is None else [worker.load_weights.remote(weights)]
+        return [*loaded, worker.next.remote()]
 
     def _received(
         self, asked: list[list], following: list[list]
@@ -237,6 +236,7 @@ class RaySteps(CountedSteps):
             gone = []
             for env in [env for env in waiting if waiting[env][-1] in ready]:
                 try:
+                    # The weights too: a worker that cannot take them would act with old ones.
                     *_, batches[env] = ray.get(waiting.pop(env))
                 except ray.exceptions.RayError as err:
                     if not _is_loss(err):
