@@ -27,6 +27,7 @@ from torchrl.envs import GymEnv
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.trainers import (
+    CollectingError,
     DreamerTrainer,
     make_real_env,
     MBPOTrainer,
@@ -35,7 +36,6 @@ from torchrl_wm.trainers import (
     RunConfig,
     TDMPC2Trainer,
 )
-from torchrl_wm.trainers.counted_steps import CollectingError
 from torchrl_wm.trainers.policy_copies import copied_policy
 from torchrl_wm.trainers.ray_collecting import RaySteps
 from torchrl_wm.trainers.ray_workers import Begin, EnvWorker, named_tensors

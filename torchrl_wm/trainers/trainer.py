@@ -134,7 +134,8 @@ class RecipeTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
-            CollectingError: if the real envs cannot go on. A checkpoint is in the run's folder.
+            CollectingError: if the real envs cannot go on. The run is saved as it is, if it has a
+                folder and made steps.
             RuntimeError: if this trainer was interrupted before.
             KeyboardInterrupt: after Ctrl-C.
         """
