@@ -256,7 +256,7 @@ class RaySteps(CountedSteps):
 
 
 def _is_loss(err: Exception) -> bool:
-    """Whether an error means that a worker, or the batch that it made, is gone."""
+    """Return whether an error means that a worker, or the batch that it made, is gone."""
     from ray import exceptions
 
     # What the env raises is an instance of its own class, too.
