@@ -339,7 +339,7 @@ class RecipeTrainer(Trainer):
         step = self.collected_frames
         if self.run is None or not step:
             return err
-        if str(step) not in {path.name.partition("-")[2] for path in self.run.saved()}:
+        if not self.run.has(step):
             self.save()
         return CollectingError(
             f"{err} The run is saved at step {step}: go on from {str(self.run.path)!r}."
