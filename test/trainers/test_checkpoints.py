@@ -121,6 +121,8 @@ def test_a_damaged_file_of_the_replay(finished) -> None:
 
 
 def test_checkpoints_that_there_are_not(finished) -> None:
+    run = RunFolder.open(finished)
+    assert [step for step in (6, 36, 48, 60, 600) if run.has(step)] == [48, 60]
     with pytest.raises(FileNotFoundError, match=r"of step 36; there are \[48, 60\]"):
         PETSTrainer.resume(finished, checkpoint=36)
     shutil.rmtree(finished / "checkpoints")

@@ -24,6 +24,7 @@ from torchrl.envs import GymEnv
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.trainers import (
+    CollectingError,
     DreamerTrainer,
     make_real_env,
     MBPOTrainer,
@@ -32,7 +33,6 @@ from torchrl_wm.trainers import (
     RunConfig,
     TDMPC2Trainer,
 )
-from torchrl_wm.trainers.counted_steps import CollectingError
 from torchrl_wm.trainers.policy_copies import copied_policy
 from torchrl_wm.trainers.ray_collecting import RaySteps
 
@@ -118,7 +118,11 @@ def test_nobody_answers(tmp_path, monkeypatch) -> None:
         monkeypatch.setenv("RAY_ADDRESS", address)
         refused(tmp_path, ConnectionError, "Nobody answers.*'auto'", ray_address="auto")
     refused(tmp_path, ConnectionError, "Nobody answers", ray_address="nowhere:x")
-    refused(tmp_path, ValueError, "host:port", ray_address="ray://127.0.0.1:10001")
+    client = "ray://127.0.0.1:10001"
+    message = f"{{}}='{client}'.*give host:port"
+    refused(tmp_path, ValueError, message.format("ray_address"), ray_address=client)
+    monkeypatch.setenv("RAY_ADDRESS", client)
+    refused(tmp_path, ValueError, message.format("RAY_ADDRESS"), ray_address="auto")
 
 
 def test_somebody_else_answers(tmp_path, monkeypatch) -> None:
@@ -146,6 +150,17 @@ def test_more_cpus_than_there_are(cluster, tmp_path) -> None:
     number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 512
     message = f"ask for {number + 1} CPUs.*this machine has"
     refused(tmp_path, ValueError, message, num_envs=1, ray_cpus=float(number + 1))
+
+
+def test_runs_that_were_not_trained_are_not_connected(cluster, tmp_path) -> None:
+    """The first of several runs would end the connection of the others."""
+    settings = {**PETS, **RAY, "ray_cpus": 0.25}
+    for number, address in enumerate([None, cluster, None], start=1):
+        path = tmp_path / f"run-{number}"
+        PETSTrainer.start(
+            path, **{**settings, "ray_address": address, "num_envs": number}
+        )
+        assert not ray.is_initialized()
 
 
 def test_what_cannot_be_sent(tmp_path) -> None:
@@ -177,6 +192,15 @@ def test_settings_of_ray_without_it(settings) -> None:
 
 
 # Steps ----------------------------------------------------------------------------
+
+
+def test_the_cluster_by_other_names(connected, tmp_path) -> None:
+    port = connected.rpartition(":")[2]
+    for host in ("localhost", "127.0.0.1"):
+        settings = {**PETS, **RAY, "ray_address": f"{host}:{port}"}
+        PETSTrainer.start(tmp_path / host, **settings)
+    message = "is connected to Ray at.*ray_address='localhost:1'"
+    refused(tmp_path, ValueError, message, ray_address="localhost:1")
 
 
 def test_steps_are_those_of_one_process(connected) -> None:
@@ -342,9 +366,9 @@ def test_pets_learns_though_a_worker_is_killed(
     kept: list[TensorDictBase] = []
     replace = trainer.collector._replace
 
-    def replaced(env):
+    def replaced(envs):
         kept.append(trainer.data[:].clone())
-        return replace(env)
+        replace(envs)
 
     monkeypatch.setattr(trainer.collector, "_replace", replaced)
     trainer.train()

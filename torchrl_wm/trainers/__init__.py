@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchrl_wm._registry import register_recipe
+from torchrl_wm.trainers.counted_steps import CollectingError
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import episode_return, run_episodes
 from torchrl_wm.trainers.films import film_policy
@@ -47,6 +48,7 @@ DreamerTrainer = trainer_class(Dreamer)
 PlaNetTrainer = trainer_class(PlaNet)
 
 __all__ = [
+    "CollectingError",
     "Dreamer",
     "DreamerConfig",
     "DreamerTrainer",

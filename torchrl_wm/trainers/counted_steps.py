@@ -19,7 +19,10 @@ from torchrl_wm.trainers.steps import Steps
 
 
 class CollectingError(RuntimeError):
-    """The real envs cannot go on, and what was learnt is sound: the run is saved as it is."""
+    """An error of the real envs, which cannot go on; what was learnt is sound.
+
+    If the run has a folder and made steps, it is saved as it is, and the error says where.
+    """
 
 
 class CountedSteps:

@@ -28,7 +28,7 @@ from torchrl_wm.trainers.settings import RunConfig
 
 #: For how long workers may take to start: other jobs may have their CPUs.
 START_SECONDS = 300.0
-#: How many workers in a row may be lost before they give a batch.
+#: How many workers of one env in a row may be lost before one gives a batch.
 MAX_LOST = 3
 
 
@@ -62,35 +62,33 @@ class RaySteps(CountedSteps):
         # Refused now, not when the run has begun.
         self._sent = pickled_source(copied_source(source), config.collector)
         super().__init__(config, source, env, policy, device)
-        self._connection: RayConnection | None = None
+        cpus = config.num_envs * config.ray_cpus
+        self._connection = RayConnection(config.ray_address, cpus)
         self._collector: RayCollector | None = None
         self._pushed = 0
 
     def prepare(self) -> None:
-        """Connect to Ray, or start it.
+        """Refuse what cannot run here; Ray is not started before the run begins.
 
         Raises:
-            ImportError: if it is not installed.
+            ImportError: if Ray is not installed.
             ConnectionError: if nobody answers, or with another version.
             ValueError: if there are too few CPUs, or the policy cannot be sent.
         """
-        if self._connection is None:
-            copied_policy(self.policy, "cpu")
-            config = self.config
-            cpus = config.num_envs * config.ray_cpus
-            self._connection = RayConnection(config.ray_address, cpus)
+        copied_policy(self.policy, "cpu")
+        self._connection.check()
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        self.prepare()
+        self._connection.open()
         if self._total:  # envs elsewhere do not repeat their episodes
             self._begin_next(torch.ones(len(self.episodes), dtype=torch.bool))
         self._collector = self._make_collector()
         self._wait_for(self._collector.remote_collectors)
         self._pushed = self._total
         self.on_begin()
-        asked = self._ask()
+        asked = self._ask_all()
         while True:
-            following = self._ask()  # so that no worker ever waits for this process
+            following = self._ask_all()  # so that no worker ever waits for this process
             batches = self._received(asked, following)
             asked = following
             yield from torch.stack(batches).unbind(1)
@@ -99,9 +97,7 @@ class RaySteps(CountedSteps):
         if self._collector is not None:
             self._collector.shutdown()
             self._collector = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._connection.close()
 
     # Workers ------------------------------------------------------------------
 
@@ -165,32 +161,39 @@ class RaySteps(CountedSteps):
                     f"cluster's are free."
                 )
 
-    def _replace(self, env: int) -> Any:
-        """Replace a lost worker; return it.
+    def _replace(self, envs: list[int]) -> None:
+        """Replace the lost workers of some envs, which begin new episodes."""
+        import ray
 
-        Its env begins a new episode.
-        """
-        self._begin_next(torch.arange(len(self.episodes)) == env)
-        collector, config = self._collector, self.config
+        number = len(self.episodes)
+        self._begin_next(torch.isin(torch.arange(number), torch.tensor(envs)))
+        collector, makers = self._collector, self._env_makers()
+        workers = collector.remote_collectors
+        for env in envs:
+            ray.kill(workers[env])  # it is there if only its batch was lost
         collector.add_collectors(
-            [self._env_makers()[env]],
+            [makers[env] for env in envs],
             1,
             copied_policy(self.policy, "cpu"),
-            [{**collector.collector_kwargs[env], "begin": self._begin(env)}],
-            [{"num_cpus": config.ray_cpus, "num_gpus": 0}],
+            [
+                {**collector.collector_kwargs[env], "begin": self._begin(env)}
+                for env in envs
+            ],
+            [{"num_cpus": self.config.ray_cpus, "num_gpus": 0}] * len(envs),
         )
-        new = collector.remote_collectors.pop()
-        collector.remote_collectors[env] = new
-        self._wait_for([new])
-        return new
+        new = workers[number:]
+        del workers[number:]
+        for env, worker in zip(envs, new):
+            workers[env] = worker
+        self._wait_for(new)
 
     # Batches and weights ------------------------------------------------------
 
-    def _ask(self) -> list:
+    def _ask_all(self) -> list[list]:
         """Ask each worker for its next batch, with new weights if they are due."""
         import ray
 
-        workers = self._collector.remote_collectors
+        stored = None
         if self._total - self._pushed >= self.config.ray_push_interval:
             self._pushed = self._total
             weights = {
@@ -198,38 +201,72 @@ class RaySteps(CountedSteps):
                 for name, tensor in named_tensors(self.policy).items()
             }
             stored = ray.put(weights)
-            # A worker does what it is asked for in this order.
-            for worker in workers:
-                worker.load_weights.remote(stored)
-        return [worker.next.remote() for worker in workers]
+        return [self._ask(env, stored) for env in range(len(self.episodes))]
 
-    def _received(self, asked: list, following: list) -> list[TensorDictBase]:
+    def _ask(self, env: int, weights: Any = None) -> list:
+        """Ask a worker for its next batch, with new weights if there are some.
+
+        A worker does things in the order of the requests, so that the last of them is the batch.
+        """
+        worker = self._collector.remote_collectors[env]
+        loaded = [] if weights is None else [worker.load_weights.remote(weights)]
+        return [*loaded, worker.next.remote()]
+
+    def _received(
+        self, asked: list[list], following: list[list]
+    ) -> list[TensorDictBase]:
         """Return the batch of each worker, ``[T]``; lost workers are replaced.
 
         Args:
             asked: the requests for these batches.
-            following: those for the next ones, of which a new worker has to be asked again.
+            following: those for the next ones, which are repeated to new workers.
 
         Raises:
-            CollectingError: if they are lost again and again.
+            CollectingError: if the worker of an env is lost again and again.
         """
         import ray
 
-        batches, lost = [], 0
-        for env, batch in enumerate(asked):
-            while True:
-                check_interrupt()
-                if not ray.wait([batch], timeout=1.0)[0]:
-                    continue
+        batches: dict[int, TensorDictBase] = {}
+        lost = [0] * len(asked)
+        waiting = dict(enumerate(asked))
+        while waiting:
+            check_interrupt()
+            last = [requests[-1] for requests in waiting.values()]
+            ready, _ = ray.wait(last, num_returns=len(last), timeout=1.0)
+            gone = []
+            for env in [env for env in waiting if waiting[env][-1] in ready]:
                 try:
-                    batches.append(ray.get(batch))
-                    break
-                except ray.exceptions.RayActorError as err:
-                    lost += 1
-                    if lost > MAX_LOST:
+                    # The weights too: a worker that cannot take them would act with old ones.
+                    *_, batches[env] = ray.get(waiting.pop(env))
+                except ray.exceptions.RayError as err:
+                    if not _is_loss(err):
+                        raise
+                    lost[env] += 1
+                    if lost[env] > MAX_LOST:
                         raise CollectingError(
-                            f"{lost} workers of Ray were lost, one after the other: {err}"
+                            f"{lost[env]} workers of Ray were lost, one after the other, all with "
+                            f"env {env}: {err}"
                         ) from err
-                    new = self._replace(env)
-                    batch, following[env] = new.next.remote(), new.next.remote()
-        return batches
+                    gone.append(env)
+            if gone:  # together, as when a machine is gone
+                self._replace(gone)
+            for env in gone:
+                waiting[env], following[env] = self._ask(env), self._ask(env)
+        return [batches[env] for env in range(len(asked))]
+
+
+def _is_loss(err: Exception) -> bool:
+    """Return whether an error means that a worker, or the batch that it made, is gone."""
+    from ray import exceptions
+
+    # What the env raises is an instance of its own class, too.
+    return not isinstance(err, exceptions.RayTaskError) and isinstance(
+        err,
+        (
+            exceptions.NodeDiedError,
+            exceptions.ObjectLostError,
+            exceptions.OutOfMemoryError,
+            exceptions.RayActorError,
+            exceptions.WorkerCrashedError,
+        ),
+    )

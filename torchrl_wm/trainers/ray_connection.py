@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import ModuleType
 
 from torchrl_wm._interrupts import blocked_interrupts
 
@@ -28,34 +30,46 @@ _PROBE = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)"
 class RayConnection:
     """The connection of this process to Ray.
 
-    Without an address, the connection that this process has is used, or else Ray is started here,
-    and ended by :meth:`close`.
+    Without an address, the connection that this process has is used, or else Ray is started here.
 
     Args:
         address: that of a cluster, ``"host:port"``; "auto" for the one in the environment variable
-            RAY_ADDRESS or on this machine; None for this machine alone.
+            RAY_ADDRESS or on this machine; None for this machine only.
         cpus: the CPUs that all workers ask for.
-
-    Raises:
-        ImportError: if Ray is not installed.
-        ConnectionError: if nobody answers, or the cluster has another version of Ray or Python.
-        ValueError: if there are fewer CPUs.
     """
 
     def __init__(self, address: str | None, cpus: float) -> None:
-        if find_spec("ray") is None:
-            raise ImportError(
-                "collector='ray' needs Ray: pip install 'torchrl-wm[ray]'."
-            )
-        import ray
-
+        self._address, self._cpus = address, cpus
         self._is_own = False
+
+    def check(self) -> None:
+        """Refuse what :meth:`open` would refuse; nothing stays open.
+
+        Raises:
+            ImportError: if Ray is not installed.
+            ConnectionError: if nobody answers, or the cluster has another version of Ray or Python.
+            ValueError: if there are fewer CPUs.
+        """
+        ray = _ray()
+        if self._address is None and not ray.is_initialized():
+            _check_cpus(self._cpus, _own_cpus(), "this machine has")
+        else:
+            self.open()
+            self.close()
+
+    def open(self) -> None:
+        """Connect to the cluster, or start Ray here.
+
+        Raises:
+            ImportError, ConnectionError, ValueError: as :meth:`check`.
+        """
+        ray, address = _ray(), self._address
         if address is None and not ray.is_initialized():
-            _check_cpus(cpus, _own_cpus(), "this machine has")
+            _check_cpus(self._cpus, _own_cpus(), "this machine has")
             with _quiet_start():
                 ray.init(
                     "local",
-                    num_cpus=math.ceil(cpus),
+                    num_cpus=math.ceil(self._cpus),
                     num_gpus=0,
                     include_dashboard=False,
                     log_to_driver=False,
@@ -69,7 +83,7 @@ class RayConnection:
             _check_is(address, ray.get_runtime_context().gcs_address)
         try:
             there = ray.cluster_resources().get("CPU", 0.0)
-            _check_cpus(cpus, there, "the Ray cluster has")
+            _check_cpus(self._cpus, there, "the Ray cluster has")
         except ValueError:
             self.close()
             raise
@@ -120,15 +134,26 @@ class RayConnection:
             ) from err
 
 
+def _ray() -> ModuleType:
+    if find_spec("ray") is None:
+        raise ImportError("collector='ray' needs Ray: pip install 'torchrl-wm[ray]'.")
+    import ray
+
+    return ray
+
+
 def _resolved(address: str) -> str:
     """Return the address that "auto" stands for."""
-    if "://" in address:
+    name, found = "ray_address", address
+    if address == "auto" and os.environ.get("RAY_ADDRESS"):
+        name, found = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    if "://" in found:
         raise ValueError(
-            f"ray_address={address!r} is one of Ray's client, through which workers cannot be "
-            f"watched. Run on a machine of the cluster, and give host:port, such as "
-            f"ray_address='10.0.0.1:6379', or 'auto'."
+            f"{name}={found!r} is one of Ray's client, through which workers cannot be watched. "
+            f"Run on a machine of the cluster, and give host:port, such as "
+            f"ray_address='10.0.0.1:6379'."
         )
-    return os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    return found
 
 
 def _check_listens(address: str, given: str) -> None:
@@ -144,11 +169,27 @@ def _check_listens(address: str, given: str) -> None:
 
 def _check_is(address: str, connected: str) -> None:
     """Refuse another cluster than that which this process is connected to."""
-    if address not in ("auto", connected):
+    if address != "auto" and not _places(address) & _places(connected):
         raise ValueError(
             f"This process is connected to Ray at {connected!r}, and ray_address={address!r}. Call "
             f"ray.shutdown() first, or leave out ray_address."
         )
+
+
+def _places(address: str) -> set[tuple[str, str]]:
+    """Return the numeric hosts of an address, each with its port."""
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return {(host, port)}
+    hosts = {place[0] for *_, place in found}
+    if any(ipaddress.ip_address(host).is_loopback for host in hosts):
+        import ray
+
+        # Ray names this machine by the address that others have for it.
+        hosts.add(ray.util.get_node_ip_address())
+    return {(host, port) for host in hosts}
 
 
 def _check_cpus(asked: float, there: float, who: str) -> None:

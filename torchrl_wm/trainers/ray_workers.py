@@ -70,7 +70,23 @@ class EnvWorker(Collector):
         self._weights = named_tensors(policy)
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take over the weights of the run's policy, those of :func:`named_tensors`."""
+        """Take over the weights of the run's policy, those of :func:`named_tensors`.
+
+        Raises:
+            ValueError: if there are others, or other shapes, than when the worker was made.
+        """
+        mine, sent = (
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            for tensors in (self._weights, weights)
+        )
+        if mine != sent:
+            raise ValueError(
+                f"The policy has changed since its copy was sent to the workers of Ray: it has "
+                f"{dict(sent.items() - mine.items())}, and the copy has "
+                f"{dict(mine.items() - sent.items())} (parameters and buffers with their shapes). "
+                f"Make all of them in the recipe's __init__, and change values in place; or use "
+                f"collector='single'."
+            )
         with torch.no_grad():
             for name, tensor in self._weights.items():
                 tensor.copy_(weights[name])

@@ -290,6 +290,10 @@ class RunFolder:
         found = self.checkpoints.glob("checkpoint-*")
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
+    def has(self, step: int) -> bool:
+        """Return whether there is a checkpoint of a step."""
+        return any(step_of(path) == step for path in self.saved())
+
     def load(self, step: int | None = None) -> None:
         """Load a checkpoint into the parts. The folder is not changed.
 

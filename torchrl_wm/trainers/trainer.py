@@ -134,7 +134,8 @@ class RecipeTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite. The batch is in the run's folder.
-            CollectingError: if the real envs cannot go on. A checkpoint is in the run's folder.
+            CollectingError: if the real envs cannot go on. The run is saved as it is, if it has a
+                folder and made steps.
             RuntimeError: if this trainer was interrupted before.
             KeyboardInterrupt: after Ctrl-C.
         """
@@ -338,7 +339,7 @@ class RecipeTrainer(Trainer):
         step = self.collected_frames
         if self.run is None or not step:
             return err
-        if str(step) not in {path.name.partition("-")[2] for path in self.run.saved()}:
+        if not self.run.has(step):
             self.save()
         return CollectingError(
             f"{err} The run is saved at step {step}: go on from {str(self.run.path)!r}."

@@ -182,7 +182,7 @@ class GradientSteps:
         return {"gradient_steps": self._counts}
 
     def prepare(self) -> None:
-        """Do nothing: nothing can be missing."""
+        """Do nothing: gradient steps need no real envs."""
 
     def begin(self, total: int) -> None:
         """Do nothing: there are no episodes to begin."""
