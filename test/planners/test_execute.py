@@ -293,5 +293,7 @@ def test_classes_and_unnamed_settings_are_refused() -> None:
         TypeError, match=r"is a class: give an instance, GoalDistance\("
     ):
         CEMPlanner(env, score=GoalDistance, **SMALL)
+    with pytest.raises(TypeError, match="goal names the entry.*got Tensor"):
+        GoalDistance(goal=torch.zeros(2))
     with pytest.raises(TypeError, match="positional"):
         GradientPlanner(env, 5, 3, 4, 2)

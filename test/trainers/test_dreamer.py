@@ -254,6 +254,7 @@ def test_preset_of_a_cpu() -> None:
         ({"random_steps": 10, "num_envs": 2}, "at least 12"),
         ({"replay_capacity": 2}, "replay_capacity=2"),
         ({"train_ratio": 0.0}, "never trains"),
+        ({"steps": 20, "random_steps": 20}, "ends the run before it learns"),
         ({"train_ratio": 0.1}, "train_ratio=0.1 never trains"),
         ({"preset": "2M"}, "Unknown preset '2M'"),
         ({"belief_sise": 4}, "Did you mean 'belief_size'"),

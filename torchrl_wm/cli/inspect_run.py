@@ -15,6 +15,7 @@ from torchrl_wm.trainers import (
     RecipeTrainer,
     write_run_report,
 )
+from torchrl_wm.trainers.films import why_only_real
 from torchrl_wm.trainers.settings import AtLeast
 
 
@@ -112,11 +113,7 @@ def play(
     film = Path(out) if out else trainer.run.path / "film.gif"
     both = film_policy(trainer, film, real_only=real_only, **settings)
     if not both and not real_only:
-        say(
-            f"Only the real env is filmed: the model predicts no observations, has learnt nothing "
-            f"yet, or nothing is known that draws {trainer.config.about} from its observations. "
-            f"--render module:function names your function that does."
-        )
+        say(f"Only the real env is filmed: {why_only_real(trainer)}")
     say(str(film))
 
 

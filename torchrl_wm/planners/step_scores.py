@@ -79,6 +79,12 @@ class GoalDistance(StepScore):
         steps: Literal["all", "last"] = "all",
     ) -> None:
         check_choice("distance", distance, tuple(_DISTANCES))
+        if not isinstance(goal, (str, tuple, Mapping)):
+            raise TypeError(
+                f"goal names the entry of the start that holds the goal, got "
+                f"{type(goal).__name__}. Set the goal beside the state, tensordict['goal'] = ..., and "
+                f"give goal='goal'."
+            )
         self_latent = join("next", strip_next(latent))
         observations = None
         if isinstance(goal, Mapping):

@@ -178,6 +178,19 @@ def _drawing(trainer: RecipeTrainer, render: Render | None) -> Callable | None:
     return draw
 
 
+def why_only_real(trainer: RecipeTrainer) -> str:
+    """Return why a film shows only the real env, as the end of a sentence."""
+    recipe = trainer.recipe
+    if not recipe.has_learnt:
+        return "the model has learnt nothing yet."
+    if not observed_keys(recipe.diagnosed_env()):
+        return f"the model of {recipe.name} predicts latents, and no observations."
+    return (
+        f"nothing is known that draws {trainer.config.about} from its observations. "
+        f"--render module:function names your function that does."
+    )
+
+
 def found_render(render: Render | None) -> Render | None:
     """Return the function if its name was given, ``"module:function"``; else what was given."""
     if isinstance(render, str) and ":" in render:

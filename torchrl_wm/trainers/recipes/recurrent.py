@@ -62,6 +62,11 @@ class RecurrentRunConfig(PresetConfig):
                 )
         ratio = self.size("train_ratio")
         learning = (self.steps or 0) - self.random_steps
+        if self.steps and learning <= 0:
+            raise ValueError(
+                f"steps={self.steps} ends the run before it learns, within its "
+                f"random_steps={self.random_steps}. Give more steps, or fewer random ones."
+            )
         if ratio <= 0 or (self.steps and learning * ratio < length * number):
             raise ValueError(
                 f"train_ratio={ratio} never trains: an update replays batch_size={number} "
