@@ -267,21 +267,28 @@ def train(name: str, seed: int) -> None:
     trainer = trainer_class(experiment.recipe)(**experiment.settings, seed=seed)
     if experiment.recipe == "tdmpc2":
         trainer.register_op("post_steps", lambda: evaluate_prior(trainer))
-    trainer.register_op("post_steps", lambda: show(trainer))
+    path = part(name, seed)
+    begun = path.with_suffix(".begun")  # left behind by a run that is stopped
+    trainer.register_op("post_steps", lambda: show(trainer, seed, begun))
     trainer.train()
+    write_rows(trainer, seed, path)
+    begun.unlink(missing_ok=True)
+    if "pixels" in experiment.settings:
+        save_dreams(name, trainer)
+
+
+def write_rows(trainer: Any, seed: int, path: Path) -> None:
+    """Write the metrics so far."""
     rows = [
         {"seed": seed, **row, "cpu": round(time.process_time())}
         for row in trainer.metrics
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    path = part(name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         out = csv.DictWriter(file, names)
         out.writeheader()
         out.writerows(rows)
-    if "pixels" in experiment.settings:
-        save_dreams(name, trainer)
 
 
 def save_dreams(name: str, trainer: Any) -> None:
@@ -307,11 +314,12 @@ def evaluate_prior(trainer: Any) -> None:
     row["policy_return"] = sum(returns) / episodes
 
 
-def show(trainer: Any) -> None:
-    """Print the evaluation of this step, if there was one."""
+def show(trainer: Any, seed: int, path: Path) -> None:
+    """Print the evaluation of this step, if there was one, and write the rows so far."""
     # Episodes may have ended at the same step, after the evaluation.
     rows = [r for r in trainer.metrics if r["step"] == trainer.collected_frames]
     for row in (r for r in rows if "evaluation_return" in r):
+        write_rows(trainer, seed, path)
         say(", ".join(f"{name} {value:.0f}" for name, value in row.items()))
 
 
