@@ -110,10 +110,7 @@ class TrainedTogether(nn.Module):
 
     def _check_wrapper(self, wrapper: DistributedDataParallel) -> None:
         """Raise an error if DDP looks for losses where it cannot see them."""
-        module = getattr(
-            wrapper.module, "_orig_mod", wrapper.module
-        )  # if it is compiled
-        if module is self and wrapper.find_unused_parameters:
+        if wrapper.module is self and wrapper.find_unused_parameters:
             raise ValueError(
                 "DistributedDataParallel(find_unused_parameters=True) does not look for losses "
                 "in tensordicts. Leave the argument out, and freeze what no loss trains, such as "
