@@ -223,3 +223,38 @@ def test_terminations_need_none_either() -> None:
     must_not_run(model.dynamics)
     loss = WorldModelLoss(model, losses=[DoneTerm(real_next=True)])
     assert loss(batch)["loss_done"].requires_grad
+
+
+def test_a_posterior_that_reads_a_prediction_reads_nothing_of_the_batch() -> None:
+    """A term of the posterior needs predictions, which are no inputs."""
+
+    class Corrections(LossTerm):
+        components = ("posterior",)
+
+        def labels(self, world_model, keys):
+            return []
+
+        def __call__(self, predicted, batch, loss):
+            return predicted["next", "latent"].pow(2).mean(-1)
+
+    model = WorldModel(
+        linear(["observation"], ["seen"], (OBS, LATENT)),
+        Mod(
+            lambda z, a: (z + 1, 2 * z),
+            ["latent", "action"],
+            [("next", "latent"), ("next", "more")],
+        ),
+        posterior=Mod(
+            lambda z, more, seen: z + more + seen,
+            ["latent", "more", "seen"],
+            ["latent"],
+        ),
+        initial_state={"latent": torch.zeros(LATENT)},
+    )
+    batch = transitions(2, 3)
+    batch["latent"] = torch.zeros(2, 3, LATENT)  # stored: no episode begins here
+    for name in ("done", "terminated", "truncated"):
+        batch["next", name] = torch.zeros(2, 3, 1, dtype=torch.bool)
+    loss = WorldModelLoss(model, losses=[Corrections("corrections")])
+    assert "more" not in loss.in_keys
+    assert loss(batch)["loss_corrections"].requires_grad

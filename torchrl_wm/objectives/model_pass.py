@@ -55,10 +55,9 @@ class ModelPass:
         filters = self.predicts or world_model.is_recurrent
         if not filters:
             components.pop("dynamics")
-        # Some heads judge real latents, beside which they may read more.
-        judges = {
-            name: world_model.components[name] for t in terms for name in t.components
-        }
+        # Terms without predictions let heads judge real latents, beside which these may read more.
+        judging = (t for t in terms if not t.needs_prediction)
+        judges = {n: world_model.components[n] for t in judging for n in t.components}
         self.inputs = _root_inputs({**components, **judges})
         if world_model.is_recurrent:
             # Latents are filtered from the observations; they may be given, too.
