@@ -9,6 +9,8 @@ TorchRL's WorldModelEnv, with its fixed batch size, cannot be planned in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import common
 import torch
 from common import ACTION, LATENT, Loop, machine, make_parts, measure, Reference
@@ -44,34 +46,16 @@ class TorchRLEnv(ModelBasedEnvBase):
         raise NotImplementedError
 
 
-def hand_loop(parts: dict, start: torch.Tensor) -> Loop:
-    """The cross-entropy method on tensors, for the states ``[B, L]``."""
-    dynamics, reward = parts["dynamics"].module, parts["reward_head"].module
-    batch = start.shape[0]
-    rows = torch.arange(batch).unsqueeze(1)
+def hand_loop(
+    parts: dict,
+    start: torch.Tensor,
+    add: Callable[..., torch.Tensor],
+    *goals: torch.Tensor,
+) -> Loop:
+    """The cross-entropy method on tensors, for the states ``[B, L]``.
 
-    def plan() -> torch.Tensor:
-        mean = torch.zeros(batch, 1, HORIZON, ACTION)
-        std = torch.ones_like(mean)
-        states = start.repeat_interleave(CANDIDATES, 0)
-        for _ in range(STEPS):
-            noise = torch.randn(batch, CANDIDATES, HORIZON, ACTION)
-            actions = (mean + std * noise).clamp(-1, 1)
-            latent, total = states, 0.0
-            for action in actions.flatten(0, 1).unbind(1):
-                latent = dynamics(latent, action)
-                total = total + reward(latent)
-            best = total.reshape(batch, CANDIDATES).topk(ELITES).indices
-            elites = actions[rows, best]
-            mean = elites.mean(1, keepdim=True)
-            std = elites.std(1, keepdim=True, unbiased=False)
-        return mean[:, 0, 0]
-
-    return plan
-
-
-def goal_loop(parts: dict, start: torch.Tensor, goal: torch.Tensor) -> Loop:
-    """The cross-entropy method on tensors, for the distances to goals ``[B, L]``."""
+    ``add`` adds what a latent is worth to the total so far, given the goals ``[B, L]``, too.
+    """
     dynamics = parts["dynamics"].module
     batch = start.shape[0]
     rows = torch.arange(batch).unsqueeze(1)
@@ -79,15 +63,16 @@ def goal_loop(parts: dict, start: torch.Tensor, goal: torch.Tensor) -> Loop:
     def plan() -> torch.Tensor:
         mean = torch.zeros(batch, 1, HORIZON, ACTION)
         std = torch.ones_like(mean)
-        states = start.repeat_interleave(CANDIDATES, 0)
-        goals = goal.repeat_interleave(CANDIDATES, 0)
+        states, *rows_of_goals = (
+            each.repeat_interleave(CANDIDATES, 0) for each in (start, *goals)
+        )
         for _ in range(STEPS):
             noise = torch.randn(batch, CANDIDATES, HORIZON, ACTION)
             actions = (mean + std * noise).clamp(-1, 1)
             latent, total = states, 0.0
             for action in actions.flatten(0, 1).unbind(1):
                 latent = dynamics(latent, action)
-                total = total - (latent - goals).square().mean(-1)
+                total = add(total, latent, *rows_of_goals)
             best = total.reshape(batch, CANDIDATES).topk(ELITES).indices
             elites = actions[rows, best]
             mean = elites.mean(1, keepdim=True)
@@ -108,8 +93,12 @@ def goal_variants(batch: int) -> dict[str, Loop]:
     numbers = (HORIZON, STEPS, CANDIDATES, ELITES)
     env = WorldModelEnv(WorldModel(**parts), reference)
     planner = CEMPlanner(env, *numbers, score=GoalDistance("latent", goal="goal"))
+
+    def near(total: torch.Tensor, latent: torch.Tensor, goal: torch.Tensor):
+        return total - (latent - goal).square().mean(-1)
+
     return {
-        "hand loop": goal_loop(parts, start["latent"], start["goal"]),
+        "hand loop": hand_loop(parts, start["latent"], near, start["goal"]),
         "CEMPlanner": lambda: planner(start.clone()),
     }
 
@@ -125,7 +114,9 @@ def variants(batch: int, *, compiled: bool = False) -> dict[str, Loop]:
     start = TensorDict({"latent": torch.randn(batch, LATENT)}, [batch])
     numbers = (HORIZON, STEPS, CANDIDATES, ELITES)
     ours = CEMPlanner(WorldModelEnv(WorldModel(**parts), reference), *numbers)
-    loops = {"hand loop": hand_loop(parts, start["latent"])}
+    reward = parts["reward_head"].module
+    judged = hand_loop(parts, start["latent"], lambda total, z: total + reward(z))
+    loops = {"hand loop": judged}
     if compiled:
         ours.compile()
         return {**loops, "compiled": lambda: ours(start.clone())}

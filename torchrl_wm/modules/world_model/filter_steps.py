@@ -19,6 +19,8 @@ from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, where
 from torchrl_wm.modules.world_model.transition import Transition
 
 InputKeys = tuple[Optional[tuple[NestedKey, ...]], ...]
+#: The entry that says where episodes begin.
+IS_INIT = "is_init"
 
 
 @dataclass

@@ -26,6 +26,7 @@ from torchrl_wm.modules.world_model.filter_steps import (
     filter_step,
     filter_steps,
     FilterInputs,
+    IS_INIT,
     LaterSteps,
 )
 from torchrl_wm.modules.world_model.flat import (
@@ -39,7 +40,6 @@ from torchrl_wm.modules.world_model.initial_state import InitialState
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.modules.world_model.sequence_pass import (
     check_sequence_module,
-    IS_INIT,
     run_sequence,
 )
 from torchrl_wm.modules.world_model.transition import Transition

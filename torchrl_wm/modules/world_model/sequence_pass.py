@@ -10,7 +10,7 @@ from torch import nn
 
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, strip_next, unique
-from torchrl_wm.modules.world_model.filter_steps import FilterInputs
+from torchrl_wm.modules.world_model.filter_steps import FilterInputs, IS_INIT
 from torchrl_wm.modules.world_model.flat import (
     FlatTensors,
     Placement,
@@ -20,8 +20,6 @@ from torchrl_wm.modules.world_model.flat import (
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.modules.world_model.transition import Transition
 from torchrl_wm.modules.world_model.wiring import written_keys
-
-IS_INIT = "is_init"
 
 
 def check_sequence_module(

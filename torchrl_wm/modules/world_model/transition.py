@@ -50,6 +50,11 @@ class Transition:
         of_heads = {key for head in self.heads.values() for key in written_keys(head)}
         self._moved = [pair for pair in self.latents if pair[1] not in of_heads]
         self._judged = [pair for pair in self.latents if pair[1] in of_heads]
+        #: Whether a step can do without predictions where the encoder writes the latents: no
+        #: posterior corrects them, and no head reads what else the dynamics write.
+        read = {key for head in self.heads.values() for key in unique(head.in_keys)}
+        others = {*written_keys(dynamics)} - {place for _, place in self._moved}
+        self._may_be_seen = posterior is None and read.isdisjoint(others)
         steps = (dynamics, *self.heads.values())
         reads = unique([key for module in steps for key in unique(module.in_keys)])
         #: The keys that a step reads beside latents: the action, and constant context.
@@ -86,11 +91,7 @@ class Transition:
 
     def is_seen(self, encoded: FlatTensors) -> bool:
         """Return whether the encoder determines all that a step needs of the dynamics' predictions."""
-        known = {join("next", key) for key in self.known(encoded)}
-        predicted = {key for key in written_keys(self.dynamics) if is_next(key)}
-        read = {key for head in self.heads.values() for key in unique(head.in_keys)}
-        needed = {place for _, place in self._moved} | (read & predicted)
-        return needed <= known
+        return self._may_be_seen and all(place in encoded for _, place in self._moved)
 
     def is_current(self) -> bool:
         """Return whether all components still have the networks, keys and hooks they had."""

@@ -13,7 +13,7 @@ from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
-from torchrl_wm.modules.world_model.filtering import Filter
+from torchrl_wm.modules.world_model.filtering import Filter, HEADS
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
 from torchrl_wm.modules.world_model.observer import Observer
 from torchrl_wm.modules.world_model.wiring import (
@@ -153,7 +153,7 @@ class WorldModel(TensorDictModuleBase):
         "posterior",
     )
     #: The components that make one imagined step.
-    step_names = ("dynamics", "reward_head", "done_head")
+    step_names = ("dynamics", *HEADS)
 
     def __init__(
         self,
