@@ -114,6 +114,8 @@ def wirings(draw):
     latents = [key(f"latent_{i}") for i in range(draw(st.integers(1, 2)))]
     recurrent = len(latents) > 1 and draw(st.booleans())
     encoded = latents[:1] if recurrent else latents
+    memory = latents[1:] if recurrent and draw(st.booleans()) else []
+    shown = [latent for latent in latents if latent not in memory]
     goal = [keys["goal"]] if draw(st.booleans()) else []
     nexts = [join("next", k) for k in latents]
     head = HEADS[draw(st.sampled_from(sorted(HEADS)))]
@@ -146,9 +148,10 @@ def wirings(draw):
         ),
         reward_head,
         done_head=done_head,
-        decoder=linear(latents, [keys["observation"]], [LATENT * len(latents), OBS])
+        decoder=linear(shown, [keys["observation"]], [LATENT * len(shown), OBS])
         if decode
         else None,
+        memory=memory,
         initial_state=TensorDict({latents[-1]: torch.randn(LATENT)})
         if recurrent
         else None,

@@ -88,7 +88,8 @@ class TensorDictActor:
         self.known: set[NestedKey] = set()
 
     def __call__(self, values: FlatTensors, step: int) -> None:
-        shown = self.layout.with_nested_dims(to_tensordict(values, self.at))
+        seen = {k: v for k, v in values.items() if k not in self.layout.memory}
+        shown = self.layout.with_nested_dims(to_tensordict(seen, self.at))
         shown.update(self.policy(shown))
         values.update(only_tensors(shown, "the policy wrote"))
         if step == 0:

@@ -25,8 +25,10 @@ from torchrl_wm.envs.starts import Starts
 from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.envs.unroll import Act, imagined, stacked, unroll
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
+from torchrl_wm.modules.world_model.memory import HeldMemory
 from torchrl_wm.modules.world_model.program import Program
 
 
@@ -84,6 +86,8 @@ class Imaginer:
         self.decode, self.check_finite = decode, check_finite
         self._compiler: Compiler | None = None
         self._program: Program | None = None
+        #: The memory after the newest step.
+        self.held = HeldMemory()
         self.use(layout)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +137,8 @@ class Imaginer:
             time_limit=old.time_limit,
         )
         new = builder.build(self.decode)
-        changed = sorted(new.keys ^ old.keys, key=str)
+        changed = new.keys ^ old.keys | (new.memory.keys() ^ old.memory.keys())
+        changed = sorted(changed, key=str)
         if changed:
             raise ValueError(
                 f"A component of the world model was replaced by one that changes the entries of "
@@ -178,7 +183,7 @@ class Imaginer:
     def rollout(
         self, start: Start, act: Act, max_steps: int, stop: bool
     ) -> TensorDictBase:
-        """Return at most ``max_steps`` steps, ``[*B, T]``.
+        """Return at most ``max_steps`` steps, ``[*B, T]``, and hold the memory after the last one.
 
         Args:
             start: the state that they begin from, which is used up.
@@ -189,13 +194,18 @@ class Imaginer:
         kernel, at = self.kernel, start.at
         endings = kernel.layout.endings
         ends = _any_done if stop and endings.can_end else None
-        made = unroll(kernel, act, start.values, max_steps, at, ends)
+        self.held.keep({}, {})  # that of the last one is not needed any more
+        made, memory = unroll(kernel, act, start.values, max_steps, at, ends)
+        last = {key: made[join("next", key)][-1] for key in kernel.layout.latent}
+        self._hold(last, memory)
         return assemble(stacked(made, endings, at), self._nested(start), at)
 
     def imagine(
         self, start: Start, act: Act | None, actions: FlatTensors | None, horizon: int
     ) -> TensorDictBase:
         """Return exactly ``horizon`` steps and the mask of what is valid, ``[*B, H]``.
+
+        The memory after the last step is held.
 
         Args:
             start: the state that they begin from.
@@ -215,9 +225,19 @@ class Imaginer:
                 () if program is None else program.modules,
                 (made_for, horizon, start.at),
             )
-        flat, mask = run(start.values, actions)
+        self.held.keep({}, {})
+        flat, mask, memory = run(start.values, actions)
+        dim, keys = len(start.at.batch_size), kernel.layout.latent
+        last = {key: flat[join("next", key)].select(dim, -1) for key in keys}
+        self._hold(last, memory)
         flat["collector", "mask"] = mask
         return assemble(flat, self._nested(start), start.at)
+
+    def _hold(self, latents: FlatTensors, memory: FlatTensors) -> None:
+        """Hold the memory of the last step, without the graph of those before."""
+        if memory:
+            memory = {key: value.detach() for key, value in memory.items()}
+            self.held.keep(latents, memory)
 
     def _nested(self, start: Start) -> dict[NestedKey, torch.Size]:
         own = {unravel_key(key): dims for key, dims in self.layout.nested.items()}

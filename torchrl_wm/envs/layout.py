@@ -24,6 +24,7 @@ class Layout:
         action, reward, done: specs copied from the reference env; ``done``
             with the entries added that the env needs.
         latent: the latents that move.
+        memory: what the step carries beside them; no entry of the env holds it.
         context: root entries that the step reads and that never change.
         decoded: the observations that the decoder writes, if it is run.
         predicted: what the step writes beside the latents and the caller declared:
@@ -41,6 +42,7 @@ class Layout:
     reward: Composite
     done: Composite
     latent: Specs
+    memory: Specs
     context: Specs
     decoded: Specs
     predicted: Specs
@@ -91,7 +93,14 @@ class Layout:
         """Return the same layout on another device."""
         moved = {
             name: {key: spec.to(device) for key, spec in getattr(self, name).items()}
-            for name in ("latent", "context", "decoded", "predicted", "observed")
+            for name in (
+                "latent",
+                "memory",
+                "context",
+                "decoded",
+                "predicted",
+                "observed",
+            )
         }
         whole = {
             name: getattr(self, name).to(device)

@@ -127,7 +127,8 @@ class LayoutBuilder:
         self._check_done_head()
         with undisturbed(self.world_model, self.device):
             layout = self._traced_state()
-            state = self._zeros({**layout.state, **flat_specs(layout.action)})
+            moving = {**layout.state, **layout.memory}
+            state = self._zeros({**moving, **flat_specs(layout.action)})
             stepped = self._check_step(layout, state)
             keys = self._decoded_keys(layout, decode)
             if keys:
@@ -158,6 +159,7 @@ class LayoutBuilder:
             reward=_to(rewards, device),
             done=_to(self.endings.spec(reference.done), device),
             latent=latent,
+            memory=self._memory_specs(),
             context=context,
             decoded={},
             predicted={
@@ -188,7 +190,8 @@ class LayoutBuilder:
         for name in model.step_names:
             module = model.components.get(name)
             for key in unique(module.in_keys) if module is not None else ():
-                if is_next(key) or key in (*latents, *self.action_keys, *context):
+                moving = (*latents, *model.memory_keys)
+                if is_next(key) or key in (*moving, *self.action_keys, *context):
                     continue
                 if key not in model.step_in_keys:
                     continue
@@ -212,6 +215,15 @@ class LayoutBuilder:
                     )
                 context.append(key)
         return context
+
+    def _memory_specs(self) -> Specs:
+        model = self.world_model
+        initial = model.filter.initial_memory(self.lead, self.device)
+        dims = len(self.lead)
+        return {
+            key: _unbounded(value.shape[dims:], value.dtype, self.device)
+            for key, value in initial.items()
+        }
 
     def _state_spec(
         self, key: NestedKey, encoded: TensorDictBase | None, is_latent: bool
@@ -336,7 +348,8 @@ class LayoutBuilder:
         def check(key: NestedKey, spec: TensorSpec, fix: str) -> None:
             self._check(writers[key], join("next", key), next_td.get(key), spec, fix)
 
-        for key, spec in {**layout.latent, **layout.predicted}.items():
+        moving = {**layout.latent, **layout.memory}
+        for key, spec in {**moving, **layout.predicted}.items():
             check(key, spec, _CHANGE)
         for key in layout.reward_keys:
             check(key, layout.reward[key], _REFERENCE)

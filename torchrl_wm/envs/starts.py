@@ -15,6 +15,7 @@ from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, sibling, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
+from torchrl_wm.modules.world_model.memory import owned
 from torchrl_wm.modules.world_model.wiring import written_keys
 
 #: What collectors, replay buffers and transforms note of real samples.
@@ -64,6 +65,7 @@ class Starts:
             *layout.action_keys,
             *layout.reward_keys,
             *layout.predicted,
+            *layout.memory,
             *layout.dropped,
         }
         written = written_keys(world_model.encoder)
@@ -98,7 +100,7 @@ class Starts:
     def begin(
         self, given: TensorDictBase, honour: bool = True, with_done: bool = True
     ) -> FlatTensors:
-        """Return all that a reset gives: state, decoded observations, counts, done entries.
+        """Return all that a reset gives: state, memory, decoded observations, counts, done entries.
 
         Args:
             given: the caller's tensordict, ``[*B]``.
@@ -125,7 +127,9 @@ class Starts:
     # States --------------------------------------------------------------
 
     def from_given(self, given: TensorDictBase) -> FlatTensors | None:
-        """Return latents, context and decoded observations from what ``given`` has.
+        """Return latents, memory, context and decoded observations from what ``given`` has.
+
+        Memory that it does not have begins anew.
 
         Returns:
             The entries ``[*B, ...]`` by flat key; None if it has neither the latents nor the
@@ -148,7 +152,19 @@ class Starts:
             state[key] = self._checked(key, value, layout.state[key], given)
         if layout.decoded:
             self._add_decoded(state, given)
+        if layout.memory:
+            state.update(self._memory(given))
         return state
+
+    def _memory(self, given: TensorDictBase) -> FlatTensors:
+        filter_ = self.world_model.filter
+        memory = filter_.given_memory(given)
+        if memory is None:
+            return filter_.initial_memory(given.batch_size, self.device or given.device)
+        return {
+            key: owned(self._checked(key, self._moved(value), spec, given))
+            for (key, value), spec in zip(memory.items(), self.layout.memory.values())
+        }
 
     def sampled(self, given: TensorDictBase) -> FlatTensors:
         """Return a state as :meth:`from_given`, drawn from ``start_states``.

@@ -53,14 +53,17 @@ class StepKernel:
         self.inputs = [key for key in reads if not is_next(key)]
         # All actions, even if the model ignores some of them: a rollout without its
         # actions is of no use.
-        self.required = unique([*self.inputs, *layout.action_keys])
+        read = [key for key in self.inputs if key not in layout.memory]
+        self.required = unique([*read, *layout.action_keys])
         #: What a step writes, and where: each entry by its key below "next".
         self.outputs = {
-            key: join("next", key) for key in (*layout.carried, *layout.reward_keys)
+            key: join("next", key)
+            for key in (*layout.carried, *layout.memory, *layout.reward_keys)
         }
-        components = (*layout.latent, *layout.predicted, *layout.reward_keys)
+        moving = {**layout.latent, **layout.memory}
+        components = (*moving, *layout.predicted, *layout.reward_keys)
         self._predicted = [self.outputs[key] for key in components]
-        specs = {**layout.latent, **layout.predicted, **layout.decoded}
+        specs = {**moving, **layout.predicted, **layout.decoded}
         specs.update((key, layout.reward[key]) for key in layout.reward_keys)
         self._specs = {self.outputs[key]: spec for key, spec in specs.items()}
         #: Whether the components were seen to write what the layout says.
@@ -96,23 +99,27 @@ class StepKernel:
             self._make_programs()
             self._is_checked = False
 
-    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def __call__(
+        self, tensordict: TensorDictBase, memory: FlatTensors
+    ) -> tuple[TensorDictBase, FlatTensors]:
         """Predict one step.
 
         Args:
             tensordict: latents, action and context, batch size ``[*B]``. It is
                 not modified.
+            memory: that of the model, by key; it is used up.
 
         Returns:
             What belongs under ``"next"``: latents, context, decoded
-            observations, declared predictions, reward and done entries.
+            observations, declared predictions, reward and done entries; and the next memory.
         """
         self.check_inputs(tensordict)
         keys = (*self.required, *self.layout.counter)
         values = {key: tensordict.get(key, None) for key in keys}
         at = Placement(tensordict.batch_size, tensordict.device)
-        out = to_tensordict(self.predict(values, at), at)
-        return self.layout.with_nested_dims(out)
+        made = self.predict({**values, **memory}, at)
+        memory = {key: made.pop(key) for key in self.layout.memory}
+        return self.layout.with_nested_dims(to_tensordict(made, at)), memory
 
     def predict(
         self,
@@ -126,8 +133,8 @@ class StepKernel:
         """Predict one step, on tensors only.
 
         Args:
-            values: latents, action and context by flat key, ``[*B, ...]``; not
-                modified.
+            values: latents, memory, action and context by flat key, ``[*B, ...]``; the
+                dictionary is not modified, the memory is used up.
             at: the batch size ``*B`` and the device of the state.
             endings: the done entries, where they are known beforehand.
             decode: whether to decode the observations that the env carries.

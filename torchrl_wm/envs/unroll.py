@@ -18,7 +18,7 @@ from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
 
 #: Writes actions into the values of a step, given its number.
 Act = Callable[[FlatTensors, int], None]
-#: The entries of several steps: by flat key, a list in the order of time.
+#: The recorded entries of several steps: by flat key, a list in the order of time.
 Made = dict[NestedKey, list[torch.Tensor]]
 
 
@@ -29,14 +29,14 @@ def unroll(
     steps: int,
     at: Placement,
     stop: Callable[[FlatTensors], bool] | None = None,
-) -> Made:
+) -> tuple[Made, FlatTensors]:
     """Make ``steps`` steps, or fewer if ``stop`` says so.
 
     Args:
         kernel: predicts a step.
         act: writes actions into the values that it is given.
-        values: where to start: all root entries, by flat key. Done entries that
-            are never True may be missing, if nobody reads them. It is used up.
+        values: where to start: all root entries, and the memory, by flat key. Done entries
+            that are never True may be missing, if nobody reads them. It is used up.
         steps: how many steps to make at most.
         at: the batch size ``*B`` and the device of the state.
         stop: looks at the entries of each step but the last.
@@ -44,9 +44,11 @@ def unroll(
     Returns:
         Lists of the entries of all steps, ``[*B, ...]`` by flat key: what each started from and
         what the policy wrote, and the kernel's
-        :attr:`~torchrl_wm.envs.step.StepKernel.outputs`, which stand below "next".
+        :attr:`~torchrl_wm.envs.step.StepKernel.outputs`, which stand below "next"; and the
+        memory after the last step, ``[*B, ...]``, which is handed on and not recorded.
     """
     layout = kernel.layout
+    memory = {key: kernel.outputs[key] for key in layout.memory}
     never = layout.endings.never_keys
     if not never:
         endings = None  # the model or the time says how a step ends
@@ -54,13 +56,14 @@ def unroll(
         endings = {} if never.isdisjoint(values) else layout.endings.none(at)
     act(values, 0)
     kernel.check_actions(values, at)
-    made = {key: [value] for key, value in values.items()}
+    made = {key: [value] for key, value in values.items() if key not in memory}
     # A step hands on no rewards and no predictions, also those that the policy wrote.
     root = [k for k in values if not is_next(k) and k not in layout.reward_keys]
     for stage in kernel.stages(at, endings):
         stage(values, at)
     outputs = {k: place for k, place in kernel.outputs.items() if place in values}
-    made.update({place: [values[place]] for place in outputs.values()})
+    recorded = [place for key, place in outputs.items() if key not in memory]
+    made.update({place: [values[place]] for place in recorded})
     columns = list(made.items())
     handed_on = [(key, outputs.get(key, key)) for key in root]
     at = at._replace(trusted=True)
@@ -78,7 +81,7 @@ def unroll(
             stage(values, at)
         for key, column in columns:
             column.append(values[key])
-    return made
+    return made, {key: values[place] for key, place in memory.items()}
 
 
 def stacked(made: Made, endings: Endings, at: Placement) -> FlatTensors:
@@ -102,7 +105,7 @@ def imagined(
     at: Placement,
     values: FlatTensors,
     actions: FlatTensors | None,
-) -> tuple[FlatTensors, torch.Tensor]:
+) -> tuple[FlatTensors, torch.Tensor, FlatTensors]:
     """Return a full horizon, on tensors only, which compiles to one graph.
 
     Args:
@@ -114,23 +117,23 @@ def imagined(
         actions: what to do, ``[*B, H, ...]`` by key.
 
     Returns:
-        The entries of all steps, ``[*B, H, ...]`` by flat key, and where trajectories have
-        not ended before, ``[*B, H]`` bool.
+        The entries of all steps, ``[*B, H, ...]`` by flat key; where trajectories have
+        not ended before, ``[*B, H]`` bool; and the memory after the last step.
     """
     if act is None:
         act = replay(actions, len(at.batch_size))
-    made = unroll(kernel, act, dict(values), horizon, at)
+    made, memory = unroll(kernel, act, dict(values), horizon, at)
     endings, size = kernel.layout.endings, at.batch_size
     if not endings.can_end:
         mask = torch.ones((*size, horizon), dtype=torch.bool, device=at.device)
-        return stacked(made, endings, at), mask
+        return stacked(made, endings, at), mask, memory
     ended = torch.zeros(size, dtype=torch.bool, device=at.device)
     valid = []
     for step in range(horizon):
         valid.append(~ended)
         flags = {key: made[kernel.outputs[key]][step] for key in endings.keys}
         ended = ended | endings.ended(flags, at)
-    return stacked(made, endings, at), torch.stack(valid, len(size))
+    return stacked(made, endings, at), torch.stack(valid, len(size)), memory
 
 
 def replay(actions: FlatTensors, dim: int) -> Act:

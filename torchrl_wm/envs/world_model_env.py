@@ -42,8 +42,10 @@ from torchrl_wm.envs.step import StepKernel
 from torchrl_wm.envs.time_limit import TimeLimit
 from torchrl_wm.envs.unroll import Act
 from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import missing_from, unique
-from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
+from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_flat, where
+from torchrl_wm.modules.world_model.memory import owned
 
 
 class WorldModelEnv(ModelBasedEnvBase):
@@ -284,16 +286,21 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         self.__dict__["_slow_because"] = "its steps were made one by one, from outside"
-        kernel = self.step_kernel
+        kernel, held = self.step_kernel, self.imaginer.held
+        mask = tensordict.get("_step", None)
+        kernel.check_inputs(tensordict)
+        before = memory = self._memory_of(tensordict)
+        if mask is not None:  # some rows keep theirs
+            memory = {key: value.clone() for key, value in before.items()}
         if parent_process() is not None and tensordict.get(self.latent_key).is_shared():
             # In the worker of a ParallelEnv, whose shared buffers would chain the
             # graphs of all steps; none of them could be used by the parent.
             with torch.no_grad():
-                out = kernel(tensordict)
+                out, memory = kernel(tensordict, memory)
         else:
-            out = kernel(tensordict)
-        mask = tensordict.get("_step", None)
+            out, memory = kernel(tensordict, memory)
         if mask is None:
+            held.keep(to_flat(out, self.latent_keys) if memory else {}, memory)
             return out
         # Rows that are not to be stepped stay where they are, with reward 0.
         mask = mask.reshape(out.batch_size)
@@ -303,7 +310,51 @@ class WorldModelEnv(ModelBasedEnvBase):
             old = None if key in rewards else tensordict.get(key, None)
             old = torch.zeros_like(new) if old is None else old
             out.set(key, torch.where(_expand_right(mask, new), new, old))
+        if memory:
+            held.keep(to_flat(out, self.latent_keys), where(mask, memory, before))
         return out
+
+    @property
+    def memory(self) -> TensorDictBase:
+        """The memory of the model after the newest step, ``[*B]``, to go on from; a copy.
+
+        No rollout holds it: ``env.rollout(10, tensordict=rollout[..., -1]["next"].update(
+        env.memory))`` goes on where ``rollout`` ended. It is empty of a model without memory.
+        """
+        held = self.imaginer.held
+        size = torch.Size([])
+        for key, spec in self.imaginer.layout.memory.items():
+            value = held.memory.get(key)
+            if value is not None:
+                size = value.shape[: value.ndim - len(spec.shape)]
+        return held.as_tensordict(size, self.device)
+
+    def _memory_of(self, tensordict: TensorDictBase) -> FlatTensors:
+        """Return the memory that belongs to the latents in ``tensordict``, given or held.
+
+        What is given is taken out of the tensordict.
+
+        Raises:
+            MissingEntryError: if it is neither.
+        """
+        layout, filter_ = self.imaginer.layout, self.world_model.filter
+        if not layout.memory:
+            return {}
+        given = filter_.given_memory(tensordict)
+        if given is not None:
+            # At the next step it would be that of the step before.
+            tensordict.exclude(*layout.memory, inplace=True)
+            return {key: owned(value) for key, value in given.items()}
+        held = self.imaginer.held.find(to_flat(tensordict, layout.latent))
+        if held is None:
+            raise MissingEntryError(
+                f"The model's memory {self.world_model.memory_keys} is carried from step to step, "
+                f"and the latents given are not those that the env left at its newest step. Go on "
+                f"from that step, begin at these latents by env.reset(tensordict), or give the "
+                f"memory that belongs to them: tensordict.update(env.memory), taken when they were "
+                f"made."
+            )
+        return held
 
     # Resetting -----------------------------------------------------------
 
@@ -321,9 +372,31 @@ class WorldModelEnv(ModelBasedEnvBase):
         partial = len(missing_from(given, self.reset_keys)) < len(self.reset_keys)
         sampled = set_state is False or (partial and self.start_states is not None)
         out = starts.kept(given)
-        for key, value in starts.begin(given, honour=not sampled).items():
+        begun = starts.begin(given, honour=not sampled)
+        memory = {key: begun.pop(key) for key in starts.layout.memory}
+        for key, value in begun.items():
             out.set(key, value)
+        if memory:
+            latents = {key: begun[key] for key in starts.layout.latent}
+            self._hold_begun(given, latents, memory, partial)
         return self.imaginer.layout.with_nested_dims(out)
+
+    def _hold_begun(
+        self,
+        given: TensorDictBase,
+        latents: FlatTensors,
+        memory: FlatTensors,
+        partial: bool,
+    ) -> None:
+        """Hold the memory of new episodes, which may be those of some rows only."""
+        held = self.imaginer.held
+        if not partial:
+            held.keep(latents, memory)
+            return
+        dims = given.batch_dims
+        flags = [given.get(key, None) for key in self.reset_keys]
+        rows = [flag.flatten(dims).all(-1) for flag in flags if flag is not None]
+        held.begin(torch.stack(rows).all(0), latents, memory)
 
     def _given(self, tensordict: TensorDictBase | None) -> TensorDictBase:
         """Return the start that the caller gives, or an empty one."""
@@ -472,7 +545,7 @@ class WorldModelEnv(ModelBasedEnvBase):
                 honour = set_state is not False
                 start = imaginer.start(self._given(tensordict), kept, acting, honour)
             else:
-                start = Start.of(self.maybe_reset(tensordict.copy()))
+                start = self._going_on(self.maybe_reset(tensordict.copy()))
             act = self._actor(acting, start.at, tensordict)
             run = partial(imaginer.rollout, start, act, max_steps, not goes_on)
         else:
@@ -569,7 +642,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         if kept is not None:
             start = imaginer.start(self._given(tensordict), kept, acting)
         else:
-            start = Start.of(self.reset(tensordict))
+            start = self._going_on(self.reset(tensordict))
         act = flat = None
         if policy is not None:
             act = self._actor(acting, start.at, tensordict)
@@ -626,6 +699,12 @@ class WorldModelEnv(ModelBasedEnvBase):
     def actor(self, policy: Callable, batch_size: torch.Size) -> Act:
         """Return a policy as what acts on flat tensors, ``[*B]`` by key."""
         return self._actor(self._policy(policy), Placement(batch_size, self.device))
+
+    def _going_on(self, state: TensorDictBase) -> Start:
+        """Return the start that a state is, with the memory that belongs to it."""
+        memory = self._memory_of(state)
+        start = Start.of(state)
+        return start._replace(values={**start.values, **memory})
 
     def _flat_start(
         self, given: TensorDictBase | None, auto_reset: bool

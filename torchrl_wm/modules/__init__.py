@@ -44,7 +44,8 @@ from torchrl_wm.modules.blocks.shift import random_shift
 from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.world_model.initial_state import InitialState
-from torchrl_wm.modules.world_model.observer import Observer
+from torchrl_wm.modules.world_model.memory import write_memory
+from torchrl_wm.modules.world_model.observer import memory_apart, Observer
 from torchrl_wm.modules.world_model.sequence_pass import check_sequence
 from torchrl_wm.modules.world_model.world_model import WorldModel
 
@@ -84,6 +85,8 @@ __all__ = [
     "WorldModel",
     "check_sequence",
     "fit_normalizers",
+    "memory_apart",
     "random_shift",
     "with_propagation",
+    "write_memory",
 ]

@@ -61,8 +61,10 @@ class ModelPass:
         self.inputs = _root_inputs({**components, **judges})
         if world_model.is_recurrent:
             # Latents are filtered from the observations; they may be given, too.
-            latents = world_model.latent_keys
-            self.inputs = [key for key in self.inputs if key not in latents]
+            found = (*world_model.latent_keys, *world_model.memory_keys)
+            self.inputs = [key for key in self.inputs if key not in found]
+            for name in world_model.filter.transition.remembering:
+                components.pop(name, None)  # run by the filter, on the way
         ahead = [name for name in ("encoder", "dynamics") if name in components]
         self._ahead = {name: components.pop(name) for name in ahead}
         self._heads = components

@@ -329,6 +329,8 @@ class WorldModelLoss(LossWithNetworks):
             predicted: the model's predictions.
             batch: the real transitions.
         """
+        if name in self.world_model.filter.transition.remembering:
+            return predicted  # the filter has run it, on corrected latents
         inputs = predicted.exclude("next").copy()
         inputs.set("next", self.encode_next(batch).detach())
         return run_components({name: self.world_model.components[name]}, inputs)

@@ -25,6 +25,7 @@ from torchrl_wm.modules.keys import (
 from torchrl_wm.modules.world_model.flat import (
     FlatTensors,
     Placement,
+    to_flat,
     to_tensordict,
     where,
 )
@@ -79,7 +80,8 @@ class ModelObjective(Objective):
         if any(score.in_keys is None for score in scores):
             return
         endings = [*layout.endings.bool_keys, *layout.endings.logit_keys]
-        read = {join("next", key) for key in (*layout.latent, *endings)}
+        moving = (*layout.latent, *layout.memory)
+        read = {join("next", key) for key in (*moving, *endings)}
         read.update(key for score in scores for key in score.in_keys)
         kept = []
         for module in reversed(kernel.program.modules):
@@ -123,7 +125,25 @@ class ModelObjective(Objective):
             key: value.reshape(-1, *value.shape[dims:]).to(env.device)
             for key, value in values.items()
         }
-        return {**state, **self.start_entries(tensordict, state)}
+        state.update(self.start_entries(tensordict, state))
+        for key, value in self._memory(tensordict).items():
+            state[key] = value.reshape(-1, *value.shape[dims:]).to(env.device)
+        return state
+
+    def _memory(self, tensordict: TensorDictBase) -> FlatTensors:
+        """Return the memory of a start: given, left by the observer before the planner, or anew."""
+        model, layout = self.env.world_model, self.kernel.layout
+        if not layout.memory:
+            return {}
+        memory = model.filter.given_memory(tensordict)
+        if memory is None and model.observed_memory is not None:
+            if not missing_from(tensordict, layout.latent):
+                latents = to_flat(tensordict, layout.latent)
+                memory = model.observed_memory.find(latents)
+        if memory is None:
+            size, device = tensordict.batch_size, self.env.device
+            memory = model.filter.initial_memory(size, device)
+        return memory
 
     def shown(self, start: TensorDictBase) -> list[NestedKey]:
         """Return the entries that an imagined env keeps: no observations, no notes of real steps."""
@@ -180,8 +200,13 @@ class ModelObjective(Objective):
         return [score for _, score in self.score.terms]
 
     def repeat(self, state: FlatTensors, times: int) -> FlatTensors:
-        # Always copies: a model may work in place.
-        rows = {key: value.repeat_interleave(times, 0) for key, value in state.items()}
+        # Always copies: a model may work in place. The plans of one state share its memory.
+        rows = {
+            key: _shared(value, times)
+            if key in self.kernel.layout.memory
+            else value.repeat_interleave(times, 0)
+            for key, value in state.items()
+        }
         if times == 1:
             return rows
         # In an ensemble of which each trajectory follows a member (TSinf), each follows
@@ -199,7 +224,7 @@ class ModelObjective(Objective):
         endings, outputs = layout.endings, kernel.outputs
         at = self._at(state)
         observed = list(self._read_observations(layout, of_start=False))
-        moving = [*layout.latent, *observed, *layout.counter]
+        moving = [*layout.latent, *layout.memory, *observed, *layout.counter]
         options = (endings.never(at), bool(observed), False, False, self.needed)
         first, later = kernel.stages(at, *options), None
 
@@ -242,6 +267,8 @@ class ModelObjective(Objective):
     def select(
         self, rows: torch.Tensor, new: FlatTensors, old: FlatTensors
     ) -> FlatTensors:
+        memory = self.kernel.layout.memory  # which no value reads
+        old = {key: value for key, value in old.items() if key not in memory}
         return where(rows, new, old)
 
     def evaluate(self, state: FlatTensors) -> torch.Tensor:
@@ -256,6 +283,13 @@ class ModelObjective(Objective):
     def _at(self, state: FlatTensors) -> Placement:
         """Return the number of rows of a state, ``[R]``, and its device."""
         return Placement(next(iter(state.values())).shape[:1], self.env.device)
+
+
+def _shared(memory: torch.Tensor, times: int) -> torch.Tensor:
+    """Return memory for ``times`` plans of each row: that of a single row is not copied."""
+    if len(memory) == 1 and times > 1:
+        return memory.expand(times, *memory.shape[1:])
+    return memory.repeat_interleave(times, 0)
 
 
 def _overlap(one: NestedKey, other: NestedKey) -> bool:

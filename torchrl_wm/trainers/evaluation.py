@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_wm._interrupts import check_interrupt
+from torchrl_wm.modules import memory_apart
 from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.real_envs import episode_seeds
@@ -89,7 +90,8 @@ def run_episodes(
     moves = _device_of(policy) not in (None, torch.device("cpu"))
     is_module = isinstance(policy, nn.Module)
     mode = evaluation_mode(policy) if is_module else nullcontext()
-    with forked_random(), set_exploration_type(exploration), mode:
+    apart = memory_apart(policy)
+    with forked_random(), set_exploration_type(exploration), mode, apart:
         return [
             env.rollout(
                 max_steps, policy, callback=after_step, auto_cast_to_device=moves

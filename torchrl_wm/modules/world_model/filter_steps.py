@@ -8,7 +8,7 @@ is that of :mod:`torchrl_wm.envs.step`.) Steps run one after the other here;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -32,7 +32,7 @@ class FilterInputs:
         encoded: the encoded next observations, by ``("next", key)``; None to
             predict without correction.
         begins: where episodes begin, bool; None where they never do.
-        fresh: the latents that an episode would begin with.
+        fresh: the latents and the memory that an episode would begin with.
     """
 
     context: FlatTensors
@@ -88,13 +88,13 @@ def filter_step(
 
     Args:
         transition: predicts and corrects.
-        state: the latents that it starts from.
+        state: the latents and the memory that it starts from.
         now: the inputs of this step.
         at: the batch size ``*B``, and the device.
         predicts: whether the predictions are of use beside the next latents.
 
     Returns:
-        The next latents; and the entries of this step: the latents it started
+        The next latents and memory; and the entries of this step: the latents it started
         from, what was written under "next", and, without correction, what the
         dynamics wrote at the root.
     """
@@ -105,11 +105,12 @@ def filter_step(
         if predicts or not transition.is_seen(now.encoded):
             values = transition.predict(state, now.context, at)
         written, following = transition.correct(values, now.encoded, at)
-        return following, {**state, **written}
-    values = transition.imagine(state, now.context, at)
-    following = {key: values[place] for key, place in transition.latents}
-    given = now.context.keys() - transition.written
-    return following, {k: value for k, value in values.items() if k not in given}
+        made, left_out = {**state, **written}, transition.unrecorded
+    else:
+        made = transition.imagine(state, now.context, at)
+        following = {key: made[place] for key, place in transition.state}
+        left_out = transition.unrecorded | (now.context.keys() - transition.written)
+    return following, {k: value for k, value in made.items() if k not in left_out}
 
 
 def filter_steps(
@@ -127,7 +128,7 @@ def filter_steps(
 
     Args:
         transition: predicts and corrects.
-        state: the latents that the first step starts from, ``[*B, ...]``.
+        state: the latents and the memory that the first step starts from, ``[*B, ...]``.
         inputs: ``[*B, T, ...]``. An episode that begins at the first step is
             already in ``state``.
         at: the batch size ``*B``, and the device.
@@ -154,6 +155,25 @@ def filter_steps(
         state, out = filter_step(transition, state, now, at, predicts)
         outs.append(out)
     return {key: torch.stack([out[key] for out in outs], dim) for key in outs[0]}
+
+
+def filter_states(
+    transition: Transition, state: FlatTensors, inputs: FilterInputs, at: Placement
+) -> Iterator[FlatTensors]:
+    """Make all steps, and hand out only states; the arguments are those of :func:`filter_steps`.
+
+    Yields:
+        The latents and the memory at the root of each step; and, last, those after them.
+    """
+    yield state
+    for number, now in enumerate(inputs.unbind(len(at.batch_size))):
+        if number == 0:
+            now = FilterInputs(now.context, now.encoded)
+        elif now.begins is not None:
+            state = where(now.begins, now.fresh, state)
+        state, _ = filter_step(transition, state, now, at, predicts=False)
+        at = at._replace(trusted=True)
+        yield state
 
 
 def contiguous(value: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ encoder writes. An episode begins at the initial state, corrected by its first o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -23,6 +23,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.filter_steps import (
     contiguous,
+    filter_states,
     filter_step,
     filter_steps,
     FilterInputs,
@@ -37,6 +38,7 @@ from torchrl_wm.modules.world_model.flat import (
     where,
 )
 from torchrl_wm.modules.world_model.initial_state import InitialState
+from torchrl_wm.modules.world_model.memory import check_all_or_none, owned
 from torchrl_wm.modules.world_model.run_components import run_components
 from torchrl_wm.modules.world_model.sequence_pass import (
     check_sequence_module,
@@ -59,6 +61,7 @@ class Filter:
         components: the model's components, by name.
         initial_state: the first values of the latents that the encoder does not write.
         latents: the keys of the latents.
+        memory: the keys of what is carried beside them, and not recorded.
         sequence: filters whole sequences in one pass; None leaves them to a loop of steps.
         later_steps: compiles the steps of a sequence after the first; None leaves them
             eager.
@@ -69,6 +72,7 @@ class Filter:
         components: Mapping[str, nn.Module],
         initial_state: InitialState | None,
         latents: Sequence[NestedKey],
+        memory: Sequence[NestedKey] = (),
         sequence: nn.Module | None = None,
         later_steps: LaterSteps | None = None,
     ) -> None:
@@ -76,7 +80,7 @@ class Filter:
         self.posterior = components.get("posterior")
         self.heads = {k: components[k] for k in HEADS if k in components}
         self.initial_state = initial_state
-        self.latents = list(latents)
+        self.latents, self.memory = list(latents), list(memory)
         self.sequence = sequence
         self.later_steps = later_steps
         self._transition: Transition | None = None
@@ -86,7 +90,7 @@ class Filter:
     @property
     def is_recurrent(self) -> bool:
         """True if latents depend on more than the latest observation."""
-        if self.posterior is not None:
+        if self.posterior is not None or self.memory:
             return True
         encoded = set(written_keys(self.encoder))
         return any(key not in encoded for key in self.latents)
@@ -102,7 +106,8 @@ class Filter:
         made = self._transition
         # A graph is guarded as the networks are.
         if torch.compiler.is_compiling() or made is None or not made.is_current():
-            made = Transition(self.dynamics, self.posterior, self.latents, self.heads)
+            parts = (self.dynamics, self.posterior, self.latents, self.heads)
+            made = Transition(*parts, self.memory)
             if not torch.compiler.is_compiling():
                 self._transition = made
         return made
@@ -137,6 +142,9 @@ class Filter:
         absent = missing_from(tensordict, self.latents)
         if not absent or self.initial_state is None:
             return tensordict
+        encoded = written_keys(self.encoder)
+        begun = [key for key in self.latents if key not in encoded]
+        check_all_or_none("latents", begun, tensordict)
         initial = self.initial_state(tensordict.batch_size, tensordict.device)
         for key in absent:
             if initial.get(key, None) is not None:
@@ -164,25 +172,25 @@ class Filter:
         """Update the latents by the newest observation: the front of a policy.
 
         Args:
-            tensordict: the observation, ``[*B, ...]``; the latents of the step
+            tensordict: the observation, ``[*B, ...]``; the latents and the memory of the step
                 before and the action taken then, if there was one; ``is_init``.
 
         Returns:
-            The same tensordict with the present latents.
+            The same tensordict with the present latents and memory.
         """
         self.check_observable()
         observations = self.observations
         _require(tensordict, observations)
         observed = tensordict.select(*observations)
         if not self.is_recurrent or missing_from(tensordict, self.latents):
-            return tensordict.update(self._fresh(observed))
+            return tensordict.update(self._begun(observed))
         begins, transition = episode_begins(tensordict), self.transition
         missing = missing_from(tensordict, transition.context)
         # Where all episodes begin, there is no action before, and what is drawn for a step would
         # be in vain. A look at the flags waits for any other device.
         may_look = missing or (begins is not None and begins.device.type == "cpu")
         if may_look and begins is not None and begins.all():
-            return tensordict.update(self._fresh(observed))
+            return tensordict.update(self._begun(observed))
         if missing:
             raise MissingEntryError(
                 f"The latents go on from the step before, and what was done then is missing: "
@@ -190,14 +198,22 @@ class Filter:
                 f"root, as env.rollout does: step_mdp(td, exclude_action=False); or say with "
                 f"'is_init' (torchrl.envs.InitTracker) that every episode begins here."
             )
+        memory = self.given_memory(tensordict)
+        if memory is None:
+            raise MissingEntryError(
+                f"The latents go on from the step before, and the memory {self.memory} of that step "
+                f"is missing; the tensordict has {leaf_keys(tensordict)}. It is not recorded: "
+                f"world_model.observer() carries it from step to step, "
+                f"world_model.burn_in(sequences) makes it of recorded steps."
+            )
         encoded = self.encoder(observed.copy())
         at = Placement(tensordict.batch_size, tensordict.device)
-        before = to_flat(tensordict, self.latents)
+        before = {**to_flat(tensordict, self.latents), **memory}
         context = to_flat(tensordict, transition.context)
         now = FilterInputs(context, self._below_next(encoded))
         state, _ = filter_step(transition, before, now, at, predicts=False)
         if _may_begin(begins):
-            fresh = to_flat(self._fresh(observed), self.latents)
+            fresh = to_flat(self._begun(observed), state)
             state = where(begins, fresh, state)
         for key, value in state.items():
             tensordict.set(key, value)
@@ -212,8 +228,9 @@ class Filter:
 
         Args:
             tensordict: transitions, ``[*B, T]``, with the observations at the root
-                and under "next"; not modified. Latents at the root of the first
-                step are where the filter starts, unless an episode begins there.
+                and under "next"; not modified. Latents, and memory, at the root of the
+                first step are where the filter starts, unless an episode begins there. Without
+                memory there, that begins anew.
             predicts: whether the predictions are of use. Without, the dynamics are not run where
                 the encoder writes all that they predict.
 
@@ -221,6 +238,33 @@ class Filter:
             A tensordict, ``[*B, T]``, with the filtered latents at the root and
             what dynamics and posterior write under "next".
         """
+        state, given = self._begin_sequence(tensordict)
+        sequence = self.sequence  # which begins with an empty memory
+        if self.given_memory(tensordict[..., 0]):
+            sequence = None
+        steps = self._steps(
+            self.transition, state, given, tensordict, sequence, predicts
+        )
+        kept = tensordict.copy()
+        return (kept.exclude(*self.memory) if self.memory else kept).update(steps)
+
+    def states(self, tensordict: TensorDictBase) -> Iterator[FlatTensors]:
+        """Filter sequences step by step, and hand out latents and memory, ``[*B, ...]`` by key.
+
+        Args:
+            tensordict: as for :meth:`observe_sequence`.
+
+        Yields:
+            The state at the root of each step; and, last, the one after them.
+        """
+        at = Placement(tensordict.batch_size[:-1], tensordict.device)
+        state, given = self._begin_sequence(tensordict)
+        return filter_states(self.transition, state, given, at)
+
+    def _begin_sequence(
+        self, tensordict: TensorDictBase
+    ) -> tuple[FlatTensors, FilterInputs]:
+        """Return the state that sequences start from, and what their steps read, ``[*B, T]``."""
         observations, transition = self.observations, self.transition
         needed = [*(join("next", key) for key in observations), *transition.context]
         _require(tensordict, needed)
@@ -229,7 +273,7 @@ class Filter:
                 f"observe filters sequences, [*B, T], and the tensordict has the batch size "
                 f"{tuple(tensordict.batch_size)}."
             )
-        state = self._first_latents(tensordict)
+        state = self._first_state(tensordict)
         begins, fresh = episode_begins(tensordict), None
         if begins is not None and _may_begin(begins[..., 1:]):
             fresh = self._fresh_where(
@@ -240,16 +284,8 @@ class Filter:
         encoded = run_components(
             {"encoder": self.encoder}, tensordict.get("next").select(*observations)
         )
-        given = FilterInputs(
-            to_flat(tensordict, transition.context),
-            self._below_next(encoded),
-            begins,
-            fresh,
-        )
-        steps = self._steps(
-            transition, state, given, tensordict, self.sequence, predicts
-        )
-        return tensordict.copy().update(steps)
+        context = to_flat(tensordict, transition.context)
+        return state, FilterInputs(context, self._below_next(encoded), begins, fresh)
 
     def predict_sequence(
         self, tensordict: TensorDictBase, keep: Iterable[NestedKey]
@@ -266,7 +302,7 @@ class Filter:
             the dynamics write.
         """
         transition = self.transition
-        state = self._first_latents(tensordict)
+        state = self._first_state(tensordict)
         given = FilterInputs(to_flat(tensordict, transition.context))
         steps = self._steps(transition, state, given, tensordict)
         kept = tensordict.select(*keep).apply(contiguous)  # as the steps are, for heads
@@ -295,11 +331,11 @@ class Filter:
             )
         return to_tensordict(steps, Placement(size, device))
 
-    def _first_latents(self, tensordict: TensorDictBase) -> FlatTensors:
-        """Return the latents that a sequence starts from, ``[*B, ...]`` by key.
+    def _first_state(self, tensordict: TensorDictBase) -> FlatTensors:
+        """Return the latents and the memory that a sequence starts from, ``[*B, ...]`` by key.
 
-        The encoder writes those that it can; the others are those given at the first
-        step, or the initial ones if an episode begins there or none are given.
+        The encoder writes the latents that it can; the others, and the memory, are those given at
+        the first step, or the initial ones if an episode begins there or none are given.
         """
         observations = self.observations
         first = tensordict[..., 0]
@@ -307,18 +343,21 @@ class Filter:
         state = known
         if missing_from(known, self.latents) or not missing_from(known, observations):
             state = self._fresh(known)
-        state = to_flat(state, self.latents)
+        anew = self.initial_memory(first.batch_size, first.device)
+        memory = self.given_memory(first)
+        state = {**to_flat(state, self.latents), **(anew if memory is None else memory)}
         begins = episode_begins(tensordict)
         no_latents = missing_from(first, self.latents) == self.latents
         if no_latents or begins is None or not _may_begin(begins[..., 0]):
             return state
         fresh = self._fresh(first.select(*observations, strict=False))
-        return where(begins[..., 0], to_flat(fresh, self.latents), state)
+        fresh = {**to_flat(fresh, self.latents), **anew}
+        return where(begins[..., 0], fresh, state)
 
     def _fresh_where(
         self, begins: torch.Tensor, tensordict: TensorDictBase
     ) -> FlatTensors:
-        """Return the latents at the beginning of an episode, for the rows where one begins.
+        """Return latents and memory at the beginning of an episode, for the rows where one begins.
 
         Elsewhere they stand for nothing: on a CPU, no observation is encoded there.
 
@@ -328,15 +367,52 @@ class Filter:
         """
         # Rows whose number is not known beforehand break graphs, and wait for a GPU.
         is_late = begins.device.type != "cpu" or torch.compiler.is_compiling()
+        memory = self.initial_memory(begins.shape, tensordict.device)
         if is_late or missing_from(tensordict, self.observations):
-            return to_flat(self._fresh(tensordict), self.latents)
+            return {**to_flat(self._fresh(tensordict), self.latents), **memory}
         rows = run_components({"encoder": self.encoder}, tensordict[begins])
         known = tensordict.copy()
         for key in written_keys(self.encoder):
             row = rows.get(key)
             everywhere = row.new_zeros(*begins.shape, *row.shape[1:])
             known.set(key, everywhere.index_put((begins,), row))
-        return to_flat(self._completed(known), self.latents)
+        return {**to_flat(self._completed(known), self.latents), **memory}
+
+    # Beginnings ----------------------------------------------------------
+
+    def given_memory(self, tensordict: TensorDictBase) -> FlatTensors | None:
+        """Return the memory in a tensordict, by key; None if it has none.
+
+        Raises:
+            MissingEntryError: if it has some of it.
+        """
+        if not check_all_or_none("memory", self.memory, tensordict):
+            return None if self.memory else {}
+        return to_flat(tensordict, self.memory)
+
+    def initial_memory(
+        self, batch_size: torch.Size, device: torch.device | None
+    ) -> FlatTensors:
+        """Return the memory at the beginning of an episode, ``[*B, ...]`` by key.
+
+        Raises:
+            MissingEntryError: if the initial state lacks it.
+        """
+        if not self.memory:
+            return {}
+        initial = self.initial_state(batch_size, device)
+        if missing := missing_from(initial, self.memory):
+            raise MissingEntryError(
+                f"Nothing says where the memory {missing} begins: the model's initial state gives "
+                f"{leaf_keys(initial)}. Pass WorldModel(..., initial_state=TensorDict({{...}}))."
+            )
+        return {key: owned(initial.get(key)) for key in self.memory}
+
+    def _begun(self, observed: TensorDictBase) -> TensorDictBase:
+        """Return latents and memory at the beginning of an episode, from its first observation."""
+        fresh = self._fresh(observed)
+        memory = self.initial_memory(fresh.batch_size, fresh.device)
+        return fresh.update(memory)
 
     def _fresh(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return the latents at the beginning of an episode, from all that is known of it."""
@@ -344,6 +420,7 @@ class Filter:
             fresh = self.encode(tensordict.copy())
         elif self.initial_state is not None:
             fresh = self.initial_state(tensordict.batch_size, tensordict.device)
+            fresh = fresh.exclude(*self.memory)
             fresh = fresh.update(tensordict.select(*self.latents, strict=False))
         else:
             fresh = tensordict

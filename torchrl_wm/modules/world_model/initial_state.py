@@ -74,20 +74,33 @@ class InitialState(nn.Module):
                 f"{type(source).__name__}."
             )
 
-    def check(self, latents: list[NestedKey], encoded: list[NestedKey]) -> None:
-        """Refuse values that no latent needs.
+    def check(
+        self,
+        latents: list[NestedKey],
+        memory: list[NestedKey],
+        encoded: list[NestedKey],
+    ) -> None:
+        """Refuse values that no latent and no memory needs, and memory without a value.
 
         Raises:
-            ValueError: if a key is no latent, or one that the encoder writes.
+            ValueError: if a key is neither latent nor memory, or one that the encoder writes, or
+                if memory is missing.
         """
         if self.function is not None:
             return  # its keys are known when it is called
-        unneeded = [k for k in self.keys() if k not in latents or k in encoded]
+        given = self.keys()
+        needed = [key for key in (*latents, *memory) if key not in encoded]
+        unneeded = [key for key in given if key not in needed]
         if unneeded:
-            needed = [key for key in latents if key not in encoded]
             raise ValueError(
                 f"initial_state gives {unneeded}, which the model does not take from it: the "
                 f"latents that the encoder does not write are {needed}."
+            )
+        missing = [key for key in memory if key not in given]
+        if missing:
+            raise ValueError(
+                f"initial_state gives {given} and lacks the memory {missing}. Add its first "
+                f"values, without batch dims: initial_state=TensorDict({{{missing[0]!r}: ...}})."
             )
 
     def keys(self) -> list[NestedKey]:

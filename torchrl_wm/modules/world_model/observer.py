@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
 
+from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, missing_from, unique
-from torchrl_wm.modules.world_model.filtering import IS_INIT
+from torchrl_wm.modules.world_model.filtering import episode_begins, IS_INIT
+from torchrl_wm.modules.world_model.flat import FlatTensors, to_flat
+from torchrl_wm.modules.world_model.memory import HeldMemory
 
 
 class Observer(TensorDictModuleBase):
@@ -21,7 +27,10 @@ class Observer(TensorDictModuleBase):
     world_model.observer(), actor)``. The latents travel in the tensordict, as the
     states of TorchRL's recurrent modules do: give the env an ``InitTracker``,
     so that they begin anew with each episode, and the transform of
-    :meth:`make_tensordict_primer`, so that the env knows them.
+    :meth:`make_tensordict_primer`, so that the env knows them. The memory of a model does not
+    travel: the observer carries it from call to call, and hands it to a planner behind it. So an
+    observer is for the envs of one batch; others have observers of their own
+    (:func:`memory_apart` lends them this one).
 
     Args:
         world_model: the :class:`~torchrl_wm.WorldModel`; its components are shared, not
@@ -50,10 +59,45 @@ class Observer(TensorDictModuleBase):
         self.out_keys = list(world_model.latent_keys)
         before = [*self.out_keys, *world_model.filter.transition.context]
         self.in_keys = unique([*world_model.encoder.in_keys, *before, IS_INIT])
+        #: The memory of the last call.
+        self.held = HeldMemory()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update the latents in ``tensordict``, ``[*B]``, by its observation."""
-        return self.world_model.filter.observe_step(tensordict)
+        filter_ = self.world_model.filter
+        if not filter_.memory:
+            return filter_.observe_step(tensordict)
+        self.world_model.observed_memory = self.held
+        given = filter_.given_memory(tensordict)
+        step = tensordict.copy().update(given or self._held_memory(tensordict))
+        step = filter_.observe_step(step)
+        memory = to_flat(step, filter_.memory)
+        latents = to_flat(step, filter_.latents)
+        self.held.keep(latents, memory)
+        for key, value in (latents if given is None else {**latents, **memory}).items():
+            tensordict.set(key, value)
+        return tensordict
+
+    def _held_memory(self, tensordict: TensorDictBase) -> FlatTensors:
+        """Return the memory of the step before; none where all episodes begin.
+
+        Raises:
+            MissingEntryError: if the latents are not those that this observer left.
+        """
+        latents = self.world_model.filter.latents
+        begins = episode_begins(tensordict)
+        if missing_from(tensordict, latents) or (begins is not None and begins.all()):
+            return {}
+        found = self.held.find(to_flat(tensordict, latents), begins)
+        if found is None:
+            raise MissingEntryError(
+                f"The observer carries the memory {self.world_model.memory_keys} from call to "
+                f"call, and the latents of this one are not those that it left. Give each batch of "
+                f"envs an observer of its own, world_model.observer(); let episodes begin where "
+                f"'is_init' says so (torchrl.envs.InitTracker); or give the memory beside the "
+                f"latents: world_model.burn_in(sequences)."
+            )
+        return found
 
     def make_tensordict_primer(
         self, observations: TensorDictBase | None = None, **kwargs: Any
@@ -104,6 +148,21 @@ class Observer(TensorDictModuleBase):
                 node = node[parent]
             node[name] = Unbounded(value.shape, dtype=value.dtype, device=value.device)
         return TensorDictPrimer(spec, default_value=0.0, expand_specs=True, **kwargs)
+
+
+@contextmanager
+def memory_apart(policy: Any) -> Iterator[None]:
+    """Let the observers in a policy act in other envs, and then go on where they were."""
+    parts = policy.modules() if isinstance(policy, nn.Module) else ()
+    observers = [part for part in parts if isinstance(part, Observer)]
+    before = [observer.held for observer in observers]
+    for observer in observers:
+        observer.held = HeldMemory()
+    try:
+        yield
+    finally:
+        for observer, held in zip(observers, before):
+            observer.held = held
 
 
 def _own_dims(observations: TensorDictBase | None, key: tuple[str, ...]) -> torch.Size:

@@ -32,9 +32,8 @@ def check_sequence_module(
             parameters or buffers of its own.
     """
     encoded = written_keys(components["encoder"])
-    latents = [key for key, _ in transition.latents]
     there = [
-        *latents,
+        *transition.latents,
         *transition.context,
         *(join("next", k) for k in encoded),
         IS_INIT,
@@ -77,10 +76,14 @@ def run_sequence(
     Args:
         sequence: reads ``[*B, T]`` entries and writes those of the step below "next".
         transition: the step; says which entries there are.
-        state: the latents that the first step starts from, ``[*B, ...]``.
+        state: the latents that the first step starts from, ``[*B, ...]``. Memory begins anew.
         inputs: ``[*B, T, ...]``.
         at: the batch size ``*B``, and the device.
     """
+    state = {key: state[key] for key in transition.latents}
+    fresh = inputs.fresh
+    if fresh is not None:
+        fresh = {key: fresh[key] for key in state}
     dim = len(at.batch_size)
     any_input = next(iter({**inputs.context, **inputs.encoded}.values()))
     size = torch.Size((*at.batch_size, any_input.shape[dim]))
@@ -93,8 +96,8 @@ def run_sequence(
     given = {key: _beginning(value, size[-1], dim) for key, value in state.items()}
     for key, value in known.items():
         given[key] = _delayed(state[key], value, dim)
-    if inputs.fresh is not None:
-        given = where(begins, inputs.fresh, given)
+    if fresh is not None:
+        given = where(begins, fresh, given)
     values = {**inputs.context, **inputs.encoded, **given}
     values[IS_INIT] = begins.unsqueeze(-1)
     whole = Placement(size, at.device)
@@ -102,12 +105,12 @@ def run_sequence(
     out = run_components({"sequence": sequence}, to_tensordict(read, whole))
     written = {place: _written(out, place) for place in transition.places}
     roots = {}
-    for key, place in transition.latents:
+    for key in state:
         roots[key] = given[key]
         if key not in known:
-            roots[key] = _delayed(state[key], written[place], dim)
-    if inputs.fresh is not None:
-        roots = where(begins, inputs.fresh, roots)
+            roots[key] = _delayed(state[key], written[join("next", key)], dim)
+    if fresh is not None:
+        roots = where(begins, fresh, roots)
     return {**roots, **written}
 
 

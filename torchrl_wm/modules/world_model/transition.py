@@ -1,12 +1,12 @@
 """Dynamics and posterior on a flat dictionary of tensors: predict, then correct.
 
-A head that has latents of its own, such as an LSTM over what the model predicts, moves them
-after the correction.
+A head that has latents or memory of its own, such as an LSTM over what the model predicts, moves
+them after the correction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tensordict import NestedKey
 from torch import nn
@@ -27,7 +27,9 @@ class Transition:
         posterior: corrects them by an encoded observation. Without one, what the encoder
             writes takes the place of what was predicted.
         latents: the keys of the latents.
-        heads: the heads of the model, by name. Those that write no latents are left out.
+        heads: the heads of the model, by name. Those that carry nothing and read no memory are
+            left out.
+        memory: the keys of what is carried beside the latents, and not recorded.
     """
 
     def __init__(
@@ -36,20 +38,37 @@ class Transition:
         posterior: nn.Module | None,
         latents: Sequence[NestedKey],
         heads: Mapping[str, nn.Module] | None = None,
+        memory: Sequence[NestedKey] = (),
     ) -> None:
         self.dynamics, self.posterior = dynamics, posterior
-        #: The latents, and where they are predicted.
-        self.latents = [(key, join("next", key)) for key in latents]
-        places = {place for _, place in self.latents}
-        #: The heads that have latents of their own, by name.
+        self.latents = list(latents)
+        #: The state: latents, then memory; and where they are predicted.
+        self.state = [(key, join("next", key)) for key in (*latents, *memory)]
+        #: The entries that are carried, and not recorded.
+        self.unrecorded = {*memory, *(join("next", key) for key in memory)}
+        places = {place for _, place in self.state}
+        #: The heads that read memory, which nobody but the filter can run; and all that it runs,
+        #: which may have latents of their own, too; by name.
+        self.remembering = {
+            name: head
+            for name, head in (heads or {}).items()
+            if not self.unrecorded.isdisjoint(unique(head.in_keys))
+        }
         self.heads = {
             name: head
             for name, head in (heads or {}).items()
-            if places & {*written_keys(head)}
+            if name in self.remembering or places & {*written_keys(head)}
         }
         of_heads = {key for head in self.heads.values() for key in written_keys(head)}
-        self._moved = [pair for pair in self.latents if pair[1] not in of_heads]
-        self._judged = [pair for pair in self.latents if pair[1] in of_heads]
+        self._moved = [pair for pair in self.state if pair[1] not in of_heads]
+        self._judged = [pair for pair in self.state if pair[1] in of_heads]
+        #: What those that read memory predict.
+        self._verdicts = [
+            key
+            for head in self.remembering.values()
+            for key in written_keys(head)
+            if key not in places
+        ]
         #: Whether a step can do without predictions where the encoder writes the latents: no
         #: posterior corrects them, and no head reads what else the dynamics write.
         read = {key for head in self.heads.values() for key in unique(head.in_keys)}
@@ -58,7 +77,8 @@ class Transition:
         steps = (dynamics, *self.heads.values())
         reads = unique([key for module in steps for key in unique(module.in_keys)])
         #: The keys that a step reads beside latents: the action, and constant context.
-        self.context = [k for k in reads if not is_next(k) and k not in latents]
+        carried = {key for key, _ in self.state}
+        self.context = [k for k in reads if not is_next(k) and k not in carried]
         self.written = {*written_keys(dynamics), *of_heads}
         self._predict = Program([dynamics])
         self._judge = {name: Program([head]) for name, head in self.heads.items()}
@@ -73,11 +93,12 @@ class Transition:
 
     @property
     def places(self) -> list[NestedKey]:
-        """The entries that a step of the filter writes, all below "next"."""
-        of_heads = [place for _, place in self._judged]
+        """The entries that a step of the filter records, all below "next"."""
+        of_heads = [*(place for _, place in self._judged), *self._verdicts]
         corrected = [] if self._correct is None else [p for _, p in self._corrections]
         predicted = [key for key in written_keys(self.dynamics) if is_next(key)]
-        return unique([*predicted, *corrected, *of_heads])
+        every = unique([*predicted, *corrected, *of_heads])
+        return [place for place in every if place not in self.unrecorded]
 
     def known(self, encoded: FlatTensors) -> FlatTensors:
         """Return the next latents that the encoder alone determines, by the latents' keys.
@@ -106,7 +127,7 @@ class Transition:
         """Run the dynamics.
 
         Args:
-            state: the latents, ``[*B, ...]`` by flat key; not modified.
+            state: latents and memory, ``[*B, ...]`` by flat key; not modified.
             context: the action, and whatever else the dynamics read; not modified.
             at: the batch size and device of both.
 
@@ -120,7 +141,7 @@ class Transition:
     def imagine(
         self, state: FlatTensors, context: FlatTensors, at: Placement
     ) -> FlatTensors:
-        """Run the dynamics, and the heads that have latents of their own.
+        """Run the dynamics, and the heads that have latents or memory of their own.
 
         The arguments and the result are those of :meth:`predict`, with what the heads write.
         """
@@ -140,23 +161,29 @@ class Transition:
             at: the batch size and device of both.
 
         Returns:
-            The entries that dynamics and posterior write under "next", with the latents of
-            heads, and the corrected latents.
+            The entries that dynamics and posterior write under "next", with what heads carry
+            and predict with it; and the next state, whose latents are corrected.
         """
         out, state = self._corrected(values, encoded, at)
         if self.heads:
-            # They judge the corrected latents.
             judged = {**values, **out}
+            if self._verdicts and self._correct is None and self._moved[0][1] in values:
+                # What is predicted with memory is trained on predicted latents, as by any head.
+                self._run_heads(judged, at, self.remembering)
+                out.update((key, judged[key]) for key in self._verdicts)
+            # What is carried moves on the corrected latents.
             judged.update((place, state[key]) for key, place in self._moved)
             self._run_heads(judged, at)
             for key, place in self._judged:
                 out[place] = state[key] = judged[place]
+            for key in self._verdicts:
+                out.setdefault(key, judged[key])
         return out, state
 
     def _corrected(
         self, values: FlatTensors, encoded: FlatTensors, at: Placement
     ) -> tuple[FlatTensors, FlatTensors]:
-        """Return what :meth:`correct` does, without the latents of heads."""
+        """Return what :meth:`correct` does, without what heads carry."""
         predicted = {key: value for key, value in values.items() if _below_next(key)}
         if self._correct is None:
             known = self.known(encoded)
@@ -177,9 +204,11 @@ class Transition:
             out.update((place, below[key]) for key, place in self._corrections)
         return out, {key: out[place] for key, place in self._moved}
 
-    def _run_heads(self, values: FlatTensors, at: Placement) -> None:
-        for name, program in self._judge.items():
-            _run(name, self.heads[name], program, values, at)
+    def _run_heads(
+        self, values: FlatTensors, at: Placement, heads: Iterable[str] | None = None
+    ) -> None:
+        for name in self.heads if heads is None else heads:
+            _run(name, self.heads[name], self._judge[name], values, at)
 
 
 def _below_next(key: NestedKey) -> bool:

@@ -42,6 +42,43 @@ def latents_of(step: nn.Module) -> list[NestedKey]:
     return [key for key in read if join("next", key) in written]
 
 
+def check_memory(
+    memory: list[NestedKey],
+    moving: list[NestedKey],
+    components: Mapping[str, nn.Module],
+) -> None:
+    """Refuse memory that no step carries, or that a component takes for an observation or a latent.
+
+    Args:
+        memory: the keys of the entries that are carried and not recorded.
+        moving: all root keys that a step reads and also writes under "next".
+        components: the components by name.
+
+    Raises:
+        ValueError: if a key is not carried by the step, or if encoder, posterior or decoder read
+            or write it.
+    """
+    still = [key for key in memory if key not in moving]
+    if still:
+        raise ValueError(
+            f"memory={still} is not carried from step to step: the step reads and also writes "
+            f"under 'next' {moving}. Let dynamics, or a head, have in_keys=[{still[0]!r}, ...] and "
+            f"out_keys=[{join('next', still[0])!r}, ...]."
+        )
+    for name in ("encoder", "posterior", "decoder"):
+        module = components.get(name)
+        if module is None:
+            continue
+        keys = [*unique(module.in_keys), *written_keys(module)]
+        taken = [key for key in memory if key in map(strip_next, keys)]
+        if taken:
+            raise ValueError(
+                f"{name} has the memory {taken} among its keys, and only the step has memory: it "
+                f"is neither observed, corrected nor decoded. Leave {taken} out of memory=..., so "
+                f"that it is a latent, or give the entry of {name} another key."
+            )
+
+
 def check_wiring(components: Mapping[str, nn.Module]) -> None:
     """Refuse components whose keys cannot work together.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tensordict import NestedKey, TensorDictBase
@@ -14,10 +16,13 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
 from torchrl_wm.modules.world_model.filtering import Filter, HEADS
+from torchrl_wm.modules.world_model.flat import Placement, to_tensordict
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
+from torchrl_wm.modules.world_model.memory import HeldMemory
 from torchrl_wm.modules.world_model.observer import Observer
 from torchrl_wm.modules.world_model.wiring import (
     check_component,
+    check_memory,
     check_posterior,
     check_wiring,
     latents_of,
@@ -33,6 +38,7 @@ class _Wiring(NamedTuple):
     forward: TensorDictSequential
     step: TensorDictSequential
     latents: list[NestedKey]
+    memory: list[NestedKey]
     filter: Filter
 
 
@@ -83,7 +89,14 @@ class WorldModel(TensorDictModuleBase):
             1811.04551). Used by :meth:`observe`, never while imagining.
         initial_state: the first values of latents that the encoder does not write,
             such as a GRU's belief: a tensordict or Composite without batch dims,
-            a TensorDictModule that writes them, or a function of the batch size.
+            a TensorDictModule that writes them, or a function of the batch size. It also
+            gives the first values of the ``memory``.
+        memory: keys of what the step carries beside latents and nothing records, such as a
+            transformer's cache or an LSTM's cell: root keys that dynamics or a head read and
+            write under "next". No rollout, replay buffer, primer or ``info`` holds them. A
+            start has all of them, or none, and they begin anew; :meth:`burn_in` makes those of
+            recorded steps. Components write into them by
+            :func:`~torchrl_wm.modules.write_memory`, or return new ones.
         sequence: filters whole sequences, ``[*B, T]``, in one parallel pass (a causal
             transformer, a parallel scan), where :meth:`observe` and the loss would else make one
             step after the other. Over ``[*B, T]`` it may read what the step reads beside
@@ -98,7 +111,8 @@ class WorldModel(TensorDictModuleBase):
     Raises:
         TypeError: if a component does not name its keys.
         ValueError: if a component reads a ``("next", k)`` that no component
-            writes before it, or if two components write one key.
+            writes before it, if two components write one key, or if ``memory`` names what the
+            step does not carry, or what encoder, posterior or decoder read or write.
 
     .. note:: The components are the only state. Replacing one
         (``world_model.reward_head = other``) takes effect at the next call, and
@@ -165,6 +179,7 @@ class WorldModel(TensorDictModuleBase):
         decoder: TensorDictModuleBase | None = None,
         posterior: TensorDictModuleBase | None = None,
         initial_state: InitialStateLike | None = None,
+        memory: Sequence[NestedKey] = (),
         sequence: TensorDictModuleBase | None = None,
     ) -> None:
         _upstream.check_replaced(nn.Module)
@@ -175,11 +190,17 @@ class WorldModel(TensorDictModuleBase):
                 check_component(name, module)
             self.register_module(name, module)
         self.register_module("initial_state", None)
+        self._memory = unique([memory] if isinstance(memory, str) else memory)
         self.sequence = sequence
         latents = self._wiring.latents  # checks the wiring
         if initial_state is not None:
             self.initial_state = InitialState(initial_state)
-            self.initial_state.check(latents, written_keys(encoder))
+            self.initial_state.check(latents, self._memory, written_keys(encoder))
+        elif self._memory:
+            raise ValueError(
+                f"Nothing says where the memory {self._memory} begins. Pass its first values, "
+                f"without batch dims: WorldModel(..., initial_state=TensorDict({{...}}))."
+            )
 
     # Components and keys -------------------------------------------------
 
@@ -227,7 +248,8 @@ class WorldModel(TensorDictModuleBase):
     @property
     def out_keys(self) -> list[NestedKey]:
         """The keys that :meth:`forward` writes."""
-        return self._wiring.forward.out_keys
+        left_out = self.filter.transition.unrecorded
+        return [key for key in self._wiring.forward.out_keys if key not in left_out]
 
     @out_keys.setter
     def out_keys(self, value) -> None:
@@ -240,8 +262,13 @@ class WorldModel(TensorDictModuleBase):
 
     @property
     def latent_keys(self) -> list[NestedKey]:
-        """The latents: root keys that :meth:`step` reads and writes under "next"."""
+        """The latents: root keys that :meth:`step` reads and writes under "next", but for memory."""
         return list(self._wiring.latents)
+
+    @property
+    def memory_keys(self) -> list[NestedKey]:
+        """What :meth:`step` carries beside the latents, and nothing records."""
+        return list(self._wiring.memory)
 
     @property
     def step_module(self) -> TensorDictSequential:
@@ -252,6 +279,9 @@ class WorldModel(TensorDictModuleBase):
     def filter(self) -> Filter:
         """The part that makes latents of observations over time, for the present components."""
         return self._wiring.filter
+
+    #: The memory of the observer that was run last: a planner behind it goes on from there.
+    observed_memory: HeldMemory | None = None
 
     #: The last :attr:`_wiring`. A tuple is no module, and so is not registered: its modules
     #: would repeat every tensor.
@@ -282,15 +312,23 @@ class WorldModel(TensorDictModuleBase):
         step = TensorDictSequential(
             *(components[name] for name in self.step_names if name in components)
         )
-        latents = latents_of(step)
+        moving, memory = latents_of(step), self._memory
+        check_memory(memory, moving, components)
+        latents = [key for key in moving if key not in memory]
         filter_ = Filter(
-            components, self.initial_state, latents, self.sequence, later_steps
+            components,
+            self.initial_state,
+            latents,
+            memory,
+            self.sequence,
+            later_steps,
         )
         forward = TensorDictSequential(*ahead.values())
-        return _Wiring(parts, forward, step, latents, filter_)
+        return _Wiring(parts, forward, step, latents, memory, filter_)
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
+        state.pop("observed_memory", None)
         # It holds on to networks and to compiled graphs: a copy makes its own.
         state.pop("_last_wiring", None)
         return state
@@ -314,7 +352,16 @@ class WorldModel(TensorDictModuleBase):
         """
         if self.initial_state is None:
             return self._wiring.forward(tensordict)
-        tensordict = self.step(self.encode(tensordict))
+        tensordict = self.encode(tensordict)
+        if self.memory_keys:
+            stepped = tensordict.copy()
+            if self.filter.given_memory(tensordict) is None:
+                size, device = tensordict.batch_size, tensordict.device
+                stepped.update(self.filter.initial_memory(size, device))
+            left_out = self.filter.transition.unrecorded
+            tensordict.update(self.step(stepped).exclude(*left_out))
+        else:
+            tensordict = self.step(tensordict)
         return tensordict if self.decoder is None else self.decoder(tensordict)
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -333,10 +380,10 @@ class WorldModel(TensorDictModuleBase):
         new tensordict has the latents of all its steps, and what dynamics and posterior
         predict under "next".
 
-        Without, it is one step in a running env, ``[*B]``: the latents of the
-        step before and the action taken then are at the root, where TorchRL's
+        Without, it is one step in a running env, ``[*B]``: the latents (and the memory) of
+        the step before and the action taken then are at the root, where TorchRL's
         rollouts and collectors leave them, and are updated by the newest
-        observation. :meth:`observer` does this as a module.
+        observation. :meth:`observer` does this as a module, and carries the memory.
 
         An episode begins, and the latents with it, where ``is_init`` is True; in
         sequences without ``is_init``, after a ``("next", "done")``.
@@ -384,6 +431,50 @@ class WorldModel(TensorDictModuleBase):
         if named or tensordict.get("next", None) is not None:
             return self.filter.observe_sequence(tensordict)
         return self.filter.observe_step(tensordict)
+
+    def burn_in(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Filter real sequences, and return only where they lead: a start to imagine from.
+
+        Beside the latents it has the ``memory`` of the last step, which no record holds.
+
+        Args:
+            tensordict: sequences, ``[*B, T]``, as for :meth:`observe`.
+
+        Returns:
+            Latents and memory after the last step, ``[*B]``.
+
+        Raises:
+            KeyError: as :meth:`observe`.
+
+        Examples:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from tensordict.nn import TensorDictModule as Mod
+            >>> from torchrl_wm import WorldModel
+            >>> world_model = WorldModel(  # how fast it moves is seen only over time
+            ...     Mod(torch.nn.Identity(), ["observation"], ["position"]),
+            ...     Mod(
+            ...         lambda position, before, action: (2 * position - before, position),
+            ...         ["position", "before", "action"],
+            ...         [("next", "position"), ("next", "before")],
+            ...     ),
+            ...     memory=["before"],
+            ...     initial_state={"before": torch.zeros(1)},
+            ... )
+            >>> data = TensorDict({
+            ...     "observation": torch.tensor([[[0.], [1.]]]), "action": torch.zeros(1, 2, 1),
+            ...     "next": {"observation": torch.tensor([[[1.], [2.]]])},
+            ... }, [1, 2])
+            >>> start = world_model.burn_in(data)
+            >>> start["position"], start["before"]
+            (tensor([[2.]]), tensor([[1.]]))
+            >>> "before" in world_model.observe(data).keys()
+            False
+        """
+        (last,) = deque(self.filter.states(tensordict), maxlen=1)
+        return to_tensordict(
+            last, Placement(tensordict.batch_size[:-1], tensordict.device)
+        )
 
     def compile_rollout(self, scope: Scope = "step", **kwargs: Any) -> WorldModel:
         """Compile the steps through time of :meth:`observe` and of multi-step losses.
@@ -502,6 +593,8 @@ class WorldModel(TensorDictModuleBase):
             (name, f"{unique(part.in_keys)} -> {written_keys(part)}", _count(part))
             for name, part in self.components.items()
         ]
+        if self.memory_keys:
+            lines.append(("memory", f"{self.memory_keys}", ""))
         if self.sequence is not None:
             keys = f"{unique(self.sequence.in_keys)} -> {written_keys(self.sequence)}"
             lines.append(("sequence", keys, "shared"))
