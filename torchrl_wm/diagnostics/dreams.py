@@ -185,7 +185,7 @@ def dream(
     steps = recording.steps[row[chosen], time[chosen]]  # [W, C - 1 + H]
     keys = [image.key for image in images]
     seen = _reconstructed(recording.env, steps[:, :context], keys)
-    ahead = imagine_windows(recording.env, steps[:, context - 1 :], keys).steps
+    ahead = imagine_windows(recording, steps[:, context - 1 :], keys).steps
     real, shown = {}, {}
     for key in keys:
         made = torch.cat([seen[key], ahead[key]], 1)

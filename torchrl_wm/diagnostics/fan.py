@@ -110,7 +110,7 @@ def prediction_fan(
         raise MissingEntryError(
             f"The keys {lacking} are not among what can be compared: {list(real)}."
         )
-    imagined = imagine_particles(env, windows, particles)  # [P, N, H]
+    imagined = imagine_particles(recording, windows, particles)  # [P, N, H]
     size = (*recording.batch_size[:-1], horizon)
     out = TensorDict({}, batch_size=size, device=recording.steps.device)
     for key in unique(real if keys is None else keys):

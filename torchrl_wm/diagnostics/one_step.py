@@ -84,7 +84,7 @@ def one_step_prediction(
     """
     recording = Recording.of(env, episodes, "one_step_prediction")
     rows = recording.transitions()
-    predicted = stepped(env, rows)
+    predicted = stepped(recording, rows)
     means, log_vars = predicted.get(loc, None), predicted.get(log_var, None)
     if means is None:
         return _without_gaussians(recording, rows, targets)
@@ -116,10 +116,10 @@ def one_step_prediction(
     return out
 
 
-def stepped(env: WorldModelEnv, rows: TensorDictBase) -> TensorDictBase:
-    """Return what the model's step writes for recorded transitions, ``[M]``, which stay as they are."""
-    model = env.world_model
-    given = rows.exclude("next", "collector", FILTERED)
+def stepped(recording: Recording, rows: TensorDictBase) -> TensorDictBase:
+    """Return what the model's step writes for steps of a recording, ``[M]``, which stay as they are."""
+    model = recording.env.world_model
+    given = rows.exclude("next", "collector", FILTERED).update(recording.state(rows))
     with torch.no_grad(), evaluation_mode(model):
         # The latents of a recurrent model are filtered already.
         if not model.is_recurrent or missing_from(given, model.latent_keys):
@@ -170,7 +170,7 @@ def _without_gaussians(
         raise MissingEntryError(
             f"The targets {lacking} are not among what can be compared: {list(real)}."
         )
-    imagined = imagine_particles(recording.env, windows, 1)
+    imagined = imagine_particles(recording, windows, 1)
     out = TensorDict({}, batch_size=rows.batch_size, device=rows.device)
     for key in unique(targets or real):
         predicted, true = matching(

@@ -82,7 +82,7 @@ def open_loop_error(
     windows = recording.windows(horizon, stride)
     observed = recording.real(windows)
     real = {**observed, **recording.rewards(windows)}
-    imagined = imagine_windows(env, windows, list(real), particles)
+    imagined = imagine_windows(recording, windows, list(real), particles)
     out = TensorDict({}, batch_size=[horizon])
     for key, value in real.items():
         predicted, true = matching(key, imagined.steps[key], value)

@@ -16,6 +16,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.modules.world_model.filtering import episode_begins
+from torchrl_wm.modules.world_model.flat import Placement, to_tensordict
 
 Entries = dict[NestedKey, torch.Tensor]
 
@@ -24,6 +25,9 @@ Episodes = Union[TensorDictBase, Sequence[TensorDictBase]]
 
 #: The entry of the next latents that a recurrent model filters from the recorded observations.
 FILTERED = "_filtered"
+
+#: The entry that says where in the recording a step is, for the memory of a model there.
+_PLACE = "_place"
 
 #: How many frames a recurrent model has seen where it begins to imagine, if there are as many.
 CONTEXT = 5
@@ -77,13 +81,20 @@ class Recording:
         model = env.world_model
         observed = observed_keys(env)
         keys = [k for k in observed if steps.get(join("next", k), None) is not None]
-        inputs = unique(model.encoder.in_keys)
-        inputs += [join("next", key) for key in inputs]
+        observations = unique(model.encoder.in_keys)
+        inputs = [*observations, *(join("next", key) for key in observations)]
         if model.is_recurrent and not missing_from(steps, inputs):
             with torch.no_grad(), evaluation_mode(model):
                 filtered = model.observe(steps)
+                following = filtered.get("next").select(*model.latent_keys)
+                if model.posterior is None:  # else these are predictions
+                    seen = model.encoder(steps.get("next").select(*observations))
+                    following.update(seen.select(*model.latent_keys, strict=False))
             steps = steps.copy().update(filtered.select(*model.latent_keys))
-            steps.set(FILTERED, filtered.get("next").select(*model.latent_keys))
+            steps.set(FILTERED, following)
+            if model.memory_keys:
+                places = torch.arange(steps.numel(), device=steps.device)
+                steps.set(_PLACE, places.reshape(steps.batch_size))
         return cls(env, steps, keys, episodes.batch_size)
 
     @property
@@ -164,6 +175,34 @@ class Recording:
                 "There is nothing to compare: the episodes' ('collector', 'mask') calls every "
                 "step invalid."
             )
+
+    def state(self, steps: TensorDictBase) -> TensorDictBase:
+        """Return what predictions of these steps start from, with the model's memory there.
+
+        Args:
+            steps: recorded steps, ``[M]``. Memory begins anew where none is known.
+        """
+        # Other entries (such as an image in bytes that is decoded as floats) are left out.
+        state = steps.select(*self.env.start_keys, strict=False)
+        places = steps.get(_PLACE, None)
+        return state if places is None else state.update(self._memory(places))
+
+    @torch.no_grad()
+    def _memory(self, places: torch.Tensor) -> TensorDictBase:
+        """Return the memory at these places of the recording, ``[M]``."""
+        model, length = self.env.world_model, self.steps.batch_size[-1]
+        found: dict[NestedKey, torch.Tensor] = {}
+        with evaluation_mode(model):
+            for time, state in enumerate(model.filter.states(self.steps)):
+                here = (places % length == time).nonzero().squeeze(-1)
+                for key in model.memory_keys if len(here) else ():
+                    value = state[key]
+                    shape = (len(places), *value.shape[1:])
+                    kept = found.setdefault(key, value.new_empty(shape))
+                    kept[here] = value[
+                        places[here] // length
+                    ]  # may be written over later
+        return to_tensordict(found, Placement(places.shape, places.device))
 
     def real(self, steps: TensorDictBase) -> Entries:
         """Return what predictions of these steps are compared with, ``[..., *feature]`` by key.
@@ -328,7 +367,7 @@ class Imagined(NamedTuple):
 
 @torch.no_grad()
 def imagine_windows(
-    env: WorldModelEnv,
+    recording: Recording,
     windows: TensorDictBase,
     keys: list[NestedKey],
     particles: int = 1,
@@ -336,19 +375,20 @@ def imagine_windows(
     """Imagine windows with their own actions, and return the mean over particles.
 
     Args:
-        windows: recorded steps, ``[W, H]``; predictions start from the first.
+        recording: what the windows are of.
+        windows: its steps, ``[W, H]``; predictions start from the first.
         keys: the imagined entries to return, without the "next".
         particles: how many times each window is imagined, ``P``.
     """
     positive(particles, "particles")
     horizon = windows.batch_size[-1]
-    specs = env.observation_spec.values(True, True)
+    specs = recording.env.observation_spec.values(True, True)
     numbers = sum(spec.shape.numel() for spec in specs)
     at_once = max(1, _NUMBERS_AT_ONCE // (2 * numbers * particles * horizon))
     steps: dict[NestedKey, list[torch.Tensor]] = {}
     starts: dict[NestedKey, list[torch.Tensor]] = {}
     for part in windows.split(at_once, 0):
-        imagined = imagine_particles(env, part, particles)
+        imagined = imagine_particles(recording, part, particles)
         for key in keys:
             value = imagined.get(join("next", key))
             if particles > 1 and not value.is_floating_point():
@@ -363,11 +403,10 @@ def imagine_windows(
 
 @torch.no_grad()
 def imagine_particles(
-    env: WorldModelEnv, windows: TensorDictBase, particles: int
+    recording: Recording, windows: TensorDictBase, particles: int
 ) -> TensorDictBase:
-    """Imagine recorded windows ``[W, H]`` with their own actions, ``[P, W, H]``."""
-    # Other recorded entries (such as an image in bytes that is decoded as floats) are left out.
-    start = windows[:, 0].select(*env.start_keys, strict=False)
+    """Imagine windows of a recording, ``[W, H]``, with their own actions, ``[P, W, H]``."""
+    env, start = recording.env, recording.state(windows[:, 0])
     actions = windows.select(*env.action_keys)
     number, horizon = windows.batch_size
     # Networks such as TorchRL's RSSM take one batch dim.

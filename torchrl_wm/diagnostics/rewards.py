@@ -75,7 +75,7 @@ def reward_error(
         raise MissingEntryError(
             f"The episodes lack the rewards {keys}; they have {leaf_keys(windows)}."
         )
-    imagined = imagine_windows(env, windows, list(real), particles)
+    imagined = imagine_windows(recording, windows, list(real), particles)
     out = TensorDict({}, batch_size=[horizon], device=windows.device)
     for key, value in real.items():
         predicted, true = matching(key, imagined.steps[key], value)

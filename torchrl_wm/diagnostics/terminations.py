@@ -70,7 +70,7 @@ def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
     # A head that samples decides by its threshold here.
     deterministic = set_interaction_type(InteractionType.DETERMINISTIC)
     with deterministic:
-        imagined = imagine_particles(env, rows.unsqueeze(1), 1)
+        imagined = imagine_particles(recording, rows.unsqueeze(1), 1)
     out = TensorDict({}, batch_size=[])
     for done_key in env.done_keys:
         names = as_tuple(done_key)

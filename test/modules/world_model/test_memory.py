@@ -27,6 +27,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import InitTracker, ParallelEnv, SerialEnv, TransformedEnv
 
 from torchrl_wm import GymWorldModelVectorEnv, WorldModel, WorldModelEnv, WorldModelLoss
+from torchrl_wm.diagnostics import one_step_prediction, open_loop_error
 from torchrl_wm.modules import memory_apart, MissingEntryError, write_memory
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner
@@ -498,3 +499,17 @@ def test_a_step_that_changes_the_shape_of_its_memory_is_refused() -> None:
     )
     with pytest.raises((ValueError, RuntimeError), match="cell|reward_head"):
         env_of(model)
+
+
+@names
+def test_diagnostics_start_with_the_memory_of_each_step(names) -> None:
+    model, twin = model_of(names), model_of(names, memory=False)
+    episodes = data(3, 9)
+    episodes["is_init"][1, 4] = True
+    episodes["next", "done"][1, 3] = True
+    errors = [open_loop_error(env_of(part), episodes, 4) for part in (model, twin)]
+    torch.testing.assert_close(
+        errors[0]["model", names[0]], errors[1]["model", names[0]]
+    )
+    steps = [one_step_prediction(env_of(part), episodes) for part in (model, twin)]
+    torch.testing.assert_close(steps[0]["loc", names[0]], steps[1]["loc", names[0]])

@@ -165,15 +165,14 @@ def filter_states(
     Yields:
         The latents and the memory at the root of each step; and, last, those after them.
     """
-    yield state
     for number, now in enumerate(inputs.unbind(len(at.batch_size))):
-        if number == 0:
-            now = FilterInputs(now.context, now.encoded)
-        elif now.begins is not None:
+        if number and now.begins is not None:
             state = where(now.begins, now.fresh, state)
+        yield state
+        now = FilterInputs(now.context, now.encoded)
         state, _ = filter_step(transition, state, now, at, predicts=False)
         at = at._replace(trusted=True)
-        yield state
+    yield state
 
 
 def contiguous(value: torch.Tensor) -> torch.Tensor:
