@@ -9,6 +9,7 @@ from torchrl_wm.models import (
     make_mlp_world_model,
     make_rssm_world_model,
     make_tdmpc2_world_model,
+    make_transformer_world_model,
     RSSMConfig,
 )
 
@@ -27,5 +28,14 @@ MAKE = {
     "dreamer-v3": partial(make_rssm_world_model, **RSSM),
     "tdmpc2": partial(
         make_tdmpc2_world_model, latent_size=16, num_cells=8, encoder_cells=8
+    ),
+    "transformer": partial(
+        make_transformer_world_model,
+        latent_size=8,
+        tokens=2,
+        width=8,
+        heads=2,
+        context=3,
+        hidden=(8,),
     ),
 }

@@ -16,7 +16,7 @@ from torchrl.envs.utils import check_env_specs
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import load_world_model, save_world_model
 
-NAMES = ("planet", "dreamer-v3", "tdmpc2")
+NAMES = ("planet", "dreamer-v3", "tdmpc2", "transformer")
 #: How those of them that do not predict terminations by themselves do.
 ENDING = {"planet": {"continue_head": True}}
 

@@ -16,6 +16,10 @@ from torchrl_wm.models.tdmpc2 import (
     TDMPC2Config,
 )
 from torchrl_wm.models.tdmpc2_policy import make_tdmpc2_policy
+from torchrl_wm.models.transformer import (
+    make_transformer_world_model,
+    TransformerConfig,
+)
 
 __all__ = [
     "ActionEntry",
@@ -25,6 +29,7 @@ __all__ = [
     "PixelEntry",
     "RSSMConfig",
     "TDMPC2Config",
+    "TransformerConfig",
     "load_world_model",
     "make_dreamer_actor_critic",
     "make_ensemble_world_model",
@@ -33,6 +38,7 @@ __all__ = [
     "make_tdmpc2_policy",
     "make_tdmpc2_q_ensemble",
     "make_tdmpc2_world_model",
+    "make_transformer_world_model",
     "read_specs",
     "save_world_model",
 ]

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from torchrl_wm.modules.blocks.activations import Mish
+from torchrl_wm.modules.blocks.attention import CausalTransformer
 from torchrl_wm.modules.blocks.ensemble import (
     DrawnMember,
     EnsembleLinear,
@@ -51,6 +52,7 @@ from torchrl_wm.modules.world_model.world_model import WorldModel
 
 __all__ = [
     "BoundedLogVar",
+    "CausalTransformer",
     "ContinuationModel",
     "ContinueHead",
     "DenormalizedNetwork",

@@ -248,7 +248,7 @@ def test_other_latents_than_those_of_the_newest_step_have_no_memory() -> None:
 def test_the_start_is_not_written_to() -> None:
     class Writes(nn.Module):
         def forward(self, latent, action, cache):
-            cache = write_memory(cache, -1, 0, latent[..., 0])
+            cache = write_memory(cache, latent.ndim - 1, 0, latent[..., 0])
             return latent + cache.sum(-1, keepdim=True), cache
 
     model = WorldModel(

@@ -8,6 +8,7 @@
 - ``ensemble.py``: several networks as one; ``ensemble_dynamics.py``: PETS's and MBPO's dynamics;
   ``propagation.py``: one ensemble, propagated in several ways.
 - ``rssm.py``: TorchRL's RSSM networks; ``pixels.py``: its image networks.
+- ``attention.py``: a causal transformer, in one pass or step by step.
 - ``latent.py``: TD-MPC2's latents; ``q_ensemble.py``: its action values; ``two_hot.py``: scalars
   as distributions over bins.
 """

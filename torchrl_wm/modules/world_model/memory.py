@@ -25,9 +25,9 @@ def write_memory(
     of a plan share what they start from.
 
     Args:
-        memory: any shape.
-        dim: the dim in which the value has a place.
-        index: the place: an int, or an int64 tensor of one element, which is not looked at.
+        memory: any shape, with batch dims ``[*B]`` first.
+        dim: the dim in which the value has a place, not negative.
+        index: the place: an int, or int64 ``[*B]``. It is not looked at.
         value: of the shape of ``memory`` without ``dim``.
 
     Returns:
@@ -36,15 +36,17 @@ def write_memory(
     Examples:
         >>> import torch
         >>> from torchrl_wm.modules import write_memory
-        >>> write_memory(torch.zeros(2, 3), 1, 0, torch.ones(2))
+        >>> write_memory(torch.zeros(2, 3), 1, torch.tensor([0, 2]), torch.ones(2))
         tensor([[1., 0., 0.],
-                [1., 0., 0.]])
+                [0., 0., 1.]])
     """
-    place = torch.as_tensor(index, device=memory.device).reshape(1)
     value = value.unsqueeze(dim).to(memory.dtype)
+    place = torch.as_tensor(index, device=memory.device)
+    place = place.reshape(*place.shape, *(1,) * (memory.ndim - place.ndim))
+    place = place.expand_as(value)
     if torch.is_grad_enabled() or is_shared(memory):
-        return memory.index_copy(dim, place, value)
-    return memory.index_copy_(dim, place, value)
+        return memory.scatter(dim, place, value)
+    return memory.scatter_(dim, place, value)
 
 
 def is_shared(memory: torch.Tensor) -> bool:
