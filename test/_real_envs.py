@@ -100,6 +100,11 @@ PLANET = {
     "optim_steps": 2,
     "top_k": 4,
 }
+TRANSFORMER = {
+    **{key: value for key, value in PLANET.items() if key != "state_size"},
+    "model": "transformer",
+    "context": 4,
+}
 
 
 def make_nested() -> TransformedEnv:

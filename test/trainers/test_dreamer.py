@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from _real_envs import (
     Pictures,
     PLANET,
     Ragged,
+    TRANSFORMER,
     Unbounded,
 )
 from _runs import assert_same, interrupt
@@ -22,19 +25,23 @@ from torchrl_wm.trainers import (
     DreamerConfig,
     DreamerTrainer,
     load_policy,
+    PlaNetConfig,
     PlaNetTrainer,
 )
 from torchrl_wm.trainers.recipes import dreamer, planet
 
+CASES = {
+    "dreamer": (DreamerTrainer, DREAMER),
+    "planet": (PlaNetTrainer, PLANET),
+    "transformer": (PlaNetTrainer, TRANSFORMER),
+}
+ALL = pytest.mark.parametrize("kind, settings", CASES.values(), ids=CASES)
 BOTH = pytest.mark.parametrize(
-    "kind, settings",
-    [(DreamerTrainer, DREAMER), (PlaNetTrainer, PLANET)],
-    ids=["dreamer", "planet"],
+    "kind, settings", [*CASES.values()][:2], ids=[*CASES][:2]
 )
 
 
-def trained(kind=DreamerTrainer, **settings):
-    common = DREAMER if kind is DreamerTrainer else PLANET
+def trained(kind=DreamerTrainer, common=DREAMER, **settings):
     trainer = kind(**{**common, **settings})
     trainer.train()
     return trainer
@@ -47,9 +54,9 @@ def last_losses(trainer) -> dict[str, float]:
 # Runs ---------------------------------------------------------------------------
 
 
-@BOTH
+@ALL
 def test_a_run_goes_from_random_steps_to_the_policy(kind, settings) -> None:
-    trainer = trained(kind)
+    trainer = trained(kind, settings)
     rows = [row for row in trainer.metrics if "return" in row]
     assert [row["step"] for row in rows] == [12, 24, 36, 48]
     assert [row["random"] for row in rows] == [1, 1, 0, 0]
@@ -69,24 +76,28 @@ def test_versions(version, env) -> None:
     assert all(np.isfinite(value) for value in found.values())
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     "env",
     [make_reacher, make_nested, "CartPole-v1"],
     ids=["dictionary", "nested", "choice"],
 )
 def test_envs(kind, settings, env) -> None:
-    trainer = trained(kind, env=env, evaluation_interval=0)
+    trainer = trained(kind, settings, env=env, evaluation_interval=0)
     found = last_losses(trainer)
     assert found and all(np.isfinite(value) for value in found.values())
 
 
-@BOTH
 @pytest.mark.parametrize("collector", ["single", "processes"])
-@pytest.mark.parametrize("env", [Ragged, make_nested_ragged], ids=["flat", "nested"])
-def test_several_envs_that_end_go_on_to_the_bit(
-    kind, settings, env, collector, tmp_path
-) -> None:
+@pytest.mark.parametrize(
+    "case, env",
+    [
+        *product(("dreamer", "planet"), (Ragged, make_nested_ragged)),
+        ("transformer", make_nested_ragged),
+    ],
+)
+def test_several_envs_that_end_go_on_to_the_bit(case, env, collector, tmp_path) -> None:
+    kind, settings = CASES[case]
     changed = {"env": env, "num_envs": 2, "collector": collector, "random_steps": 24}
     settings = {**settings, **changed, "max_episode_steps": None}
     whole = kind(**settings)
@@ -106,7 +117,7 @@ def test_images_are_kept_as_bytes() -> None:
     assert np.isfinite(last_losses(trainer)["loss_reconstruction"])
 
 
-@BOTH
+@ALL
 def test_the_command_line(kind, settings, tmp_path) -> None:
     from torchrl_wm.cli import main
 
@@ -129,7 +140,8 @@ def test_the_command_line(kind, settings, tmp_path) -> None:
 
 @BOTH
 def test_latents_are_filtered_from_the_first_random_step_on(kind, settings) -> None:
-    trainer = trained(kind, steps=24, evaluation_interval=0, checkpoint_interval=1)
+    short = {"steps": 24, "evaluation_interval": 0, "checkpoint_interval": 1}
+    trainer = trained(kind, settings, **short)
     rows, model = trainer.data[:12], trainer.world_model
     assert rows["belief"][0].eq(0).all() and rows["state"][0].ne(0).any()
     # The belief of a step follows from the latents and the action of the step before.
@@ -231,6 +243,13 @@ def test_imagined_steps_are_those_of_the_imagined_env(env) -> None:
 
 
 # Settings -------------------------------------------------------------------------
+
+
+def test_a_transformer_has_no_settings_of_an_rssm() -> None:
+    with pytest.raises(ValueError, match="no state_size and no free_nats"):
+        PlaNetConfig(model="transformer", state_size=4, free_nats=1.0)
+    with pytest.raises(ValueError, match="heads must divide width"):
+        PlaNetConfig(model="transformer", belief_size=10)
 
 
 @pytest.mark.parametrize("kind", [dreamer, planet])

@@ -10,8 +10,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
-
 from torchrl_wm._interrupts import blocked_interrupts
+
+from torchrl_wm.modules import memory_apart
 from torchrl_wm.trainers.acting import Acting, prepared
 from torchrl_wm.trainers.counted_steps import CountedSteps, make_pickled, pickled_source
 from torchrl_wm.trainers.real_envs import (
@@ -65,14 +66,15 @@ class RealSteps(CountedSteps):
             env = prepared(self._envs(), self.policy)
             if continued is not None:
                 env = TransformedEnv(env, continued, auto_unwrap=False)
-            self._collector = Collector(
-                env,
-                self.acting,
-                frames_per_batch=len(self.episodes),
-                total_frames=-1,
-                auto_register_policy_transforms=False,
-                **devices,
-            )
+            with memory_apart(self.acting):  # the policy is tried out here
+                self._collector = Collector(
+                    env,
+                    self.acting,
+                    frames_per_batch=len(self.episodes),
+                    total_frames=-1,
+                    auto_register_policy_transforms=False,
+                    **devices,
+                )
         if continued is not None and continued.is_abandoned:
             self.episodes.abandon()
         self.on_begin()

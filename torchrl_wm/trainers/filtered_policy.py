@@ -4,12 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
+from torchrl.data import Composite
 from torchrl.envs import Compose, Transform
 
-from torchrl_wm.modules import WorldModel
-from torchrl_wm.modules.keys import unique
+from torchrl_wm.modules import Observer, WorldModel
+from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules.world_model.flat import FlatTensors
+
+
+class CarriedMemory:
+    """The memory that an observer carries from step to step, as a part of checkpoints.
+
+    Args:
+        observer: the observer.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+
+    def state_dict(self) -> dict[str, list]:
+        """Return the memory, and the latents to which it belongs, as plain data."""
+        held = self.observer.held
+        return {"latents": _plain(held.latents), "memory": _plain(held.memory)}
+
+    def load_state_dict(self, state_dict: dict[str, list]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        device = _device_of(self.observer)
+        parts = [
+            {unravel_key(tuple(names)): value.to(device) for names, value in entries}
+            for entries in (state_dict["latents"], state_dict["memory"])
+        ]
+        self.observer.held.keep(*parts)
+
+
+def _plain(entries: FlatTensors) -> list:
+    return [[list(as_tuple(key)), value.cpu()] for key, value in entries.items()]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 class FilteredPolicy(TensorDictModuleBase):
@@ -21,6 +58,7 @@ class FilteredPolicy(TensorDictModuleBase):
     Args:
         world_model: the model that filters.
         actor: the policy or planner, which reads latents.
+        observation_spec: of the env, for the shapes of latents that the encoder writes.
 
     Examples:
         >>> from torchrl_wm.models import make_dreamer_actor_critic, make_rssm_world_model
@@ -35,13 +73,21 @@ class FilteredPolicy(TensorDictModuleBase):
         torch.Size([5, 8])
     """
 
-    def __init__(self, world_model: WorldModel, actor: TensorDictModuleBase) -> None:
+    def __init__(
+        self,
+        world_model: WorldModel,
+        actor: TensorDictModuleBase,
+        observation_spec: Composite | None = None,
+    ) -> None:
         super().__init__()
+        self._observation_spec = observation_spec
         self.observer, self.actor = world_model.observer(), actor
         latents = self.observer.out_keys
         reads = [key for key in actor.in_keys if key not in latents]
         self.in_keys = unique([*self.observer.in_keys, *reads])
         self.out_keys = unique([*latents, *actor.out_keys])
+        #: The model's memory at the newest step, for checkpoints.
+        self.memory = CarriedMemory(self.observer)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update the latents in ``tensordict``, ``[*B]``, and write the action."""
@@ -53,6 +99,10 @@ class FilteredPolicy(TensorDictModuleBase):
 
     def make_tensordict_primer(self, **kwargs: Any) -> Transform:
         """Return a transform that gives an env the entries of filter and actor."""
-        parts = [self.observer, self.actor]
-        made = [getattr(part, "make_tensordict_primer", None) for part in parts]
-        return Compose(*(make(**kwargs) for make in made if make is not None))
+        spec, device = self._observation_spec, _device_of(self.observer)
+        example = None if spec is None else spec.zero().to(device)
+        primers = [self.observer.make_tensordict_primer(example, **kwargs)]
+        make = getattr(self.actor, "make_tensordict_primer", None)
+        if make is not None:
+            primers.append(make(**kwargs))
+        return Compose(*primers)

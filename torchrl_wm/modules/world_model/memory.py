@@ -90,6 +90,13 @@ class HeldMemory:
     def __getstate__(self) -> dict:
         return {"latents": {}, "memory": {}}  # a copy begins anew
 
+    def copied(self) -> HeldMemory:
+        """Return another one, whose memory may be written to."""
+        other = HeldMemory()
+        memory = {key: value.clone() for key, value in self.memory.items()}
+        other.keep(self.latents, memory)
+        return other
+
     def keep(self, latents: FlatTensors, memory: FlatTensors) -> None:
         """Hold memory from now on, and the latents ``[*B, ...]`` to which it belongs."""
         self.latents, self.memory = latents, memory

@@ -157,7 +157,7 @@ def memory_apart(policy: Any) -> Iterator[None]:
     observers = [part for part in parts if isinstance(part, Observer)]
     before = [observer.held for observer in observers]
     for observer in observers:
-        observer.held = HeldMemory()
+        observer.held = observer.held.copied()
     try:
         yield
     finally:

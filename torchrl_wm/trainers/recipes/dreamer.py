@@ -213,7 +213,8 @@ class Dreamer(RecurrentRecipe):
         if not is_choice:  # the Gaussian reaches beyond the bounds
             inside = TensorDictModule(spec.to(self.device).project, [key], [key])
             acting = TensorDictSequential(self.actor, inside)
-        self.policy = FilteredPolicy(self.world_model, acting)
+        observed = env.full_observation_spec_unbatched
+        self.policy = FilteredPolicy(self.world_model, acting, observed)
         self.parts = {
             "counts": self.counts,
             "ratio": self.ratio,

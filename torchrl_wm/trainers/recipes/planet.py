@@ -1,4 +1,4 @@
-"""PlaNet: planning through a recurrent state space model (arXiv 1811.04551)."""
+"""PlaNet: planning through a recurrent model (arXiv 1811.04551)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torchrl.envs import EnvBase
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule
 
 from torchrl_wm.envs import WorldModelEnv
-from torchrl_wm.models import RSSMConfig
+from torchrl_wm.models import RSSMConfig, TransformerConfig
+from torchrl_wm.modules import fit_normalizers
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner
 from torchrl_wm.trainers.env_checks import check_planned_action
@@ -63,10 +64,13 @@ class PlaNetConfig(RecurrentRunConfig):
     """The settings of :class:`PlaNet`.
 
     Args:
+        model: the recurrent model: the paper's recurrent state space model, or a transformer over
+            time, whose width is the belief_size and whose latents have the hidden_size.
         preset: the sizes of networks, batches and plans: small, which learns on a CPU, or paper;
             auto is small on a CPU and paper elsewhere.
-        state_size: the size of the stochastic state; None for the preset's.
-        free_nats: the free nats of the KL, per step; None for the preset's.
+        state_size: the size of the stochastic state; None for the preset's. Of an RSSM.
+        free_nats: the free nats of the KL, per step; None for the preset's. Of an RSSM.
+        context: how many steps a transformer sees.
         termination: "learned", or "none" if episodes end only by time, as in the paper.
         planning_horizon: how many steps a plan has.
         num_candidates: how many plans are tried at each iteration; None for the preset's.
@@ -84,9 +88,11 @@ class PlaNetConfig(RecurrentRunConfig):
     PRESETS = PRESETS
     ELSEWHERE = "paper"
 
+    model: Literal["rssm", "transformer"] = "rssm"
     preset: Literal["auto", "small", "paper"] = "auto"
     state_size: Annotated[int, AtLeast(1)] | None = None
     free_nats: Annotated[float, AtLeast(0)] | None = None
+    context: Annotated[int, AtLeast(1)] = 16
     termination: Literal["learned", "none"] = "learned"
     planning_horizon: Annotated[int, AtLeast(1)] = 12
     num_candidates: Annotated[int, AtLeast(1)] | None = None
@@ -97,7 +103,28 @@ class PlaNetConfig(RecurrentRunConfig):
     learning_rate: float = 1e-3
     clip: float = 1000.0
 
-    def model_settings(self) -> RSSMConfig:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model == "transformer":
+            unread = ("state_size", "free_nats")
+            given = [name for name in unread if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"A transformer has no {' and no '.join(given)}: these are settings of "
+                    f"model='rssm'."
+                )
+            self.model_settings()  # raises if the sizes do not fit together
+
+    def model_settings(self) -> RSSMConfig | TransformerConfig:
+        if self.model == "transformer":
+            return TransformerConfig(
+                latent_size=self.size("hidden_size"),
+                width=self.size("belief_size"),
+                hidden=(self.size("num_cells"),) * self.size("depth"),
+                context=self.context,
+                pixel_depth=self.size("pixel_depth"),
+                termination=self.termination,
+            )
         names = ("belief_size", "state_size", "hidden_size", "num_cells", "depth")
         settings = {name: self.size(name) for name in (*names, "pixel_depth")}
         return RSSMConfig.planet(
@@ -149,7 +176,8 @@ class PlaNet(RecurrentRecipe):
             discount=config.discount,
         )
         acting = TensorDictSequential(self.planner, self._noise(spec.to(self.device)))
-        self.policy = FilteredPolicy(self.world_model, acting)
+        observed = env.full_observation_spec_unbatched
+        self.policy = FilteredPolicy(self.world_model, acting, observed)
         self.parts = {
             "counts": self.counts,
             "ratio": self.ratio,
@@ -157,6 +185,8 @@ class PlaNet(RecurrentRecipe):
             "optimizer": self.optimizer,
             "replay": self.replay,
         }
+        if self.world_model.memory_keys:
+            self.parts["memory"] = self.policy.memory
 
     def _noise(self, spec: Any) -> nn.Module:
         """Return the module that adds noise to actions while the run explores."""
@@ -172,6 +202,8 @@ class PlaNet(RecurrentRecipe):
     def learn(self, steps: Steps) -> dict[str, torch.Tensor]:
         """Make the updates that the train ratio asks for. The trainer has extended the replay."""
         losses = {}
+        if self.counts.updates == 0:
+            fit_normalizers(self.world_model, self.replay[:])  # an RSSM has none
         for _ in range(self.ratio(steps.total)):
             # Sequences of real steps: filter them, and predict observations and rewards.
             batch = self.sample()

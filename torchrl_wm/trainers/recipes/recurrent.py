@@ -1,4 +1,4 @@
-"""The common base of Dreamer and PlaNet: a recurrent state space model learns from sequences."""
+"""The common base of Dreamer and PlaNet: a recurrent model learns from sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.trainers.algorithms import DreamerV3UpdateRatio
 
-from torchrl_wm.models import make_rssm_world_model, RSSMConfig
+from torchrl_wm.models import (
+    make_rssm_world_model,
+    make_transformer_world_model,
+    RSSMConfig,
+    TransformerConfig,
+)
 from torchrl_wm.trainers.env_checks import check_bounds
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
@@ -19,7 +24,7 @@ from torchrl_wm.trainers.settings import AtLeast, PresetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentRunConfig(PresetConfig):
-    """The settings of a run that learns a recurrent state space model.
+    """The settings of a run that learns a recurrent model.
 
     Args:
         belief_size: the size of the deterministic state; None for the preset's.
@@ -75,13 +80,13 @@ class RecurrentRunConfig(PresetConfig):
                 f"batches or more steps."
             )
 
-    def model_settings(self) -> RSSMConfig:
+    def model_settings(self) -> RSSMConfig | TransformerConfig:
         """Return the settings of the world model."""
         raise NotImplementedError
 
 
 class RecurrentRecipe(Recipe):
-    """A recipe that learns a recurrent state space model from sequences.
+    """A recipe that learns a recurrent model from sequences.
 
     Args:
         config: the settings.
@@ -101,7 +106,9 @@ class RecurrentRecipe(Recipe):
         super().__init__(config, env)
         check_bounds(env.full_action_spec_unbatched[env.action_key], env.action_key)
         self.sizes = config.model_settings()
-        self.world_model, self.loss = make_rssm_world_model(env, self.sizes)
+        is_rssm = isinstance(self.sizes, RSSMConfig)
+        make = make_rssm_world_model if is_rssm else make_transformer_world_model
+        self.world_model, self.loss = make(env, self.sizes)
         self.loss.return_latents = True
         self.loss.to(self.device)
         # Every real step, with the latents that the filter had there: where sequences begin.
