@@ -5,30 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
-from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP
 
-from torchrl_wm._checks import check_choice
-from torchrl_wm.models.building import activation, build, register
+from torchrl_wm.models.building import build, register
 from torchrl_wm.models.env_specs import EnvSpecs
-from torchrl_wm.models.heads import end_head
-from torchrl_wm.models.networks import (
-    ObservationDecoder,
-    ObservationEncoder,
-    WithActions,
+from torchrl_wm.models.latents import (
+    LatentDecoder,
+    LatentEncoder,
+    plain_mlp,
+    ResidualDynamics,
+    termination_head,
+    unit_size,
 )
-from torchrl_wm.modules import (
-    DenormalizedNetwork,
-    JoinEntries,
-    Normalizer,
-    TerminationHead,
-    WorldModel,
-)
-from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.models.networks import WithActions
+from torchrl_wm.modules import DenormalizedNetwork, WorldModel
+from torchrl_wm.modules.keys import join
 from torchrl_wm.objectives import (
     DoneTerm,
     LatentTerm,
@@ -140,23 +133,28 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
     size = config.latent_size
     with_action = size + specs.action_size
     observed = [_LATENT, *specs.action_keys]
-    decoder = _Decoder(specs, config)
+    decoder = LatentDecoder(specs, config)
     reward = DenormalizedNetwork(
-        WithActions(_mlp(config, with_action, specs.reward.size), specs),
+        WithActions(plain_mlp(config, with_action, specs.reward.size), specs),
         [specs.float_reward("make_mlp_world_model")],
         normalize=config.normalize,
     )
     world_model = WorldModel(
-        TensorDictModule(_Encoder(specs, config), specs.observation_keys, [_LATENT]),
         TensorDictModule(
-            _Dynamics(
-                WithActions(_mlp(config, with_action, size), specs), _unit_size(config)
+            LatentEncoder(specs, config, unit_size(size)),
+            specs.observation_keys,
+            [_LATENT],
+        ),
+        TensorDictModule(
+            ResidualDynamics(
+                WithActions(plain_mlp(config, with_action, size), specs),
+                unit_size(size),
             ),
             observed,
             [join("next", _LATENT)],
         ),
         TensorDictModule(reward, observed, [join("next", specs.reward.key)]),
-        done_head=_done_head(specs, config),
+        done_head=termination_head(specs, config, _LATENT),
         decoder=TensorDictModule(decoder, [_LATENT], specs.observation_keys),
     )
     terms = [
@@ -173,134 +171,3 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
     )
     loss.set_keys(**specs.loss_keys)
     return world_model, loss
-
-
-class _Encoder(nn.Module):
-    """The encoder of observations to a latent."""
-
-    def __init__(self, specs: EnvSpecs, config: MLPConfig) -> None:
-        super().__init__()
-        width = config.hidden[-1] if config.hidden else config.latent_size
-        self.normalizer = None
-        if config.normalize and specs.vectors:
-            self.normalizer = Normalizer(specs.vector_size)
-
-        def vectors(in_features: int, out_features: int) -> nn.Module:
-            network = _mlp(config, in_features, out_features)
-            if self.normalizer is None:
-                return network
-            return nn.Sequential(_Applied(self.normalizer), network)
-
-        self.features = ObservationEncoder(
-            specs,
-            vectors,
-            width,
-            config,
-        )
-        self.latent = nn.Sequential(
-            activation(config.activation)(),
-            nn.Linear(self.features.out_features, config.latent_size),
-            _unit_size(config),
-        )
-
-    def forward(self, *observations: torch.Tensor) -> torch.Tensor:
-        return self.latent(self.features(*observations))
-
-    def fit_normalizer(self, *observations: torch.Tensor) -> None:
-        if self.normalizer is not None:
-            join = self.features.join
-            self.normalizer.fit(join(*observations[: len(join.entries)]))
-
-
-class _Decoder(nn.Module):
-    """The decoder of a latent to observations."""
-
-    in_env_units = True
-
-    def __init__(self, specs: EnvSpecs, config: MLPConfig) -> None:
-        super().__init__()
-        self.join = JoinEntries(specs.vectors)
-        self.normalizer = None
-        if config.normalize and specs.vectors:
-            self.normalizer = Normalizer(specs.vector_size)
-        self.image_scales = {entry.key: entry.scale for entry in specs.pixels}
-
-        def vectors(in_features: int, out_features: int) -> nn.Module:
-            network = _mlp(config, in_features, out_features)
-            if self.normalizer is None:
-                return network
-            return nn.Sequential(network, _Applied(self.normalizer, inverse=True))
-
-        self.observations = ObservationDecoder(
-            specs, config.latent_size, vectors, config
-        )
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return self.observations(latent)
-
-    def fit_output_normalizer(self, *observations: torch.Tensor) -> None:
-        if self.normalizer is not None:
-            vectors = observations[: len(self.join.entries)]
-            self.normalizer.fit(self.join(*vectors))
-
-    def scale(self, key: NestedKey) -> torch.Tensor | float:
-        """Return the unit of an observation's errors: its spread, or an image's largest value."""
-        key = unique([key])[0]
-        if key in self.image_scales:
-            return self.image_scales[key]
-        if self.normalizer is None:
-            return 1.0
-        std = self.observations.split(self.normalizer.std)
-        std = std if isinstance(std, tuple) else (std,)
-        return std[[entry.key for entry in self.join.entries].index(key)]
-
-
-class _Applied(nn.Module):
-    """The use of a normaliser within a network; the module around it owns and fits it."""
-
-    def __init__(self, normalizer: Normalizer, *, inverse: bool = False) -> None:
-        super().__init__()
-        # Not registered: a state_dict holds each tensor once.
-        self.__dict__["normalizer"] = normalizer
-        self.inverse = inverse
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        apply = self.normalizer.inverse if self.inverse else self.normalizer
-        return apply(value)
-
-
-class _Dynamics(nn.Module):
-    """The dynamics: a latent plus the change that a network predicts."""
-
-    def __init__(self, change: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.change, self.norm = change, norm
-
-    def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
-        return self.norm(latent + self.change(latent, *actions))
-
-
-def _unit_size(config: MLPConfig) -> nn.Module:
-    """Return a module that keeps latents at a root mean square of 1.
-
-    Otherwise latents grow, which helps the heads. The errors of the predicted latents grow
-    with them, until training diverges.
-    """
-    return nn.RMSNorm(config.latent_size, eps=1e-6, elementwise_affine=False)
-
-
-def _done_head(specs: EnvSpecs, config: MLPConfig) -> TerminationHead | None:
-    check_choice("termination", config.termination, ("learned", "none"))
-    if config.termination == "none":
-        return None
-    network = _mlp(config, config.latent_size, specs.done.size)
-    return end_head(TerminationHead, network, [join("next", _LATENT)], specs, config)
-
-
-def _mlp(config: MLPConfig, in_features: int, out_features: int) -> MLP:
-    return MLP(
-        in_features,
-        out_features,
-        num_cells=list(config.hidden),
-        activation_class=activation(config.activation),
-    )
