@@ -447,10 +447,11 @@ class WorldModelLoss(LossWithNetworks):
         for term, value in zip(self.terms, values):
             if term.per_sample:
                 value = value if decay is None else decay * value
-            elif self.reduction != "sum":
-                value = value.expand(size)
-            if value.shape == size:
                 value = reduce(value, valid, weights, self.reduction, count)
+            elif self.reduction == "none":
+                value = reduce(value.expand(size), valid, weights, "none", None)
+            elif count is not None:  # a mean over no samples is 0
+                value = torch.where(count > 0, value, torch.zeros_like(value))
             losses[f"loss_{term.name}"] = term.weight * value
         out = TensorDict(losses, batch_size=size if self.reduction == "none" else ())
         if self.return_latents:
