@@ -100,13 +100,11 @@ class _Rows:
         self.weights = share.expand(len(values)) if valid is None else valid * share
 
     def mean(self, statistic: torch.Tensor) -> torch.Tensor:
-        """Return the mean of ``[N, *S]`` over the valid rows of all processes, ``[*S]``.
+        """Return the mean of ``[*S, N, D]`` over the valid rows of all processes, ``[*S, D]``.
 
         Its gradient is that of this process's rows: averaged over the processes, it is the whole.
         """
-        return self._whole(
-            (self.weights @ statistic.flatten(1)).unflatten(0, statistic.shape[1:])
-        )
+        return self._whole(self.weights @ statistic)
 
     def covariance(self) -> torch.Tensor:
         """Return the unbiased covariance, ``[D, D]``."""
@@ -190,16 +188,17 @@ class SIGRegTerm(_EmbeddingTerm):
         # The same for all processes: an average of Gaussians has directions as random as theirs.
         drawn = rows.processes.average(drawn)
         along = values @ (drawn / drawn.norm(dim=0))  # [N, projections]
-        ends = {"dtype": values.dtype, "device": values.device}
-        t = torch.linspace(0, 3, self.knots, **ends)[1:]  # both functions are 1 at 0
+        # Both functions are 1 at 0.
+        width = 3 / (self.knots - 1)
+        t = width * torch.arange(1, self.knots, dtype=along.dtype, device=along.device)
         gaussian = torch.exp(-t.square() / 2)
         # Both halves of the integral; the last knot counts half.
-        step = torch.full_like(t, 6 / (self.knots - 1))
+        step = torch.full_like(t, 2 * width)
         step[-1] /= 2
-        angle = along.unsqueeze(-1) * t  # [N, projections, knots - 1]
+        angle = t[:, None, None] * along  # [knots - 1, N, projections]
         real, imaginary = rows.mean(angle.cos()), rows.mean(angle.sin())
-        off = (real - gaussian).square() + imaginary.square()
-        return rows.count * (off @ (gaussian * step)).mean()
+        off = (real - gaussian.unsqueeze(-1)).square() + imaginary.square()
+        return rows.count * ((gaussian * step) @ off).mean()
 
 
 class VICRegTerm(_EmbeddingTerm):
