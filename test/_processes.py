@@ -248,6 +248,47 @@ def open_loop(rank: int) -> object:
     return compare(rank, maker("mlp", env, multi_step=True, decay=0.7), batch)
 
 
+@contextmanager
+def same_directions() -> Iterator[None]:
+    """Let SIGReg draw the same directions in each call, and so in each process."""
+    kept = torch.randn
+
+    def drawn(*size, **to):
+        generator = torch.Generator().manual_seed(3)
+        return kept(*size, **to, generator=generator)
+
+    torch.randn = drawn
+    try:
+        yield
+    finally:
+        torch.randn = kept
+
+
+def joint_embedding(**settings) -> Callable[[int], object]:
+    def run(rank: int) -> object:
+        env = SpecEnv(**NESTED)
+        batch = masked(batch_of(env, 4, 6), [6, 5, 2, 1])
+        make = maker("jepa", env, regularizer_weight=1.0, **settings)
+        return compare(rank, make, batch, noise=same_directions)
+
+    return run
+
+
+CASES["sigreg"] = joint_embedding()
+CASES["sigreg_open_loop"] = joint_embedding(multi_step=True)
+CASES["vicreg"] = joint_embedding(regularizer="vicreg")
+
+
+@case
+def directions_are_shared(rank: int) -> object:
+    """Seeds differ, and each process finds the statistic of the joined batch."""
+    env = SpecEnv()
+    loss = maker("jepa", env, reward=False, termination="none", probe=False)()
+    torch.manual_seed(rank)
+    ddp = DDP(loss)  # it has to outlive the backward
+    return ddp(batch_of(env, 16))["loss_sigreg"].item()
+
+
 def weighted(*names: str) -> Callable[[int], object]:
     def run(rank: int) -> object:
         env = SpecEnv(**NESTED)

@@ -6,6 +6,7 @@ from functools import partial
 
 from torchrl_wm.models import (
     make_ensemble_world_model,
+    make_jepa_world_model,
     make_mlp_world_model,
     make_rssm_world_model,
     make_tdmpc2_world_model,
@@ -19,6 +20,15 @@ MAKE = {
         make_ensemble_world_model, members=2, hidden=(8,), termination_hidden=(8,)
     ),
     "mlp": partial(make_mlp_world_model, hidden=(8,), latent_size=4),
+    "jepa": partial(
+        make_jepa_world_model,
+        hidden=(8,),
+        latent_size=4,
+        projections=8,
+        reward=True,
+        termination="learned",
+        probe=True,
+    ),
     "planet": lambda env, **settings: make_rssm_world_model(
         env, RSSMConfig.planet(**RSSM), **settings
     ),

@@ -1,4 +1,4 @@
-"""What holds of the models that make_ensemble_world_model and make_mlp_world_model build."""
+"""What holds of the models of transitions: ensembles, plain latents and joint embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from torchrl.envs.utils import check_env_specs
 from torchrl_wm import WorldModelEnv, WorldModelLoss
 from torchrl_wm.models import (
     EnsembleConfig,
+    JEPAConfig,
     make_ensemble_world_model,
+    make_jepa_world_model,
     make_mlp_world_model,
     MLPConfig,
 )
@@ -38,6 +40,17 @@ MAKE = {
     "ensemble": (
         make_ensemble_world_model,
         {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
+    ),
+    "jepa": (
+        make_jepa_world_model,
+        {
+            "hidden": (8,),
+            "latent_size": 4,
+            "projections": 8,
+            "reward": True,
+            "termination": "learned",
+            "probe": True,
+        },
     ),
     "mlp": (make_mlp_world_model, {"hidden": (8,), "latent_size": 4}),
 }
@@ -108,7 +121,7 @@ def test_every_propagation(propagation, size) -> None:
 @pytest.mark.parametrize("name", sorted(MAKE))
 def test_settings_by_config_and_by_name(name) -> None:
     env = GymEnv("CartPole-v1")
-    kind = {"ensemble": EnsembleConfig, "mlp": MLPConfig}[name]
+    kind = {"ensemble": EnsembleConfig, "jepa": JEPAConfig, "mlp": MLPConfig}[name]
     builder = MAKE[name][0]
     config = kind(hidden=(8,), activation="relu")
     world_model, _ = builder(env, config, hidden=(16,))
@@ -220,7 +233,7 @@ def test_an_ensemble_imagines_in_one_graph(propagation) -> None:
 def test_sequences_open_loop(name) -> None:
     env = GymEnv("Pendulum-v1")
     data = env.rollout(40).reshape(8, 5)
-    if name == "mlp":
+    if name != "ensemble":
         world_model, loss = make(name, env, multi_step=True, decay=0.5)
     else:
         world_model, loss = make(name, env)

@@ -17,6 +17,7 @@ SETTINGS = {
     "mlp": {"pixel_depth": 2},
     "planet": {"pixel_depth": 2},
     "dreamer-v3": {"pixel_depth": 2},
+    "jepa": {"pixel_depth": 2},
     "tdmpc2": {"pixel_depth": 2},
 }
 #: What members predict: the observations themselves.

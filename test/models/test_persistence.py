@@ -21,6 +21,7 @@ from torchrl_wm import WorldModel
 from torchrl_wm.models import (
     load_world_model,
     make_ensemble_world_model,
+    make_jepa_world_model,
     make_mlp_world_model,
     save_world_model,
 )
@@ -31,9 +32,14 @@ from torchrl_wm.modules.keys import join
 
 SMALL = {
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
+    "jepa": {"hidden": (8,), "latent_size": 4, "probe": True, "reward": True},
     "mlp": {"hidden": (8,), "latent_size": 4},
 }
-MAKE = {"ensemble": make_ensemble_world_model, "mlp": make_mlp_world_model}
+MAKE = {
+    "ensemble": make_ensemble_world_model,
+    "jepa": make_jepa_world_model,
+    "mlp": make_mlp_world_model,
+}
 
 
 def make(name: str, env=None, **settings):

@@ -16,6 +16,7 @@ from torchrl_wm.models.building import build, BUILDERS
 
 OWN = {
     "ensemble": ["loc", "log_var", "disagreement", "member", "ensemble_reward"],
+    "jepa": ["latent"],
     "mlp": ["latent"],
     "rssm": ["state", "belief", "embedding", "prior_logits", "posterior_mean"],
     "tdmpc2": ["latent"],
@@ -24,6 +25,7 @@ HEADS = ["terminated_logits", "continue_pred", "continue_prob", "reward_logits"]
 LOSS = ["weight", "priority_weight", "member_weight", "target_latent", "true_reward"]
 SMALL = {
     "ensemble": {"members": 2, "hidden": (4,), "termination_hidden": (4,)},
+    "jepa": {"hidden": (4,), "latent_size": 4, "reward": True},
     "mlp": {"hidden": (4,), "latent_size": 4},
     "rssm": {"belief_size": 16, "hidden_size": 4, "num_cells": 4, "depth": 1},
     "tdmpc2": {"latent_size": 8, "num_cells": 4, "encoder_cells": 4},

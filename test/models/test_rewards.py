@@ -12,7 +12,7 @@ from _models import SpecEnv
 from _small_models import MAKE
 from torchrl.data import Composite, Unbounded
 
-PREDICTED = ("ensemble", "mlp", "planet", "dreamer-v2")
+PREDICTED = ("ensemble", "jepa", "mlp", "planet", "dreamer-v2")
 #: Rewards as classes, or as a function that is known.
 NOT_PREDICTED = {
     "dreamer-v3": {},

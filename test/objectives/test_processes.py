@@ -34,6 +34,9 @@ UNEVEN = [
     "a_mask_in_one_process",
     "nothing_valid_in_one_process",
     "open_loop",
+    "sigreg",
+    "sigreg_open_loop",
+    "vicreg",
     "priority_weights",
     "two_weights",
     "ensemble_weighted_by_variance",
@@ -68,6 +71,11 @@ def test_updates_of_model_values_policy_and_targets(found, name) -> None:
     for errors in each(found, name):
         assert set(errors) == {"parameters", "policy", "targets", "scale"}
         assert max(errors.values()) < EXACT
+
+
+def test_processes_project_onto_the_same_directions(found) -> None:
+    one, other = each(found, "directions_are_shared")
+    assert one == other > 0
 
 
 def test_without_a_valid_sample_nothing_is_trained(found) -> None:

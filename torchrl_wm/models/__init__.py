@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchrl_wm.models.dreamer import make_dreamer_actor_critic
 from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
 from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry
+from torchrl_wm.models.jepa import JEPAConfig, make_jepa_world_model
 from torchrl_wm.models.mlp import make_mlp_world_model, MLPConfig
 from torchrl_wm.models.persistence import load_world_model, save_world_model
 from torchrl_wm.models.reference import ActionEntry
@@ -25,6 +26,7 @@ __all__ = [
     "ActionEntry",
     "EnsembleConfig",
     "EnvSpecs",
+    "JEPAConfig",
     "MLPConfig",
     "PixelEntry",
     "RSSMConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "load_world_model",
     "make_dreamer_actor_critic",
     "make_ensemble_world_model",
+    "make_jepa_world_model",
     "make_mlp_world_model",
     "make_rssm_world_model",
     "make_tdmpc2_policy",

@@ -5,24 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
-from torch import nn
 from torchrl.envs import EnvBase
 
-from torchrl_wm._checks import check_choice
 from torchrl_wm.models.building import build, register
 from torchrl_wm.models.env_specs import EnvSpecs
-from torchrl_wm.models.heads import end_head
-from torchrl_wm.models.latent_networks import (
-    hidden_mlp,
+from torchrl_wm.models.latents import (
     LatentDecoder,
     LatentEncoder,
+    plain_mlp,
+    ResidualDynamics,
+    termination_head,
     unit_size,
 )
 from torchrl_wm.models.networks import WithActions
-from torchrl_wm.modules import DenormalizedNetwork, TerminationHead, WorldModel
+from torchrl_wm.modules import DenormalizedNetwork, WorldModel
 from torchrl_wm.modules.keys import join
 from torchrl_wm.objectives import (
     DoneTerm,
@@ -137,24 +135,26 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
     observed = [_LATENT, *specs.action_keys]
     decoder = LatentDecoder(specs, config)
     reward = DenormalizedNetwork(
-        WithActions(hidden_mlp(config, with_action, specs.reward.size), specs),
+        WithActions(plain_mlp(config, with_action, specs.reward.size), specs),
         [specs.float_reward("make_mlp_world_model")],
         normalize=config.normalize,
     )
     world_model = WorldModel(
         TensorDictModule(
-            LatentEncoder(specs, config), specs.observation_keys, [_LATENT]
+            LatentEncoder(specs, config, unit_size(size)),
+            specs.observation_keys,
+            [_LATENT],
         ),
         TensorDictModule(
-            _Dynamics(
-                WithActions(hidden_mlp(config, with_action, size), specs),
-                unit_size(config),
+            ResidualDynamics(
+                WithActions(plain_mlp(config, with_action, size), specs),
+                unit_size(size),
             ),
             observed,
             [join("next", _LATENT)],
         ),
         TensorDictModule(reward, observed, [join("next", specs.reward.key)]),
-        done_head=_done_head(specs, config),
+        done_head=termination_head(specs, config, _LATENT, size),
         decoder=TensorDictModule(decoder, [_LATENT], specs.observation_keys),
     )
     terms = [
@@ -171,22 +171,3 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
     )
     loss.set_keys(**specs.loss_keys)
     return world_model, loss
-
-
-class _Dynamics(nn.Module):
-    """The dynamics: a latent plus the change that a network predicts."""
-
-    def __init__(self, change: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.change, self.norm = change, norm
-
-    def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
-        return self.norm(latent + self.change(latent, *actions))
-
-
-def _done_head(specs: EnvSpecs, config: MLPConfig) -> TerminationHead | None:
-    check_choice("termination", config.termination, ("learned", "none"))
-    if config.termination == "none":
-        return None
-    network = hidden_mlp(config, config.latent_size, specs.done.size)
-    return end_head(TerminationHead, network, [join("next", _LATENT)], specs, config)

@@ -11,21 +11,19 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs import EnvBase
 
-from torchrl_wm._checks import check_choice
 from torchrl_wm.models.building import build, register
 from torchrl_wm.models.env_specs import EnvSpecs
-from torchrl_wm.models.heads import end_head
-from torchrl_wm.models.latent_networks import (
-    hidden_mlp,
+from torchrl_wm.models.latents import (
     LatentDecoder,
     LatentEncoder,
+    plain_mlp,
+    termination_head,
     unit_size,
 )
 from torchrl_wm.modules import (
     CausalTransformer,
     DenormalizedNetwork,
     JoinEntries,
-    TerminationHead,
     WorldModel,
 )
 from torchrl_wm.modules.keys import join
@@ -184,7 +182,7 @@ def _wire(
     decoder = LatentDecoder(specs, config)
     believed = [join("next", _BELIEF)]
     reward = DenormalizedNetwork(
-        hidden_mlp(config, config.width, specs.reward.size),
+        plain_mlp(config, config.width, specs.reward.size),
         [specs.float_reward("make_transformer_world_model")],
         normalize=config.normalize,
     )
@@ -200,11 +198,13 @@ def _wire(
     }
     world_model = WorldModel(
         TensorDictModule(
-            LatentEncoder(specs, config), specs.observation_keys, [_LATENT]
+            LatentEncoder(specs, config, unit_size(config.latent_size)),
+            specs.observation_keys,
+            [_LATENT],
         ),
         TensorDictModule(dynamics, reads, nexts),
         TensorDictModule(reward, believed, [join("next", specs.reward.key)]),
-        done_head=_done_head(specs, config),
+        done_head=termination_head(specs, config, _BELIEF, config.width),
         decoder=TensorDictModule(decoder, [_LATENT], specs.observation_keys),
         initial_state=TensorDict(begin),
         memory=[_CACHE, _COUNT],
@@ -243,7 +243,7 @@ class _Dynamics(nn.Module):
             context=config.context,
         )
         self.change = nn.Linear(config.width, size)
-        self.norm = unit_size(config)
+        self.norm = unit_size(config.latent_size)
 
     def embed(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
         """Return the tokens of steps, ``[*B, K, D]``."""
@@ -299,11 +299,3 @@ def _episodes(begins: torch.Tensor) -> torch.Tensor | None:
     if begins.device.type == "cpu" and not torch.compiler.is_compiling():
         return begins if begins.any() else None
     return begins
-
-
-def _done_head(specs: EnvSpecs, config: TransformerConfig) -> TerminationHead | None:
-    check_choice("termination", config.termination, ("learned", "none"))
-    if config.termination == "none":
-        return None
-    network = hidden_mlp(config, config.width, specs.done.size)
-    return end_head(TerminationHead, network, [join("next", _BELIEF)], specs, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchrl_wm.objectives.consistency import ConsistencyTerm
+from torchrl_wm.objectives.embedding import ProbeTerm, SIGRegTerm, VICRegTerm
 
 from torchrl_wm.objectives.gaussian import (
     bootstrap_counts,
@@ -37,10 +38,13 @@ __all__ = [
     "LossTerm",
     "ObservationTerm",
     "PolicyPriorLoss",
+    "ProbeTerm",
     "Processes",
     "ReconstructionTerm",
     "RewardTerm",
+    "SIGRegTerm",
     "TwoHotTerm",
+    "VICRegTerm",
     "ValueScale",
     "ValueTerm",
     "WorldModelLoss",

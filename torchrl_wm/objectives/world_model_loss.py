@@ -240,8 +240,9 @@ class WorldModelLoss(LossWithNetworks):
         self.detach_latents = detach_latents
         self.slice_len = slice_len
         self.world_model = world_model
-        #: The batch of the present call, and the encoding of its next observations.
+        #: The batch of the present call, its valid samples, and the encoding of its next observations.
         self._batch: TensorDictBase | None = None
+        self._valid: torch.Tensor | None = None
         self._encoded: dict[bool, TensorDictBase] = {}
         for term in self.terms:
             term.check(world_model)
@@ -290,6 +291,8 @@ class WorldModelLoss(LossWithNetworks):
             )
         if batch is not self._batch:
             return self._encode_next(batch, gradient)
+        if not gradient and True in self._encoded:
+            return self._encoded[True].detach()
         if gradient not in self._encoded:
             self._encoded[gradient] = self._encode_next(batch, gradient)
         return self._encoded[gradient].copy()
@@ -338,9 +341,13 @@ class WorldModelLoss(LossWithNetworks):
     def valid(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         """Return where the batch's masks say that samples are valid, ``[*B]``; None without a mask.
 
+        With ``multi_step``, a sequence is valid up to its first invalid sample.
+
         Raises:
             KeyError: if the batch lacks a mask that :meth:`set_keys` named.
         """
+        if tensordict is self._batch:
+            return self._valid
         return valid_samples(tensordict, self.loss_mask_key)
 
     # Keys ----------------------------------------------------------------
@@ -421,11 +428,11 @@ class WorldModelLoss(LossWithNetworks):
             valid = (~valid).cumsum(-1) == 0
         batch = tensordict if valid is None else blank(tensordict, valid)
         predicted = predict(batch, self.tensor_keys)
-        self._batch = batch
+        self._batch, self._valid = batch, valid
         try:
             values = [self._compare(term, predicted, batch) for term in self.terms]
         finally:
-            self._batch, self._encoded = None, {}
+            self._batch, self._valid, self._encoded = None, None, {}
         weights, decay = sample_weights(batch, self.tensor_keys), None
         if self.multi_step:
             within = first_episode(tensordict, self.tensor_keys)
@@ -440,10 +447,11 @@ class WorldModelLoss(LossWithNetworks):
         for term, value in zip(self.terms, values):
             if term.per_sample:
                 value = value if decay is None else decay * value
-            elif self.reduction != "sum":
-                value = value.expand(size)
-            if value.shape == size:
                 value = reduce(value, valid, weights, self.reduction, count)
+            elif self.reduction == "none":
+                value = reduce(value.expand(size), valid, weights, "none", None)
+            elif count is not None:  # a mean over no samples is 0
+                value = torch.where(count > 0, value, torch.zeros_like(value))
             losses[f"loss_{term.name}"] = term.weight * value
         out = TensorDict(losses, batch_size=size if self.reduction == "none" else ())
         if self.return_latents:

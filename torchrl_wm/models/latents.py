@@ -1,4 +1,4 @@
-"""Networks between observations and one latent of unit size: those of models that are no RSSM."""
+"""The networks of deterministic latent models: encoder, dynamics, decoder."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from tensordict import NestedKey
 from torch import nn
 from torchrl.modules import MLP
 
+from torchrl_wm._checks import check_choice
 from torchrl_wm.models.building import activation
 from torchrl_wm.models.env_specs import EnvSpecs
+from torchrl_wm.models.heads import end_head
 from torchrl_wm.models.networks import ObservationDecoder, ObservationEncoder
-from torchrl_wm.modules import JoinEntries, Normalizer
-from torchrl_wm.modules.keys import unique
+from torchrl_wm.modules import JoinEntries, Normalizer, TerminationHead
+from torchrl_wm.modules.keys import join, unique
 
 
 class LatentEncoder(nn.Module):
-    """The encoder of observations to a latent.
+    """An encoder of observations to a latent, ``[*B, L]``, which norms vector observations.
 
     Args:
-        specs: the entries of the env.
-        config: the settings: ``latent_size``, ``hidden``, ``activation``, ``normalize``,
-            ``pixel_depth`` and ``pixel_multipliers``.
+        specs: the entries of the env. Their ``observation_keys`` are the order of
+            the inputs.
+        config: the settings; ``latent_size``, ``hidden``, ``activation``, ``normalize`` and those
+            of images are used.
+        norm: the last layer.
     """
 
-    def __init__(self, specs: EnvSpecs, config: Any) -> None:
+    def __init__(self, specs: EnvSpecs, config: Any, norm: nn.Module) -> None:
         super().__init__()
         width = config.hidden[-1] if config.hidden else config.latent_size
         self.normalizer = None
@@ -33,7 +37,7 @@ class LatentEncoder(nn.Module):
             self.normalizer = Normalizer(specs.vector_size)
 
         def vectors(in_features: int, out_features: int) -> nn.Module:
-            network = hidden_mlp(config, in_features, out_features)
+            network = plain_mlp(config, in_features, out_features)
             if self.normalizer is None:
                 return network
             return nn.Sequential(_Applied(self.normalizer), network)
@@ -47,26 +51,25 @@ class LatentEncoder(nn.Module):
         self.latent = nn.Sequential(
             activation(config.activation)(),
             nn.Linear(self.features.out_features, config.latent_size),
-            unit_size(config),
+            norm,
         )
 
     def forward(self, *observations: torch.Tensor) -> torch.Tensor:
-        """Encode observations ``[*B, *feature]`` as a latent ``[*B, L]``."""
+        """Encode observations ``[*B, *feature]`` as ``[*B, L]``."""
         return self.latent(self.features(*observations))
 
     def fit_normalizer(self, *observations: torch.Tensor) -> None:
-        """Fit the normaliser of vectors to observations ``[*B, *feature]``."""
+        """Fit the normaliser to the vector observations, which come first."""
         if self.normalizer is not None:
             join = self.features.join
             self.normalizer.fit(join(*observations[: len(join.entries)]))
 
 
 class LatentDecoder(nn.Module):
-    """The decoder of a latent to observations.
+    """A decoder of a latent to observations, which undoes the norm of vector observations.
 
     Args:
-        specs: the entries of the env.
-        config: as that of :class:`LatentEncoder`.
+        specs, config: as those of :class:`LatentEncoder`.
     """
 
     in_env_units = True
@@ -80,7 +83,7 @@ class LatentDecoder(nn.Module):
         self.image_scales = {entry.key: entry.scale for entry in specs.pixels}
 
         def vectors(in_features: int, out_features: int) -> nn.Module:
-            network = hidden_mlp(config, in_features, out_features)
+            network = plain_mlp(config, in_features, out_features)
             if self.normalizer is None:
                 return network
             return nn.Sequential(network, _Applied(self.normalizer, inverse=True))
@@ -94,7 +97,7 @@ class LatentDecoder(nn.Module):
         return self.observations(latent)
 
     def fit_output_normalizer(self, *observations: torch.Tensor) -> None:
-        """Fit the normaliser of vectors to observations ``[*B, *feature]``."""
+        """Fit the normaliser to the vector observations, which come first."""
         if self.normalizer is not None:
             vectors = observations[: len(self.join.entries)]
             self.normalizer.fit(self.join(*vectors))
@@ -125,17 +128,55 @@ class _Applied(nn.Module):
         return apply(value)
 
 
-def unit_size(config: Any) -> nn.Module:
+class ResidualDynamics(nn.Module):
+    """Dynamics: a latent plus the change that a network predicts.
+
+    Args:
+        change: a network of the latent and the actions.
+        norm: the last layer.
+    """
+
+    def __init__(self, change: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.change, self.norm = change, norm
+
+    def forward(self, latent: torch.Tensor, *actions: torch.Tensor) -> torch.Tensor:
+        """Return the next latent ``[*B, L]``."""
+        return self.norm(latent + self.change(latent, *actions))
+
+
+def unit_size(latent_size: int) -> nn.Module:
     """Return a module that keeps latents at a root mean square of 1.
 
     Otherwise latents grow, which helps the heads. The errors of the predicted latents grow
     with them, until training diverges.
     """
-    return nn.RMSNorm(config.latent_size, eps=1e-6, elementwise_affine=False)
+    return nn.RMSNorm(latent_size, eps=1e-6, elementwise_affine=False)
 
 
-def hidden_mlp(config: Any, in_features: int, out_features: int) -> MLP:
-    """Return a network with the hidden layers and the activation of the settings."""
+def termination_head(
+    specs: EnvSpecs, config: Any, latent: NestedKey, size: int
+) -> TerminationHead | None:
+    """Return a head that predicts ends from a next latent; None for ``termination="none"``.
+
+    Args:
+        specs: the entries of the env.
+        config: the settings; ``hidden``, ``activation`` and those of terminations are used.
+        latent: the latent.
+        size: its size.
+
+    Raises:
+        ValueError: for another ``termination``.
+    """
+    check_choice("termination", config.termination, ("learned", "none"))
+    if config.termination == "none":
+        return None
+    network = plain_mlp(config, size, specs.done.size)
+    return end_head(TerminationHead, network, [join("next", latent)], specs, config)
+
+
+def plain_mlp(config: Any, in_features: int, out_features: int) -> MLP:
+    """Return a network with the hidden layers of a config, which joins its inputs."""
     return MLP(
         in_features,
         out_features,
