@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchrl_wm.models.diffusion import DiffusionConfig, make_diffusion_world_model
 from torchrl_wm.models.dreamer import make_dreamer_actor_critic
 from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
 from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry
@@ -19,6 +20,7 @@ from torchrl_wm.models.tdmpc2_policy import make_tdmpc2_policy
 
 __all__ = [
     "ActionEntry",
+    "DiffusionConfig",
     "EnsembleConfig",
     "EnvSpecs",
     "MLPConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "RSSMConfig",
     "TDMPC2Config",
     "load_world_model",
+    "make_diffusion_world_model",
     "make_dreamer_actor_critic",
     "make_ensemble_world_model",
     "make_mlp_world_model",

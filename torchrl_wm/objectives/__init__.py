@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchrl_wm.objectives.consistency import ConsistencyTerm
-
+from torchrl_wm.objectives.diffusion import DenoisingTerm
 from torchrl_wm.objectives.gaussian import (
     bootstrap_counts,
     gaussian_nll,
@@ -28,6 +28,7 @@ from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 
 __all__ = [
     "ConsistencyTerm",
+    "DenoisingTerm",
     "DoneTerm",
     "GaussianNLLTerm",
     "KLTerm",

@@ -8,6 +8,9 @@
 - ``ensemble.py``: several networks as one; ``ensemble_dynamics.py``: PETS's and MBPO's dynamics;
   ``propagation.py``: one ensemble, propagated in several ways.
 - ``rssm.py``: TorchRL's RSSM networks; ``pixels.py``: its image networks.
+- ``diffusion.py``: EDM's denoiser and sampler; ``diffusion_networks.py``: networks of denoisers;
+  ``diffusion_dynamics.py``: DIAMOND's dynamics, which remember frames; ``transition_lstm.py``: its
+  judge of rewards and ends.
 - ``latent.py``: TD-MPC2's latents; ``q_ensemble.py``: its action values; ``two_hot.py``: scalars
   as distributions over bins.
 """
