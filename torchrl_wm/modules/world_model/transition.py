@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tensordict import NestedKey
+from tensordict.nn import TensorDictSequential
 from torch import nn
 
 from torchrl_wm.modules.errors import MissingEntryError
@@ -45,7 +46,8 @@ class Transition:
         memory: Sequence[NestedKey] = (),
     ) -> None:
         self.dynamics, self.posterior = dynamics, posterior
-        self.latents = list(latents)
+        self.latents, self.memory = list(latents), list(memory)
+        self._given_heads = dict(heads or {})
         #: The state: latents, then memory; and where they are predicted.
         self.state = [(key, join("next", key)) for key in (*latents, *memory)]
         #: The entries that are carried, and not recorded.
@@ -124,6 +126,37 @@ class Transition:
         """Return what a step needs of the dynamics where the encoder writes its latents."""
         moved = [place for _, place in self._moved if place not in encoded]
         return self._read_by_heads.union(moved)
+
+    def sparing(
+        self, heads: Iterable[str], encoded: Iterable[NestedKey]
+    ) -> Transition:
+        """Return a transition that carries only the memory which some things depend on.
+
+        These are the latents that the encoder does not write, and what some heads write. It is
+        for steps without predictions and without a posterior.
+
+        Args:
+            heads: the names of the heads.
+            encoded: what the encoder writes of the next observation, as ``("next", key)``.
+        """
+        carried = dict(zip((place for _, place in self.state), self.state))
+        wanted = {join("next", key) for key in self.latents}.difference(encoded)
+        kept: dict[str, nn.Module] = {}
+        count = -1
+        while count < len(wanted) + len(kept):
+            count = len(wanted) + len(kept)
+            for name, head in self._given_heads.items():
+                if name in heads or not wanted.isdisjoint(written_keys(head)):
+                    kept[name] = head
+                    wanted.update(unique(head.in_keys))
+            part = self._predict.part(wanted.difference(encoded))
+            read = wanted.union(*(unique(module.in_keys) for module in part.modules))
+            wanted.update(p for p, (key, _) in carried.items() if key in read)
+            wanted.difference_update(encoded)
+        memory = [key for key in self.memory if join("next", key) in wanted]
+        whole = part is self._predict
+        dynamics = self.dynamics if whole else TensorDictSequential(*part.modules)
+        return Transition(dynamics, None, self.latents, kept, memory)
 
     def is_current(self) -> bool:
         """Return whether all components still have the networks, keys and hooks they had."""
