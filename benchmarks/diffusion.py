@@ -13,7 +13,6 @@ how often the sampler ran in a loss.
 
 from __future__ import annotations
 
-
 import torch
 from common import begin, finish, Loop, machine, measure, parser
 from tensordict import TensorDict
@@ -59,7 +58,10 @@ def batch_of(env: Specs, rows: int, steps: int) -> TensorDict:
     torch.manual_seed(0)
     size = (rows, steps)
     spec = env.full_observation_spec["observation"]
-    drawn = spec.expand(*size, *spec.shape).rand(), spec.expand(*size, *spec.shape).rand()
+    drawn = (
+        spec.expand(*size, *spec.shape).rand(),
+        spec.expand(*size, *spec.shape).rand(),
+    )
     begins = torch.zeros(*size, 1, dtype=torch.bool)
     return TensorDict(
         {
@@ -140,7 +142,10 @@ class ByHand:
         level = (sigma**2 + self.offset**2).sqrt()
         variance = level**2 + self.sigma_data**2
         out = self.network(
-            noisy / variance.sqrt(), level.flatten().log() / 4, stack, acts.flatten(0, 1)
+            noisy / variance.sqrt(),
+            level.flatten().log() / 4,
+            stack,
+            acts.flatten(0, 1),
         )
         target = clean - self.sigma_data**2 / variance * noisy
         target = target / (level * self.sigma_data / variance.sqrt())

@@ -48,7 +48,7 @@ from torchrl_wm.objectives import (
 )
 
 _FRAME, _FRAMES, _ACTIONS = "frame", "past_frames", "past_actions"
-_HIDDEN, _CELL = _STATE = ("hidden", "cell")
+_HIDDEN, _CELL = _STATE = ("judge_hidden", "judge_cell")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,14 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         for name, what in (
-            ("context", "the number of frames of which the next one is drawn; DIAMOND has 4"),
-            ("sampling_steps", "the number of denoising steps of a frame; DIAMOND has 3"),
+            (
+                "context",
+                "the number of frames of which the next one is drawn; DIAMOND has 4",
+            ),
+            (
+                "sampling_steps",
+                "the number of denoising steps of a frame; DIAMOND has 3",
+            ),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -190,7 +196,9 @@ def make_diffusion_world_model(
     DiffusionConfig,
     reserved=(_FRAME, _FRAMES, _ACTIONS, _HIDDEN, _CELL),
 )
-def _wire(specs: EnvSpecs, config: DiffusionConfig) -> tuple[WorldModel, WorldModelLoss]:
+def _wire(
+    specs: EnvSpecs, config: DiffusionConfig
+) -> tuple[WorldModel, WorldModelLoss]:
     shape = frame_shape(specs, "make_diffusion_world_model")
     check_choice("termination", config.termination, ("learned", "none"))
     dynamics = _dynamics(specs, config, shape)

@@ -127,9 +127,9 @@ class ModelPass:
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
         labels = [key for key in observed if key not in hidden]
-        return model.filter.observe_sequence(steps, self.predicts, self._judges).exclude(
-            *labels
-        )
+        return model.filter.observe_sequence(
+            steps, self.predicts, self._judges
+        ).exclude(*labels)
 
     def _check_sequence(self, batch: TensorDictBase) -> None:
         """Raise an error if the batch may not be sequences, ``[*B, T]``."""

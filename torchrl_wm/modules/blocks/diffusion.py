@@ -182,7 +182,9 @@ class DiffusionSampler(nn.Module):
         for step in range(self.steps):
             here, there = sigmas[step], sigmas[step + 1]
             clean = denoise(x, here.expand(lead))
-            if step == self.steps - 1:  # the step to noise 0 leads to the denoised x itself
+            if (
+                step == self.steps - 1
+            ):  # the step to noise 0 leads to the denoised x itself
                 return clean
             slope = (x - clean) / here
             moved = x + (there - here) * slope

@@ -68,4 +68,4 @@ class TransitionLSTM(nn.Module):
             rows = [row.reshape(-1, *row.shape[len(lead) :]) for row in rows]
         frame, following, action, *state = rows
         state = self.cell(self.features(frame, following, action), tuple(state))
-        return tuple(part.reshape(*lead, -1) for part in state)
+        return tuple(part.reshape(*lead, part.shape[-1]) for part in state)

@@ -127,9 +127,7 @@ class Transition:
         moved = [place for _, place in self._moved if place not in encoded]
         return self._read_by_heads.union(moved)
 
-    def sparing(
-        self, heads: Iterable[str], encoded: Iterable[NestedKey]
-    ) -> Transition:
+    def sparing(self, heads: Iterable[str], encoded: Iterable[NestedKey]) -> Transition:
         """Return a transition that carries only the memory which some things depend on.
 
         These are the latents that the encoder does not write, and what some heads write. It is
