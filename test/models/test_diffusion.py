@@ -319,3 +319,38 @@ def test_it_learns_a_pendulum_in_seconds() -> None:
     )
     share = error["model", "observation"] / error["persistence", "observation"]
     assert (share[[0, 4]] < 0.35).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("observations", ["vector", "pixels"])
+def test_loss_and_imagination_are_graphs(observations) -> None:
+    env = made_env(observations)
+    model, loss, batch = fitted(env)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    found = []
+    for function in (loss, compiled):
+        torch.manual_seed(1)
+        found.append(function(batch).sum(reduce=True))
+    torch.testing.assert_close(*found)
+    start, actions = model.burn_in(batch), batch["action"][:, :3]
+    imagined = WorldModelEnv(model, env)
+    made = []
+    for compiles in (False, True):
+        if compiles:
+            imagined.compile(backend="eager")
+        with torch.no_grad(), set_interaction_type("deterministic"):
+            out = imagined.imagine(3, tensordict=start, actions=actions)
+        made.append(out["next", "frame"])
+    torch.testing.assert_close(*made)
+
+
+def test_gradients_flow_through_imagination() -> None:
+    env = made_env("pixels")
+    model, _, batch = fitted(env)
+    for parameter in model.parameters():  # some begin at zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    actions = batch["action"][:, :3].clone().requires_grad_()
+    start = model.burn_in(batch).detach()
+    out = WorldModelEnv(model, env).imagine(3, tensordict=start, actions=actions)
+    out["next", "reward"].sum().backward()
+    assert actions.grad[:, 0].any()

@@ -191,6 +191,13 @@ def test_the_loss_falls() -> None:
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
 
 
+def test_open_loop_is_refused() -> None:
+    _, model, _, batch, _ = parts()
+    loss = WorldModelLoss(model, losses=[DenoisingTerm()], multi_step=True)
+    with pytest.raises(ValueError, match="given real frames.*Leave out multi_step"):
+        loss(batch)
+
+
 def test_models_that_draw_no_frames_are_refused() -> None:
     with pytest.raises(
         ValueError, match="'denoising' trains dynamics that draw frames"

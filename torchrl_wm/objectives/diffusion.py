@@ -65,6 +65,11 @@ class DenoisingTerm(LossTerm):
         return [*world_model.dynamics.action_keys, *next_observations(world_model)]
 
     def __call__(self, predicted, batch, loss):
+        if getattr(loss, "multi_step", False):
+            raise ValueError(
+                f"The loss {self.name!r} denoises given real frames, and with multi_step=True the "
+                f"model rolls its own. Leave out multi_step: each step of a sequence counts anyway."
+            )
         dynamics = loss.world_model.dynamics
         following = loss.encode_next(batch).get(dynamics.frame_key)
         actions = [batch.get(key) for key in dynamics.action_keys]

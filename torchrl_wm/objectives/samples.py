@@ -127,8 +127,8 @@ def pieces(
     """
     begins = begins_within(batch, keys)
     if valid is not None:
-        begins = begins | ~valid
-        begins[..., 1:] |= ~valid[..., :-1]
+        later = torch.arange(valid.shape[-1], device=valid.device) > 0
+        begins = begins | ~valid | (~valid.roll(1, -1) & later)
     return begins.cumsum(-1)
 
 
