@@ -70,10 +70,11 @@ format: $(call stamp,lint) ## Format the code in place
 docs: $(call stamp,docs) ## Build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-bench: $(call stamp,bench) ## Measure what imagination, plans, ensembles and the export cost; prints tables of ratios
+bench: $(call stamp,bench) ## Measure what imagination, plans, ensembles, diffusion and the export cost; prints tables of ratios
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/ensemble.py
+	$(BIN)/python benchmarks/diffusion.py
 	$(BIN)/python benchmarks/export.py
 
 clean: ## Remove the environment and everything built

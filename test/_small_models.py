@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from torchrl_wm.models import (
+    make_diffusion_world_model,
     make_ensemble_world_model,
     make_jepa_world_model,
     make_mlp_world_model,
@@ -15,7 +16,18 @@ from torchrl_wm.models import (
 )
 
 RSSM = {"belief_size": 16, "hidden_size": 8, "num_cells": 8, "depth": 1}
+DIFFUSION = {
+    "hidden": (8,),
+    "noise_features": 4,
+    "channels": (4, 8),
+    "depths": (1, 1),
+    "condition_features": 4,
+    "lstm_size": 4,
+    "head_channels": (4,),
+    "head_depths": (1,),
+}
 MAKE = {
+    "diffusion": partial(make_diffusion_world_model, **DIFFUSION),
     "ensemble": partial(
         make_ensemble_world_model, members=2, hidden=(8,), termination_hidden=(8,)
     ),

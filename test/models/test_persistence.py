@@ -31,6 +31,7 @@ from torchrl_wm.modules import EnsembleLinear, fit_normalizers, with_propagation
 from torchrl_wm.modules.keys import join
 
 SMALL = {
+    "diffusion": {"hidden": (8,), "noise_features": 4},
     "ensemble": {"members": 3, "elites": 2, "hidden": (8,), "termination_hidden": (8,)},
     "jepa": {"hidden": (8,), "latent_size": 4, "probe": True, "reward": True},
     "mlp": {"hidden": (8,), "latent_size": 4},

@@ -15,6 +15,7 @@ from torchrl_wm import WorldModelEnv
 from torchrl_wm.models.building import build, BUILDERS
 
 OWN = {
+    "diffusion": ["frame", "past_frames", "past_actions", "judge_hidden", "judge_cell"],
     "ensemble": ["loc", "log_var", "disagreement", "member", "ensemble_reward"],
     "jepa": ["latent"],
     "mlp": ["latent"],
@@ -24,6 +25,7 @@ OWN = {
 HEADS = ["terminated_logits", "continue_pred", "continue_prob", "reward_logits"]
 LOSS = ["weight", "priority_weight", "member_weight", "target_latent", "true_reward"]
 SMALL = {
+    "diffusion": {"hidden": (4,)},
     "ensemble": {"members": 2, "hidden": (4,), "termination_hidden": (4,)},
     "jepa": {"hidden": (4,), "latent_size": 4, "reward": True},
     "mlp": {"hidden": (4,), "latent_size": 4},

@@ -85,8 +85,12 @@ class Recording:
         inputs = [*observations, *(join("next", key) for key in observations)]
         if model.is_recurrent and not missing_from(steps, inputs):
             with torch.no_grad(), evaluation_mode(model):
-                filtered = model.observe(steps)
-                following = filtered.get("next").select(*model.latent_keys)
+                # Without a posterior, predictions are of no use: no sampler runs.
+                corrects = model.posterior is not None
+                filtered = model.filter.observe_sequence(steps, corrects, ())
+                following = filtered.get("next").select(
+                    *model.latent_keys, strict=False
+                )
                 if model.posterior is None:  # else these are predictions
                     seen = model.encoder(steps.get("next").select(*observations))
                     following.update(seen.select(*model.latent_keys, strict=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchrl_wm.models.diffusion import DiffusionConfig, make_diffusion_world_model
 from torchrl_wm.models.dreamer import make_dreamer_actor_critic
 from torchrl_wm.models.ensemble import EnsembleConfig, make_ensemble_world_model
 from torchrl_wm.models.env_specs import EnvSpecs, PixelEntry
@@ -24,6 +25,7 @@ from torchrl_wm.models.transformer import (
 
 __all__ = [
     "ActionEntry",
+    "DiffusionConfig",
     "EnsembleConfig",
     "EnvSpecs",
     "JEPAConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "TDMPC2Config",
     "TransformerConfig",
     "load_world_model",
+    "make_diffusion_world_model",
     "make_dreamer_actor_critic",
     "make_ensemble_world_model",
     "make_jepa_world_model",

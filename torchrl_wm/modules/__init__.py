@@ -11,6 +11,19 @@ from __future__ import annotations
 
 from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.attention import CausalTransformer
+from torchrl_wm.modules.blocks.diffusion import (
+    Denoiser,
+    DiffusionSampler,
+    draw_sigma,
+    karras_sigmas,
+    preconditioning,
+)
+from torchrl_wm.modules.blocks.diffusion_dynamics import DiffusionDynamics, FrameModel
+from torchrl_wm.modules.blocks.diffusion_networks import (
+    DenoiserMLP,
+    DenoiserUNet,
+    ImageFeatures,
+)
 from torchrl_wm.modules.blocks.ensemble import (
     DrawnMember,
     EnsembleLinear,
@@ -42,6 +55,7 @@ from torchrl_wm.modules.blocks.rssm import (
     RSSMPosteriorHead,
 )
 from torchrl_wm.modules.blocks.shift import random_shift
+from torchrl_wm.modules.blocks.transition_lstm import TransitionLSTM
 from torchrl_wm.modules.blocks.two_hot import SymlogTwoHot, TwoHotHead
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.world_model.initial_state import InitialState
@@ -55,15 +69,22 @@ __all__ = [
     "CausalTransformer",
     "ContinuationModel",
     "ContinueHead",
+    "Denoiser",
+    "DenoiserMLP",
+    "DenoiserUNet",
     "DenormalizedNetwork",
+    "DiffusionDynamics",
+    "DiffusionSampler",
     "DrawnMember",
     "EnsembleDynamics",
     "EnsembleLinear",
     "EnsembleMLP",
     "Entry",
+    "FrameModel",
     "FunctionHead",
     "GaussianEnsemble",
     "GaussianHead",
+    "ImageFeatures",
     "InitialState",
     "JoinEntries",
     "Mish",
@@ -83,11 +104,15 @@ __all__ = [
     "SplitEntries",
     "SymlogTwoHot",
     "TerminationHead",
+    "TransitionLSTM",
     "TwoHotHead",
     "WorldModel",
     "check_sequence",
+    "draw_sigma",
     "fit_normalizers",
+    "karras_sigmas",
     "memory_apart",
+    "preconditioning",
     "random_shift",
     "with_propagation",
     "write_memory",

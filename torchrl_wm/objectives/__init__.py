@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torchrl_wm.objectives.consistency import ConsistencyTerm
-from torchrl_wm.objectives.embedding import ProbeTerm, SIGRegTerm, VICRegTerm
 
+from torchrl_wm.objectives.diffusion import DenoisingTerm
+from torchrl_wm.objectives.embedding import ProbeTerm, SIGRegTerm, VICRegTerm
 from torchrl_wm.objectives.gaussian import (
     bootstrap_counts,
     gaussian_nll,
@@ -29,6 +30,7 @@ from torchrl_wm.objectives.world_model_loss import WorldModelLoss
 
 __all__ = [
     "ConsistencyTerm",
+    "DenoisingTerm",
     "DoneTerm",
     "GaussianNLLTerm",
     "KLTerm",

@@ -58,6 +58,7 @@ class ModelPass:
         # Terms without predictions let heads judge real latents, beside which these may read more.
         judging = (t for t in terms if not t.needs_prediction)
         judges = {n: world_model.components[n] for t in judging for n in t.components}
+        self._judges = tuple(judges)
         self.inputs = _root_inputs({**components, **judges})
         if world_model.is_recurrent:
             # Latents are filtered from the observations; they may be given, too.
@@ -126,7 +127,9 @@ class ModelPass:
         # The observations themselves are labels; the heads do not read them.
         hidden = [join("next", key) for key in model.latent_keys]
         labels = [key for key in observed if key not in hidden]
-        return model.filter.observe_sequence(steps, self.predicts).exclude(*labels)
+        return model.filter.observe_sequence(
+            steps, self.predicts, self._judges
+        ).exclude(*labels)
 
     def _check_sequence(self, batch: TensorDictBase) -> None:
         """Raise an error if the batch may not be sequences, ``[*B, T]``."""

@@ -97,15 +97,39 @@ def sample_weights(batch: TensorDictBase, keys: LossKeys) -> torch.Tensor | None
     return total
 
 
-def first_episode(batch: TensorDictBase, keys: LossKeys) -> torch.Tensor:
-    """Return where the first step's episode still goes on in sequences, ``[*B, T]`` bool."""
+def begins_within(batch: TensorDictBase, keys: LossKeys) -> torch.Tensor:
+    """Return where episodes begin in sequences after their first step, ``[*B, T]`` bool."""
     done = keys.find_label(batch, "done")
     begins = torch.zeros(batch.batch_size, dtype=torch.bool, device=batch.device)
     # Either may say so: a slice can lack the step before an episode's first.
     for flags in (episode_begins(batch), episode_begins(batch.exclude(IS_INIT), done)):
         if flags is not None:
             begins[..., 1:] |= flags[..., 1:]
-    return begins.cumsum(-1) == 0
+    return begins
+
+
+def first_episode(batch: TensorDictBase, keys: LossKeys) -> torch.Tensor:
+    """Return where the first step's episode still goes on in sequences, ``[*B, T]`` bool."""
+    return begins_within(batch, keys).cumsum(-1) == 0
+
+
+def pieces(
+    batch: TensorDictBase, keys: LossKeys, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the number of the piece that each step of sequences belongs to, ``[*B, T]`` int64.
+
+    Pieces end with episodes, and where steps are not valid.
+
+    Args:
+        batch: ``[*B, T]``.
+        keys: the keys of the loss.
+        valid: where steps are valid, ``[*B, T]``; None if all are.
+    """
+    begins = begins_within(batch, keys)
+    if valid is not None:
+        later = torch.arange(valid.shape[-1], device=valid.device) > 0
+        begins = begins | ~valid | (~valid.roll(1, -1) & later)
+    return begins.cumsum(-1)
 
 
 def blank(batch: TensorDictBase, valid: torch.Tensor) -> TensorDictBase:

@@ -9,6 +9,9 @@
   ``propagation.py``: one ensemble, propagated in several ways.
 - ``rssm.py``: TorchRL's RSSM networks; ``pixels.py``: its image networks.
 - ``attention.py``: a causal transformer, in one pass or step by step.
+- ``diffusion.py``: EDM's denoiser and sampler; ``diffusion_networks.py``: networks of denoisers;
+  ``diffusion_dynamics.py``: DIAMOND's dynamics, which remember frames; ``transition_lstm.py``: its
+  judge of rewards and ends.
 - ``latent.py``: TD-MPC2's latents; ``q_ensemble.py``: its action values; ``two_hot.py``: scalars
   as distributions over bins.
 """

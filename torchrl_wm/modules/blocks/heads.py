@@ -107,11 +107,10 @@ class _OnNetwork(nn.Module):
 
     network: nn.Module
 
-    def fit_normalizer(self, *values: torch.Tensor) -> None:
-        """Hand data on to the network, if that normalises its inputs."""
-        fit = getattr(self.network, "fit_normalizer", None)
-        if fit is not None:
-            fit(*values)
+    @property
+    def fit_normalizer(self) -> Callable[..., None]:
+        """The network's own function; there is none if it does not normalise its inputs."""
+        return self.network.fit_normalizer
 
 
 class _Ending(_OnNetwork):

@@ -305,7 +305,8 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
     It fits networks that have a ``fit_normalizer`` (such as :class:`NormalizedNetwork`) to
     the entries that their module reads, those that have a ``fit_output_normalizer``
     (:class:`DenormalizedNetwork`) to the entries that it writes, and modules that fit
-    themselves (:class:`EnsembleDynamics`). Latents that the batch lacks are encoded from
+    themselves (:class:`EnsembleDynamics`), to the entries that they read or, if they have them,
+    to their ``normalizer_keys``. Latents that the batch lacks are encoded from
     its observations.
 
     A loss with ``delay_encoder=True`` follows: its target encoder normalises as the
@@ -338,8 +339,9 @@ def fit_normalizers(model: nn.Module, batch: TensorDictBase) -> None:
             continue
         network = getattr(module, "module", None)
         if hasattr(module, "fit_normalizers"):
-            module.fit_normalizers(_data(model, batch, module.in_keys))
-            read += module.in_keys
+            keys = unique(getattr(module, "normalizer_keys", module.in_keys))
+            module.fit_normalizers(_data(model, batch, keys))
+            read += keys
         if hasattr(network, "fit_normalizer"):
             keys = unique(module.in_keys)
             read += keys

@@ -101,9 +101,10 @@ def filter_step(
     if now.begins is not None:
         state = where(now.begins, now.fresh, state)
     if now.encoded is not None:
-        values = {**now.context, **state}
-        if predicts or not transition.is_seen(now.encoded):
+        if predicts:
             values = transition.predict(state, now.context, at)
+        else:
+            values = transition.carry(state, now.context, now.encoded, at)
         written, following = transition.correct(values, now.encoded, at)
         made, left_out = {**state, **written}, transition.unrecorded
     else:

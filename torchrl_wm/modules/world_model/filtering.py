@@ -84,6 +84,9 @@ class Filter:
         self.sequence = sequence
         self.later_steps = later_steps
         self._transition: Transition | None = None
+        #: Those of :meth:`_sparing`, by the names of heads, and what they were made of.
+        self._sparing_ones: tuple[Transition | None, dict[frozenset, Transition]]
+        self._sparing_ones = (None, {})
         if sequence is not None:
             check_sequence_module(sequence, self.transition, components)
 
@@ -111,6 +114,23 @@ class Filter:
             if not torch.compiler.is_compiling():
                 self._transition = made
         return made
+
+    def _sparing(self, heads: Iterable[str]) -> Transition:
+        """Return a transition without predictions: it moves what the latents and some heads depend on.
+
+        Args:
+            heads: the names of the heads whose outputs are of use.
+        """
+        whole, names = self.transition, frozenset(heads)
+        if self.posterior is not None or not whole.memory:
+            return whole
+        made_of, kept = self._sparing_ones
+        if made_of is not whole:
+            self._sparing_ones = made_of, kept = whole, {}
+        if names not in kept:
+            encoded = [join("next", key) for key in written_keys(self.encoder)]
+            kept[names] = whole.sparing(names, encoded)
+        return kept[names]
 
     def check_observable(self) -> None:
         """Refuse to filter, step by step, latents that the env's observations overwrite.
@@ -222,7 +242,10 @@ class Filter:
     # Sequences -----------------------------------------------------------
 
     def observe_sequence(
-        self, tensordict: TensorDictBase, predicts: bool = True
+        self,
+        tensordict: TensorDictBase,
+        predicts: bool = True,
+        heads: Iterable[str] = HEADS,
     ) -> TensorDictBase:
         """Filter whole sequences.
 
@@ -231,20 +254,20 @@ class Filter:
                 and under "next"; not modified. Latents, and memory, at the root of the
                 first step are where the filter starts, unless an episode begins there. Without
                 memory there, that begins anew.
-            predicts: whether the predictions are of use. Without, the dynamics are not run where
-                the encoder writes all that they predict.
+            predicts: whether the predictions are of use. Without, no modules of the dynamics are
+                run but those that latents which the encoder does not write, or heads, depend on.
+            heads: the names of the heads whose outputs are of use, if predictions are not.
 
         Returns:
             A tensordict, ``[*B, T]``, with the filtered latents at the root and
             what dynamics and posterior write under "next".
         """
-        state, given = self._begin_sequence(tensordict)
+        transition = self.transition if predicts else self._sparing(heads)
+        state, given = self._begin_sequence(tensordict, transition)
         sequence = self.sequence  # which begins with an empty memory
         if self.given_memory(tensordict[..., 0]):
             sequence = None
-        steps = self._steps(
-            self.transition, state, given, tensordict, sequence, predicts
-        )
+        steps = self._steps(transition, state, given, tensordict, sequence, predicts)
         kept = tensordict.copy()
         return (kept.exclude(*self.memory) if self.memory else kept).update(steps)
 
@@ -258,14 +281,14 @@ class Filter:
             The state at the root of each step; and, last, the one after them.
         """
         at = Placement(tensordict.batch_size[:-1], tensordict.device)
-        state, given = self._begin_sequence(tensordict)
+        state, given = self._begin_sequence(tensordict, self.transition)
         return filter_states(self.transition, state, given, at)
 
     def _begin_sequence(
-        self, tensordict: TensorDictBase
+        self, tensordict: TensorDictBase, transition: Transition
     ) -> tuple[FlatTensors, FilterInputs]:
         """Return the state that sequences start from, and what their steps read, ``[*B, T]``."""
-        observations, transition = self.observations, self.transition
+        observations = self.observations
         needed = [*(join("next", key) for key in observations), *transition.context]
         _require(tensordict, needed)
         if not tensordict.batch_dims or not tensordict.batch_size.numel():
@@ -285,6 +308,9 @@ class Filter:
             {"encoder": self.encoder}, tensordict.get("next").select(*observations)
         )
         context = to_flat(tensordict, transition.context)
+        state = {key: state[key] for key, _ in transition.state}
+        if fresh is not None:
+            fresh = {key: fresh[key] for key in state}
         return state, FilterInputs(context, self._below_next(encoded), begins, fresh)
 
     def predict_sequence(

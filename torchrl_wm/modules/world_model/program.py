@@ -68,6 +68,29 @@ class Program:
         #: outputs are not checked again. One of another shape is noticed when it is stacked.
         self.trusted = [_step_of(module, trusted=True) for module in self.modules]
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The keys that must be there: those that modules read and none before them writes."""
+        written: set[NestedKey] = set()
+        read: list[NestedKey] = []
+        for module in self.modules:
+            read += [key for key in unique(module.in_keys) if key not in written]
+            written.update(unique(module.out_keys))
+        return unique(read)
+
+    def part(self, wanted: Iterable[NestedKey]) -> Program:
+        """Return the program of the modules that some outputs depend on; itself if all do.
+
+        Args:
+            wanted: keys that the modules write.
+        """
+        needed, kept = set(wanted), []
+        for module in reversed(self.modules):
+            if not needed.isdisjoint(unique(module.out_keys)):
+                needed.update(unique(module.in_keys))
+                kept.append(module)
+        return self if len(kept) == len(self.modules) else Program(reversed(kept))
+
     def is_for(self, module: nn.Module) -> bool:
         """Return whether this is the program of ``module`` and nothing else, as it is now."""
         return [module] == self._given and self.is_current()

@@ -2,6 +2,10 @@
 
 A head that has latents or memory of its own, such as an LSTM over what the model predicts, moves
 them after the correction.
+
+Where nobody asks for predictions and an observation stands for a latent, only those modules of the
+dynamics are run that write what else moves on: a diffusion model shifts its stack of frames, and
+samples none.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tensordict import NestedKey
+from tensordict.nn import TensorDictSequential
 from torch import nn
 
 from torchrl_wm.modules.errors import MissingEntryError
@@ -41,7 +46,8 @@ class Transition:
         memory: Sequence[NestedKey] = (),
     ) -> None:
         self.dynamics, self.posterior = dynamics, posterior
-        self.latents = list(latents)
+        self.latents, self.memory = list(latents), list(memory)
+        self._given_heads = dict(heads or {})
         #: The state: latents, then memory; and where they are predicted.
         self.state = [(key, join("next", key)) for key in (*latents, *memory)]
         #: The entries that are carried, and not recorded.
@@ -69,11 +75,11 @@ class Transition:
             for key in written_keys(head)
             if key not in places
         ]
-        #: Whether a step can do without predictions where the encoder writes the latents: no
-        #: posterior corrects them, and no head reads what else the dynamics write.
+        #: What heads read of what the dynamics write beside the state; a step that does without
+        #: predictions makes it all the same.
         read = {key for head in self.heads.values() for key in unique(head.in_keys)}
         others = {*written_keys(dynamics)} - {place for _, place in self._moved}
-        self._may_be_seen = posterior is None and read.isdisjoint(others)
+        self._read_by_heads = frozenset(read & others)
         steps = (dynamics, *self.heads.values())
         reads = unique([key for module in steps for key in unique(module.in_keys)])
         #: The keys that a step reads beside latents: the action, and constant context.
@@ -81,6 +87,8 @@ class Transition:
         self.context = [k for k in reads if not is_next(k) and k not in carried]
         self.written = {*written_keys(dynamics), *of_heads}
         self._predict = Program([dynamics])
+        #: The programs of a part of the dynamics, by the places that it writes.
+        self._carry: dict[frozenset[NestedKey], Program] = {}
         self._judge = {name: Program([head]) for name, head in self.heads.items()}
         self._correct = None
         if posterior is not None:
@@ -112,7 +120,41 @@ class Transition:
 
     def is_seen(self, encoded: FlatTensors) -> bool:
         """Return whether the encoder determines all that a step needs of the dynamics' predictions."""
-        return self._may_be_seen and all(place in encoded for _, place in self._moved)
+        return self._correct is None and not self._unseen(encoded)
+
+    def _unseen(self, encoded: FlatTensors) -> frozenset[NestedKey]:
+        """Return what a step needs of the dynamics where the encoder writes its latents."""
+        moved = [place for _, place in self._moved if place not in encoded]
+        return self._read_by_heads.union(moved)
+
+    def sparing(self, heads: Iterable[str], encoded: Iterable[NestedKey]) -> Transition:
+        """Return a transition that carries only the memory which some things depend on.
+
+        These are the latents that the encoder does not write, and what some heads write. It is
+        for steps without predictions and without a posterior.
+
+        Args:
+            heads: the names of the heads.
+            encoded: what the encoder writes of the next observation, as ``("next", key)``.
+        """
+        carried = dict(zip((place for _, place in self.state), self.state))
+        wanted = {join("next", key) for key in self.latents}.difference(encoded)
+        kept: dict[str, nn.Module] = {}
+        count = -1
+        while count < len(wanted) + len(kept):
+            count = len(wanted) + len(kept)
+            for name, head in self._given_heads.items():
+                if name in heads or not wanted.isdisjoint(written_keys(head)):
+                    kept[name] = head
+                    wanted.update(unique(head.in_keys))
+            part = self._predict.part(wanted.difference(encoded))
+            read = wanted.union(*(unique(module.in_keys) for module in part.modules))
+            wanted.update(p for p, (key, _) in carried.items() if key in read)
+            wanted.difference_update(encoded)
+        memory = [key for key in self.memory if join("next", key) in wanted]
+        whole = part is self._predict
+        dynamics = self.dynamics if whole else TensorDictSequential(*part.modules)
+        return Transition(dynamics, None, self.latents, kept, memory)
 
     def is_current(self) -> bool:
         """Return whether all components still have the networks, keys and hooks they had."""
@@ -136,6 +178,38 @@ class Transition:
         """
         values = {**context, **state}
         _run("dynamics", self.dynamics, self._predict, values, at)
+        return values
+
+    def carry(
+        self,
+        state: FlatTensors,
+        context: FlatTensors,
+        encoded: FlatTensors,
+        at: Placement,
+    ) -> FlatTensors:
+        """Run the modules of the dynamics that write what the encoder does not determine.
+
+        A posterior corrects predictions: with one, all of them are run.
+
+        Args:
+            state, context, at: as for :meth:`predict`.
+            encoded: what the encoder makes of the next observation, by ``("next", key)``.
+
+        Returns:
+            State, context and what these modules write.
+        """
+        if self._correct is not None:
+            return self.predict(state, context, at)
+        unseen = self._unseen(encoded)
+        values = {**context, **state}
+        if not unseen:
+            return values
+        program = self._carry.get(unseen)
+        if program is None:
+            program = self._carry[unseen] = self._predict.part(unseen)
+        if program is self._predict:
+            return self.predict(state, context, at)
+        _run("dynamics", program, program, values, at)
         return values
 
     def imagine(
@@ -167,7 +241,8 @@ class Transition:
         out, state = self._corrected(values, encoded, at)
         if self.heads:
             judged = {**values, **out}
-            if self._verdicts and self._correct is None and self._moved[0][1] in values:
+            predicted = all(place in values for _, place in self._moved)
+            if self._verdicts and self._correct is None and predicted:
                 # What is predicted with memory is trained on predicted latents, as by any head.
                 self._run_heads(judged, at, self.remembering)
                 out.update((key, judged[key]) for key in self._verdicts)

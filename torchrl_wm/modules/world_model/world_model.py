@@ -96,7 +96,9 @@ class WorldModel(TensorDictModuleBase):
             write under "next". No rollout, replay buffer, primer or ``info`` holds them. A
             start has all of them, or none, and they begin anew; :meth:`burn_in` makes those of
             recorded steps. Components write into them by
-            :func:`~torchrl_wm.modules.write_memory`, or return new ones.
+            :func:`~torchrl_wm.modules.write_memory`, or return new ones. Where real steps are
+            filtered and nobody needs predictions, dynamics that are a sequence of modules run
+            only those that write what moves on.
         sequence: filters whole sequences, ``[*B, T]``, in one parallel pass (a causal
             transformer, a parallel scan), where :meth:`observe` and the loss would else make one
             step after the other. Over ``[*B, T]`` it may read what the step reads beside
