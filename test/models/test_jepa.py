@@ -263,3 +263,17 @@ def middle(image: torch.Tensor) -> torch.Tensor:
     axis = torch.linspace(-1, 1, len(weight))
     sums = weight.sum(1) @ axis, weight.sum(0) @ axis
     return torch.stack(sums) / weight.sum()
+
+
+@pytest.mark.parametrize("regularizer", ["sigreg", "vicreg"])
+def test_a_loss_step_is_one_graph(regularizer) -> None:
+    env = made_env("pixels")
+    _, loss = make_jepa_world_model(env, **SMALL, regularizer=regularizer)
+    batch = sequences(env, 4, 3)
+    batch["collector", "mask"] = torch.ones(4, 3, dtype=torch.bool)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    values = []
+    for module in (loss, compiled):
+        torch.manual_seed(0)
+        values.append(module(batch)[f"loss_{regularizer}"])
+    torch.testing.assert_close(*values)
