@@ -52,7 +52,10 @@ def sequences(batch: int, length: int) -> TensorDict:
         {
             "observation": seen[:, :-1],
             "action": torch.rand(batch, length, ACTION) * 2 - 1,
-            "next": {"observation": seen[:, 1:], "reward": torch.randn(batch, length, 1)},
+            "next": {
+                "observation": seen[:, 1:],
+                "reward": torch.randn(batch, length, 1),
+            },
         },
         [batch, length],
     )
@@ -83,7 +86,9 @@ def loss_loops(batch: int, length: int) -> dict[str, Loop]:
         return {
             "loss_latent": F.mse_loss(predicted, latent[:, 1:].detach()),
             "loss_reconstruction": error.pow(2).mean(),
-            "loss_reward": ((reward(belief) - target) / reward.scale("reward")).pow(2).mean(),
+            "loss_reward": ((reward(belief) - target) / reward.scale("reward"))
+            .pow(2)
+            .mean(),
         }
 
     def alone() -> TensorDict:
@@ -97,7 +102,9 @@ def loss_loops(batch: int, length: int) -> dict[str, Loop]:
     for name, function in functions.items():
         found = function()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-3, atol=1e-4, msg=name
+            )
     parameters = list(model.parameters())
 
     def trained(function: Loop) -> Loop:
@@ -129,7 +136,9 @@ def imagination_loops(batch: int, horizon: int) -> dict[str, Loop]:
             tokens, cache = dynamics.transformer.step(tokens, cache, count)
             count = count + 1
             following, believed = dynamics.predict(latent, tokens)
-            steps.append((latent, belief, action, following, believed, reward(believed)))
+            steps.append(
+                (latent, belief, action, following, believed, reward(believed))
+            )
             latent, belief = following, believed
         names = ["latent", "belief", "action", "z", "h", "reward"]
         return dict(zip(names, (torch.stack(column, 1) for column in zip(*steps))))
