@@ -782,7 +782,15 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
         ),
     ),
     "suite_tdmpc2": (suite_table, suite_figure),
-    **evaluations_report("tdmpc2-cartpole", "TD-MPC2 on CartPole-v1", 475, 5),
+    "cartpole_tdmpc2": (
+        lambda: planner_and_policy_table("tdmpc2-cartpole"),
+        lambda: planner_and_policy_figure(
+            "TD-MPC2 on CartPole-v1",
+            "tdmpc2-cartpole",
+            "mean return of 5 episodes",
+            475,
+        ),
+    ),
     **evaluations_report("dreamer-cartpole", "Dreamer on CartPole-v1", 475, 10),
     **evaluations_report("dreamer-pendulum", "Dreamer on Pendulum-v1", -250, 10),
     **evaluations_report(
