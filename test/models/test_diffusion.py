@@ -251,8 +251,8 @@ def test_settings_choose_the_judge() -> None:
     [
         ({"context": 0}, "context must be at least 1, got 0"),
         ({"sampling_steps": 0}, "sampling_steps must be at least 1, got 0"),
-        ({"sampler": "ddim"}, "Unknown method='ddim'"),
-        ({"sigma_min": 6.0}, "low=6.0, high=5.0"),
+        ({"sampler": "ddim"}, "Unknown sampler 'ddim'"),
+        ({"sigma_min": 6.0}, "sigma_min=6.0 and sigma_max=5.0"),
         ({"termination": "ever"}, "Unknown termination 'ever'"),
     ],
 )

@@ -181,8 +181,14 @@ def missing_reads(
     lacking = [key for key in wanted if key not in there]
     if not lacking:
         return None
+    remembered = [key for key in lacking if key in layout.memory]
     decodable = [key for key in lacking if key in world_model.decoded_keys()]
-    if decodable:
+    if remembered:
+        fix = (
+            f"The model's memory {remembered} is its own, and no policy sees it: leave it out of "
+            f"memory=..., so that it is a latent"
+        )
+    elif decodable:
         fix = f"Pass decode=True to WorldModelEnv for {decodable}"
     elif "is_init" in lacking:
         fix = (

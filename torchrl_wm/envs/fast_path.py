@@ -57,8 +57,6 @@ def why_slow(
         return f"the options {given} are given"
     if not policy.is_known:
         return f"the policy, {type(policy.given).__name__}, may do more than it says"
-    if layout.memory and policy.may_read(layout.memory):
-        return "the policy reads memory, which only the model has"
     if policy.reads_nested(layout, start):
         return "the policy reads whole nested tensordicts"
     unknown = _upstream.unknown_step(EnvBase)

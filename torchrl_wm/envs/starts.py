@@ -15,7 +15,6 @@ from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, missing_from, sibling, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
-from torchrl_wm.modules.world_model.memory import owned
 from torchrl_wm.modules.world_model.wiring import written_keys
 
 #: What collectors, replay buffers and transforms note of real samples.
@@ -162,7 +161,7 @@ class Starts:
         if memory is None:
             return filter_.initial_memory(given.batch_size, self.device or given.device)
         return {
-            key: owned(self._checked(key, self._moved(value), spec, given))
+            key: self._checked(key, self._moved(value), spec, given)
             for (key, value), spec in zip(memory.items(), self.layout.memory.values())
         }
 

@@ -45,7 +45,6 @@ from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import missing_from, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_flat, where
-from torchrl_wm.modules.world_model.memory import owned
 
 
 class WorldModelEnv(ModelBasedEnvBase):
@@ -290,6 +289,8 @@ class WorldModelEnv(ModelBasedEnvBase):
         mask = tensordict.get("_step", None)
         kernel.check_inputs(tensordict)
         before = memory = self._memory_of(tensordict)
+        if memory:
+            held.keep({}, {})  # a step that fails may have written into it
         if mask is not None:  # some rows keep theirs
             memory = {key: value.clone() for key, value in before.items()}
         if parent_process() is not None and tensordict.get(self.latent_key).is_shared():
@@ -340,13 +341,15 @@ class WorldModelEnv(ModelBasedEnvBase):
         layout, filter_ = self.imaginer.layout, self.world_model.filter
         if not layout.memory:
             return {}
+        held = self.imaginer.held
         given = filter_.given_memory(tensordict)
-        if given is not None:
+        found = held.find(to_flat(tensordict, layout.latent))
+        if given is not None and not (found and held.was_given(tensordict)):
+            held.note_given(tensordict, layout.memory)
             # At the next step it would be that of the step before.
             tensordict.exclude(*layout.memory, inplace=True)
-            return {key: owned(value) for key, value in given.items()}
-        held = self.imaginer.held.find(to_flat(tensordict, layout.latent))
-        if held is None:
+            return given
+        if found is None:
             raise MissingEntryError(
                 f"The model's memory {self.world_model.memory_keys} is carried from step to step, "
                 f"and the latents given are not those that the env left at its newest step. Go on "
@@ -354,7 +357,7 @@ class WorldModelEnv(ModelBasedEnvBase):
                 f"memory that belongs to them: tensordict.update(env.memory), taken when they were "
                 f"made."
             )
-        return held
+        return found
 
     # Resetting -----------------------------------------------------------
 
@@ -373,6 +376,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         sampled = set_state is False or (partial and self.start_states is not None)
         out = starts.kept(given)
         begun = starts.begin(given, honour=not sampled)
+        self.imaginer.held.note_given(given, starts.layout.memory)
         memory = {key: begun.pop(key) for key in starts.layout.memory}
         for key, value in begun.items():
             out.set(key, value)
@@ -728,6 +732,11 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     def _policy(self, policy: Callable | None) -> Policy:
         """Return a policy as TorchRL takes it, which wraps what reads tensors."""
+        layout = self.imaginer.layout
+        if layout.memory:
+            read = unique(getattr(policy, "in_keys", None) or [])
+            if not layout.memory.keys().isdisjoint(read):
+                raise missing_reads(policy, None, layout, self.world_model)
         if policy is None or isinstance(policy, TensorDictModuleBase):
             return self.imaginer.policy(policy, policy)
         given, wrapped = self.__dict__.get("_wrapped_policy", (None, None))

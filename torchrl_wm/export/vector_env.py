@@ -441,7 +441,12 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
 
 def _count(num_envs: Any, world_model: Any) -> int:
     if num_envs is None and isinstance(world_model, WorldModelEnv):
-        num_envs = world_model.batch_size.numel() if world_model.batch_size else None
+        if not world_model.batch_size:
+            raise ValueError(
+                "The WorldModelEnv takes any batch size: say how many envs there are, "
+                "GymWorldModelVectorEnv(env, num_envs=3)."
+            )
+        num_envs = world_model.batch_size.numel()
     return positive_int("num_envs", num_envs)
 
 

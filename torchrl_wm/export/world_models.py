@@ -171,7 +171,7 @@ class WorldModelSource:
             return None
         env, layout = self.env, self.env.imaginer.layout
         out = TensorDict({}, batch_size=[count], device=env.device)
-        specs = {**layout.observed, **layout.state, **self._decoded}
+        specs = {**layout.observed, **layout.state, **layout.memory, **self._decoded}
         defaults = {
             "state": list(layout.latent),
             "observation": unique(env.world_model.encoder.in_keys),

@@ -122,6 +122,13 @@ class DiffusionConfig:
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}: it is {what}."
                 )
+        check_choice("sampler", self.sampler, ("euler", "heun"))
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"The noise levels of a sampler lie between sigma_min and sigma_max, and it must be "
+                f"0 < sigma_min < sigma_max, got sigma_min={self.sigma_min} and "
+                f"sigma_max={self.sigma_max}."
+            )
 
     @classmethod
     def diamond(cls, **settings: Any) -> DiffusionConfig:

@@ -137,7 +137,11 @@ class ModelPass:
         named_last = bool(names) and names[-1] == "time"
         if named_last or (batch.batch_dims > 1 and "time" not in names[:-1]):
             return
-        why = "multi_step=True" if self.multi_step else "a recurrent world model"
+        why = "a recurrent world model"
+        if self.multi_step:
+            why = "multi_step=True"
+        elif self.world_model.memory_keys:
+            why = "a world model with memory"
         raise ValueError(
             f"{why} is trained on sequences, [*B, T] with time last, and the batch has the "
             f"batch size {tuple(batch.batch_size)}. Sample slices and give them their "

@@ -333,6 +333,13 @@ class WorldModelLoss(LossWithNetworks):
             batch: the real transitions.
         """
         if name in self.world_model.filter.transition.remembering:
+            if self._pass().predicts:
+                raise ValueError(
+                    f"The {name} has memory, and runs where sequences are filtered: on predicted "
+                    f"latents, as another loss needs predictions, and not on the real ones that "
+                    f"real_next=True asks for. Leave real_next out, or give the other losses a "
+                    f"WorldModelLoss of their own."
+                )
             return predicted  # the filter has run it, on corrected latents
         inputs = predicted.exclude("next").copy()
         inputs.set("next", self.encode_next(batch).detach())

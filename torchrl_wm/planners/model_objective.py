@@ -177,8 +177,8 @@ class ModelObjective(Objective):
                 raise ValueError(
                     f"The goal observation {entry!r} has the shape "
                     f"{tuple(value.shape[len(size):])} and {value.dtype}; the encoder's {key!r} "
-                    f"is of {tuple(spec.shape)} and {spec.dtype}. Give it in that form: "
-                    f"goal.to({spec.dtype}).reshape(..., {', '.join(map(str, spec.shape))})."
+                    f"is of {tuple(spec.shape)} and {spec.dtype}. Give it as the env observes it: "
+                    f"[*B, {', '.join(map(str, spec.shape))}] in {spec.dtype}."
                 )
             given.set(key, value)
         encoded = env.world_model.encode(given)

@@ -90,7 +90,7 @@ class Imagination(nn.Module):
             acting(values, at)
             now = {key: values[key] for key in (*state, *transition.context)}
             values = transition.imagine(state, now, at)
-            return now, {key: values[place] for key, place in transition.latents}
+            return now, {key: values[place] for key, place in transition.state}
 
         state, made = to_flat(start, self.world_model.latent_keys), []
         now, state = step(state, at)

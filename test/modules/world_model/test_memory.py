@@ -24,12 +24,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import InitTracker, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import InitTracker, ParallelEnv, RewardSum, SerialEnv, TransformedEnv
 
 from torchrl_wm import GymWorldModelVectorEnv, WorldModel, WorldModelEnv, WorldModelLoss
 from torchrl_wm.diagnostics import one_step_prediction, open_loop_error
 from torchrl_wm.modules import memory_apart, MissingEntryError, write_memory
 from torchrl_wm.modules.keys import join
+from torchrl_wm.objectives import RewardTerm
 from torchrl_wm.planners import CEMPlanner
 
 names = pytest.mark.parametrize("names", NAMES)
@@ -513,3 +514,183 @@ def test_diagnostics_start_with_the_memory_of_each_step(names) -> None:
     )
     steps = [one_step_prediction(env_of(part), episodes) for part in (model, twin)]
     torch.testing.assert_close(steps[0]["loc", names[0]], steps[1]["loc", names[0]])
+
+
+class Counts(nn.Module):
+    """Counts its steps, in place where it may."""
+
+    def forward(self, latent, tally):
+        tally = write_memory(tally, tally.ndim - 1, 0, tally[..., 0] + 1)
+        return tally[..., :1] + 0 * latent[..., :1], tally
+
+
+def counting(names=("latent", "tally"), done: bool = False) -> WorldModel:
+    """A model whose reward head counts the steps since the episode began."""
+    latent, tally = names
+    done_head = None
+    if done:  # has memory, and reads what the head before it predicts
+        done_head = Mod(
+            lambda r, c: (r + c - 1e9, c + 1),
+            [("next", "reward"), "calls"],
+            [("next", "terminated_logits"), ("next", "calls")],
+        )
+    memory = [tally, "calls"] if done else [tally]
+    begin = TensorDict({}).set(tally, torch.zeros(2))
+    return WorldModel(
+        Mod(nn.Linear(OBS, OBS), ["observation"], [latent]),
+        Mod(
+            lambda z, a: z + a.sum(-1, keepdim=True),
+            [latent, "action"],
+            [join("next", latent)],
+        ),
+        Mod(
+            Counts(),
+            [join("next", latent), tally],
+            [("next", "reward"), join("next", tally)],
+        ),
+        done_head=done_head,
+        memory=memory,
+        initial_state=begin.set("calls", torch.zeros(1)) if done else begin,
+    )
+
+
+COUNTED = pytest.mark.parametrize(
+    "names", [("latent", "tally"), (("deep", "latent"), ("far", "tally"))]
+)
+
+
+@COUNTED
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("done", [False, True])
+def test_what_is_written_in_place_counts_once(names, grad, done) -> None:
+    model, batch = counting(names, done), data(2, 6)
+    expected = torch.arange(1.0, 7).expand(2, 6).unsqueeze(-1)
+    with torch.set_grad_enabled(grad):
+        found = model.observe(batch)
+        torch.testing.assert_close(found["next", "reward"], expected)
+        assert model.burn_in(batch)[names[1]][:, 0].eq(6).all()
+        made = env_of(model).imagine(6, tensordict=start_of(model, 2))
+        torch.testing.assert_close(made["next", "reward"], expected)
+
+
+@COUNTED
+def test_memory_of_the_caller_is_not_written_to(names) -> None:
+    model, batch = counting(names), data(2, 4)
+    with torch.no_grad():
+        start = model.burn_in(batch)
+        given = start[names[1]].clone()
+        sequence = batch.copy()
+        sequence.set(names[1], start[names[1]].unsqueeze(1).expand(2, 4, 2).clone())
+        before = sequence[names[1]].clone()
+        model.observe(sequence), model.burn_in(sequence)
+        assert torch.equal(sequence[names[1]], before)
+        action = torch.zeros(2, ACTION)
+        out = model.step(start.copy().set("action", action))
+        assert out["next", names[1]][:, 0].eq(5).all()
+        model.observer()(
+            start.copy().update(batch[:, 0].select("observation", "action"))
+        )
+        assert torch.equal(start[names[1]], given)
+
+
+@COUNTED
+def test_a_transformed_env_goes_on_from_a_segment(names) -> None:
+    """The memory that the caller gave stays in the outer tensordict, and is that of no later step."""
+    model = counting(names)
+    start = model.burn_in(data(3, 4))
+    env = TransformedEnv(env_of(model, batch_size=[3]), RewardSum())
+    with torch.no_grad():
+        out = env.rollout(4, tensordict=start, set_state=True)
+    expected = torch.arange(5.0, 9).expand(3, 4).unsqueeze(-1)
+    torch.testing.assert_close(out["next", "reward"], expected)
+
+
+def test_gradients_stop_where_the_caller_detaches() -> None:
+    model = model_of()
+    env = env_of(model)
+    td = env.reset(start_of(model, 2).detach())
+    for _ in range(2):  # two chunks
+        total = 0
+        for _ in range(2):
+            td = env.step(td.set("action", torch.zeros(2, ACTION)))
+            total = total + td["next", "reward"].sum()
+            td = env.step_mdp(td)
+        total.backward()
+        td = td.detach()
+
+
+def test_latents_that_were_changed_in_place_have_no_memory() -> None:
+    model = model_of()
+    env = env_of(model)
+    with torch.no_grad():
+        td = env.reset(start_of(model, 2))
+        td["latent"].add_(1)
+        with pytest.raises(MissingEntryError, match="not those that the env left"):
+            env.step(td.set("action", torch.zeros(2, ACTION)))
+
+
+def test_a_failed_step_leaves_no_memory() -> None:
+    model = counting()
+    env = env_of(model)
+    with torch.no_grad():
+        td = env.reset(start_of(model, 2)).set("action", torch.zeros(2, ACTION))
+        td = env.step_mdp(env.step(td)).set("action", torch.zeros(2, ACTION))
+        count = env.memory
+
+        def fail(*_):
+            raise RuntimeError("no")
+
+        hook = model.reward_head.module.register_forward_hook(fail)
+        with pytest.raises(RuntimeError):
+            env.step(td.copy())
+        hook.remove()
+        with pytest.raises(MissingEntryError):
+            env.step(td.copy())
+        assert env.step(td.update(count))["next", "reward"].eq(2).all()
+
+
+def test_real_latents_are_not_judged_beside_predicted_ones() -> None:
+    model, batch = counting(), data(2, 4)
+    terms = [RewardTerm(real_next=True), "latent"]
+    with pytest.raises(ValueError, match="real_next=True asks for"):
+        WorldModelLoss(model, losses=terms)(batch)
+    WorldModelLoss(model, losses=terms[:1])(batch)
+
+
+def test_a_head_does_not_read_what_was_written_before_it() -> None:
+    model = model_of()
+    parts = {
+        **model.components,
+        "done_head": Mod(lambda c: c[..., :1] < 0, ["cell"], [("next", "done")]),
+    }
+    with pytest.raises(
+        ValueError, match=r"done_head reads the memory \['cell'\].*'next', 'cell'"
+    ):
+        WorldModel(
+            **parts,
+            memory=model.memory_keys,
+            initial_state={
+                "cache": torch.zeros(SLOTS, OBS),
+                "count": torch.zeros(1, dtype=torch.int64),
+                "cell": torch.ones(CELL),
+            },
+        )
+
+
+def test_gymnasium_starts_take_memory() -> None:
+    model = counting()
+    env = GymWorldModelVectorEnv(env_of(model, max_steps=5), num_envs=2)
+    start = model.burn_in(data(2, 4))
+    options = {
+        "state": {key: start[key].detach().numpy() for key in ("latent", "tally")}
+    }
+    env.reset(options=options)
+    _, reward, *_ = env.step(env.action_space.sample())
+    assert (reward == 5).all()
+
+
+def test_a_policy_that_reads_memory_is_told() -> None:
+    model = counting()
+    policy = Mod(lambda c: c, ["tally"], ["action"])
+    with pytest.raises(MissingEntryError, match="no policy sees it"):
+        env_of(model).rollout(2, policy, tensordict=start_of(model, 2))

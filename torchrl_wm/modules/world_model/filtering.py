@@ -208,7 +208,8 @@ class Filter:
         missing = missing_from(tensordict, transition.context)
         # Where all episodes begin, there is no action before, and what is drawn for a step would
         # be in vain. A look at the flags waits for any other device.
-        may_look = missing or (begins is not None and begins.device.type == "cpu")
+        may_look = begins is not None and begins.device.type == "cpu"
+        may_look = may_look or missing or self.memory
         if may_look and begins is not None and begins.all():
             return tensordict.update(self._begun(observed))
         if missing:
@@ -265,7 +266,7 @@ class Filter:
         transition = self.transition if predicts else self._sparing(heads)
         state, given = self._begin_sequence(tensordict, transition)
         sequence = self.sequence  # which begins with an empty memory
-        if self.given_memory(tensordict[..., 0]):
+        if self.memory and not missing_from(tensordict, self.memory):
             sequence = None
         steps = self._steps(transition, state, given, tensordict, sequence, predicts)
         kept = tensordict.copy()
@@ -407,14 +408,14 @@ class Filter:
     # Beginnings ----------------------------------------------------------
 
     def given_memory(self, tensordict: TensorDictBase) -> FlatTensors | None:
-        """Return the memory in a tensordict, by key; None if it has none.
+        """Return the memory in a tensordict, by key, to be written to; None if it has none.
 
         Raises:
             MissingEntryError: if it has some of it.
         """
         if not check_all_or_none("memory", self.memory, tensordict):
             return None if self.memory else {}
-        return to_flat(tensordict, self.memory)
+        return {key: owned(tensordict[key]) for key in self.memory}
 
     def initial_memory(
         self, batch_size: torch.Size, device: torch.device | None

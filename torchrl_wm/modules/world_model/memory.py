@@ -6,7 +6,7 @@ A start has all of it or none. A component may write into memory that nobody els
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -86,9 +86,11 @@ class HeldMemory:
     def __init__(self) -> None:
         self.latents: FlatTensors = {}
         self.memory: FlatTensors = {}
+        #: The memory that a caller gave last, which may still stand in a tensordict of theirs.
+        self.given: FlatTensors = {}
 
     def __getstate__(self) -> dict:
-        return {"latents": {}, "memory": {}}  # a copy begins anew
+        return {"latents": {}, "memory": {}, "given": {}}  # a copy begins anew
 
     def copied(self) -> HeldMemory:
         """Return another one, whose memory may be written to."""
@@ -99,7 +101,9 @@ class HeldMemory:
 
     def keep(self, latents: FlatTensors, memory: FlatTensors) -> None:
         """Hold memory from now on, and the latents ``[*B, ...]`` to which it belongs."""
-        self.latents, self.memory = latents, memory
+        # The caller's latents may change in place, and are others then.
+        self.latents = {key: value.detach().clone() for key, value in latents.items()}
+        self.memory = memory
 
     def begin(
         self, rows: torch.Tensor, latents: FlatTensors, memory: FlatTensors
@@ -132,7 +136,25 @@ class HeldMemory:
                 )
             if not same.all():
                 return None
-        return dict(self.memory)
+        # Who detached the latents wants no gradient through what was before.
+        flows = torch.is_grad_enabled() and any(
+            value.requires_grad for value in latents.values()
+        )
+        if flows:
+            return dict(self.memory)
+        return {key: value.detach() for key, value in self.memory.items()}
+
+    def note_given(self, tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> None:
+        """Note the memory that a caller's tensordict has."""
+        found = [tensordict.get(key, None) for key in keys]
+        self.given = dict(zip(keys, found)) if all(v is not None for v in found) else {}
+
+    def was_given(self, tensordict: TensorDictBase) -> bool:
+        """Return whether a tensordict still has the memory that was given before."""
+        return bool(self.given) and all(
+            value.data_ptr() == tensordict.get(key).data_ptr()
+            for key, value in self.given.items()
+        )
 
     def as_tensordict(
         self, size: torch.Size, device: torch.device | None

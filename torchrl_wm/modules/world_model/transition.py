@@ -60,11 +60,13 @@ class Transition:
             for name, head in (heads or {}).items()
             if not self.unrecorded.isdisjoint(unique(head.in_keys))
         }
-        self.heads = {
-            name: head
-            for name, head in (heads or {}).items()
-            if name in self.remembering or places & {*written_keys(head)}
-        }
+        self.heads = {}
+        read = set(places)
+        for name, head in reversed((heads or {}).items()):
+            # The head before it may predict what one reads.
+            if name in self.remembering or read & {*written_keys(head)}:
+                self.heads = {name: head, **self.heads}
+                read.update(unique(head.in_keys))
         of_heads = {key for head in self.heads.values() for key in written_keys(head)}
         self._moved = [pair for pair in self.state if pair[1] not in of_heads]
         self._judged = [pair for pair in self.state if pair[1] in of_heads]
@@ -241,11 +243,16 @@ class Transition:
         out, state = self._corrected(values, encoded, at)
         if self.heads:
             judged = {**values, **out}
+            mine = [key for key, _ in self._judged if key in self.unrecorded]
+            state_before = {key: judged[key] for key in mine}
             predicted = all(place in values for _, place in self._moved)
             if self._verdicts and self._correct is None and predicted:
                 # What is predicted with memory is trained on predicted latents, as by any head.
-                self._run_heads(judged, at, self.remembering)
-                out.update((key, judged[key]) for key in self._verdicts)
+                # Its memory moves below: here it may be written to in vain.
+                first = {k: v.clone() for k, v in state_before.items()}
+                first = {**judged, **first}
+                self._run_heads(first, at)
+                out.update((key, first[key]) for key in self._verdicts)
             # What is carried moves on the corrected latents.
             judged.update((place, state[key]) for key, place in self._moved)
             self._run_heads(judged, at)
@@ -279,11 +286,9 @@ class Transition:
             out.update((place, below[key]) for key, place in self._corrections)
         return out, {key: out[place] for key, place in self._moved}
 
-    def _run_heads(
-        self, values: FlatTensors, at: Placement, heads: Iterable[str] | None = None
-    ) -> None:
-        for name in self.heads if heads is None else heads:
-            _run(name, self.heads[name], self._judge[name], values, at)
+    def _run_heads(self, values: FlatTensors, at: Placement) -> None:
+        for name, program in self._judge.items():
+            _run(name, self.heads[name], program, values, at)
 
 
 def _below_next(key: NestedKey) -> bool:

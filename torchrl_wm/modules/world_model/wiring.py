@@ -55,8 +55,8 @@ def check_memory(
         components: the components by name.
 
     Raises:
-        ValueError: if a key is not carried by the step, or if encoder, posterior or decoder read
-            or write it.
+        ValueError: if a key is not carried by the step, if encoder, posterior or decoder read
+            or write it, or if a head reads it after another component has written the next one.
     """
     still = [key for key in memory if key not in moving]
     if still:
@@ -76,6 +76,22 @@ def check_memory(
                 f"{name} has the memory {taken} among its keys, and only the step has memory: it "
                 f"is neither observed, corrected nor decoded. Leave {taken} out of memory=..., so "
                 f"that it is a latent, or give the entry of {name} another key."
+            )
+    writer = {
+        strip_next(key): name
+        for name, module in components.items()
+        for key in written_keys(module)
+        if strip_next(key) in memory
+    }
+    order = list(components)
+    for name, module in components.items():
+        read = [key for key in unique(module.in_keys) if key in writer]
+        late = [key for key in read if order.index(writer[key]) < order.index(name)]
+        if late:
+            raise ValueError(
+                f"{name} reads the memory {late} of the step before, and {writer[late[0]]} may have "
+                f"written into it by then. Let it read {join('next', late[0])!r}, or give it a "
+                f"memory of its own."
             )
 
 

@@ -18,7 +18,7 @@ from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
 from torchrl_wm.modules.world_model.filtering import Filter, HEADS
 from torchrl_wm.modules.world_model.flat import Placement, to_tensordict
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
-from torchrl_wm.modules.world_model.memory import HeldMemory
+from torchrl_wm.modules.world_model.memory import HeldMemory, owned
 from torchrl_wm.modules.world_model.observer import Observer
 from torchrl_wm.modules.world_model.wiring import (
     check_component,
@@ -560,9 +560,15 @@ class WorldModel(TensorDictModuleBase):
         Returns:
             The same tensordict, with the predictions under ``"next"``.
         """
-        sequence = self.step_module
+        sequence, memory = self.step_module, self._wiring.memory
         try:
-            return sequence(tensordict)
+            if not memory:
+                return sequence(tensordict)
+            # A component may write into its memory, and not into the caller's.
+            work = tensordict.copy()
+            for key in memory:
+                work.set(key, owned(work[key]))
+            return tensordict.update(sequence(work).exclude(*memory))
         except KeyError as err:
             inputs = [key for key in unique(sequence.in_keys) if not is_next(key)]
             missing = missing_from(tensordict, inputs)
