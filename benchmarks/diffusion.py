@@ -236,7 +236,9 @@ def loops_of(
     batch = batch_of(env, rows, steps)
     fit_normalizers(model, batch)
     with torch.no_grad():
-        for parameter in model.parameters():  # some begin at zero, and would hide differences
+        for (
+            parameter
+        ) in model.parameters():  # some begin at zero, and would hide differences
             parameter.add_(0.02 * torch.randn_like(parameter))
     sampler = model.dynamics.model.sampler = CountedSampler()
     hand = ByHand(model, len(observation) > 1)
