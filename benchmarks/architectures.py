@@ -7,8 +7,9 @@ the machine does not count), with Adam at a rate that falls to zero, on random s
 random actions push through two rooms with a door, 16 x 16 bytes, 200 episodes of 40 steps. Then it
 imagines from steps of held-out episodes, with the recorded actions, and is compared with what
 was recorded: the root mean square of the error ``k`` steps ahead, in units of the observations'
-spread for the pendulum, and of a pixel's range for the rooms. Models that draw are compared as they
-draw, one draw for each start.
+spread for the pendulum, and of a pixel's range for the rooms. Models that draw have two rows: one
+draw for each start; and "mode", as under ``set_interaction_type("deterministic")``, which has the
+smaller error where the future is not certain, and may be a blur.
 
 A model is a row of ``CONTENDERS``: its builder, its settings, and the sequences of a batch.
 ``--only NAME`` runs some of them, and ``--seeds`` says how many seeds the mean is over.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from common import begin, finish, machine, parser
 from tensordict import TensorDict
+from tensordict.nn import set_interaction_type
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, GymEnv
 
@@ -50,6 +52,7 @@ class Contender:
         settings: those of the builder.
         rows, steps: the sequences of a batch.
         flat: whether it is trained on single transitions.
+        draws: whether its predictions are drawn.
         rate: the first learning rate.
     """
 
@@ -58,20 +61,33 @@ class Contender:
     rows: int = 32
     steps: int = 8
     flat: bool = False
+    draws: bool = False
     rate: float = 1e-3
 
 
 CONTENDERS: dict[str, dict[str, Contender]] = {
     "pendulum": {
         "MLP": Contender(make_mlp_world_model, rows=256, steps=1, flat=True),
-        "diffusion": Contender(make_diffusion_world_model),
+        "diffusion": Contender(make_diffusion_world_model, draws=True),
     },
     "rooms": {
         "MLP": Contender(make_mlp_world_model, rows=64, steps=1, flat=True),
         "RSSM": Contender(
-            make_rssm_world_model, {"belief_size": 128, "pixel_depth": 8}, 16, 12
+            make_rssm_world_model,
+            {"belief_size": 128, "pixel_depth": 8},
+            rows=16,
+            steps=12,
+            draws=True,
         ),
-        "diffusion": Contender(make_diffusion_world_model, rows=16, steps=6),
+        # Few frames at a time: more updates in the same time.
+        "diffusion": Contender(
+            make_diffusion_world_model,
+            {"head_channels": (8, 16, 16), "head_memory": False},
+            rows=8,
+            steps=4,
+            rate=2e-3,
+            draws=True,
+        ),
     },
 }
 
@@ -228,20 +244,25 @@ def compare(name: str, seeds: int, seconds: float, only: list[str]) -> list[str]
         chosen = {k: v for k, v in chosen.items() if k in only}
     still: list[torch.Tensor] = []
     for label, contender in chosen.items():
-        found, updates = [], 0
+        found: dict[str, list[torch.Tensor]] = {}
+        updates = 0
         for seed in range(seeds):
             task = TASKS[name](seed)
             torch.manual_seed(seed)
             model, number = trained(contender, task, seconds)
-            torch.manual_seed(seed)
-            found.append(errors(model, task))
+            for kind in ("random", "mode") if contender.draws else ("mode",):
+                torch.manual_seed(seed)
+                mark = ", mode" if contender.draws and kind == "mode" else ""
+                with set_interaction_type(kind):
+                    found.setdefault(label + mark, []).append(errors(model, task))
             updates += number
             if len(still) < seeds:
                 still.append(errors(model, task, "persistence"))
         size = sum(p.numel() for p in model.parameters())
-        row = _row(torch.stack(found).mean(0))
-        text.append(f"| {label} | {size:,} | {updates // seeds} | {row} |")
-        print(text[-1], flush=True)
+        for which, values in found.items():
+            row = _row(torch.stack(values).mean(0))
+            text.append(f"| {which} | {size:,} | {updates // seeds} | {row} |")
+            print(text[-1], flush=True)
     text.append(f"| nothing changes | | | {_row(torch.stack(still).mean(0))} |")
     print(text[-1], flush=True)
     return [*text, ""]

@@ -58,18 +58,15 @@ def batch_of(env: Specs, rows: int, steps: int) -> TensorDict:
     torch.manual_seed(0)
     size = (rows, steps)
     spec = env.full_observation_spec["observation"]
-    drawn = (
-        spec.expand(*size, *spec.shape).rand(),
-        spec.expand(*size, *spec.shape).rand(),
-    )
+    drawn = spec.expand(rows, steps + 1, *spec.shape).rand()
     begins = torch.zeros(*size, 1, dtype=torch.bool)
     return TensorDict(
         {
-            "observation": drawn[0],
+            "observation": drawn[:, :-1],
             "action": 2 * torch.rand(*size, ACTION) - 1,
             "is_init": begins,
             "next": {
-                "observation": drawn[1],
+                "observation": drawn[:, 1:],
                 "reward": torch.randn(*size, 1),
                 "terminated": begins,
                 "done": begins,
@@ -238,6 +235,11 @@ def loops_of(
     model, whole = make_diffusion_world_model(env, config)
     batch = batch_of(env, rows, steps)
     fit_normalizers(model, batch)
+    with torch.no_grad():
+        for (
+            parameter
+        ) in model.parameters():  # some begin at zero, and would hide differences
+            parameter.add_(0.02 * torch.randn_like(parameter))
     sampler = model.dynamics.model.sampler = CountedSampler()
     hand = ByHand(model, len(observation) > 1)
     denoising = WorldModelLoss(model, losses=[whole.terms[0]])
