@@ -189,6 +189,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "env": "CartPole-v1",
             "compile": True,
+            "train_ratio": 256.0,
+            "entropy_weight": 3e-3,
             "steps": 10_000,
             "evaluation_interval": 1000,
             "evaluation_episodes": 10,
