@@ -76,6 +76,25 @@ def model_of(names=NAMES[0], *, memory: bool = True) -> WorldModel:
     )
 
 
+def data(*size: int) -> TensorDict:
+    torch.manual_seed(1)
+    observed = torch.randn(*size[:-1], size[-1] + 1, OBS)
+    begins = torch.zeros(*size, 1, dtype=torch.bool)
+    return TensorDict(
+        {
+            "observation": observed[..., :-1, :],
+            "action": torch.rand(*size, ACTION),
+            "is_init": begins,
+            "next": {
+                "observation": observed[..., 1:, :],
+                "reward": torch.randn(*size, 1),
+                "done": begins.clone(),
+            },
+        },
+        size,
+    )
+
+
 class RealEnv(SpecEnv):
     """Begins at random, and cannot be stepped but in imagination."""
 

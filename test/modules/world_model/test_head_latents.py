@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _memory_models import data
 from _models import SpecEnv
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
@@ -62,25 +63,6 @@ def model_of(latent="latent", state="lstm", posterior: bool = False) -> WorldMod
         ),
         initial_state=begin,
         **parts,
-    )
-
-
-def data(*size: int) -> TensorDict:
-    torch.manual_seed(1)
-    observed = torch.randn(*size[:-1], size[-1] + 1, OBS)
-    begins = torch.zeros(*size, 1, dtype=torch.bool)
-    return TensorDict(
-        {
-            "observation": observed[..., :-1, :],
-            "action": torch.randn(*size, ACTION),
-            "is_init": begins,
-            "next": {
-                "observation": observed[..., 1:, :],
-                "reward": torch.randn(*size, 1),
-                "done": begins.clone(),
-            },
-        },
-        size,
     )
 
 

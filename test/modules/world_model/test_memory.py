@@ -10,6 +10,7 @@ import torch
 from _memory_models import (
     ACTION,
     CELL,
+    data,
     imagined_env,
     model_of,
     NAMES,
@@ -38,25 +39,6 @@ names = pytest.mark.parametrize("names", NAMES)
 
 def env_of(model: WorldModel, **options) -> WorldModelEnv:
     return WorldModelEnv(model, SpecEnv(), **options)
-
-
-def data(*size: int) -> TensorDict:
-    torch.manual_seed(1)
-    observed = torch.randn(*size[:-1], size[-1] + 1, OBS)
-    begins = torch.zeros(*size, 1, dtype=torch.bool)
-    return TensorDict(
-        {
-            "observation": observed[..., :-1, :],
-            "action": torch.rand(*size, ACTION),
-            "is_init": begins,
-            "next": {
-                "observation": observed[..., 1:, :],
-                "reward": torch.randn(*size, 1),
-                "done": begins.clone(),
-            },
-        },
-        size,
-    )
 
 
 def start_of(model: WorldModel, *size: int) -> TensorDict:
