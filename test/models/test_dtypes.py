@@ -18,7 +18,16 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.modules import fit_normalizers
 
-NAMES = ("diffusion", "ensemble", "jepa", "mlp", "planet", "dreamer-v3", "tdmpc2")
+NAMES = (
+    "diffusion",
+    "ensemble",
+    "jepa",
+    "mlp",
+    "planet",
+    "dreamer-v3",
+    "tdmpc2",
+    "transformer",
+)
 NESTED = {
     "observation_key": ("robot", "seen"),
     "action_key": ("robot", "push"),

@@ -21,6 +21,7 @@ OWN = {
     "mlp": ["latent"],
     "rssm": ["state", "belief", "embedding", "prior_logits", "posterior_mean"],
     "tdmpc2": ["latent"],
+    "transformer": ["latent", "belief", "cache", "step_in_context"],
 }
 HEADS = ["terminated_logits", "continue_pred", "continue_prob", "reward_logits"]
 LOSS = ["weight", "priority_weight", "member_weight", "target_latent", "true_reward"]
@@ -31,6 +32,7 @@ SMALL = {
     "mlp": {"hidden": (4,), "latent_size": 4},
     "rssm": {"belief_size": 16, "hidden_size": 4, "num_cells": 4, "depth": 1},
     "tdmpc2": {"latent_size": 8, "num_cells": 4, "encoder_cells": 4},
+    "transformer": {"latent_size": 4, "width": 8, "heads": 2, "hidden": (4,)},
 }
 NAMES = [(b, key) for b in OWN for key in (*OWN[b], *HEADS, *LOSS)]
 
