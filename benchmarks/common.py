@@ -38,17 +38,8 @@ LATENT, ACTION, HIDDEN = 64, 6, [256, 256]
 Loop = Callable[[], object]
 
 
-class Reference(EnvBase):
-    """An env that only has specs."""
-
-    def __init__(
-        self, batch_size: list[int], latent: int = LATENT, action: int = ACTION
-    ) -> None:
-        super().__init__(batch_size=batch_size)
-        size = self.batch_size
-        self.observation_spec = Composite(latent=Unbounded((*size, latent)), shape=size)
-        self.action_spec = Unbounded((*size, action))  # TorchRL refuses a Bounded one
-        self.reward_spec = Unbounded((*size, 1))
+class SpecsOnly(EnvBase):
+    """The base of envs that only have specs."""
 
     def _reset(self, tensordict, **kwargs):
         raise NotImplementedError
@@ -58,6 +49,19 @@ class Reference(EnvBase):
 
     def _set_seed(self, seed):
         return seed
+
+
+class Reference(SpecsOnly):
+    """The reference env of models of latents."""
+
+    def __init__(
+        self, batch_size: list[int], latent: int = LATENT, action: int = ACTION
+    ) -> None:
+        super().__init__(batch_size=batch_size)
+        size = self.batch_size
+        self.observation_spec = Composite(latent=Unbounded((*size, latent)), shape=size)
+        self.action_spec = Unbounded((*size, action))  # TorchRL refuses a Bounded one
+        self.reward_spec = Unbounded((*size, 1))
 
 
 class RepairedTorchRLEnv(TorchRLEnv):

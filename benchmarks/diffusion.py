@@ -14,11 +14,10 @@ how often the sampler ran in a loss.
 from __future__ import annotations
 
 import torch
-from common import begin, finish, Loop, machine, measure, parser
+from common import begin, finish, Loop, machine, measure, parser, SpecsOnly
 from tensordict import TensorDict
 from torch.nn import functional as F
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
 from torchrl_wm.models import DiffusionConfig, make_diffusion_world_model
@@ -27,7 +26,7 @@ from torchrl_wm.modules import DiffusionSampler, draw_sigma, fit_normalizers
 ACTION = 2
 
 
-class Specs(EnvBase):
+class Specs(SpecsOnly):
     """An env that only has specs.
 
     Args:
@@ -42,15 +41,6 @@ class Specs(EnvBase):
         self.observation_spec = Composite(observation=spec)
         self.action_spec = Bounded(-1, 1, (ACTION,))
         self.reward_spec = Unbounded((1,))
-
-    def _reset(self, tensordict, **kwargs):
-        raise NotImplementedError
-
-    def _step(self, tensordict):
-        raise NotImplementedError
-
-    def _set_seed(self, seed):
-        return seed
 
 
 def batch_of(env: Specs, rows: int, steps: int) -> TensorDict:

@@ -16,10 +16,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import begin, finish, Loop, machine, measure, parser
+from common import begin, finish, Loop, machine, measure, parser, SpecsOnly
 from tensordict import TensorDict
 from torchrl.data import Unbounded
-from torchrl.envs import EnvBase
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import make_transformer_world_model, TransformerConfig
 from torchrl_wm.modules import fit_normalizers
@@ -27,7 +26,7 @@ from torchrl_wm.modules import fit_normalizers
 OBSERVATION, ACTION = 17, 6
 
 
-class Reference(EnvBase):
+class Reference(SpecsOnly):
     """An env that only has specs."""
 
     def __init__(self) -> None:
@@ -35,15 +34,6 @@ class Reference(EnvBase):
         self.observation_spec["observation"] = Unbounded((OBSERVATION,))
         self.action_spec = Unbounded((ACTION,))
         self.reward_spec = Unbounded((1,))
-
-    def _reset(self, tensordict, **kwargs):
-        raise NotImplementedError
-
-    def _step(self, tensordict):
-        raise NotImplementedError
-
-    def _set_seed(self, seed):
-        return seed
 
 
 def sequences(batch: int, length: int) -> TensorDict:

@@ -88,12 +88,11 @@ class Recording:
                 # Without a posterior, predictions are of no use: no sampler runs.
                 corrects = model.posterior is not None
                 filtered = model.filter.observe_sequence(steps, corrects, ())
-                following = filtered.get("next").select(
-                    *model.latent_keys, strict=False
-                )
-                if model.posterior is None:  # else these are predictions
+                ahead, latents = filtered.get("next"), model.latent_keys
+                following = ahead.select(*latents, strict=False)
+                if not corrects:  # what the encoder writes was seen, not predicted
                     seen = model.encoder(steps.get("next").select(*observations))
-                    following.update(seen.select(*model.latent_keys, strict=False))
+                    following.update(seen.select(*latents, strict=False))
             steps = steps.copy().update(filtered.select(*model.latent_keys))
             steps.set(FILTERED, following)
             if model.memory_keys:
@@ -203,9 +202,8 @@ class Recording:
                     value = state[key]
                     shape = (len(places), *value.shape[1:])
                     kept = found.setdefault(key, value.new_empty(shape))
-                    kept[here] = value[
-                        places[here] // length
-                    ]  # may be written over later
+                    # A copy: later steps may write over it.
+                    kept[here] = value[places[here] // length]
         return to_tensordict(found, Placement(places.shape, places.device))
 
     def real(self, steps: TensorDictBase) -> Entries:

@@ -194,7 +194,7 @@ class Imaginer:
         kernel, at = self.kernel, start.at
         endings = kernel.layout.endings
         ends = _any_done if stop and endings.can_end else None
-        self.held.keep({}, {})  # that of the last one is not needed any more
+        self.held.forget()  # that of the last one is not needed any more
         made, memory = unroll(kernel, act, start.values, max_steps, at, ends)
         last = {key: made[join("next", key)][-1] for key in kernel.layout.latent}
         self._hold(last, memory)
@@ -225,7 +225,7 @@ class Imaginer:
                 () if program is None else program.modules,
                 (made_for, horizon, start.at),
             )
-        self.held.keep({}, {})
+        self.held.forget()
         flat, mask, memory = run(start.values, actions)
         dim, keys = len(start.at.batch_size), kernel.layout.latent
         last = {key: flat[join("next", key)].select(dim, -1) for key in keys}

@@ -290,7 +290,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         kernel.check_inputs(tensordict)
         before = memory = self._memory_of(tensordict)
         if memory:
-            held.keep({}, {})  # a step that fails may have written into it
+            held.forget()  # a step that fails may have written into it
         if mask is not None:  # some rows keep theirs
             memory = {key: value.clone() for key, value in before.items()}
         if parent_process() is not None and tensordict.get(self.latent_key).is_shared():
@@ -342,9 +342,11 @@ class WorldModelEnv(ModelBasedEnvBase):
         if not layout.memory:
             return {}
         held = self.imaginer.held
-        given = filter_.given_memory(tensordict)
         found = held.find(to_flat(tensordict, layout.latent))
-        if given is not None and not (found and held.was_given(tensordict)):
+        if found is not None and held.was_given(tensordict):
+            return found
+        given = filter_.given_memory(tensordict)
+        if given is not None:
             held.note_given(tensordict, layout.memory)
             # At the next step it would be that of the step before.
             tensordict.exclude(*layout.memory, inplace=True)
@@ -382,25 +384,12 @@ class WorldModelEnv(ModelBasedEnvBase):
             out.set(key, value)
         if memory:
             latents = {key: begun[key] for key in starts.layout.latent}
-            self._hold_begun(given, latents, memory, partial)
+            if partial:
+                rows = self._reset_rows(given)
+                self.imaginer.held.begin(rows, latents, memory)
+            else:
+                self.imaginer.held.keep(latents, memory)
         return self.imaginer.layout.with_nested_dims(out)
-
-    def _hold_begun(
-        self,
-        given: TensorDictBase,
-        latents: FlatTensors,
-        memory: FlatTensors,
-        partial: bool,
-    ) -> None:
-        """Hold the memory of new episodes, which may be those of some rows only."""
-        held = self.imaginer.held
-        if not partial:
-            held.keep(latents, memory)
-            return
-        dims = given.batch_dims
-        flags = [given.get(key, None) for key in self.reset_keys]
-        rows = [flag.flatten(dims).all(-1) for flag in flags if flag is not None]
-        held.begin(torch.stack(rows).all(0), latents, memory)
 
     def _given(self, tensordict: TensorDictBase | None) -> TensorDictBase:
         """Return the start that the caller gives, or an empty one."""
@@ -432,8 +421,10 @@ class WorldModelEnv(ModelBasedEnvBase):
         TorchRL then resets the agents' own entries; what the agents share, at
         the root, has to begin anew with them.
         """
-        if "_reset" in self.reset_keys:
-            return None
+        return None if "_reset" in self.reset_keys else self._reset_rows(tensordict)
+
+    def _reset_rows(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """Return the rows that a partial reset begins anew as a whole, ``[*B]``."""
         dims = tensordict.batch_dims
         flags = [
             tensordict.get(key).flatten(dims).all(-1)

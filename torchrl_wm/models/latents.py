@@ -14,8 +14,21 @@ from torchrl_wm.models.building import activation
 from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.models.heads import end_head
 from torchrl_wm.models.networks import ObservationDecoder, ObservationEncoder
-from torchrl_wm.modules import JoinEntries, Normalizer, TerminationHead
+from torchrl_wm.modules import (
+    DenormalizedNetwork,
+    JoinEntries,
+    Normalizer,
+    TerminationHead,
+    WorldModel,
+)
 from torchrl_wm.modules.keys import join, unique
+from torchrl_wm.objectives import (
+    DoneTerm,
+    LatentTerm,
+    LossTerm,
+    ReconstructionTerm,
+    RewardTerm,
+)
 
 
 class LatentEncoder(nn.Module):
@@ -173,6 +186,31 @@ def termination_head(
         return None
     network = plain_mlp(config, size, specs.done.size)
     return end_head(TerminationHead, network, [join("next", latent)], specs, config)
+
+
+def predictive_terms(
+    world_model: WorldModel,
+    config: Any,
+    reward: DenormalizedNetwork,
+    decoder: LatentDecoder,
+) -> list[LossTerm]:
+    """Return the terms that compare predictions with what came: reward, observations, latents, ends.
+
+    Args:
+        world_model: the model.
+        config: the settings; the weights of the terms are used.
+        reward, decoder: its networks, which know the units of their errors.
+    """
+    terms: list[LossTerm] = [
+        RewardTerm(weight=config.reward_weight, scale=reward.scale),
+        ReconstructionTerm(
+            weight=config.reconstruction_weight, target="next", scale=decoder.scale
+        ),
+        LatentTerm(weight=config.latent_weight),
+    ]
+    if world_model.done_head is not None:
+        terms.append(DoneTerm(weight=config.done_weight))
+    return terms
 
 
 def plain_mlp(config: Any, in_features: int, out_features: int) -> MLP:

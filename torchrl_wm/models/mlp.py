@@ -15,6 +15,7 @@ from torchrl_wm.models.latents import (
     LatentDecoder,
     LatentEncoder,
     plain_mlp,
+    predictive_terms,
     ResidualDynamics,
     termination_head,
     unit_size,
@@ -22,13 +23,7 @@ from torchrl_wm.models.latents import (
 from torchrl_wm.models.networks import WithActions
 from torchrl_wm.modules import DenormalizedNetwork, WorldModel
 from torchrl_wm.modules.keys import join
-from torchrl_wm.objectives import (
-    DoneTerm,
-    LatentTerm,
-    ReconstructionTerm,
-    RewardTerm,
-    WorldModelLoss,
-)
+from torchrl_wm.objectives import WorldModelLoss
 
 _LATENT = "latent"
 
@@ -157,15 +152,7 @@ def _wire(specs: EnvSpecs, config: MLPConfig) -> tuple[WorldModel, WorldModelLos
         done_head=termination_head(specs, config, _LATENT, size),
         decoder=TensorDictModule(decoder, [_LATENT], specs.observation_keys),
     )
-    terms = [
-        RewardTerm(weight=config.reward_weight, scale=reward.scale),
-        ReconstructionTerm(
-            weight=config.reconstruction_weight, target="next", scale=decoder.scale
-        ),
-        LatentTerm(weight=config.latent_weight),
-    ]
-    if world_model.done_head is not None:
-        terms.append(DoneTerm(weight=config.done_weight))
+    terms = predictive_terms(world_model, config, reward, decoder)
     loss = WorldModelLoss(
         world_model, losses=terms, multi_step=config.multi_step, decay=config.decay
     )

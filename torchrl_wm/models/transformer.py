@@ -17,6 +17,7 @@ from torchrl_wm.models.latents import (
     LatentDecoder,
     LatentEncoder,
     plain_mlp,
+    predictive_terms,
     termination_head,
     unit_size,
 )
@@ -27,13 +28,8 @@ from torchrl_wm.modules import (
     WorldModel,
 )
 from torchrl_wm.modules.keys import join
-from torchrl_wm.objectives import (
-    DoneTerm,
-    LatentTerm,
-    ReconstructionTerm,
-    RewardTerm,
-    WorldModelLoss,
-)
+from torchrl_wm.modules.world_model.filtering import may_begin
+from torchrl_wm.objectives import WorldModelLoss
 
 _LATENT, _BELIEF, _CACHE, _COUNT = "latent", "belief", "cache", "step_in_context"
 
@@ -210,15 +206,7 @@ def _wire(
         memory=[_CACHE, _COUNT],
         sequence=TensorDictModule(_Sequence(dynamics), sequence_reads, nexts[:2]),
     )
-    terms = [
-        RewardTerm(weight=config.reward_weight, scale=reward.scale),
-        ReconstructionTerm(
-            weight=config.reconstruction_weight, target="next", scale=decoder.scale
-        ),
-        LatentTerm(weight=config.latent_weight),
-    ]
-    if world_model.done_head is not None:
-        terms.append(DoneTerm(weight=config.done_weight))
+    terms = predictive_terms(world_model, config, reward, decoder)
     loss = WorldModelLoss(world_model, losses=terms)
     loss.set_keys(**specs.loss_keys)
     return world_model, loss
@@ -288,14 +276,7 @@ class _Sequence(nn.Module):
         size = latent.shape[:-1]  # *B, T
         tokens = self.dynamics.embed(latent, *actions)
         flat = tokens.reshape(-1, size[-1], *tokens.shape[-2:])
-        tokens = self.dynamics.transformer(flat, _episodes(begins))
+        begins = begins.reshape(-1, size[-1])
+        episodes = begins if may_begin(begins) else None
+        tokens = self.dynamics.transformer(flat, episodes)
         return self.dynamics.predict(latent, tokens.reshape(*size, *tokens.shape[-2:]))
-
-
-def _episodes(begins: torch.Tensor) -> torch.Tensor | None:
-    """Return where episodes begin, ``[B, T]``; None if no episode begins after a first step."""
-    begins = begins.reshape(-1, begins.shape[-2])
-    # A look at the values would wait for any other device, and break a graph.
-    if begins.device.type == "cpu" and not torch.compiler.is_compiling():
-        return begins if begins.any() else None
-    return begins

@@ -54,3 +54,10 @@ def missing_from(
 def leaf_keys(tensordict: TensorDictBase) -> list[NestedKey]:
     """Return the keys that ``tensordict`` holds, nested ones as flat tuples."""
     return sorted(tensordict.keys(True, True), key=str)
+
+
+def overlap(one: NestedKey, other: NestedKey) -> bool:
+    """Return whether two keys name the same entry, or one what is below the other."""
+    names, others = as_tuple(one), as_tuple(other)
+    shorter = min(len(names), len(others))
+    return names[:shorter] == others[:shorter]

@@ -83,13 +83,8 @@ class ModelObjective(Objective):
         moving = (*layout.latent, *layout.memory)
         read = {join("next", key) for key in (*moving, *endings)}
         read.update(key for score in scores for key in score.in_keys)
-        kept = []
-        for module in reversed(kernel.program.modules):
-            if any(_overlap(key, other) for key in module.out_keys for other in read):
-                kept.insert(0, module)
-                read.update(unique(module.in_keys))
-        if len(kept) < len(kernel.program.modules):
-            self.needed = Program(kept)
+        part = kernel.program.part(read)
+        self.needed = None if part is kernel.program else part
 
     def start(self, tensordict: TensorDictBase) -> FlatTensors:
         env = self.env
@@ -290,10 +285,3 @@ def _shared(memory: torch.Tensor, times: int) -> torch.Tensor:
     if len(memory) == 1 and times > 1:
         return memory.expand(times, *memory.shape[1:])
     return memory.repeat_interleave(times, 0)
-
-
-def _overlap(one: NestedKey, other: NestedKey) -> bool:
-    """Return whether two keys name the same entry, or one what is below the other."""
-    names, others = as_tuple(one), as_tuple(other)
-    shorter = min(len(names), len(others))
-    return names[:shorter] == others[:shorter]

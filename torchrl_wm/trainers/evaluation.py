@@ -87,7 +87,7 @@ def run_episodes(
         if callback is not None:
             callback(*args)
 
-    moves = _device_of(policy) not in (None, torch.device("cpu"))
+    moves = device_of(policy) not in (None, torch.device("cpu"))
     is_module = isinstance(policy, nn.Module)
     mode = evaluation_mode(policy) if is_module else nullcontext()
     apart = memory_apart(policy)
@@ -105,7 +105,7 @@ def episode_return(env: EnvBase, episode: TensorDictBase) -> float:
     return episode.get(join("next", env.reward_key)).sum().item()
 
 
-def _device_of(policy: Any) -> torch.device | None:
+def device_of(policy: Any) -> torch.device | None:
     """Return where a policy's parameters are."""
     parameters = getattr(policy, "parameters", None)
     first = next(parameters(), None) if callable(parameters) else None

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, unravel_key
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
 from torchrl.data import Composite
 from torchrl.envs import Compose, Transform
 
 from torchrl_wm.modules import Observer, WorldModel
-from torchrl_wm.modules.keys import as_tuple, unique
-from torchrl_wm.modules.world_model.flat import FlatTensors
+from torchrl_wm.modules.keys import unique
+from torchrl_wm.modules.world_model.flat import Placement, to_flat, to_tensordict
+from torchrl_wm.trainers.checkpoints import from_plain_entries, plain_entries
+from torchrl_wm.trainers.evaluation import device_of
 
 
 class CarriedMemory:
@@ -28,25 +29,20 @@ class CarriedMemory:
 
     def state_dict(self) -> dict[str, list]:
         """Return the memory, and the latents to which it belongs, as plain data."""
-        held = self.observer.held
-        return {"latents": _plain(held.latents), "memory": _plain(held.memory)}
+        held, at = self.observer.held, Placement(torch.Size([]), None)
+        parts = {"latents": held.latents, "memory": held.memory}
+        return {k: plain_entries(to_tensordict(v, at)) for k, v in parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, list]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        device = _device_of(self.observer)
-        parts = [
-            {unravel_key(tuple(names)): value.to(device) for names, value in entries}
-            for entries in (state_dict["latents"], state_dict["memory"])
-        ]
-        self.observer.held.keep(*parts)
-
-
-def _plain(entries: FlatTensors) -> list:
-    return [[list(as_tuple(key)), value.cpu()] for key, value in entries.items()]
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+        model, device = self.observer.world_model, device_of(self.observer)
+        latents, memory = (
+            from_plain_entries(state_dict[name], []).to(device)
+            for name in ("latents", "memory")
+        )
+        if not memory.is_empty():
+            latents = to_flat(latents, model.latent_keys)
+            self.observer.held.keep(latents, to_flat(memory, model.memory_keys))
 
 
 class FilteredPolicy(TensorDictModuleBase):
@@ -99,7 +95,7 @@ class FilteredPolicy(TensorDictModuleBase):
 
     def make_tensordict_primer(self, **kwargs: Any) -> Transform:
         """Return a transform that gives an env the entries of filter and actor."""
-        spec, device = self._observation_spec, _device_of(self.observer)
+        spec, device = self._observation_spec, device_of(self.observer)
         example = None if spec is None else spec.zero().to(device)
         primers = [self.observer.make_tensordict_primer(example, **kwargs)]
         make = getattr(self.actor, "make_tensordict_primer", None)

@@ -233,7 +233,7 @@ class Filter:
         context = to_flat(tensordict, transition.context)
         now = FilterInputs(context, self._below_next(encoded))
         state, _ = filter_step(transition, before, now, at, predicts=False)
-        if _may_begin(begins):
+        if may_begin(begins):
             fresh = to_flat(self._begun(observed), state)
             state = where(begins, fresh, state)
         for key, value in state.items():
@@ -299,7 +299,7 @@ class Filter:
             )
         state = self._first_state(tensordict)
         begins, fresh = episode_begins(tensordict), None
-        if begins is not None and _may_begin(begins[..., 1:]):
+        if begins is not None and may_begin(begins[..., 1:]):
             fresh = self._fresh_where(
                 begins, tensordict.select(*observations, strict=False)
             )
@@ -375,7 +375,7 @@ class Filter:
         state = {**to_flat(state, self.latents), **(anew if memory is None else memory)}
         begins = episode_begins(tensordict)
         no_latents = missing_from(first, self.latents) == self.latents
-        if no_latents or begins is None or not _may_begin(begins[..., 0]):
+        if no_latents or begins is None or not may_begin(begins[..., 0]):
             return state
         fresh = self._fresh(first.select(*observations, strict=False))
         fresh = {**to_flat(fresh, self.latents), **anew}
@@ -497,7 +497,7 @@ def episode_begins(
     return ended.roll(1, -1) & later
 
 
-def _may_begin(begins: torch.Tensor | None) -> bool:
+def may_begin(begins: torch.Tensor | None) -> bool:
     """Return whether an episode may begin somewhere, given where they do; None is nowhere.
 
     Fresh latents are drawn for every row. Where no episode begins that is in vain, and

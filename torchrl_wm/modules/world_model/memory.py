@@ -105,6 +105,10 @@ class HeldMemory:
         self.latents = {key: value.detach().clone() for key, value in latents.items()}
         self.memory = memory
 
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.latents, self.memory = {}, {}
+
     def begin(
         self, rows: torch.Tensor, latents: FlatTensors, memory: FlatTensors
     ) -> None:
@@ -151,9 +155,10 @@ class HeldMemory:
 
     def was_given(self, tensordict: TensorDictBase) -> bool:
         """Return whether a tensordict still has the memory that was given before."""
-        return bool(self.given) and all(
-            value.data_ptr() == tensordict.get(key).data_ptr()
-            for key, value in self.given.items()
+        found = {key: tensordict.get(key, None) for key in self.given}
+        return bool(found) and all(
+            value is not None and value.data_ptr() == self.given[key].data_ptr()
+            for key, value in found.items()
         )
 
     def as_tensordict(

@@ -35,7 +35,7 @@ from torchrl.modules import SafeProbabilisticModule
 from torchrl_wm import _upstream
 from torchrl_wm._upstream import has_hooks
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules.keys import as_tuple, overlap, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement, to_tensordict
 
 Step = Callable[[FlatTensors, Placement], None]
@@ -82,11 +82,11 @@ class Program:
         """Return the program of the modules that some outputs depend on; itself if all do.
 
         Args:
-            wanted: keys that the modules write.
+            wanted: keys that the modules write, or that stand above or below one of these.
         """
         needed, kept = set(wanted), []
         for module in reversed(self.modules):
-            if not needed.isdisjoint(unique(module.out_keys)):
+            if any(overlap(key, other) for key in module.out_keys for other in needed):
                 needed.update(unique(module.in_keys))
                 kept.append(module)
         return self if len(kept) == len(self.modules) else Program(reversed(kept))

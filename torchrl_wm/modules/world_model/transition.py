@@ -243,14 +243,12 @@ class Transition:
         out, state = self._corrected(values, encoded, at)
         if self.heads:
             judged = {**values, **out}
-            mine = [key for key, _ in self._judged if key in self.unrecorded]
-            state_before = {key: judged[key] for key in mine}
             predicted = all(place in values for _, place in self._moved)
             if self._verdicts and self._correct is None and predicted:
                 # What is predicted with memory is trained on predicted latents, as by any head.
                 # Its memory moves below: here it may be written to in vain.
-                first = {k: v.clone() for k, v in state_before.items()}
-                first = {**judged, **first}
+                mine = [key for key, _ in self._judged if key in self.unrecorded]
+                first = {**judged, **{key: judged[key].clone() for key in mine}}
                 self._run_heads(first, at)
                 out.update((key, first[key]) for key in self._verdicts)
             # What is carried moves on the corrected latents.

@@ -202,8 +202,8 @@ class PlaNet(RecurrentRecipe):
     def learn(self, steps: Steps) -> dict[str, torch.Tensor]:
         """Make the updates that the train ratio asks for. The trainer has extended the replay."""
         losses = {}
-        if self.counts.updates == 0:
-            fit_normalizers(self.world_model, self.replay[:])  # an RSSM has none
+        if self.config.model == "transformer" and self.counts.updates == 0:
+            fit_normalizers(self.world_model, self.replay[:])
         for _ in range(self.ratio(steps.total)):
             # Sequences of real steps: filter them, and predict observations and rewards.
             batch = self.sample()
