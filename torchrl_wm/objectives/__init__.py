@@ -11,6 +11,7 @@ from torchrl_wm.objectives.gaussian import (
     gaussian_nll,
     GaussianNLLTerm,
 )
+from torchrl_wm.objectives.imagined_values import ImaginedValueLoss
 from torchrl_wm.objectives.keys import LossKeys
 from torchrl_wm.objectives.kl import KLTerm
 from torchrl_wm.objectives.observation import ObservationTerm
@@ -33,6 +34,7 @@ __all__ = [
     "DenoisingTerm",
     "DoneTerm",
     "GaussianNLLTerm",
+    "ImaginedValueLoss",
     "KLTerm",
     "LatentTerm",
     "LossContext",

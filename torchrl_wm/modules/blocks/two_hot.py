@@ -102,6 +102,29 @@ class SymlogTwoHot(nn.Module):
         return f"num_bins={self.num_bins}, limit={self.limit}"
 
 
+def neighbouring_bins(
+    target: torch.Tensor, bins: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the two bins next to each scalar, and its shares of them.
+
+    They say the same as TorchRL's ``two_hot_encode``, without its distribution over all bins.
+
+    Args:
+        target: scalars, ``[*B]``. Beyond the bins they saturate.
+        bins: ascending, ``[bins]``.
+
+    Returns:
+        Indices, int64, and shares, which sum to 1: ``[*B, 2]`` each.
+    """
+    bins = bins.to(target)
+    target = target.clamp(bins[0], bins[-1])
+    lower = torch.bucketize(target, bins, right=True) - 1
+    lower = lower.clamp(0, len(bins) - 2)
+    below, above = bins[lower], bins[lower + 1]
+    share = (target - below) / (above - below)
+    return torch.stack([lower, lower + 1], -1), torch.stack([1 - share, share], -1)
+
+
 #: The representations of scalars by bins.
 TwoHot = (SymExpTwoHot, SymlogTwoHot)
 

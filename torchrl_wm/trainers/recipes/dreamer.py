@@ -9,16 +9,12 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.envs import EnvBase
-from torchrl.objectives import (
-    DreamerV3ActorLoss,
-    DreamerV3ValueLoss,
-    DreamerValueLoss,
-    SoftUpdate,
-)
+from torchrl.objectives import DreamerV3ActorLoss, DreamerValueLoss, SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from torchrl_wm.models import make_dreamer_actor_critic, read_specs, RSSMConfig
+from torchrl_wm.objectives import ImaginedValueLoss
 from torchrl_wm.trainers.actor_imagination import Imagination, recalled
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.learning import compiled_loss, descend
@@ -254,13 +250,12 @@ class Dreamer(RecurrentRecipe):
         )
         return loss.to(self.device)
 
-    def _make_value_loss(self) -> DreamerV3ValueLoss | DreamerValueLoss:
+    def _make_value_loss(self) -> ImaginedValueLoss | DreamerValueLoss:
         config, env = self.config, self.env
         if not self.is_v3:
             return DreamerValueLoss(self.critic, gamma=self.gamma).to(self.device)
-        loss = DreamerV3ValueLoss(
+        loss = ImaginedValueLoss(
             self.critic,
-            value_loss="two_hot",
             num_value_bins=self.sizes.reward_bins,
             actor_loss=self.actor_loss,
             slow_critic_regularization=config.slow_critic_weight,
