@@ -49,11 +49,14 @@ class Blueprint:
         builder: the name of the builder.
         config: the settings.
         specs: the entries of the env.
+        penalty: the settings of :func:`~torchrl_wm.modules.with_penalty`, by name; None for a
+            model without.
     """
 
     builder: str
     config: Any
     specs: EnvSpecs
+    penalty: dict[str, Any] | None = None
 
 
 #: Entries that a loss does not take for observations: weights, and labels under other names.
