@@ -8,7 +8,8 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from torchrl_wm.trainers.dreaming.session import DreamSession, Moment
+from torchrl_wm.trainers.dreaming.moments import Moment
+from torchrl_wm.trainers.dreaming.session import DreamSession
 from torchrl_wm.trainers.dreaming.views import View
 
 #: What can be asked for, and the entries that it may have beside "at".

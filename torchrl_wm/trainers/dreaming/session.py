@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -21,42 +19,13 @@ from torchrl_wm.modules.keys import leaf_keys, strip_next
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.acting import carried_keys
 from torchrl_wm.trainers.dreaming.controls import Controls
+from torchrl_wm.trainers.dreaming.moments import Done, facts_of, Moment
 from torchrl_wm.trainers.dreaming.recorded import RecordedStarts, usual_disagreement
-from torchrl_wm.trainers.dreaming.sides import ImaginedSide, RealSide, Side
-from torchrl_wm.trainers.dreaming.views import View, Viewer
+from torchrl_wm.trainers.dreaming.sides import ImaginedSide, RealSide
+from torchrl_wm.trainers.dreaming.views import Viewer
 from torchrl_wm.trainers.dreaming.with_disagreement import with_disagreement
 from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import forked_random
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What a dream shows after a step.
-
-    Args:
-        step: how many steps were imagined since the start.
-        actor: who acted: "you", "policy" or "random"; "start" at the start; "look" where the
-            model has looked at the real env again.
-        action: the action as numbers, one for each control; None where there was none.
-        imagined: the imagined side.
-        real: the real side; None without a real env.
-        disagreement: how much the members of an ensemble disagreed in the step; None without
-            members.
-    """
-
-    step: int
-    actor: str
-    action: list[float] | None
-    imagined: View
-    real: View | None
-    disagreement: float | None
-
-
-class _Done(NamedTuple):
-    """What was done: an action, or a look at the real env; and what the policy carried after it."""
-
-    actions: TensorDictBase | None
-    carried: dict[NestedKey, torch.Tensor]
 
 
 class DreamSession:
@@ -141,7 +110,7 @@ class DreamSession:
         with forked_random(seed):
             self.usual_disagreement = usual_disagreement(env, data)
         self.moments: list[Moment] = []
-        self._done: list[_Done] = []
+        self._done: list[Done] = []
         # What the policy carries from step to step, and the real steps before the start.
         self._carried: dict[NestedKey, torch.Tensor] = {}
         self._burnt: list[TensorDictBase] | None = None
@@ -199,7 +168,7 @@ class DreamSession:
         with forked_random(episode_seed(self.seed, 2 * number)):
             actions = self._chosen(action)
         self._advance(actions, number)
-        self._done.append(_Done(actions, self._carried))
+        self._done.append(Done(actions, self._carried))
         self.moments.append(self._moment(actor, actions))
         return self.moments[-1]
 
@@ -221,7 +190,7 @@ class DreamSession:
         self._mend()
         self._real.reward = None
         self._imagined.begin(self._real.start())
-        self._done.append(_Done(None, self._carried))
+        self._done.append(Done(None, self._carried))
         self.moments.append(self._moment("look", None))
         return self.moments[-1]
 
@@ -364,10 +333,10 @@ class DreamSession:
         """Return what both sides show now."""
         last = None if actor == "start" else self.moments[-1]
         imagined, real, beside = self._imagined, self._real, None
-        facts = _facts(imagined, None if last is None else last.imagined)
+        facts = facts_of(imagined, None if last is None else last.imagined)
         shown = self._viewer.imagined(imagined.state, **facts)
         if real is not None:
-            facts = _facts(real, None if last is None else last.real)
+            facts = facts_of(real, None if last is None else last.real)
             beside = self._viewer.real(real.root.unsqueeze(0), real.latents, **facts)
         return Moment(
             step=0 if last is None else last.step + (actions is not None),
@@ -377,14 +346,3 @@ class DreamSession:
             real=beside,
             disagreement=imagined.disagreement,
         )
-
-
-def _facts(side: Side, before: View | None) -> dict[str, Any]:
-    """Return reward and ends of a side, whose view was another before."""
-    total = 0.0 if before is None else before.total
-    return {
-        "reward": side.reward,
-        "total": total + (side.reward or 0.0),
-        "terminated": side.terminated,
-        "truncated": side.truncated,
-    }
