@@ -348,6 +348,21 @@ def test_other_envs_fit_the_page(env, width, browser) -> None:
 
 
 @needs_chromium
+def test_a_model_of_latents_has_no_picture(browser) -> None:
+    real_env = GymEnv("Pendulum-v1")
+    model, _ = MAKE["tdmpc2"](real_env)
+    session = DreamSession(WorldModelEnv(model, real_env), real_env=real_env)
+    with served(session) as server:
+        visit(browser, server)
+        assert text(browser, "#imagined .none") == "No picture: the notes say why."
+        assert browser.evaluate("document.querySelector('#real .none').hidden")
+        assert "latents" in browser.evaluate(
+            "document.getElementById('notes').textContent"
+        )
+        assert browser.evaluate("document.querySelectorAll('#bars .name').length") == 16
+
+
+@needs_chromium
 def test_a_dream_without_a_real_env_stands_alone(browser) -> None:
     real_env = GymEnv("Pendulum-v1")
     model, _ = MAKE["ensemble"](real_env, normalize=False, termination="none")

@@ -160,7 +160,9 @@ def serve_dream(
         env: an imagined env of batch size ``[]``, or a session.
 
     Keyword Args:
-        real_env, policy, settings: see :class:`DreamSession`.
+        real_env: the real env, if there is one.
+        policy: may act; see :class:`DreamSession`.
+        settings: others of :class:`DreamSession`, by name.
         port: the port; 0 for any that is free.
         open_page: open the page in a browser.
         on_ready: is called with the address of the page.
