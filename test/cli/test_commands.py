@@ -459,3 +459,34 @@ def test_a_model_of_some_of_the_observations(here, capsys) -> None:
     world_model = load_world_model("some/model.pt")
     (key,) = world_model.latent_keys
     assert key[-2:] == ("arm", "place") and Path("some/report.html").is_file()
+
+
+def test_dream_serves_a_page(run, here, capsys, monkeypatch) -> None:
+    served = []
+
+    def serve(server):
+        served.append(server.session.step("policy"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchrl_wm.trainers.DreamServer.serve", serve)
+    assert main(["dream", run, "--no-open", "--seed", "4"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^pets on Pendulum-v1: http://127.0.0.1:\d+/$", out, re.MULTILINE)
+    assert "Only this machine" in out and served[0].actor == "policy"
+    (here / "drawing.py").write_text(
+        "def draw(x):\n    return [[0.0, 1.0], [1.0, 0.0]]"
+    )
+    assert main(["dream", run, "--no-open", "--render", "drawing:draw"]) == 0
+    assert served[1].imagined.frame != served[0].imagined.frame
+    assert main(["dream", run, "--no-open", "--port", "70000"]) == 2
+    assert "port must be" in capsys.readouterr().err
+    assert main(["dream", str(here)]) == 2
+
+
+def test_dream_needs_a_model_that_has_learnt(here, capsys) -> None:
+    trainer = PETSTrainer.start(
+        "run", max_episode_steps=12, random_steps=24, trials=1, first_model_steps=1
+    )
+    trainer.save()
+    assert main(["dream", "run", "--no-open"]) == 2
+    assert "has not learnt anything yet" in capsys.readouterr().err

@@ -217,6 +217,46 @@ def play(
     return go
 
 
+def dream(
+    run: Run,
+    *,
+    port: int = 0,
+    open: bool = True,
+    seed: int = 0,
+    render: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="MODULE:FUNCTION", help_behavior_hint="(default: known tasks)"
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+) -> Callable[[], None]:
+    """Step what a run's model imagines on a local page, by hand or by the policy, beside the real env.
+
+    Args:
+        run: the folder of the run.
+        port: the port of the page, which only this machine can reach; 0 for any that is free.
+        open: open the page in a browser.
+        seed: the seed of how the first episode begins.
+        render: your function that draws an observation, or the id of an env whose drawing fits.
+        checkpoint: the step of the checkpoint whose model imagines.
+    """
+
+    def go() -> None:
+        from torchrl_wm.cli.dream import dream_of
+
+        dream_of(
+            run,
+            port=port,
+            open_page=open,
+            seed=seed,
+            render=render,
+            checkpoint=checkpoint,
+        )
+
+    return go
+
+
 def demo(
     *,
     run: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "runs/demo",
@@ -268,5 +308,6 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "evaluate": evaluate,
     "report": report,
     "play": play,
+    "dream": dream,
     "demo": demo,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -68,6 +69,13 @@ def gif(frames: np.ndarray, fps: float = 20.0) -> bytes:
     """Return frames ``[T, height, width, 3]`` uint8 as the bytes of a GIF file."""
     with tempfile.TemporaryDirectory() as folder:
         return save_video(Path(folder) / "film.gif", frames, fps=fps).read_bytes()
+
+
+def png(frame: np.ndarray) -> bytes:
+    """Return a frame ``[height, width, 3]`` uint8 as the bytes of a PNG file."""
+    file = io.BytesIO()
+    _pillow().Image.fromarray(frame).save(file, format="PNG")
+    return file.getvalue()
 
 
 def separated(frames: list[np.ndarray]) -> list[np.ndarray]:

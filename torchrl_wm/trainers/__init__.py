@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from torchrl_wm._registry import register_recipe
 from torchrl_wm.trainers.counted_steps import CollectingError
+from torchrl_wm.trainers.dreaming import (
+    dream_of_run,
+    DreamServer,
+    DreamSession,
+    serve_dream,
+)
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import episode_return, run_episodes
 from torchrl_wm.trainers.films import film_policy
@@ -49,6 +55,8 @@ PlaNetTrainer = trainer_class(PlaNet)
 
 __all__ = [
     "CollectingError",
+    "DreamServer",
+    "DreamSession",
     "Dreamer",
     "DreamerConfig",
     "DreamerTrainer",
@@ -77,6 +85,7 @@ __all__ = [
     "TDMPC2",
     "TDMPC2Config",
     "TDMPC2Trainer",
+    "dream_of_run",
     "episode_return",
     "film_policy",
     "load_policy",
@@ -88,6 +97,7 @@ __all__ = [
     "run_episodes",
     "sample_sequences",
     "save_prediction_fan",
+    "serve_dream",
     "start_run",
     "train_world_model",
     "trainer_class",

@@ -134,6 +134,15 @@ class Recipe:
         decode = self.world_model.decoder is not None
         return WorldModelEnv(self.world_model, self.env, batch_size=[], decode=decode)
 
+    @property
+    def latent_policy(self) -> TensorDictModuleBase | None:
+        """What acts on states of :meth:`diagnosed_env`; by default the policy.
+
+        It may be a :class:`~torchrl_wm.trainers.filtered_policy.FilteredPolicy`: there, what is
+        behind its filter acts.
+        """
+        return self.policy
+
     def measures(self) -> dict[str, float]:
         """Return the numbers that ``torchrl-wm evaluate`` prints for a recipe without a policy."""
         return {}

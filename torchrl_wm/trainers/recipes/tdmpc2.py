@@ -391,6 +391,10 @@ class TDMPC2(Recipe):
     def has_learnt(self) -> bool:
         return self.counts.updates > 0
 
+    @property
+    def latent_policy(self) -> TensorDictModuleBase:
+        return self.prior if self.config.evaluate_with == "policy" else self.planner
+
 
 class ExploringPlanner(TensorDictModuleBase):
     """An actor that plans to explore, and otherwise follows a policy without a plan.
