@@ -343,6 +343,31 @@ def test_looking_at_a_run_changes_nothing_of_it(run, here, capsys) -> None:
     assert "r.html" in out and "f.gif" in out
 
 
+def test_a_policy_is_taken_home(run, here, capsys, monkeypatch) -> None:
+    assert main(["train", "mbpo", "--run", "runs/mbpo", "--no-report", *MBPO]) == 0
+    capsys.readouterr()
+    missing = "torchrl_wm.trainers.policy_formats.find_spec"
+    monkeypatch.setattr(missing, lambda name: name != "onnxruntime")
+    words = ["export", "runs/mbpo", "--out", "home", "--steps", "5"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "Without ONNX" in err and "onnxruntime" in err and "[export]" in err
+    assert "home/policy.pt2" in out and "of 5 real steps deviate" in out
+    assert re.search(r"in +observation +\[N, 3\] float32", out)
+    assert sorted(p.name for p in Path("home").iterdir()) == [
+        "policy.json",
+        "policy.pt2",
+    ]
+    described = json.loads(Path("home/policy.json").read_text())
+    assert (described["recipe"], described["steps"]) == ("mbpo", 45)
+    assert main([*words, "--format", "both"]) == 2
+    assert "onnxruntime" in capsys.readouterr().err
+    assert main(["export", run]) == 2
+    assert (
+        "is a planner" in capsys.readouterr().err and not Path(run, "export").exists()
+    )
+
+
 def test_films_of_both_have_one_frame_for_each_step(run, here) -> None:
     image = pytest.importorskip("PIL.Image")
     assert (

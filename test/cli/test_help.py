@@ -21,6 +21,7 @@ COMMANDS = (
     "evaluate",
     "report",
     "play",
+    "export",
     "demo",
 )
 

@@ -7,7 +7,7 @@ whole before anything happens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -257,6 +257,52 @@ def dream(
     return go
 
 
+def export(
+    run: Run,
+    *,
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: RUN/export)"),
+    ] = None,
+    format: Annotated[
+        Literal["auto", "pt2", "onnx", "both"],
+        tyro.conf.arg(help_behavior_hint="(default: both, if ONNX is installed)"),
+    ] = "auto",
+    policy: Annotated[
+        str, tyro.conf.arg(help_behavior_hint="(default: that of evaluations)")
+    ] = "policy",
+    steps: int = 100,
+    seed: int = 0,
+    checkpoint: Checkpoint = None,
+) -> Callable[[], None]:
+    """Write a run's policy as a torch.export program and as ONNX, checked against the run's own actions.
+
+    Args:
+        run: the folder of the run.
+        out: the folder for policy.pt2, policy.onnx and policy.json.
+        format: what to write: pt2 for torch alone, onnx for ONNX runtimes.
+        policy: which policy of the run; that of TD-MPC2 without a plan is called prior.
+        steps: on how many real steps they are checked.
+        seed: the seed of how the episodes of these steps begin.
+        checkpoint: the step of the checkpoint whose policy is written.
+    """
+
+    def go() -> None:
+        from torchrl_wm.cli import export_run
+
+        export_run.export(
+            run,
+            out=out,
+            format=format,
+            policy=policy,
+            steps=steps,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
+
+    return go
+
+
 def demo(
     *,
     run: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "runs/demo",
@@ -309,5 +355,6 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "report": report,
     "play": play,
     "dream": dream,
+    "export": export,
     "demo": demo,
 }

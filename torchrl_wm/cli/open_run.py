@@ -13,13 +13,22 @@ def open_run(path: str, checkpoint: int | None = None) -> RecipeTrainer:
     Raises:
         FileNotFoundError: if the folder is not one of a run, or has no checkpoint.
     """
+    check_saved(path)
+    # A run can be inspected on another device than it was trained on.
+    return resume_run(path, checkpoint=checkpoint, device="auto")
+
+
+def check_saved(path: str) -> None:
+    """Refuse a folder without a checkpoint.
+
+    Raises:
+        FileNotFoundError: if the folder is not one of a run, or has no checkpoint.
+    """
     if not RunFolder.open(path).saved():
         raise FileNotFoundError(
             f"{path!r} has no checkpoint yet: its first one comes at the end of an episode. "
             f"torchrl-wm train --resume {path} goes on with it."
         )
-    # A run can be inspected on another device than it was trained on.
-    return resume_run(path, checkpoint=checkpoint, device="auto")
 
 
 def free(path: Path) -> Path:

@@ -18,6 +18,11 @@ from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
 from torchrl_wm.trainers.logged_data import load_transitions
 from torchrl_wm.trainers.model_training import RecordedEnv, train_world_model
 from torchrl_wm.trainers.policies import load_policy, Policy
+from torchrl_wm.trainers.policy_export import (
+    DeviationError,
+    export_policy,
+    ExportedPolicy,
+)
 from torchrl_wm.trainers.real_envs import make_real_env
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.recipes import (
@@ -55,12 +60,14 @@ PlaNetTrainer = trainer_class(PlaNet)
 
 __all__ = [
     "CollectingError",
+    "DeviationError",
     "DreamServer",
     "DreamSession",
     "Dreamer",
     "DreamerConfig",
     "DreamerTrainer",
     "EpisodeSeeds",
+    "ExportedPolicy",
     "ImaginedReplayHook",
     "MBPO",
     "MBPOConfig",
@@ -87,6 +94,7 @@ __all__ = [
     "TDMPC2Trainer",
     "dream_of_run",
     "episode_return",
+    "export_policy",
     "film_policy",
     "load_policy",
     "load_transitions",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Compose, EnvBase, FrameSkipTransform, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
@@ -92,6 +93,7 @@ class Policy:
 
     Keyword Args:
         seed: the seed of random draws.
+        module: what acts instead of the run's policy, such as TD-MPC2's policy without a plan.
 
     Attributes:
         action_repeat: for how many calls an action is kept, as in the run. Set it to 1 to act
@@ -115,8 +117,14 @@ class Policy:
         (3, 1)
     """
 
-    def __init__(self, trainer: RecipeTrainer, *, seed: int = 0) -> None:
-        policy, env = trainer.recipe.policy, trainer.env
+    def __init__(
+        self,
+        trainer: RecipeTrainer,
+        *,
+        seed: int = 0,
+        module: TensorDictModuleBase | None = None,
+    ) -> None:
+        policy, env = trainer.recipe.policy if module is None else module, trainer.env
         if policy is None:
             raise ValueError(
                 f"A run of {trainer.recipe.name!r} learns no policy: there is nothing that acts."
@@ -164,21 +172,31 @@ class Policy:
                 f"This is {_counted(size)}, and the call before had {_counted(self._size)}: it is not "
                 f"known which plans go on. Call policy.reset() to start new episodes."
             )
-        read = [self._values.read(row) for row in rows]
-        if len(self._seats) != len(rows):
-            self._seats = [Seat(self._around) for _ in rows]
+        seats = self.act_on(size, [self._values.read(row) for row in rows])
+        actions = [seat.action for seat in seats]
+        return copy.copy(actions[0]) if size is None else self._values.batch(actions)
+
+    @torch.no_grad()
+    def act_on(self, size: int | None, read: list[TensorDictBase]) -> list[Seat]:
+        """Act on observations that are entries of the run's innermost env; return the seats.
+
+        Args:
+            size: the size of the batch; None for a single observation.
+            read: the observations.
+        """
+        if len(self._seats) != len(read):
+            self._seats = [Seat(self._around) for _ in read]
         self._size, self._goes_on = size, True
         asked = [number for number, seat in enumerate(self._seats) if not seat.kept]
         if asked:
             states = [self._seats[number].observe(read[number]) for number in asked]
             for number, acted in zip(asked, self._acted(states)):
                 seat = self._seats[number]
-                action = seat.take(acted, self.action_repeat)
-                seat.action = self._values.action(action)
+                seat.handed = seat.take(acted, self.action_repeat)
+                seat.action = self._values.action(seat.handed)
         for seat in self._seats:
             seat.kept -= 1
-        actions = [seat.action for seat in self._seats]
-        return copy.copy(actions[0]) if size is None else self._values.batch(actions)
+        return self._seats
 
     def reset(self, mask: Any = None) -> None:
         """Begin new episodes: the next observation is the first one of an episode.
@@ -242,26 +260,32 @@ class Seat:
             kept = [t for t in transforms if not isinstance(t, _OF_THE_ENV)]
             copies = [copy.deepcopy(transform.clone()) for transform in kept]
             self._env = TransformedEnv(self._env, Compose(*copies), auto_unwrap=False)
-        self._acted: TensorDictBase | None = None
-        #: The action as the env takes it, and how many more calls it is kept for.
+        #: What the policy read last, and what it wrote; None where an episode begins.
+        self.observed: TensorDictBase | None = None
+        self.acted: TensorDictBase | None = None
+        #: The action as the innermost env gets it, the same as the env within takes it, and how
+        #: many more calls it is kept for.
+        self.handed: torch.Tensor | None = None
         self.action: Any = None
         self.kept = 0
 
     def begin(self) -> None:
         """Let the next observation be the first one of an episode."""
-        self._acted, self.kept = None, 0
+        self.acted, self.kept = None, 0
 
     def observe(self, observation: TensorDictBase) -> TensorDictBase:
         """Return what the policy reads after an observation of the innermost env."""
         env, self._handed.observation = self._env, observation
-        if self._acted is None:
-            return env.reset()
-        step = env.step(self._acted)
-        return _upstream.following_root(env, step)
+        if self.acted is None:
+            state = env.reset()
+        else:
+            state = _upstream.following_root(env, env.step(self.acted))
+        self.observed = state.copy()
+        return state
 
     def take(self, acted: TensorDictBase, times: int) -> torch.Tensor:
         """Keep what the policy wrote; return the action that the innermost env gets."""
-        self._acted, self.kept = acted, times
+        self.acted, self.kept = acted, times
         env = self._env
         while isinstance(env, TransformedEnv):
             acted = env.transform.inv(acted)

@@ -143,6 +143,13 @@ class Recipe:
         """
         return self.policy
 
+    def exported_policies(self) -> dict[str, TensorDictModuleBase]:
+        """Return the policies that can leave the run, by name; "policy" is what evaluations act by.
+
+        A planner among them is refused by name when it is asked for.
+        """
+        return {} if self.policy is None else {"policy": self.policy}
+
     def measures(self) -> dict[str, float]:
         """Return the numbers that ``torchrl-wm evaluate`` prints for a recipe without a policy."""
         return {}

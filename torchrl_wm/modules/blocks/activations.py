@@ -65,11 +65,12 @@ def group_softmax(value: torch.Tensor, group: int) -> torch.Tensor:
 
 def _is_served(value: torch.Tensor, least: int) -> bool:
     """Return whether the functions of this file are faster than torch's."""
+    # Asked first: a graph for batches of any size must not depend on their sizes.
     return (
-        value.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
         and value.dtype in _FULL
         and value.numel() >= least
-        and not torch.compiler.is_compiling()
         and not _upstream.is_transformed()
     )
 

@@ -207,8 +207,9 @@ class Filter:
         begins, transition = episode_begins(tensordict), self.transition
         missing = missing_from(tensordict, transition.context)
         # Where all episodes begin, there is no action before, and what is drawn for a step would
-        # be in vain. A look at the flags waits for any other device.
+        # be in vain. A look at the flags waits for any other device, and breaks a graph.
         may_look = begins is not None and begins.device.type == "cpu"
+        may_look = may_look and not torch.compiler.is_compiling()
         may_look = may_look or missing or self.memory
         if may_look and begins is not None and begins.all():
             return tensordict.update(self._begun(observed))

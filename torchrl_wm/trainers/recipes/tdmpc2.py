@@ -344,6 +344,12 @@ class TDMPC2(Recipe):
         )
         return planner.compile() if config.compile else planner
 
+    def exported_policies(self) -> dict[str, TensorDictModuleBase]:
+        """Return the policy of evaluations, and the prior, which acts without a plan."""
+        plans = self.config.evaluate_with == "planner"
+        acting = self.planner if plans else self.actor
+        return {"policy": acting, "prior": self.actor}
+
     def kept(self, steps: TensorDictBase) -> TensorDictBase:
         """Return the entries of real steps that the losses read."""
         return steps.select(*self._keys, "is_init")

@@ -1,0 +1,171 @@
+"""Exported policies compared with the run's own ``act``, on observations of its real env."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
+
+from torchrl_wm.modules.keys import join
+from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.policies import Policy, Seat
+from torchrl_wm.trainers.policy_draws import GivenDraws
+from torchrl_wm.trainers.policy_forms import shown_env
+from torchrl_wm.trainers.policy_program import PolicyProgram, Port
+
+#: Called with inputs ``[B, ...]`` by name; returns outputs by name.
+Runner = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+#: What stands for a draw: its kind, and how many numbers a row has.
+_Drawn = dict[tuple[str, int], torch.Tensor]
+
+
+class RecordedStep(NamedTuple):
+    """A step of the run's own policy.
+
+    Args:
+        inputs: the inputs of the exported policy but for what is carried, ``[1, ...]``.
+        action: the action that ``act`` returned.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    action: np.ndarray
+
+
+def record(
+    policy: Policy, program: PolicyProgram, steps: int, seed: int
+) -> list[RecordedStep]:
+    """Return steps of a run's policy in a real env, from the first one of an episode on.
+
+    Each draw is replaced by one that is recorded. All random states are left as they were.
+
+    Args:
+        policy: the run's policy.
+        program: what is exported.
+        steps: how many steps. An episode that ends before them is followed by another.
+        seed: the seed of the env and the draws.
+    """
+    found: list[RecordedStep] = []
+    # Each observation is acted on, also where the run repeats its actions.
+    repeat, policy.action_repeat = policy.action_repeat, 1
+    real = policy.trainer.make_env()
+    env = shown_env(real)
+    keys = [*env.observation_spec.keys(True, True)]
+    with forked_random(seed):
+        env.set_seed(seed)
+        begins = True
+        while len(found) < steps:
+            if begins:
+                policy.reset()
+                state = env.reset()
+            drawn: _Drawn = {}
+            with GivenDraws(partial(_given, drawn)):
+                (seat,) = policy.act_on(None, [state.select(*keys)])
+            found.append(_step(program, seat, state, drawn, begins))
+            state, begins = _stepped(env, state, seat.handed, repeat)
+    real.close()
+    return found
+
+
+def _stepped(
+    env: EnvBase, state: TensorDictBase, action: torch.Tensor, times: int
+) -> tuple[TensorDictBase, bool]:
+    """Return the state after some steps with one action, and whether the episode has ended."""
+    for _ in range(times):
+        step = env.step(state.set(env.action_key, action))
+        state = step_mdp(step)
+        if any(step.get(join("next", key)).any() for key in env.done_keys):
+            return state, True
+    return state, False
+
+
+def _given(
+    drawn: _Drawn, kind: str, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return a draw: the same for all of its kind and size in a step."""
+    place = kind, torch.Size(shape).numel()
+    if place not in drawn:
+        make = torch.rand if kind == "uniform" else torch.randn
+        drawn[place] = make(place[1])
+    return drawn[place].reshape(shape).to(dtype)
+
+
+def _step(
+    program: PolicyProgram,
+    seat: Seat,
+    state: TensorDictBase,
+    drawn: _Drawn,
+    begins: bool,
+) -> RecordedStep:
+    shown = seat.observed if program.surroundings.outside else state
+    inputs = {}
+    for port in program.inputs:
+        if port.kind == "observation":
+            inputs[port.name] = shown.get(port.key).unsqueeze(0).clone()
+        elif port.kind == "is_init":
+            inputs[port.name] = torch.tensor([begins])
+        elif port.draw is not None:
+            inputs[port.name] = _row(port, drawn)
+    form = program.surroundings.action_form
+    if program.surroundings.outside:
+        action = seat.acted.get(program.action_key).numpy()
+    elif form.space is None:
+        action = seat.handed.numpy()
+    else:
+        action = seat.action if form.entry is None else seat.action[form.entry]
+    return RecordedStep(inputs, np.array(action))
+
+
+def _row(port: Port, drawn: _Drawn) -> torch.Tensor:
+    """Return the draw of a step; one that the policy did not make there is arbitrary."""
+    size = torch.Size(port.shape).numel()
+    value = _given(drawn, port.kind, (size,), port.dtype)
+    return value.reshape(1, *port.shape)
+
+
+def deviation(
+    run: Runner, steps: Sequence[RecordedStep], program: PolicyProgram
+) -> float:
+    """Return the largest difference of an exported policy's actions from those of ``act``.
+
+    That of a number is relative to it where it is above 1; that of a choice is 0 or 1. What the
+    policy carries, it carries by itself. All steps are also made once as one batch.
+
+    Args:
+        run: the exported policy.
+        steps: the steps of the run's policy.
+        program: what is exported.
+    """
+    worst, rows = 0.0, []
+    state = {
+        port.name: torch.zeros(1, *port.shape, dtype=port.dtype)
+        for port in program.inputs
+        if port.kind == "carried"
+    }
+    for step in steps:
+        inputs = {**step.inputs, **state}
+        out = run(inputs)
+        rows.append(inputs)
+        worst = max(worst, _difference(out["action"], step.action[None]))
+        state = {name: out[output] for name, output in program.carried.items()}
+    batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    actions = np.stack([step.action for step in steps])
+    return max(worst, _difference(run(batch)["action"], actions))
+
+
+def _difference(found: torch.Tensor, expected: np.ndarray) -> float:
+    found = found.detach().cpu().numpy()
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"The exported policy returns actions of the shape {found.shape}, and the run's own "
+            f"act {expected.shape}."
+        )
+    if not np.issubdtype(expected.dtype, np.floating):
+        return float((found != expected).any())
+    away = np.abs(found - expected) / np.maximum(1, np.abs(expected))
+    return float(np.nan_to_num(away, nan=np.inf).max())
