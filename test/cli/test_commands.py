@@ -346,7 +346,7 @@ def test_looking_at_a_run_changes_nothing_of_it(run, here, capsys) -> None:
 def test_a_policy_is_taken_home(run, here, capsys, monkeypatch) -> None:
     assert main(["train", "mbpo", "--run", "runs/mbpo", "--no-report", *MBPO]) == 0
     capsys.readouterr()
-    missing = "torchrl_wm.trainers.policy_formats.find_spec"
+    missing = "torchrl_wm.trainers.exporting.formats.find_spec"
     monkeypatch.setattr(missing, lambda name: name != "onnxruntime")
     words = ["export", "runs/mbpo", "--out", "home", "--steps", "5"]
     assert main(words) == 0

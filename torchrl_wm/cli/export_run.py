@@ -5,8 +5,8 @@ from __future__ import annotations
 from torchrl_wm.cli.console import complain, list_paths, say
 from torchrl_wm.cli.open_run import check_saved
 from torchrl_wm.trainers import export_policy
-from torchrl_wm.trainers.policy_export import TOLERANCE
-from torchrl_wm.trainers.policy_formats import FORMATS, missing_for_onnx
+from torchrl_wm.trainers.exporting.formats import FORMATS, missing_for_onnx
+from torchrl_wm.trainers.exporting.policies import TOLERANCE
 from torchrl_wm.trainers.settings import AtLeast
 
 

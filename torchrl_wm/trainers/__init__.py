@@ -12,17 +12,13 @@ from torchrl_wm.trainers.dreaming import (
 )
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.evaluation import episode_return, run_episodes
+from torchrl_wm.trainers.exporting import DeviationError, export_policy, ExportedPolicy
 from torchrl_wm.trainers.films import film_policy
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
 from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
 from torchrl_wm.trainers.logged_data import load_transitions
 from torchrl_wm.trainers.model_training import RecordedEnv, train_world_model
 from torchrl_wm.trainers.policies import load_policy, Policy
-from torchrl_wm.trainers.policy_export import (
-    DeviationError,
-    export_policy,
-    ExportedPolicy,
-)
 from torchrl_wm.trainers.real_envs import make_real_env
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.recipes import (

@@ -50,7 +50,7 @@ class GivenDraws(TorchFunctionMode):
 
     Examples:
         >>> import torch
-        >>> from torchrl_wm.trainers.policy_draws import GivenDraws
+        >>> from torchrl_wm.trainers.exporting.draws import GivenDraws
         >>> with GivenDraws(lambda kind, shape, dtype: torch.full(shape, 0.5)):
         ...     print(torch.rand(2), torch.ones(2) + 1)
         tensor([0.5000, 0.5000]) tensor([2., 2.])

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from torchrl_wm.trainers.policy_check import Runner
-from torchrl_wm.trainers.policy_program import PolicyProgram
+from torchrl_wm.trainers.exporting.check import Runner
+from torchrl_wm.trainers.exporting.program import PolicyProgram
 
 #: The forms of exported policies.
 FORMATS = ("pt2", "onnx")

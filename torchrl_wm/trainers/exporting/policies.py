@@ -18,13 +18,13 @@ from torchrl.modules import MPCPlannerBase
 from torchrl_wm.modules import Observer
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.exporting.check import deviation, record, RecordedStep, Runner
+from torchrl_wm.trainers.exporting.description import described_policy
+from torchrl_wm.trainers.exporting.formats import checked_formats, LOADERS, WRITERS
+from torchrl_wm.trainers.exporting.program import PolicyProgram
+from torchrl_wm.trainers.exporting.tracing import exported
 from torchrl_wm.trainers.policies import Policy
-from torchrl_wm.trainers.policy_check import deviation, record, RecordedStep, Runner
 from torchrl_wm.trainers.policy_copies import copied_policy
-from torchrl_wm.trainers.policy_description import described_policy
-from torchrl_wm.trainers.policy_formats import checked_formats, LOADERS, WRITERS
-from torchrl_wm.trainers.policy_program import PolicyProgram
-from torchrl_wm.trainers.policy_tracing import exported
 from torchrl_wm.trainers.runs import resume_run
 from torchrl_wm.trainers.trainer import RecipeTrainer
 

@@ -14,10 +14,10 @@ from torchrl.envs.utils import step_mdp
 
 from torchrl_wm.modules.keys import join
 from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.exporting.draws import GivenDraws
+from torchrl_wm.trainers.exporting.forms import shown_env
+from torchrl_wm.trainers.exporting.program import PolicyProgram, Port
 from torchrl_wm.trainers.policies import Policy, Seat
-from torchrl_wm.trainers.policy_draws import GivenDraws
-from torchrl_wm.trainers.policy_forms import shown_env
-from torchrl_wm.trainers.policy_program import PolicyProgram, Port
 
 #: Called with inputs ``[B, ...]`` by name; returns outputs by name.
 Runner = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]

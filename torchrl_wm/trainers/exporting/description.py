@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from torchrl_wm.modules.keys import as_tuple
+from torchrl_wm.trainers.exporting.check import RecordedStep
+from torchrl_wm.trainers.exporting.program import PolicyProgram, Port
 from torchrl_wm.trainers.policies import Policy
-from torchrl_wm.trainers.policy_check import RecordedStep
-from torchrl_wm.trainers.policy_program import PolicyProgram, Port
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 

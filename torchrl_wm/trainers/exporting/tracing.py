@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Bernoulli, Distribution
 from torch.export import Dim, ExportedProgram
 
-from torchrl_wm.trainers.policy_program import PolicyProgram
+from torchrl_wm.trainers.exporting.program import PolicyProgram
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_wm.modules.keys import as_tuple, is_next, strip_next, unique
 from torchrl_wm.trainers.acting import prepared
+from torchrl_wm.trainers.exporting.draws import Draw, draws_of, GivenDraws, rows_touched
+from torchrl_wm.trainers.exporting.forms import bounds_of, Surroundings
+from torchrl_wm.trainers.exporting.used_parameters import without_unused
 from torchrl_wm.trainers.policies import HandedEnv
-from torchrl_wm.trainers.policy_draws import Draw, draws_of, GivenDraws, rows_touched
-from torchrl_wm.trainers.policy_forms import bounds_of, Surroundings
-from torchrl_wm.trainers.used_parameters import without_unused
 
 #: The name of the input that says where episodes begin, as that of the entry.
 IS_INIT = "is_init"

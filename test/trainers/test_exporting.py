@@ -37,8 +37,8 @@ from torchrl_wm.trainers import (
     TDMPC2Trainer,
     trainer_class,
 )
+from torchrl_wm.trainers.exporting.draws import GivenDraws
 from torchrl_wm.trainers.pixels import reduced
-from torchrl_wm.trainers.policy_draws import GivenDraws
 
 QUICK = {"steps": 30, "evaluation_interval": 0, "logger": "csv"}
 #: What stands for each draw, of the run's own policy and of the exported one.
@@ -443,7 +443,8 @@ def test_wrong_words_are_named(tmp_path, monkeypatch) -> None:
         export_policy(trainer, tmp_path, formats="pt2")
     hidden = ("onnx", "onnxscript")
     monkeypatch.setattr(
-        "torchrl_wm.trainers.policy_formats.find_spec", lambda name: name not in hidden
+        "torchrl_wm.trainers.exporting.formats.find_spec",
+        lambda name: name not in hidden,
     )
     with pytest.raises(ImportError, match=r"onnx, onnxscript: .*torchrl-wm\[export\]"):
         export_policy(trainer, tmp_path, formats=["onnx"])
