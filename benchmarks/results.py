@@ -23,7 +23,7 @@ from benchmarks.learning import (
 )
 
 README = Path(__file__).parents[1] / "README.md"
-MARKS = "<!-- results -->\n", "<!-- end of results -->"
+MARKS = "<!-- results -->\n\n", "\n<!-- end of results -->"
 
 
 @dataclass(frozen=True)
