@@ -177,3 +177,44 @@ def test_commands_are_understood() -> None:
             parse(words)
         except SystemExit as exit:
             pytest.fail(f"{command}: {exit}")
+
+
+PAGE = """# A `Head` page
+
+`Head`, `Head.step`, `pkg.watch()` and `deep`, TorchRL's own `Head`, `step`, `watch` and
+[`Head`](https://example.org).
+
+```{eval-rst}
+.. py:class:: pkg.modules.Head
+
+   .. py:method:: step()
+
+.. py:function:: pkg.watch()
+```
+"""
+
+
+def test_code_marks_become_links(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("myst_parser")
+    application = pytest.importorskip("sphinx.application")
+    monkeypatch.syspath_prepend(str(DOCS))
+    (tmp_path / "index.md").write_text(PAGE)
+    extensions = ["myst_parser", "code_links"]
+    application.Sphinx(
+        tmp_path,
+        None,
+        tmp_path / "out",
+        tmp_path / "trees",
+        "html",
+        confoverrides={"extensions": extensions},
+        status=None,
+        warningiserror=True,
+    ).build()
+    page = (tmp_path / "out" / "index.html").read_text()
+    linked = re.findall(r'href="#(pkg[^"]*)"[^>]*><code[^>]*>(.*?)</code>', page)
+    shown = [(name, re.sub("<.*?>", "", mark)) for name, mark in linked]
+    assert shown == [
+        ("pkg.modules.Head", "Head"),
+        ("pkg.modules.Head.step", "Head.step"),
+        ("pkg.watch", "pkg.watch()"),
+    ]
