@@ -15,7 +15,7 @@ stamp = $(VENV)/.installed-$(VERSION)-$(1)
 DEV_EXTRAS := test docs cli lint
 pip_install = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-SOURCES := torchrl_wm test conftest.py docs/conf.py $(wildcard examples benchmarks)
+SOURCES := torchrl_wm test conftest.py $(wildcard docs/*.py) $(wildcard examples benchmarks)
 PROSE := docs $(wildcard *.md)
 
 .DEFAULT_GOAL := help

@@ -13,6 +13,8 @@ import torch
 
 # Settings of the documentation's builder, not a module with doctests.
 collect_ignore = ["docs/conf.py"]
+if not find_spec("sphinx"):  # it needs the extra docs
+    collect_ignore.append("docs/code_links.py")
 if not find_spec("stable_baselines3"):  # its example needs the extra
     collect_ignore.append("torchrl_wm/export/sb3.py")
 if not find_spec("tyro"):  # so does the command line

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from pathlib import Path
 
 import torchrl_wm
 
 from sphinx.util.inspect import stringify_signature
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))  # code_links.py
 
 project = "torchrl_wm"
 author = "The torchrl_wm developers"
@@ -18,13 +23,20 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
+    "code_links",  # `WorldModelEnv` on a page is a link to the reference
 ]
-exclude_patterns = ["_build"]
+#: The tables that other pages include, which are no pages.
+TABLES = [
+    str(path.relative_to(DOCS))
+    for path in sorted(DOCS.glob("benchmarks/**/*.md"))
+    if not path.read_text(encoding="utf-8").startswith("# ")
+]
+exclude_patterns = ["_build", *TABLES]
 nitpicky = False
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 1200  # a cell takes seconds, but not on a busy machine
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -38,6 +50,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"torchrl_wm {version}"
 
 

@@ -4,7 +4,7 @@ Collects real transitions, trains a world model on them, lets SB3's PPO learn in
 many imagined envs at once, and compares what the policy earns in the model with
 what it earns in the real env from the same starts: the exploitation gap.
 
-    pip install ".[demo,sb3]"
+    pip install ".[cli,sb3]"
     python examples/sb3_in_a_model.py --seed 0
 """
 
