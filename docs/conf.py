@@ -36,6 +36,8 @@ nitpicky = False
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_merge_streams = True  # one box for what a cell prints
+nb_output_stderr = "remove"  # notes of other packages, with paths of the machine
 nb_execution_timeout = 1200  # a cell takes seconds, but not on a busy machine
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
