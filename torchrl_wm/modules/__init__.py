@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.attention import CausalTransformer
+from torchrl_wm.modules.blocks.data_limit import data_limit
 from torchrl_wm.modules.blocks.diffusion import (
     Denoiser,
     DiffusionSampler,
@@ -46,6 +47,8 @@ from torchrl_wm.modules.blocks.normalizer import (
     NormalizedNetwork,
     Normalizer,
 )
+from torchrl_wm.modules.blocks.penalty import penalty_of, with_penalty, without_penalty
+from torchrl_wm.modules.blocks.penalty_heads import Penalty
 from torchrl_wm.modules.blocks.pixels import PixelDecoder, PixelEncoder
 from torchrl_wm.modules.blocks.propagation import SampleMember, with_propagation
 from torchrl_wm.modules.blocks.q_ensemble import QEnsemble
@@ -94,6 +97,7 @@ __all__ = [
     "NormedLinear",
     "NormedMLP",
     "Observer",
+    "Penalty",
     "PixelDecoder",
     "PixelEncoder",
     "QEnsemble",
@@ -108,12 +112,16 @@ __all__ = [
     "TwoHotHead",
     "WorldModel",
     "check_sequence",
+    "data_limit",
     "draw_sigma",
     "fit_normalizers",
     "karras_sigmas",
     "memory_apart",
+    "penalty_of",
     "preconditioning",
     "random_shift",
+    "with_penalty",
     "with_propagation",
+    "without_penalty",
     "write_memory",
 ]
