@@ -184,6 +184,7 @@ def table(rows: list[dict[str, float]]) -> list[str]:
 
 
 def main() -> None:
+    """Run seeds, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

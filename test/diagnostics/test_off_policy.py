@@ -88,7 +88,11 @@ def test_nested_keys_padding_and_lists_give_the_same() -> None:
     for given in (padded(data, 3), list(data.unbind(0)), data.reshape(3, 4, 5)):
         torch.testing.assert_close(fitted(always(0.3), given, steps=5), expected)
     torch.manual_seed(0)
-    keys = {"key": ("sensors", "place"), "action": ("arm", "force"), "reward": ("task", "pay")}
+    keys = {
+        "key": ("sensors", "place"),
+        "action": ("arm", "force"),
+        "reward": ("task", "pay"),
+    }
     nested = bandit(12, 5, terminates=True, **keys)
     found = fitted(
         always(0.3, ("arm", "force")),
@@ -120,7 +124,9 @@ def test_what_the_log_lacks_is_named() -> None:
     with pytest.raises(KeyError, match=r"policy writes no \['action'\]"):
         fitted(lambda td: td, data)
     with pytest.raises(KeyError, match="say where they end"):
-        fitted(always(0.0), data.exclude(*(("next", n) for n in ("done", "terminated"))))
+        fitted(
+            always(0.0), data.exclude(*(("next", n) for n in ("done", "terminated")))
+        )
     with pytest.raises(ValueError, match="gamma must be above 0 and below 1"):
         fitted(always(0.0), data, gamma=1.0)
     data["next", "reward"][1, 2] = math.nan
@@ -142,7 +148,9 @@ def actor(mean: float, key="observation", action="action") -> ProbabilisticActor
         out_keys=[action],
         distribution_class=TanhNormal,
         return_log_prob=True,
-        log_prob_key="action_log_prob" if action == "action" else (*action[:-1], "action_log_prob"),
+        log_prob_key="action_log_prob"
+        if action == "action"
+        else (*action[:-1], "action_log_prob"),
         default_interaction_type="random",
     )
 
@@ -167,7 +175,9 @@ def test_episodes_weighed_by_another_policy(keys) -> None:
     discount = GAMMA ** torch.arange(3.0)[:, None]
     expected = float((truth["next", "reward"] * discount).sum(1).mean())
     action = keys.get("action", "action")
-    out = importance_weighted_value(actor(0.4, **keys), log, gamma=GAMMA, action_key=action)
+    out = importance_weighted_value(
+        actor(0.4, **keys), log, gamma=GAMMA, action_key=action
+    )
     assert out["low"] < expected < out["high"]
     assert float(out["value"]) == pytest.approx(expected, abs=0.1)
     assert 100 < out["effective_episodes"] < 2000 == out["episodes"]

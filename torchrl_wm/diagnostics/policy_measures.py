@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import TensorDict
 
 from torchrl_wm.diagnostics.logs import flat
-from torchrl_wm.diagnostics.policy_study import (
-    DISAGREEMENT,
-    PENALTY,
-    PolicyStudy,
-    study_of,
-)
+from torchrl_wm.diagnostics.policy_study import DISAGREEMENT, PolicyStudy, study_of
 from torchrl_wm.diagnostics.recording import Episodes, spread
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules import penalty_of
 from torchrl_wm.modules.keys import join, unique
 
 #: The quantiles of measures.
@@ -150,13 +146,14 @@ def policy_return(
 
     The penalised reward is ``r - coefficient * disagreement`` (MOPO, arXiv 2005.13239). Where
     both returns part, what the model promises comes from where it knows little.
-    A model that was made by :func:`~torchrl_wm.modules.with_penalty` has its own penalty.
+    A model that was made by :func:`~torchrl_wm.modules.with_penalty` has its own measure and
+    coefficient; its limit ends no rollout here.
 
     Args: as for :func:`policy_disagreement`.
 
     Keyword Args:
         gamma: the discount.
-        coefficient: by default, a disagreement at the data's 99 % quantile costs the
+        coefficient: by default the model's own; without one, a disagreement at the data's 99 % quantile costs the
             standard deviation of the data's rewards.
         rollouts, max_rows: as for :func:`policy_disagreement`.
 
@@ -168,7 +165,7 @@ def policy_return(
         - ``"penalised"``: the same with the penalty.
         - ``"coefficient"``: a scalar.
 
-        The last two are missing without disagreement or penalty.
+        The last two are missing if the model has no disagreement.
 
     Raises:
         KeyError: if actions were not recorded, or the policy reads an entry that the imagined
@@ -250,15 +247,14 @@ def returns_of(study: PolicyStudy) -> TensorDict:
 
     reward = rewards(imagined)
     out = TensorDict({"return": total(reward)}, batch_size=[])
-    penalty, coefficient = study.along.get(PENALTY), study.coefficient
-    if penalty is not None:  # the model's own, which its reward has in it
-        out.set("return", total(reward + penalty)).set("penalised", total(reward))
+    doubt, coefficient = study.along.get(study.measure), study.coefficient
+    if doubt is None:
         return out
-    disagreement = study.along.get(DISAGREEMENT)
-    if disagreement is None:
-        return out
+    own = penalty_of(env.world_model)
+    if coefficient is None and own is not None:
+        coefficient = own.coefficient
     if coefficient is None:
-        edge = _quantile(study.predicted.get(join("next", DISAGREEMENT)), EDGE)
+        edge = _quantile(study.predicted.get(join("next", study.measure)), EDGE)
         recorded = list(study.recording.rewards(study.some).values())
         known = (
             torch.cat([r.flatten(1) for r in recorded], -1)
@@ -266,7 +262,7 @@ def returns_of(study: PolicyStudy) -> TensorDict:
             else reward.flatten(0)[:, None]
         )
         coefficient = float(known.sum(-1).std() / edge) if edge > 0 else 0.0
-    out.set("penalised", total(reward - coefficient * disagreement))
+    out.set("penalised", total(reward - coefficient * doubt))
     return out.set("coefficient", torch.tensor(coefficient))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from torchrl_wm._files import write_text
@@ -15,7 +16,7 @@ from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.policy_sections import POLICY_SECTIONS
 from torchrl_wm.diagnostics.policy_study import PolicyStudy
-from torchrl_wm.diagnostics.policy_verdicts import judged, RULES, trusted
+from torchrl_wm.diagnostics.policy_verdicts import judged, RULES, Trust, trusted
 from torchrl_wm.diagnostics.recording import Episodes, positive, Recording
 from torchrl_wm.diagnostics.report import measure_sections, Report
 from torchrl_wm.envs import WorldModelEnv
@@ -125,14 +126,8 @@ def write_policy_report(
     if path is not None and path.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name a file in it.")
     horizons = tuple(horizons)
-    if not horizons:
-        raise ValueError("horizons must name at least one number of steps, got none.")
-    numbers = {"rollouts": rollouts, "max_rows": max_rows, "fitted_steps": fitted_steps}
-    numbers.update(real_episodes=real_episodes)
-    for name, value in (*numbers.items(), *(("horizons", h) for h in horizons)):
-        positive(value, name)
-    if not 0 < gamma < 1:
-        raise ValueError(f"gamma must be above 0 and below 1, got {gamma}.")
+    counts = {"rollouts": rollouts, "max_rows": max_rows, "fitted_steps": fitted_steps}
+    _check_numbers(gamma, horizons, {**counts, "real_episodes": real_episodes})
     new_figure(1, 1)  # refuses a missing matplotlib before anything is measured
     study = PolicyStudy(
         Recording.of(env, data, "write_policy_report"),
@@ -153,18 +148,8 @@ def write_policy_report(
         made, measured, left_out = measure_sections(POLICY_SECTIONS, study)
     departures = {k: measured[k] for k in ("disagreement", "distance") if k in made}
     trust = trusted(departures, horizons)
-    promised = made.get("exploitation_gap")
-    gap = None
-    if promised is not None:
-        gap = tuple(promised.numbers[k] for k in ("imagined return", "real return"))
     fitted = measured.get("fitted_q", None)
-    top = ReportSection(
-        title,
-        how=RULES,
-        verdict=judged(trust, fitted, gap),
-        good=None if trust is None else trust.good,
-        numbers={"steps to be trusted": 0 if trust is None else trust.steps},
-    )
+    top = _top(title, trust, fitted, made.get("exploitation_gap"))
     sections = (top, *made.values())
     if path is not None:
         reasons = {POLICY_SECTIONS[name][0]: why for name, why in left_out.items()}
@@ -184,6 +169,36 @@ def write_policy_report(
         trusted_steps=0 if trust is None else trust.steps,
         score=float("nan") if fitted is None else float(fitted["value"]),
         sections=sections,
+    )
+
+
+def _check_numbers(
+    gamma: float, horizons: tuple[int, ...], counts: dict[str, int]
+) -> None:
+    if not horizons:
+        raise ValueError("horizons must name at least one number of steps, got none.")
+    for name, value in (*counts.items(), *(("horizons", h) for h in horizons)):
+        positive(value, name)
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma must be above 0 and below 1, got {gamma}.")
+
+
+def _top(
+    title: str,
+    trust: Trust | None,
+    fitted: TensorDictBase | None,
+    gap: ReportSection | None,
+) -> ReportSection:
+    """Return the first section, whose verdict is the sentence at the top."""
+    names = ("imagined return", "real return")
+    return ReportSection(
+        title,
+        how=RULES,
+        verdict=judged(
+            trust, fitted, None if gap is None else tuple(gap.numbers[k] for k in names)
+        ),
+        good=None if trust is None else trust.good,
+        numbers={"steps to be trusted": 0 if trust is None else trust.steps},
     )
 
 

@@ -24,6 +24,7 @@ from torchrl_wm.diagnostics.returns import exploitation_gap, rolled_out
 from torchrl_wm.diagnostics.statistics_plots import plot_exploitation_gap
 from torchrl_wm.diagnostics.study import DoesNotApply, Measured
 from torchrl_wm.diagnostics.verdicts import leading
+from torchrl_wm.modules.blocks.penalty import penalty_paused
 from torchrl_wm.modules.keys import as_tuple
 
 #: Fewer episodes than this, by their weights, say nothing.
@@ -83,14 +84,13 @@ def returns(study: PolicyStudy) -> Measured:
             f"Over {study.horizon} steps the model promises {float(plain[:, -1].mean()):.4g}, and "
             f"{float(penalised[:, -1].mean()):.4g} with the penalty, which takes {cost:.4g}."
         )
-        if "coefficient" in found:
-            numbers["coefficient of the penalty"] = float(found["coefficient"])
+        numbers["coefficient of the penalty"] = float(found["coefficient"])
     section = ReportSection(
         "What the model promises",
         how=(
             f"Discounted returns (gamma = {study.gamma:g}) of {len(plain)} imagined rollouts over their "
-            f"first steps, and with the members' disagreement as a penalty. Where both part, the "
-            f"promise comes from where the model knows little."
+            f"first steps, and with the members' disagreement (a penalised model: its measure) as a "
+            f"penalty. Where both part, the promise comes from where the model knows little."
         ),
         verdict=verdict,
         pictures=[plot_policy_return(found)],
@@ -193,10 +193,11 @@ def gap(study: PolicyStudy) -> Measured:
     real = rolled_out(study.real_env, policy, study.horizon, study.real_episodes)
     numbers, found = {}, None
     for name, gamma in (("discounted ", study.gamma), ("", 1.0)):
-        found = exploitation_gap(
-            study.env, study.policy, real, study.horizon,
-            gamma=gamma, reward_key=study.env.reward_key,
-        )  # fmt: skip
+        with penalty_paused(study.env.world_model):
+            found = exploitation_gap(
+                study.env, study.policy, real, study.horizon,
+                gamma=gamma, reward_key=study.env.reward_key,
+            )  # fmt: skip
         for key in ("imagined_return", "real_return", "gap"):
             numbers[f"{name}{key.replace('_', ' ')}"] = float(found[key].mean())
     count = len(found)

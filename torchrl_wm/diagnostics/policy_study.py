@@ -21,15 +21,14 @@ from torchrl_wm.diagnostics.recording import (
     spread,
 )
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules import penalty_of
+from torchrl_wm.modules.blocks.penalty import penalty_paused
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import join, leaf_keys, missing_from, strip_next, unique
 from torchrl_wm.modules.modes import evaluation_mode
 
 #: Where the ensembles of this package write how much their members differ.
 DISAGREEMENT = "disagreement"
-
-#: Where a penalised model writes what it took off the reward.
-PENALTY = "penalty"
 
 _ROWS_AT_ONCE = 10_000
 
@@ -74,12 +73,18 @@ class PolicyStudy:
         """The imagined steps up to the end of each rollout, ``[S, H]`` bool."""
         return self.imagined.get(("collector", "mask"))
 
+    @property
+    def measure(self) -> NestedKey:
+        """What is penalised, without the "next"."""
+        penalty = penalty_of(self.env.world_model)
+        return DISAGREEMENT if penalty is None else strip_next(penalty.measure)
+
     @cached_property
     def along(self) -> dict[NestedKey, torch.Tensor]:
-        """What the model's step says beside the imagined latents, ``[S, H]`` by key.
+        """What the model's step says of its doubts, ``[S, H]`` by key, as far as it does.
 
-        The members' disagreement, and the penalty of a penalised model. Rollouts do not record
-        them; they depend on latents and actions alone.
+        The members' disagreement, and what a penalty is on. Rollouts do not record them; they
+        depend on latents and actions alone.
         """
         env, model = self.env, self.env.world_model
         if model.memory_keys:  # which was not recorded either
@@ -90,7 +95,7 @@ class PolicyStudy:
         with torch.no_grad(), evaluation_mode(model):
             for part in rows.split(_ROWS_AT_ONCE):
                 ahead = model.step(part.copy()).get("next")
-                for key in (DISAGREEMENT, PENALTY):
+                for key in unique([DISAGREEMENT, self.measure]):
                     if ahead.get(key, None) is not None:
                         value = ahead.get(key).reshape(len(part), -1).sum(-1)
                         found.setdefault(key, []).append(value)
@@ -133,7 +138,7 @@ def imagine_policy(
     """Let a policy act in the model from where recorded episodes begin, ``[S, H]``.
 
     The beginnings take turns until there are ``rollouts`` of them. A recurrent model has seen
-    five frames of an episode, if any is as long.
+    five frames of an episode, if any is as long. A penalised model predicts its own rewards.
 
     Raises:
         KeyError: if the policy reads an entry that the imagined env does not have.
@@ -145,7 +150,8 @@ def imagine_policy(
     else:
         starts = starts[torch.arange(rollouts) % len(starts)]
     modules = [policy] if isinstance(policy, nn.Module) else []
-    with evaluation_mode(recording.env.world_model, *modules):
+    model = recording.env.world_model
+    with evaluation_mode(model, *modules), penalty_paused(model):
         return recording.env.imagine(horizon, policy, recording.state(starts))
 
 
