@@ -176,12 +176,13 @@ def _paths(source: Any, what: str) -> dict[tuple[str, ...], Any]:
     twice = sorted({str(name) for name in columns if columns.count(name) > 1})
     if twice:
         raise ValueError(f"The table {what} has several columns {twice}: rename them.")
-    return {
-        tuple(map(str, name if isinstance(name, tuple) else str(name).split("/"))): (
-            source[name]
-        )
-        for name in columns
-    }
+    out = {}
+    for name in columns:
+        path = str(name).split("/")
+        if isinstance(name, tuple):  # levels, of which the lower ones may be empty
+            path = [str(part) for part in name if part != ""]
+        out[tuple(path)] = source[name]
+    return out
 
 
 def _flatten(path: tuple[str, ...], value: Any, out: dict) -> None:

@@ -269,7 +269,8 @@ def _logs(source: DataSource) -> tuple[TensorDictBase | list[Any], bool, Any]:
     files = [isinstance(item, (str, os.PathLike)) for item in source]
     logs = [read(item) if is_file else item for item, is_file in zip(source, files)]
     for number, log in enumerate(logs):
-        if not isinstance(log, Mapping) and not is_table(log):
+        is_log = isinstance(log, Mapping) or is_table(log)
+        if isinstance(log, TensorDictBase) or not is_log:  # which is a Mapping, too
             raise ValueError(
                 f"The data is a list, and its item {number} is {type(log).__name__}: only "
                 f"dictionaries of arrays, tables and their files are read one after the other. "

@@ -14,7 +14,7 @@ _ENOUGH = 8
 #: The most jitter of numbers in double precision that is no change; also below a distance.
 _JITTER = 1e-3
 #: How many numbers are looked at at once: their copies need memory.
-_NUMBERS = 2**21
+_NUMBERS = 2**19
 
 
 def coarse_dims(
