@@ -27,7 +27,14 @@ from torchrl_wm.models import (
 )
 from torchrl_wm.models.building import BUILDERS
 from torchrl_wm.models.persistence import FORMAT, VERSION
-from torchrl_wm.modules import EnsembleLinear, fit_normalizers, with_propagation
+from torchrl_wm.modules import (
+    EnsembleLinear,
+    fit_normalizers,
+    penalty_of,
+    with_penalty,
+    with_propagation,
+    without_penalty,
+)
 from torchrl_wm.modules.keys import join
 
 SMALL = {
@@ -483,6 +490,41 @@ def test_views_of_another_propagation_come_back(begin, propagation, path) -> Non
     assert again.recipe == view.recipe and again.in_keys == view.in_keys
     assert world_model.recipe.config.propagation == begin
     assert_equal(view, again)
+
+
+@pytest.mark.parametrize("measure", ["disagreement", "deviation"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_penalties_come_back(limit, measure, path) -> None:
+    world_model, _ = make("ensemble", propagation="tsinf")
+    view = with_penalty(world_model, 2.0, measure=measure, limit=limit)
+    save_world_model(view, path)
+    again = load_world_model(path)
+    assert penalty_of(again) == penalty_of(view) and again.recipe == view.recipe
+    assert again.dynamics.propagation == "tsinf"
+    assert_equal(view, again)
+    plain = without_penalty(again)
+    assert plain.recipe.penalty is None and world_model.recipe.penalty is None
+    plain_path = path.with_name("plain.pt")
+    save_world_model(plain, plain_path)
+    assert_equal(load_world_model(plain_path), world_model)
+
+    given, _ = make("ensemble", propagation="tsinf")
+    with pytest.raises(ValueError, match="holds a model with a penalty.*with_penalty"):
+        load_world_model(path, given)
+    careful = with_penalty(given, 3.0, measure=measure, limit=limit)
+    with pytest.raises(ValueError, match="without a penalty.*without_penalty"):
+        load_world_model(plain_path, careful)
+    with pytest.warns(UserWarning, match="other settings.*'penalty'"):
+        load_world_model(path, careful)
+    assert_equal(careful, view)
+    assert_equal(load_world_model(plain_path, without_penalty(careful)), world_model)
+
+
+def test_only_files_with_a_penalty_are_of_the_newer_version(path) -> None:
+    world_model, _ = make("ensemble")
+    for model, version in ((world_model, 1), (with_penalty(world_model, 1.0), 2)):
+        save_world_model(model, path)
+        assert torch.load(path, weights_only=True)["version"] == version
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "model", "m.zip"])

@@ -129,6 +129,7 @@ class StepKernel:
         decode: bool = True,
         check_finite: bool = True,
         check_rounded: bool = False,
+        more: Iterable[NestedKey] = (),
     ) -> FlatTensors:
         """Predict one step, on tensors only.
 
@@ -141,6 +142,8 @@ class StepKernel:
             check_finite: False passes over the kernel's own check.
             check_rounded: raise where a decoded observation is NaN or infinite and would
                 be rounded, which hides it. Waits for the device.
+            more: entries that the env does not carry and that are to be returned, too, as far
+                as the model writes them.
 
         Returns:
             The ``"next"`` entries by flat key, without the "next".
@@ -149,9 +152,8 @@ class StepKernel:
         work.update({k: values[k] for k in self.layout.counter if k in values})
         for stage in self.stages(at, endings, decode, check_finite, check_rounded):
             stage(work, at)
-        return {
-            key: work[place] for key, place in self.outputs.items() if place in work
-        }
+        places = {**self.outputs, **{key: join("next", key) for key in more}}
+        return {key: work[place] for key, place in places.items() if place in work}
 
     def stages(
         self,

@@ -275,7 +275,10 @@ class GymWorldModelEnv(ModelUser, gymnasium.Env):
 
         Returns:
             Observation, reward, terminated, truncated, and an info with
-            ``model_state`` and ``elapsed_steps``.
+            ``model_state`` and ``elapsed_steps``. Of a ``WorldModelEnv`` it also has the
+            ``disagreement`` of an ensemble, the ``penalty`` of
+            :func:`~torchrl_wm.modules.with_penalty` and what that measures, and the predictions
+            that the env's ``observation_spec`` declares: floats, or arrays.
 
         Raises:
             RuntimeError: before a reset, or when the episode is over.

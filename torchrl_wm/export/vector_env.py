@@ -259,7 +259,8 @@ class GymWorldModelVectorEnv(ModelUser, VectorEnv):
 
         Returns:
             Observations ``[N, ...]``, rewards ``[N]`` float64, terminations and
-            truncations ``[N]`` bool, and infos.
+            truncations ``[N]`` bool, and infos, such as ``disagreement`` and ``penalty``, ``[N]``;
+            see :meth:`GymWorldModelEnv.step`.
 
         Raises:
             RuntimeError: before a reset, and without autoreset when an episode is over.

@@ -19,7 +19,8 @@ from torchrl_wm.export.isolation import Isolation
 from torchrl_wm.export.sources import first_moment, Moment, Start
 from torchrl_wm.export.spaces import checked_space, Checker, Reader, space_of_spec
 from torchrl_wm.export.trees import tensor_to_numpy
-from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules import penalty_of
+from torchrl_wm.modules.keys import as_tuple, is_next, strip_next, unique
 from torchrl_wm.modules.world_model.flat import FlatTensors, Placement
 
 
@@ -100,6 +101,8 @@ class WorldModelSource:
         self.isolation = Isolation(env.world_model, self.device)
         self._never = layout.endings.never(Placement(self.size, self.device))
         self._program: Any = None
+        #: What a step tells beside observations, in its info.
+        self._told: list[NestedKey] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_program": None}  # a copy makes its own
@@ -256,7 +259,7 @@ class WorldModelSource:
         trusted = kernel.program is self._program
         if not trusted:  # a component was replaced
             self.isolation.refresh()
-            self._program = kernel.program
+            self._program, self._told = kernel.program, told_keys(self.env)
         values = dict(state)
         self._write_actions(values, action)
         with self.isolation:
@@ -265,6 +268,7 @@ class WorldModelSource:
                 Placement(self.size, self.env.device, trusted),
                 self._never,
                 check_rounded=True,
+                more=self._told,
             )
         group, rows = self._done, self.rows
         truncated = False if rows is None else np.zeros(rows, bool)
@@ -280,8 +284,19 @@ class WorldModelSource:
             read_reward(predicted[self._reward_key], rows, "reward"),
             read_flag(predicted[group.key("terminated")], rows, "terminated"),
             truncated,
-            {},
+            {
+                _name(key): self._shown_in_info(predicted[key])
+                for key in self._told
+                if key in predicted
+            },
         )
+
+    def _shown_in_info(self, value: torch.Tensor) -> Any:
+        """Return an entry ``[N, ...]`` as numpy: numbers of one element without its dim."""
+        array = tensor_to_numpy(value).copy()
+        if array[0].size == 1:
+            array = array.reshape(self.count)
+        return array if self.rows is not None else array[0]
 
     def _observation(self, values: FlatTensors) -> Any:
         if self.rows is None:
@@ -318,6 +333,27 @@ class WorldModelSource:
             array = tensor_to_numpy(state[key])
             out[_name(key)] = (array[0] if self.rows is None else array).copy()
         return out
+
+
+#: What models say of their own doubts, wherever it stands.
+_DOUBTS = ("disagreement", "deviation", "penalty")
+
+
+def told_keys(env: WorldModelEnv) -> list[NestedKey]:
+    """Return what a step of an imagined env tells in its ``info``.
+
+    It is the disagreement of an ensemble, what a penalty is made of and what it takes off, and
+    the predictions that the env's ``observation_spec`` declares.
+    """
+    model = env.world_model
+    penalty = penalty_of(model)
+    written = [key for key in unique(model.step_module.out_keys) if is_next(key)]
+    told = [
+        key
+        for key in written
+        if as_tuple(key)[-1] in _DOUBTS or (penalty and key == penalty.measure)
+    ]
+    return unique([*map(strip_next, told), *env.imaginer.layout.predicted])
 
 
 def _name(key: NestedKey) -> str:

@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl_wm._checks import check_choice, check_settings
 from torchrl_wm.models.env_specs import EnvSpecs
 from torchrl_wm.models.specs import read_specs
-from torchrl_wm.modules import Mish, WorldModel
+from torchrl_wm.modules import Mish, with_penalty, WorldModel
 from torchrl_wm.modules.blocks.normalizer import share_notice
 from torchrl_wm.modules.integrity import mark_pristine
 from torchrl_wm.modules.keys import as_tuple, sibling, suffixed, unique
@@ -49,11 +49,14 @@ class Blueprint:
         builder: the name of the builder.
         config: the settings.
         specs: the entries of the env.
+        penalty: the settings of :func:`~torchrl_wm.modules.with_penalty`, by name; None for a
+            model without.
     """
 
     builder: str
     config: Any
     specs: EnvSpecs
+    penalty: dict[str, Any] | None = None
 
 
 #: Entries that a loss does not take for observations: weights, and labels under other names.
@@ -128,12 +131,17 @@ def build(
 
 
 def rebuild(blueprint: Blueprint) -> tuple[WorldModel, WorldModelLoss]:
-    """Build the model and the loss of a blueprint, which the model keeps as its ``recipe``."""
+    """Build the model and the loss of a blueprint, which the model keeps as its ``recipe``.
+
+    The loss is that of the model without its penalty.
+    """
     wire = BUILDERS[blueprint.builder].wire
     world_model, loss = wire(blueprint.specs, blueprint.config)
-    world_model.recipe = blueprint
+    world_model.recipe = replace(blueprint, penalty=None)
     mark_pristine(world_model)
     share_notice(world_model)
+    if blueprint.penalty is not None:
+        world_model = with_penalty(world_model, **blueprint.penalty)
     return world_model, loss
 
 

@@ -15,13 +15,14 @@ from torch.nn.parameter import is_lazy
 from torchrl_wm._files import check_plain, read_plain, write_plain
 from torchrl_wm.models.building import Blueprint, BUILDERS, rebuild, resolve_config
 from torchrl_wm.models.env_specs import EnvSpecs
-from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules import penalty_of, WorldModel
 from torchrl_wm.modules.integrity import is_pristine
 
 #: The mark of the package's files.
 FORMAT = "torchrl_wm.world_model"
-#: The version of the format, raised with each change that older versions cannot read.
-VERSION = 1
+#: The version of the format, raised with each change that older versions cannot read. A file is of
+#: the least one that can hold its model: a penalty takes 2, any other model 1.
+VERSION = 2
 
 
 def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
@@ -31,7 +32,8 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
     ``torch.load(weights_only=True)``. For a model that a builder made it also holds the
     settings and the env's specs, so that :func:`load_world_model` needs nothing else,
     unless a component, or a module within one, was replaced. It holds neither other
-    changes of the modules after building nor the state of an optimiser.
+    changes of the modules after building nor the state of an optimiser. A model of
+    :func:`~torchrl_wm.modules.with_penalty` is saved with its penalty.
 
     Args:
         world_model: the model, ready-made or wired by hand.
@@ -73,7 +75,8 @@ def save_world_model(world_model: WorldModel, path: str | os.PathLike) -> None:
         for key, value in own.items()
     }
     check_plain(state, "state_dict")
-    content = {"format": FORMAT, "version": VERSION, "state_dict": state}
+    version = 1 if penalty_of(world_model) is None else 2
+    content = {"format": FORMAT, "version": version, "state_dict": state}
     blueprint = getattr(world_model, "recipe", None)
     if not is_pristine(world_model):
         blueprint = None  # it would make another model
@@ -264,12 +267,16 @@ def _plain_blueprint(blueprint: Blueprint) -> dict[str, Any]:
         else:
             check_plain(value, field.name)
             config[field.name] = value
-    return {
+    plain = {
         "builder": blueprint.builder,
         "config": config,
         "functions": functions,
         "specs": blueprint.specs.to_plain(),
     }
+    if blueprint.penalty is not None:
+        check_plain(blueprint.penalty, "penalty")
+        plain["penalty"] = blueprint.penalty
+    return plain
 
 
 def _blueprint(data: Mapping[str, Any], path: Any) -> Blueprint:
@@ -281,7 +288,7 @@ def _blueprint(data: Mapping[str, Any], path: Any) -> Blueprint:
                 f"the builder {name!r} is unknown; there are {sorted(BUILDERS)}"
             )
         config = resolve_config(BUILDERS[name].config, None, dict(settings))
-        return Blueprint(name, config, EnvSpecs.from_plain(specs))
+        return Blueprint(name, config, EnvSpecs.from_plain(specs), data.get("penalty"))
     except Exception as err:  # the file may hold plain data of any kind
         raise _foreign_settings(path, err) from err
 
@@ -308,11 +315,23 @@ def _check_same_model(data: Any, own: Blueprint | None, path: Any) -> None:
                 f"{os.fspath(path)!r} holds a model made {what} {there!r}, and the given "
                 f"one was made {what} {mine!r}."
             )
+    there, mine = data.get("penalty"), own.penalty
+    if (there is None) != (mine is None):
+        found, fix = "without a penalty", "without_penalty(world_model)"
+        if there is not None:
+            found, fix = "with a penalty", f"with_penalty(world_model, **{there})"
+        raise ValueError(
+            f"{os.fspath(path)!r} holds a model {found}, and the given one is of the other kind. "
+            f"Load into a view of the given one, which shares its weights: "
+            f"load_world_model(path, {fix})."
+        )
     changed = {
         key: (value, here["config"][key])
         for key, value in _settings(data, path).items()
         if key in here["config"] and here["config"][key] != value
     }
+    if there != mine:
+        changed["penalty"] = (there, mine)
     if changed:
         warnings.warn(
             f"The model in {os.fspath(path)!r} was made with other settings than the given one "

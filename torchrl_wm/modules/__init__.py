@@ -46,6 +46,8 @@ from torchrl_wm.modules.blocks.normalizer import (
     NormalizedNetwork,
     Normalizer,
 )
+from torchrl_wm.modules.blocks.penalty import penalty_of, with_penalty, without_penalty
+from torchrl_wm.modules.blocks.penalty_heads import Penalty
 from torchrl_wm.modules.blocks.pixels import PixelDecoder, PixelEncoder
 from torchrl_wm.modules.blocks.propagation import SampleMember, with_propagation
 from torchrl_wm.modules.blocks.q_ensemble import QEnsemble
@@ -94,6 +96,7 @@ __all__ = [
     "NormedLinear",
     "NormedMLP",
     "Observer",
+    "Penalty",
     "PixelDecoder",
     "PixelEncoder",
     "QEnsemble",
@@ -112,8 +115,11 @@ __all__ = [
     "fit_normalizers",
     "karras_sigmas",
     "memory_apart",
+    "penalty_of",
     "preconditioning",
     "random_shift",
+    "with_penalty",
     "with_propagation",
+    "without_penalty",
     "write_memory",
 ]

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import nn
 
-from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules import penalty_of, WorldModel
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.run_components import run_components
@@ -121,7 +121,8 @@ class WorldModelLoss(LossWithNetworks):
     Raises:
         TypeError: if ``world_model`` is not a WorldModel, or the policy no module.
         ValueError: for unknown losses, distances or reductions, for a term whose component the
-            model lacks, and for a policy that has none of the trained parameters.
+            model lacks, for a model with a penalty, and for a policy that has none of the trained
+            parameters.
 
     Examples:
         >>> import torch
@@ -210,6 +211,13 @@ class WorldModelLoss(LossWithNetworks):
                 f"world_model must be a torchrl_wm.WorldModel, got "
                 f"{type(world_model).__module__}.{type(world_model).__name__}. Compose one: "
                 f"WorldModel(encoder, dynamics, reward_head, ...)."
+            )
+        if penalty_of(world_model) is not None:
+            raise ValueError(
+                "The world model has a penalty (with_penalty), which is no part of the real reward "
+                "and would be learned as one. Build the loss on the model itself, "
+                "WorldModelLoss(without_penalty(world_model), ...): components are shared, so that "
+                "training it trains both."
             )
         if reduction not in REDUCTIONS:
             raise ValueError(

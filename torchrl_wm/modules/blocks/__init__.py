@@ -6,7 +6,8 @@
 - ``heads.py``: terminations, Gaussians, and functions that the user knows.
 - ``gaussian.py``: bounds of log-variances.
 - ``ensemble.py``: several networks as one; ``ensemble_dynamics.py``: PETS's and MBPO's dynamics;
-  ``propagation.py``: one ensemble, propagated in several ways.
+  ``propagation.py``: one ensemble, propagated in several ways; ``penalty.py``: rewards that pay
+  for what a model does not know, by the heads of ``penalty_heads.py``.
 - ``rssm.py``: TorchRL's RSSM networks; ``pixels.py``: its image networks.
 - ``attention.py``: a causal transformer, in one pass or step by step.
 - ``diffusion.py``: EDM's denoiser and sampler; ``diffusion_networks.py``: networks of denoisers;

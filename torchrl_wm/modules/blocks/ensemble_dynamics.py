@@ -53,6 +53,7 @@ class EnsembleDynamics(TensorDictModule):
     ``("next", "loc")``                   ``[*B, E, D]``      the members' means
     ``("next", "log_var")``               ``[*B, E, D]``      and log-variances
     ``("next", "disagreement")``          ``[*B, 1]``         spread of the means
+    ``("next", "deviation")``             ``[*B, 1]``         with ``deviation``
     ====================================  ==================  ========================
 
     ``D`` is the size of all latents and the reward, joined in this order; means
@@ -61,6 +62,8 @@ class EnsembleDynamics(TensorDictModule):
     batch size ``[*B]``.) The disagreement is the standard deviation of the
     members' means, in units of the targets' own spread, as the root mean square
     over ``D``, where targets that never changed count zero. One member has none: zero.
+    The deviation is the largest norm over ``D`` of a member's predicted standard deviation, in
+    the same units (MOPO, arXiv 2005.13239).
 
     Args:
         ensemble: maps the joined latents and actions to ``D`` Gaussians.
@@ -80,6 +83,7 @@ class EnsembleDynamics(TensorDictModule):
             "disagreement". Without, ``"ts1"`` runs each row only through the member that
             it draws, which is ``E`` times less work; the members then share
             the rows of a batch equally.
+        deviation: whether "deviation" is written beside the disagreement.
 
     Raises:
         ValueError: if the ensemble's sizes are not those of the entries, or an
@@ -115,11 +119,12 @@ class EnsembleDynamics(TensorDictModule):
         normalize: bool = True,
         member_key: NestedKey = "member",
         all_members: bool = True,
+        deviation: bool = False,
     ) -> None:
         step = _EnsembleStep(
             ensemble, latents, actions, reward, target, elites, normalize
         )
-        self._wire(step, propagation, member_key, all_members)
+        self._wire(step, propagation, member_key, all_members, deviation)
 
     def _wire(
         self,
@@ -127,6 +132,7 @@ class EnsembleDynamics(TensorDictModule):
         propagation: Propagation,
         member_key: NestedKey,
         all_members: bool,
+        deviation: bool,
     ) -> None:
         if propagation not in PROPAGATIONS:
             raise ValueError(
@@ -140,9 +146,11 @@ class EnsembleDynamics(TensorDictModule):
             writes.append(join("next", sibling(step.reward.key, "ensemble_reward")))
         if all_members:
             writes += [("next", "loc"), ("next", "log_var"), ("next", "disagreement")]
-        super().__init__(_Propagate(step, propagation, all_members), reads, writes)
+            writes += [("next", "deviation")] if deviation else []
+        propagate = _Propagate(step, propagation, all_members, deviation)
+        super().__init__(propagate, reads, writes)
         self.propagation, self.member_key = propagation, member_key
-        self.all_members = all_members
+        self.all_members, self.deviation = all_members, deviation
 
     @property
     def ensemble(self) -> GaussianEnsemble:
@@ -165,11 +173,19 @@ class EnsembleDynamics(TensorDictModule):
         return self.module.step
 
     def with_propagation(
-        self, propagation: Propagation, *, all_members: bool = True
+        self,
+        propagation: Propagation,
+        *,
+        all_members: bool = True,
+        deviation: bool | None = None,
     ) -> EnsembleDynamics:
-        """Return the same members, propagated otherwise; parameters and buffers are shared."""
+        """Return the same members, propagated otherwise; parameters and buffers are shared.
+
+        Whether they write "deviation" stays as it is, unless it is given.
+        """
+        deviation = self.deviation if deviation is None else deviation
         other = type(self).__new__(type(self))
-        other._wire(self._step, propagation, self.member_key, all_members)
+        other._wire(self._step, propagation, self.member_key, all_members, deviation)
         return other.train(self.training)
 
     # Data ----------------------------------------------------------------
@@ -329,11 +345,15 @@ class _Propagate(nn.Module):
     """One step of the ensemble, by one way of propagating."""
 
     def __init__(
-        self, step: _EnsembleStep, propagation: Propagation, all_members: bool
+        self,
+        step: _EnsembleStep,
+        propagation: Propagation,
+        all_members: bool,
+        deviation: bool,
     ) -> None:
         super().__init__()
         self.step, self.propagation = step, propagation
-        self.all_members = all_members
+        self.all_members, self.deviation = all_members, deviation
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         step, member = self.step, None
@@ -351,12 +371,16 @@ class _Propagate(nn.Module):
         # The root of zero has no finite gradient.
         disagreement = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt()
         disagreement = torch.where(spread > 0, disagreement, 0.0)
-        return (
+        entries = (
             *entries,
             (base + step.denormalized(loc)).movedim(0, -2),
             (log_var + step.log_scale()).movedim(0, -2),
             disagreement,
         )
+        if not self.deviation:
+            return entries
+        std = step.live((log_var / 2).exp())
+        return (*entries, torch.linalg.vector_norm(std, dim=-1, keepdim=True).amax(0))
 
     def _entries(
         self, base: torch.Tensor, chosen: torch.Tensor

@@ -9,7 +9,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from torchrl_wm.modules.blocks.ensemble_dynamics import EnsembleDynamics, Propagation
-from torchrl_wm.modules.integrity import is_pristine, mark_pristine
+from torchrl_wm.modules.blocks.penalty import penalty_of
+from torchrl_wm.modules.world_model.views import view_of
 from torchrl_wm.modules.world_model.world_model import WorldModel
 
 
@@ -77,6 +78,7 @@ def with_propagation(
 
     Raises:
         TypeError: if the dynamics are no ensemble.
+        ValueError: for ``all_members=False`` with :func:`with_penalty` on what all members say.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -95,6 +97,7 @@ def with_propagation(
             f"with_propagation needs dynamics that are EnsembleDynamics, got "
             f"{type(dynamics).__name__}. make_ensemble_world_model(env) wires such a model."
         )
+    _check_penalty(world_model, propagation, all_members)
     dynamics = dynamics.with_propagation(propagation, all_members=all_members)
     encoder = world_model.encoder
     if isinstance(encoder, TensorDictSequential) and isinstance(
@@ -106,14 +109,22 @@ def with_propagation(
         encoder = TensorDictSequential(encoder, sampler)
         for module in (encoder, encoder.module, sampler):
             module.training = world_model.training
-    replaced = {"encoder": encoder, "dynamics": dynamics}
-    view = WorldModel(**{**world_model.components, **replaced})
-    view.initial_state = world_model.initial_state
-    view.training = world_model.training
-    recipe = getattr(world_model, "recipe", None)
-    if recipe is not None:  # of a builder: the view can be saved as the model can
-        config = replace(recipe.config, propagation=propagation)
-        view.recipe = replace(recipe, config=config)
-    if is_pristine(world_model):
-        mark_pristine(view)
-    return view
+    changes, recipe = {}, getattr(world_model, "recipe", None)
+    if recipe is not None:
+        changes["config"] = replace(recipe.config, propagation=propagation)
+    return view_of(world_model, {"encoder": encoder, "dynamics": dynamics}, changes)
+
+
+def _check_penalty(
+    world_model: WorldModel, propagation: Propagation, all_members: bool
+) -> None:
+    """Refuse to silence the members whose disagreement the rewards pay for."""
+    penalty = penalty_of(world_model)
+    if all_members or penalty is None:
+        return
+    if penalty.measure in (("next", "disagreement"), ("next", "deviation")):
+        raise ValueError(
+            f"The rewards of this model pay for {penalty.measure}, which the ensemble writes only "
+            f"where all members are asked. Leave out all_members=False, or the penalty: "
+            f"with_propagation(without_penalty(world_model), {propagation!r}, all_members=False)."
+        )

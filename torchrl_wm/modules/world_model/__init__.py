@@ -3,6 +3,7 @@
 From the calls of users down to tensors; a file imports only from those below it:
 
 - ``world_model.py``: :class:`WorldModel`, its components and keys, and its calls.
+- ``views.py``: a model that shares its components with another one, but for some.
 - ``observer.py``: :class:`Observer`, the front of a policy in the real env.
 - ``filtering.py``: ``Filter``, from observations to latents, a step or sequences at a time,
   and where episodes begin.

@@ -196,7 +196,9 @@ class WorldModel(TensorDictModuleBase):
         self.sequence = sequence
         latents = self._wiring.latents  # checks the wiring
         if initial_state is not None:
-            self.initial_state = InitialState(initial_state)
+            if not isinstance(initial_state, InitialState):
+                initial_state = InitialState(initial_state)
+            self.initial_state = initial_state
             self.initial_state.check(latents, self._memory, written_keys(encoder))
         elif self._memory:
             raise ValueError(
