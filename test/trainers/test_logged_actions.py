@@ -163,7 +163,7 @@ def test_rows_of_zeros_and_ones(dtype) -> None:
     binary = rng.integers(0, 2, (20, 3)).astype(dtype)
     data = load_transitions(arrays(binary))
     assert data["action"].tolist() == binary.tolist()
-    kind = Unbounded if dtype is np.float64 else Binary
+    kind = Bounded if dtype is np.float64 else Binary
     assert isinstance(RecordedEnv(data).action_spec, kind)
 
 
@@ -175,7 +175,7 @@ def test_floats_are_quantities() -> None:
         np.arange(9.0),
     ):
         env = RecordedEnv(load_transitions(arrays(actions)))
-        assert isinstance(env.action_spec, Unbounded)
+        assert isinstance(env.action_spec, Bounded)
         assert env.action_spec.dtype is torch.float32
 
 

@@ -78,7 +78,8 @@ def check_bounds(spec: TensorSpec, key: NestedKey) -> None:
         raise ValueError(
             f"The actions {key!r} have no finite bounds: {spec.__class__.__name__} of the shape "
             f"{tuple(spec.shape)}. Give the env an action space with bounds, or bound it with "
-            f"Gymnasium's ClipAction or RescaleAction, or torchrl.envs.ActionScaling."
+            f"Gymnasium's ClipAction or RescaleAction, or torchrl.envs.ActionScaling; give those of "
+            f"logged data with action_bounds=(low, high)."
         )
 
 
@@ -155,6 +156,15 @@ def check_policy_action(env: EnvBase) -> None:
             f"MBPO's policy (SAC) gives vectors, and the action {key!r} has the shape "
             f"{tuple(spec.shape)}. Flatten the actions; of a Gymnasium env: "
             f"{_JOINED_ACTIONS} {_WHERE}"
+        )
+    check_bounds(spec, key)
+    constant = (spec.space.low == spec.space.high).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(
+            f"SAC has nothing to choose in the dims {constant} of the {spec.shape[0]} of the action "
+            f"{key!r}, whose bounds are equal: {spec.space.low[constant].tolist()}. In logged data "
+            f"they never change; leave them out of the actions, or say between what they may lie: "
+            f"action_bounds=(low, high)."
         )
 
 

@@ -16,12 +16,16 @@ from torchrl.data import (
     MultiOneHot,
     OneHot,
     TensorSpec,
-    Unbounded,
 )
 from torchrl.envs import EnvBase
 
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, unique
 from torchrl_wm.trainers.gym_actions import wrapped_env
+from torchrl_wm.trainers.logged_bounds import (
+    ActionBounds,
+    given_bounds,
+    observed_bounds,
+)
 
 #: More options than this are quantities rather than choices.
 _MOST_OPTIONS = 1000
@@ -44,7 +48,8 @@ def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
     - Rows of 0 and 1 are a one-hot choice if each has a single 1; several such choices side by
       side if all rows fall into the same blocks with a single 1 each; otherwise a binary vector.
     - Other integers are the numbers of options of several choices.
-    - Floats are quantities without bounds, unless all rows are one-hot and some differ.
+    - Floats are quantities with the bounds of :func:`observed_bounds`, unless all rows are
+      one-hot and some differ.
 
     Args:
         key: the key of the entry, for messages.
@@ -62,7 +67,7 @@ def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
     if value.is_floating_point():
         if several and _is_one_hot(value) and bool((value != value[:1]).any()):
             return OneHot(size, **form)
-        return Unbounded(**form)
+        return observed_bounds(key, value, stacklevel=5)
     numbers = _checked(key, value)
     if value.shape[1:].numel() == 1:
         return Categorical(*_options(key, value).flatten().tolist(), **form)
@@ -291,18 +296,34 @@ def action_keys(data: TensorDictBase) -> list[NestedKey]:
     return [key for key in keys if as_tuple(key)[-1] == "action"]
 
 
-def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Composite:
+def bounded_specs(data: TensorDictBase, bounds: ActionBounds) -> Composite:
+    """Return the specs of recorded actions between given bounds."""
+    specs = {key: given_bounds(key, data.get(key), bounds) for key in action_keys(data)}
+    out = Composite(shape=())
+    for key, spec in specs.items():
+        out[key] = spec
+    return out
+
+
+def action_specs(
+    data: TensorDictBase,
+    given: TensorSpec | None = None,
+    bounds: ActionBounds | None = None,
+) -> Composite:
     """Return the specs of recorded actions.
 
     Args:
         data: transitions ``[N]``.
         given: known specs: a composite for all keys, or the spec of the only key.
+        bounds: the bounds of actions that are quantities.
 
     Raises:
         ValueError: if the actions do not fit the given spec, or no spec can be inferred.
     """
+    check_one_source(action_spec=given, action_bounds=bounds)
     keys = action_keys(data)
-    known = by_key(given, keys)
+    how = "action_spec" if bounds is None else "action_bounds"
+    known = by_key(given if bounds is None else bounded_specs(data, bounds), keys)
     out = Composite(shape=())
     for key in keys:
         value = data.get(key)
@@ -312,13 +333,27 @@ def action_specs(data: TensorDictBase, given: TensorSpec | None = None) -> Compo
         elif value.shape[1:] != spec.shape or value.dtype != spec.dtype:
             raise ValueError(
                 f"{key!r} is {value.dtype} of the shape {tuple(value.shape[1:])} per step, and "
-                f"action_spec says {spec.dtype} {tuple(spec.shape)}. Load the data as it says: "
-                f"load_transitions(source, action_spec=...)."
+                f"{how} says {spec.dtype} {tuple(spec.shape)}. Load the data as it says: "
+                f"load_transitions(source, {how}=...)."
             )
         else:
             as_spec(key, value, spec, "action_spec")
         out[key] = spec
     return out if data.device is None else out.to(data.device)
+
+
+def check_one_source(**given: Any) -> None:
+    """Refuse several statements of what actions are.
+
+    Raises:
+        ValueError: if more than one of the arguments is not None.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"Give one of {' or '.join(given)}, got {' and '.join(names)}: each says by itself "
+            f"what the actions are."
+        )
 
 
 def by_key(

@@ -28,9 +28,12 @@ from torchrl_wm.trainers.logged_actions import (
     action_keys,
     as_choices,
     as_spec,
+    bounded_specs,
     by_key,
+    check_one_source,
     start_of,
 )
+from torchrl_wm.trainers.logged_bounds import ActionBounds
 from torchrl_wm.trainers.logged_entries import (
     check_names,
     check_observed_actions,
@@ -59,6 +62,7 @@ def load_transitions(
     *,
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
+    action_bounds: ActionBounds | None = None,
 ) -> TensorDictBase:
     """Read recorded transitions.
 
@@ -94,6 +98,9 @@ def load_transitions(
             greatest number plus one; a vector of numbers is several choices (rows of 0 and 1
             stay as they are). A Minari dataset says how many options there are, and whether
             integers are quantities, which become floats.
+        action_bounds: ``(low, high)``, numbers or one for each dim, in place of both: the actions
+            are quantities between these bounds, integers too, which become floats. Without it
+            the bounds are read off the data, see :class:`RecordedEnv`.
 
     Returns:
         Transitions ``[N]``, in the order of recording: the observations (an array under
@@ -131,17 +138,17 @@ def load_transitions(
         >>> data.shape, data["next", "observation"].shape
         (torch.Size([10]), torch.Size([10, 3]))
     """
-    return read_transitions(source, env, action_spec)[0]
+    return read_transitions(source, env, action_spec, action_bounds)[0]
 
 
 def read_transitions(
     source: DataSource,
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
+    action_bounds: ActionBounds | None = None,
 ) -> tuple[TensorDictBase, TensorSpec | None]:
     """Return what :func:`load_transitions` does, and the spec of the actions if the source gives one."""
-    if env is not None and action_spec is not None:
-        raise ValueError("Give env or action_spec, not both: the env has its own.")
+    check_one_source(env=env, action_spec=action_spec, action_bounds=action_bounds)
     space = None
     if isinstance(source, (str, os.PathLike)):
         source = read(source)
@@ -168,7 +175,9 @@ def read_transitions(
     if env is None:  # an env's specs say what an entry is
         check_observed_actions(data)
     data = narrowed(data, env)
-    if space is not None:
+    if action_bounds is not None:
+        action_spec = bounded_specs(data, action_bounds)
+    elif space is not None:
         actions, spec = of_space("action", data.get("action"), space)
         data.set("action", actions)
         action_spec = spec if env is None and action_spec is None else action_spec

@@ -20,6 +20,7 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.logged_actions import action_keys, action_specs
+from torchrl_wm.trainers.logged_bounds import ActionBounds
 from torchrl_wm.trainers.logged_data import DataSource, read_transitions
 from torchrl_wm.trainers.logged_entries import ENDS
 
@@ -38,16 +39,22 @@ class RecordedEnv(EnvBase):
             Without it the values say: rows of 0 and 1 with a single 1 each are one-hot; with a
             1 in each of several blocks, several such choices; other rows of 0 and 1 are binary;
             integers are the numbers of options, as many as the greatest number plus one; and
-            floats have no bounds.
+            floats are quantities. Their bounds are what the data reach, with a margin of 5 % of
+            the range, or the round numbers that they come near on both sides; a warning names
+            them.
+        action_bounds: ``(low, high)``, numbers or one for each dim, in place of ``action_spec``:
+            the bounds of actions that are quantities.
 
     Raises:
         KeyError: if there are no observations, actions or rewards.
-        ValueError: if the actions may be of several kinds, or do not fit ``action_spec``.
+        ValueError: if the actions may be of several kinds, or do not fit ``action_spec`` or
+            ``action_bounds``.
 
     Examples:
         >>> from torchrl.envs import GymEnv
         >>> from torchrl_wm.trainers import load_transitions, RecordedEnv
-        >>> env = RecordedEnv(load_transitions(GymEnv("Pendulum-v1").rollout(10)))
+        >>> data = load_transitions(GymEnv("Pendulum-v1").rollout(10))
+        >>> env = RecordedEnv(data, action_bounds=(-2, 2))
         >>> env.observation_spec["observation"].shape, env.action_spec.shape
         (torch.Size([3]), torch.Size([1]))
         >>> RecordedEnv(load_transitions(GymEnv("CartPole-v1").rollout(10))).action_spec
@@ -60,7 +67,11 @@ class RecordedEnv(EnvBase):
     """
 
     def __init__(
-        self, data: TensorDictBase, *, action_spec: TensorSpec | None = None
+        self,
+        data: TensorDictBase,
+        *,
+        action_spec: TensorSpec | None = None,
+        action_bounds: ActionBounds | None = None,
     ) -> None:
         super().__init__(device=data.device)
         keys = unique(k for k in leaf_keys(data) if as_tuple(k)[0] != "next")
@@ -76,7 +87,7 @@ class RecordedEnv(EnvBase):
                 raise MissingEntryError(f"The data has no {name}: {leaf_keys(data)}.")
         self._data = data
         self.observation_spec = _specs(data, observations)
-        self.full_action_spec = action_specs(data, action_spec)
+        self.full_action_spec = action_specs(data, action_spec, action_bounds)
         self.reward_spec = _specs(data.get("next"), rewards)
         self.full_done_spec = Composite(
             {key: Binary(1, shape=(1,), dtype=torch.bool) for key in dones}
@@ -102,6 +113,7 @@ def train_world_model(
     *,
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
+    action_bounds: ActionBounds | None = None,
     steps: int = 2000,
     held_out: float = 0.1,
     interval: int = 200,
@@ -121,6 +133,7 @@ def train_world_model(
         env: the env that was recorded. Without it the specs are read off the data, see
             :class:`RecordedEnv`.
         action_spec: the spec of only the actions, see :func:`load_transitions`.
+        action_bounds: the bounds of actions that are quantities, see :func:`load_transitions`.
         steps: how many gradient steps to make.
         held_out: the share of the episodes (of the steps, if there is only one episode)
             that is not trained on.
@@ -161,7 +174,7 @@ def train_world_model(
             f"steps and interval must be at least 1 and held_out a share between 0 and 1, got "
             f"{steps}, {interval} and {held_out}."
         )
-    rows, known = read_transitions(data, env, action_spec)
+    rows, known = read_transitions(data, env, action_spec, action_bounds)
     env = RecordedEnv(rows, action_spec=known) if env is None else env
     with forked_random(seed) if seed is not None else nullcontext():
         training = ModelTraining(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +13,23 @@ from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.models import save_world_model
-from torchrl_wm.trainers.logged_data import read_transitions
+from torchrl_wm.trainers.log_settings import LogSettings
 from torchrl_wm.trainers.model_training import (
     as_episodes,
     held_out_errors,
     ModelTraining,
-    RecordedEnv,
 )
-from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.real_envs import EnvSource
 from torchrl_wm.trainers.recipe import Counts, Recipe
-from torchrl_wm.trainers.settings import AtLeast, Settings, slug, Within
+from torchrl_wm.trainers.settings import AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Settings):
+class ModelConfig(LogSettings):
     """The settings of :class:`ModelRecipe`. Its steps are gradient steps.
 
     Args:
-        data: an .npz file, the folder of a replay buffer, tensordict or Minari dataset, or
-            minari:ID of a local one.
-        env: the env that was recorded, named as for train pets; None to read its specs off the
-            data.
         observation_keys: which observations to model, all of them if none is named; nested
             names are joined by slashes.
         steps: how many gradient steps to train for.
@@ -51,8 +45,6 @@ class ModelConfig(Settings):
         batch_size: how many transitions a batch has.
     """
 
-    data: str
-    env: str | None = None
     observation_keys: tuple[str, ...] = ()
     steps: Annotated[int, AtLeast(1)] = 2000
     held_out: Annotated[float, Within(0, 1)] = 0.1
@@ -63,21 +55,6 @@ class ModelConfig(Settings):
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5
     batch_size: Annotated[int, AtLeast(1)] = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.data.startswith("minari:") and os.path.exists(self.data):
-            # The run may be opened from another working directory.
-            object.__setattr__(self, "data", os.path.abspath(self.data))
-
-    @property
-    def about(self) -> str:
-        return self.data
-
-    @property
-    def short_name(self) -> str:
-        # Without its folder and ending.
-        return slug(Path(self.data.removeprefix("minari:")).stem)
 
 
 class ModelRecipe(Recipe):
@@ -97,10 +74,8 @@ class ModelRecipe(Recipe):
     config: ModelConfig
 
     def __init__(self, config: ModelConfig, env: EnvBase | None) -> None:
-        rows, action_spec = read_transitions(config.data, env)
         self.real_env = env
-        if env is None:
-            env = RecordedEnv(rows, action_spec=action_spec)
+        rows, env = config.read(env)
         super().__init__(config, env)
         keys = [tuple(name.split("/")) for name in config.observation_keys]
         self.training = ModelTraining(
@@ -123,8 +98,7 @@ class ModelRecipe(Recipe):
     @classmethod
     def make_env(cls, config: ModelConfig, source: EnvSource | None) -> EnvBase | None:
         """Return the env that was recorded, if the config names it."""
-        source = config.env if source is None else source
-        return None if source is None else make_real_env(source)
+        return config.make_env(source)
 
     def make_collector(self, source: EnvSource | None) -> GradientSteps:
         """Return the collector that counts gradient steps."""

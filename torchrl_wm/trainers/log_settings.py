@@ -1,0 +1,69 @@
+"""The settings of runs that learn from a log."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+
+from torchrl_wm.trainers.logged_data import read_transitions
+from torchrl_wm.trainers.model_training import RecordedEnv
+from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
+from torchrl_wm.trainers.settings import Settings, slug
+
+#: One bound for all dims of the actions, or one for each.
+Bound = Union[float, tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings(Settings):
+    """The settings of every run that learns from a log.
+
+    Args:
+        data: an .npz file, the folder of a replay buffer, tensordict or Minari dataset, or
+            minari:ID of a local one.
+        env: the env that was recorded, named as for train pets; None to read its specs off the
+            data.
+        action_bounds: between which numbers actions lie, such as -1,1; or one such pair for each
+            dim. None to read them off the data.
+    """
+
+    data: str
+    env: str | None = None
+    action_bounds: tuple[Bound, Bound] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data.startswith("minari:") and os.path.exists(self.data):
+            # The run may be opened from another working directory.
+            object.__setattr__(self, "data", os.path.abspath(self.data))
+
+    @property
+    def about(self) -> str:
+        return self.data
+
+    @property
+    def short_name(self) -> str:
+        # Without its folder and ending.
+        return slug(Path(self.data.removeprefix("minari:")).stem)
+
+    def make_env(self, source: EnvSource | None) -> EnvBase | None:
+        """Return the env that was recorded, if it is given or named here."""
+        source = self.env if source is None else source
+        return None if source is None else make_real_env(source)
+
+    def read(self, env: EnvBase | None) -> tuple[TensorDictBase, EnvBase]:
+        """Read the log.
+
+        Args:
+            env: the env that was recorded; None to read its specs off the data.
+
+        Returns:
+            The transitions ``[N]``, and the env, or a :class:`RecordedEnv` in place of None.
+        """
+        rows, spec = read_transitions(self.data, env, None, self.action_bounds)
+        return rows, RecordedEnv(rows, action_spec=spec) if env is None else env
