@@ -20,6 +20,7 @@ from torchrl.data import (
 from torchrl.envs import EnvBase
 
 from torchrl_wm import WorldModel
+from torchrl_wm.modules import with_penalty
 from torchrl_wm.modules.keys import join
 
 OBS, LATENT = 5, 3
@@ -45,6 +46,7 @@ HEADS = {
     "done": ("done", lambda p: p > 0),
     "truncated": ("truncated", lambda p: p > 0),
 }
+ON_LIMIT = ("terminate", "truncate")
 sizes = st.sampled_from([(), (1,), (3,), (2, 3)])
 
 
@@ -133,6 +135,15 @@ def wirings(draw):
         reward_head = TensorDictSequential(reward_head, spread)
         declared = Composite(shape=())
         declared[key("spread")] = Unbounded(())
+    pays = draw(st.integers(0, 2)) == 1
+    if pays:
+        doubt = Mod(
+            lambda z: z.std(-1, keepdim=True), nexts[:1], [join("next", key("doubt"))]
+        )
+        reward_head = TensorDictSequential(reward_head, doubt)
+        if draw(st.booleans()):
+            declared = Composite(shape=()) if declared is None else declared
+            declared[key("penalty")] = Unbounded((1,))
     model = WorldModel(
         Mod(
             lambda x: tuple(x[..., i : i + LATENT] for i in range(len(encoded)))
@@ -156,6 +167,12 @@ def wirings(draw):
         if recurrent
         else None,
     )
+    if pays:
+        limit = draw(st.sampled_from([None, 0.4]))
+        way = "terminate" if limit is None else draw(st.sampled_from(ON_LIMIT))
+        model = with_penalty(
+            model, 0.5, measure=key("doubt"), limit=limit, on_limit=way
+        )
     done_names = draw(
         st.sampled_from(
             [("done",), ("done", "terminated"), ("done", "terminated", "truncated")]

@@ -18,10 +18,12 @@ from _models import (
     LATENT,
     linear,
     make_model,
+    OBS,
     observations,
     rssm_model,
     SpecEnv,
     times,
+    transitions,
 )
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule as Mod
@@ -31,7 +33,9 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
 from torchrl_wm import WorldModelEnv
 from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.modules import data_limit, with_penalty
 from torchrl_wm.modules.blocks.ensemble_dynamics import PROPAGATIONS
+from torchrl_wm.modules.blocks.penalty import penalty_paused
 from torchrl_wm.modules.world_model import compiling
 
 # Graphs are captured as for a compiler, and run without one: what is tested is
@@ -148,6 +152,37 @@ def test_ensembles_of_any_batch_size(propagation, size) -> None:
     env.compile(**CAPTURE)
     torch.manual_seed(0)
     assert_close(env.imagine(3, act, start), expected)
+
+
+@pytest.mark.parametrize("size", [(), (3,)])
+@pytest.mark.parametrize("measure", ["disagreement", "deviation"])
+@pytest.mark.parametrize("way", ["terminate", "truncate"])
+def test_penalties_and_limits(way, measure, size) -> None:
+    model, _ = make_ensemble_world_model(
+        SpecEnv(), members=3, hidden=(8,), termination_hidden=(8,), normalize=False
+    )
+    reward = -9.0 if way == "terminate" else None
+    limit = data_limit(model, transitions(50), 0.5, measure=measure)
+    careful = with_penalty(
+        model, 2.0, measure=measure, limit=limit, on_limit=way, limit_reward=reward
+    )
+    env = WorldModelEnv(careful, SpecEnv())
+    start = observations(*size)
+    act = linear(["observation"], ["action"], [OBS, ACTION])
+    torch.manual_seed(0)
+    expected = env.imagine(6, act, start)
+    assert expected["next", "done"].any()
+    env.compile(**CAPTURE)
+    torch.manual_seed(0)
+    assert_close(env.imagine(6, act, start), expected)
+    with penalty_paused(careful):
+        torch.manual_seed(0)
+        plain = env.imagine(6, act, start)
+    torch.manual_seed(0)
+    own = WorldModelEnv(model, SpecEnv()).imagine(6, act, start)
+    torch.testing.assert_close(plain["next", "reward"], own["next", "reward"])
+    torch.manual_seed(0)
+    assert_close(env.imagine(6, act, start), expected)
 
 
 @pytest.mark.parametrize("what", ["component", "network", "policy"])

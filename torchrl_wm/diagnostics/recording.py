@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules.blocks.penalty import penalty_paused
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 from torchrl_wm.modules.modes import evaluation_mode
@@ -407,12 +408,15 @@ def imagine_windows(
 def imagine_particles(
     recording: Recording, windows: TensorDictBase, particles: int
 ) -> TensorDictBase:
-    """Imagine windows of a recording, ``[W, H]``, with their own actions, ``[P, W, H]``."""
+    """Imagine windows of a recording, ``[W, H]``, with their own actions, ``[P, W, H]``.
+
+    They are held against what is real, which has no penalties.
+    """
     env, start = recording.env, recording.state(windows[:, 0])
     actions = windows.select(*env.action_keys)
     number, horizon = windows.batch_size
     # Networks such as TorchRL's RSSM take one batch dim.
-    with evaluation_mode(env.world_model):
+    with evaluation_mode(env.world_model), penalty_paused(env.world_model):
         imagined = env.imagine(
             horizon,
             tensordict=start.expand(particles, number).reshape(-1),

@@ -30,7 +30,8 @@ def reward_error(
 
     Windows and actions are those of :func:`open_loop_error`. A planner compares sums
     of future rewards: their correlation says whether the model tells good plans from
-    bad ones.
+    bad ones. Rewards are compared without the penalty of
+    :func:`~torchrl_wm.modules.with_penalty`.
 
     Args:
         env: an imagined env of batch size ``[]``.

@@ -8,6 +8,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 
 from torchrl_wm.diagnostics.recording import Episodes, imagine_particles, Recording
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules import without_penalty
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
 from torchrl_wm.modules.world_model.wiring import written_keys
@@ -22,7 +23,8 @@ def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
 
     The prediction is what the imagined env would do: the head's decision at its own
     threshold, on the state that the model predicts. The truth is ``terminated``, else
-    ``done & ~truncated``, else ``done``: a time limit is not a termination.
+    ``done & ~truncated``, else ``done``: a time limit is not a termination. Nor is the limit of
+    :func:`~torchrl_wm.modules.with_penalty`, which is left out.
 
     Args:
         env: an imagined env of batch size ``[]``.
@@ -86,8 +88,8 @@ def termination_metrics(env: WorldModelEnv, episodes: Episodes) -> TensorDict:
 
 
 def predicts_terminations(env: WorldModelEnv) -> bool:
-    """Return whether the model's step says when episodes end."""
-    written = written_keys(env.world_model.step_module)
+    """Return whether the model's step says when episodes end; the limit of a penalty does not."""
+    written = written_keys(without_penalty(env.world_model).step_module)
     return any(as_tuple(key)[-1] in _ENDINGS for key in written)
 
 

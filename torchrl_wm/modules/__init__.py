@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torchrl_wm.modules.blocks.activations import Mish
 from torchrl_wm.modules.blocks.attention import CausalTransformer
+from torchrl_wm.modules.blocks.data_limit import data_limit
 from torchrl_wm.modules.blocks.diffusion import (
     Denoiser,
     DiffusionSampler,
@@ -111,6 +112,7 @@ __all__ = [
     "TwoHotHead",
     "WorldModel",
     "check_sequence",
+    "data_limit",
     "draw_sigma",
     "fit_normalizers",
     "karras_sigmas",

@@ -7,7 +7,8 @@
 - ``gaussian.py``: bounds of log-variances.
 - ``ensemble.py``: several networks as one; ``ensemble_dynamics.py``: PETS's and MBPO's dynamics;
   ``propagation.py``: one ensemble, propagated in several ways; ``penalty.py``: rewards that pay
-  for what a model does not know, by the heads of ``penalty_heads.py``.
+  for what a model does not know, by the heads of ``penalty_heads.py``;
+  ``data_limit.py``: how much it may doubt.
 - ``rssm.py``: TorchRL's RSSM networks; ``pixels.py``: its image networks.
 - ``attention.py``: a causal transformer, in one pass or step by step.
 - ``diffusion.py``: EDM's denoiser and sampler; ``diffusion_networks.py``: networks of denoisers;

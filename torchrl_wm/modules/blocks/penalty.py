@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Literal
 
@@ -170,6 +172,20 @@ def penalty_of(world_model: WorldModel) -> Penalty | None:
     """
     head = _last(world_model.reward_head)
     return head.penalty if isinstance(head, PenaltyHead) else None
+
+
+@contextmanager
+def penalty_paused(world_model: WorldModel) -> Iterator[None]:
+    """Let a model predict its own rewards and ends for a while; a model without penalty does."""
+    heads = [_last(world_model.reward_head), _last(world_model.done_head)]
+    parts = [h.module for h in heads if isinstance(h, (PenaltyHead, LimitHead))]
+    try:
+        for part in parts:
+            part.paused = True
+        yield
+    finally:
+        for part in parts:
+            part.paused = False
 
 
 def measuring(world_model: WorldModel, measure: NestedKey) -> WorldModel:

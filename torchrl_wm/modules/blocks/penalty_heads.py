@@ -99,10 +99,14 @@ class _Pay(nn.Module):
     def __init__(self, penalty: Penalty) -> None:
         super().__init__()
         self.penalty = penalty
+        #: Whether rewards are left as they are, for a while.
+        self.paused = False
 
     def forward(
         self, measure: torch.Tensor, *rewards: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        if self.paused:
+            return (*rewards, *(torch.zeros_like(reward) for reward in rewards))
         penalty, paid, penalties = self.penalty, [], []
         for reward in rewards:
             u = _beside(measure, reward, penalty.measure, "the reward")
@@ -160,6 +164,8 @@ class _End(nn.Module):
     def __init__(self, penalty: Penalty, groups: Sequence[Sequence[str]]) -> None:
         super().__init__()
         self.penalty, self.groups = penalty, [list(names) for names in groups]
+        #: Whether the limit is left out, for a while.
+        self.paused = False
         #: What is written for each group.
         self.writes = [self._written(names) for names in self.groups]
 
@@ -189,6 +195,8 @@ class _End(nn.Module):
         first = next(iter(said.values()), measure)
         u = _beside(measure, first, penalty.measure, "the done entry")
         beyond, terminated = _beyond(u, penalty), _terminated(said)
+        if self.paused:
+            beyond = torch.zeros_like(beyond)
         flag = "terminated" if penalty.on_limit == "terminate" else "truncated"
         before = terminated if flag == "terminated" else said.get("truncated")
         ended = dict(said)
@@ -240,7 +248,7 @@ def _beside(
     if measure.shape == entry.shape:
         return measure
     more = entry.ndim - measure.ndim
-    if more >= 0:
+    if more >= 0 and measure.ndim:
         u = measure.reshape(
             *measure.shape[:-1], *(1 for _ in range(more)), measure.shape[-1]
         )
