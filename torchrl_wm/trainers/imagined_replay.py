@@ -151,15 +151,15 @@ class ImaginedReplayHook(TrainerHookBase):
 
 
 def mixed_batches(
-    sources: Sequence[tuple[ReplayBuffer, int, int]],
+    sources: Sequence[tuple[ReplayBuffer | TensorDictBase, int, int]],
     updates: int,
     keys: Sequence[NestedKey],
 ) -> Iterator[TensorDictBase]:
-    """Give batches that mix the rows of several buffers, such as real and imagined ones.
+    """Give batches that mix the rows of several sources, such as real and imagined ones.
 
     Args:
-        sources: each a buffer, how many of its rows are in a batch, and among how many of its
-            newest rows these are drawn.
+        sources: each a buffer or transitions ``[N]``, how many of its rows are in a batch, and
+            among how many of its newest rows these are drawn.
         updates: how many batches.
         keys: the entries that batches have.
     """
@@ -171,8 +171,13 @@ def mixed_batches(
     return iter(torch.cat(parts, 1).unbind(0))
 
 
-def sample_newest(buffer: ReplayBuffer, number: int, among: int) -> TensorDictBase:
+def sample_newest(
+    buffer: ReplayBuffer | TensorDictBase, number: int, among: int
+) -> TensorDictBase:
     """Return ``number`` transitions, with replacement, of the ``among`` that were written last."""
+    if not isinstance(buffer, ReplayBuffer):
+        back = torch.randint(min(among, len(buffer)), (number,), device=buffer.device)
+        return buffer[len(buffer) - 1 - back]
     if among >= len(buffer):
         return buffer.sample(number)
     # Not by buffer[...], which waits for the indices on the CPU.
