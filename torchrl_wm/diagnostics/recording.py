@@ -123,9 +123,15 @@ class Recording:
         begins = torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
         return time - (time * begins).cummax(1).values
 
+    @property
+    def episodes(self) -> torch.Tensor:
+        """The number of each step's episode, ``[N, T]`` int64."""
+        begins = self.ages == 0
+        return (begins.flatten().long().cumsum(0) - 1).reshape(begins.shape)
+
     def transitions(self) -> TensorDictBase:
         """Return all steps without padding, ``[M]``."""
-        self._check_any()
+        self.check_any()
         return self.steps[self.valid]
 
     def windows(self, horizon: int, stride: int = 1) -> TensorDictBase:
@@ -163,7 +169,7 @@ class Recording:
 
     def longest_window(self) -> int:
         """Return how many steps the longest episode has."""
-        self._check_any()
+        self.check_any()
         longest = run = torch.zeros(len(self.steps), dtype=torch.long)
         valid, done = self.valid.cpu(), self.done.cpu()
         for time in range(valid.shape[1]):
@@ -172,7 +178,7 @@ class Recording:
             run = torch.where(done[:, time], 0, run)
         return int(longest.max())
 
-    def _check_any(self) -> None:
+    def check_any(self) -> None:
         """Refuse episodes that are all padding."""
         if not self.valid.any():
             raise ValueError(
@@ -345,8 +351,13 @@ def ends(env: EnvBase, steps: TensorDictBase) -> torch.Tensor:
     These are the steps that are done, and those before a step that begins an episode: the
     done of an episode that was sliced or cut may not have been recorded.
     """
+    return ends_of(env.done_keys, steps)
+
+
+def ends_of(done_keys: Sequence[NestedKey], steps: TensorDictBase) -> torch.Tensor:
+    """Return the same for given done entries."""
     out = torch.zeros(steps.batch_size, dtype=torch.bool, device=steps.device)
-    for key in env.done_keys:
+    for key in done_keys:
         done = steps.get(join("next", key), None)
         if done is not None:
             out |= done.reshape(*steps.batch_size, -1).any(-1)

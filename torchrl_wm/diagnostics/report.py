@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, unravel_key
@@ -187,7 +188,7 @@ def write_report(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        made, measured, left_out = _measure(study)
+        made, measured, left_out = measure_sections(SECTIONS, study)
     text = page(
         title,
         _facts(study, windows),
@@ -210,13 +211,18 @@ def write_report(
     )
 
 
-def _measure(
-    study: Study,
+def measure_sections(
+    sections: Mapping[str, tuple[str, Callable[[Any], Measured]]], study: Any
 ) -> tuple[dict[str, ReportSection], TensorDict, dict[str, str]]:
-    """Return the sections and their measurements by name, and why others are left out."""
+    """Return the sections and their measurements by name, and why others are left out.
+
+    Args:
+        sections: names, titles and makers.
+        study: what the makers are given.
+    """
     made, left_out = {}, {}
     measured = TensorDict({}, batch_size=[])
-    for name, (_, measure) in SECTIONS.items():
+    for name, (_, measure) in sections.items():
         try:
             made[name], result = measure(study)
         except (DoesNotApply, ImportError, KeyError, RuntimeError, ValueError) as err:

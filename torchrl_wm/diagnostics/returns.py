@@ -93,7 +93,7 @@ def exploitation_gap(
     if isinstance(real, (TensorDictBase, list, tuple)):
         steps = as_rows(real, "exploitation_gap")
     elif isinstance(real, EnvBase):
-        steps = _rolled_out(real, real_policy or policy, horizon, episodes)
+        steps = rolled_out(real, real_policy or policy, horizon, episodes)
     else:
         raise TypeError(
             f"exploitation_gap compares with a TorchRL env or recorded episodes, got "
@@ -133,7 +133,7 @@ def _reward_key(env: WorldModelEnv, reward_key: NestedKey | None) -> NestedKey:
     return reward_key
 
 
-def _rolled_out(
+def rolled_out(
     env: EnvBase, policy: Callable, horizon: int, episodes: int
 ) -> TensorDictBase:
     """Run at least ``episodes`` real episodes, padded to ``[N, H]``."""

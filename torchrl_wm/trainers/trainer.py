@@ -292,16 +292,15 @@ class RecipeTrainer(Trainer):
 
     def _evaluation(self) -> dict[str, float]:
         """Return the row of an evaluation: returns of the policy, and means of all that are compared."""
-        episodes = self.config.evaluation_episodes
-        returns = self.returns(episodes)
-        row = {
+        episodes, policies = self.config.evaluation_episodes, self.recipe.policies
+        found = {k: self.returns(episodes, policy=p) for k, p in policies.items()}
+        own = [found[name] for name, each in policies.items() if each is self.policy]
+        returns = own[0] if own else self.returns(episodes)
+        return {
             "evaluation_return": sum(returns) / episodes,
             "evaluation_least": min(returns),
+            **{f"evaluation_return_{k}": sum(v) / episodes for k, v in found.items()},
         }
-        for name, policy in self.recipe.policies.items():
-            mean = sum(self.returns(episodes, policy=policy)) / episodes
-            row[f"evaluation_return_{name}"] = mean
-        return row
 
     def make_env(self, **kwargs: Any) -> EnvBase:
         """Return another real env of the run, with the entries that the policy needs.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import set_exploration_type
 
-from torchrl_wm.diagnostics import ReportSection
+from torchrl_wm.diagnostics import ReportSection, write_policy_report
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import data_limit, with_penalty, with_propagation, WorldModel
 from torchrl_wm.modules.keys import join
+from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook, mixed_batches
+from torchrl_wm.trainers.model_training import as_episodes
 from torchrl_wm.trainers.recipe import Counts, make_replay
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.recipes.model import ModelConfig, ModelRecipe
@@ -35,7 +38,7 @@ from torchrl_wm.trainers.settings import AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The share of the held-out steps below the doubt that a penalty of 1 charges a spread of rewards.
-EDGE = 0.95
+EDGE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class MOPOConfig(ModelConfig):
         interval: how many gradient steps pass between two rows of the metrics: of the held-out
             error, and then of what the model promises each policy.
         penalties: how much doubt costs; a policy is learnt for each. With 1, a step as doubtful as
-            the most doubtful twentieth of the held-out ones costs the standard deviation of the
+            the most doubtful hundredth of the held-out ones costs the standard deviation of the
             recorded rewards. With a single penalty nothing is chosen.
         measure: what is charged: disagreement, the spread of the members' predictions, or
             deviation, the largest deviation that a member predicts, as in the paper. Both are in
@@ -78,7 +81,7 @@ class MOPOConfig(ModelConfig):
     steps: Annotated[int, AtLeast(1)] = 12_000
     model_steps: Annotated[int, AtLeast(1)] = 2000
     interval: Annotated[int, AtLeast(1)] = 500
-    penalties: tuple[float, ...] = (0.0, 0.3, 1.0)
+    penalties: tuple[float, ...] = (0.0, 1.0, 5.0)
     measure: Literal["disagreement", "deviation"] = "disagreement"
     limit_quantile: Annotated[float, Within(0, 1)] | None = None
     horizon: Annotated[int, AtLeast(1)] = 5
@@ -219,33 +222,37 @@ class MOPO(ModelRecipe):
     def report_sections(
         self, returns: Callable[[TensorDictModuleBase], list[float]] | None
     ) -> list[ReportSection]:
-        """Return the section on the sweep."""
+        """Return the section on the sweep, and those on whether the policy is to be trusted."""
         if not self.policies:
             return []
         if not self.outcomes:
             self._judge()
-        real = None
-        if returns is not None:
-            real = [returns(policy) for policy in self.policies.values()]
-        sections = [
-            sweep_section(
-                {p: self.coefficient(p) for p in self.config.penalties},
-                self.outcomes,
-                self._choice.chosen,
-                measured_on(
-                    self.world_model,
-                    self.env,
-                    self.training.test,
-                    self.config.measure,
-                )
-                .mean()
-                .item(),
-                real,
-                self.config.measure,
-            )
-        ]
-        # Sections on whether the chosen policy is to be trusted go here.
-        return sections
+        config, test = self.config, self.training.test
+        section = sweep_section(
+            {penalty: self.coefficient(penalty) for penalty in config.penalties},
+            self.outcomes,
+            self._choice.chosen,
+            measured_on(self.world_model, self.env, test, config.measure).mean().item(),
+            returns and [returns(policy) for policy in self.policies.values()],
+            config.measure,
+        )
+        return [section, *self._trust()]
+
+    def _trust(self) -> Sequence[ReportSection]:
+        """Return the sections on whether the policy that was chosen is to be trusted."""
+        config = self.config
+        taken = config.penalties[self._choice.chosen] or 1.0
+        charged = config.measure == "disagreement"
+        exploration = set_exploration_type(self.evaluation_exploration)
+        with exploration, evaluation_mode(self.policy):
+            return write_policy_report(
+                self.diagnosed_env(),
+                self.policy,
+                [e for part in self.parts_of_log for e in as_episodes(part)],
+                gamma=config.gamma,
+                coefficient=self.coefficient(taken) if charged else None,
+                seed=config.seed,
+            ).sections
 
     def coefficient(self, penalty: float) -> float:
         """Return what a unit of the measure costs, in units of reward, once the model is trained."""

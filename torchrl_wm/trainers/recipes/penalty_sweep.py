@@ -247,8 +247,8 @@ def check_penalties(penalties: Sequence[float]) -> None:
     wrong = [p for p in penalties if not 0 <= p < float("inf")]
     if not penalties or wrong or len(set(penalties)) < len(penalties):
         raise ValueError(
-            f"penalties say how much doubt costs, each 0 or more and each once, such as (0.0, 0.3, "
-            f"1.0), got {tuple(penalties)}."
+            f"penalties say how much doubt costs, each 0 or more and each once, such as (0.0, 1.0, "
+            f"5.0), got {tuple(penalties)}."
         )
 
 

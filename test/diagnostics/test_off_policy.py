@@ -1,0 +1,200 @@
+"""Values of policies by a log alone: against worlds whose answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from _diagnosed import padded
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule as Mod
+from torch import nn
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
+
+from torchrl_wm.diagnostics import fitted_q_value, importance_weighted_value
+from torchrl_wm.modules.keys import join
+
+GAMMA = 0.9
+
+
+def bandit(
+    number: int = 60,
+    length: int = 8,
+    *,
+    terminates: bool = False,
+    key="observation",
+    action="action",
+    reward="reward",
+    scale: float = 1.0,
+) -> TensorDict:
+    """Episodes ``[N, T]`` that pay ``scale * a`` for random actions in [-1, 1], whatever is seen."""
+    seen = torch.rand(number, length + 1, 2)
+    done = torch.zeros(number, length, 1, dtype=torch.bool)
+    done[:, -1] = True
+    out = TensorDict({}, batch_size=[number, length])
+    out.set(key, seen[:, :-1]).set(join("next", key), seen[:, 1:])
+    out.set(action, torch.rand(number, length, 1) * 2 - 1)
+    out.set(join("next", reward), scale * out.get(action))
+    out.set(("next", "done"), done)
+    out.set(("next", "terminated"), done & terminates)
+    return out.set(("next", "truncated"), done & (not terminates))
+
+
+def always(value: float, key="action"):
+    return lambda td: td.set(key, torch.full((*td.batch_size, 1), value))
+
+
+def fitted(policy, data, **kwargs) -> TensorDict:
+    settings = {"gamma": GAMMA, "steps": 150, "members": 3, "hidden": (32,), **kwargs}
+    return fitted_q_value(policy, data, **settings)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("action", [-0.5, 0.5])
+def test_a_time_limit_does_not_end_the_value(action, scale) -> None:
+    out = fitted(always(action), bandit(scale=scale), batch_size=64)
+    expected = scale * action / (1 - GAMMA)
+    assert float(out["value"]) == pytest.approx(expected, abs=0.1 * abs(expected))
+    assert out["low"] <= out["value"] <= out["high"]
+    assert out["members"].shape == (3,)
+
+
+def test_a_termination_ends_the_value() -> None:
+    """One-step episodes are worth their reward, not what would follow."""
+    data = bandit(400, 1, terminates=True)
+    assert float(fitted(always(0.5), data)["value"]) == pytest.approx(0.5, abs=0.05)
+    data["next", "terminated"] = torch.zeros_like(data["next", "terminated"])
+    assert float(fitted(always(0.5), data)["value"]) == pytest.approx(5.0, abs=0.5)
+
+
+def test_what_the_episodes_of_the_log_were_worth() -> None:
+    data = bandit(10, 5, terminates=True)
+    discount = GAMMA ** torch.arange(5.0)[:, None]
+    sums = (data["next", "reward"] * discount).sum(1).squeeze(-1)
+    out = fitted(always(0.0), data, steps=1)
+    torch.testing.assert_close(out["log_value"], sums.mean())
+    torch.testing.assert_close(out["best_log_value"], sums.max())
+    cut = bandit(10, 5)
+    cut["next", "reward"] = torch.ones(10, 5, 1)  # an episode that goes on as it was
+    value = fitted(always(0.0), cut, steps=1)["log_value"]
+    assert float(value) == pytest.approx(1 / (1 - GAMMA), rel=1e-4)
+
+
+def test_nested_keys_padding_and_lists_give_the_same() -> None:
+    torch.manual_seed(0)
+    data = bandit(12, 5, terminates=True)
+    expected = fitted(always(0.3), data, steps=5)
+    for given in (padded(data, 3), list(data.unbind(0)), data.reshape(3, 4, 5)):
+        torch.testing.assert_close(fitted(always(0.3), given, steps=5), expected)
+    torch.manual_seed(0)
+    keys = {
+        "key": ("sensors", "place"),
+        "action": ("arm", "force"),
+        "reward": ("task", "pay"),
+    }
+    nested = bandit(12, 5, terminates=True, **keys)
+    found = fitted(
+        always(0.3, ("arm", "force")),
+        nested,
+        steps=5,
+        action_keys=[("arm", "force")],
+        reward_key=("task", "pay"),
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_random_state_is_put_back() -> None:
+    data = bandit(4, 3)
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    fitted(always(0.0), data, steps=2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_what_the_log_lacks_is_named() -> None:
+    data = bandit(4, 3)
+    with pytest.raises(KeyError, match=r"needs the rewards \[\('next', 'reward'\)\]"):
+        fitted(always(0.0), data.exclude(("next", "reward")))
+    with pytest.raises(KeyError, match=r"lacks the actions \['action'\]"):
+        fitted(always(0.0), data.exclude("action"))
+    with pytest.raises(KeyError, match="observations at the root and below 'next'"):
+        fitted(always(0.0), data.exclude(("next", "observation")))
+    with pytest.raises(KeyError, match=r"policy writes no \['action'\]"):
+        fitted(lambda td: td, data)
+    with pytest.raises(KeyError, match="say where they end"):
+        fitted(
+            always(0.0), data.exclude(*(("next", n) for n in ("done", "terminated")))
+        )
+    with pytest.raises(ValueError, match="gamma must be above 0 and below 1"):
+        fitted(always(0.0), data, gamma=1.0)
+    data["next", "reward"][1, 2] = math.nan
+    with pytest.raises(ValueError, match="reward 5 of the log is nan"):
+        fitted(always(0.0), data)
+
+
+# Importance weights ---------------------------------------------------------------
+
+
+def actor(mean: float, key="observation", action="action") -> ProbabilisticActor:
+    """A policy that draws around a mean, whatever it sees."""
+    network = nn.Sequential(MLP(2, 2, num_cells=[]), NormalParamExtractor())
+    network[0][0].weight.data.zero_()
+    network[0][0].bias.data.copy_(torch.tensor([mean, 0.0]))
+    return ProbabilisticActor(
+        Mod(network, [key], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[action],
+        distribution_class=TanhNormal,
+        return_log_prob=True,
+        log_prob_key="action_log_prob"
+        if action == "action"
+        else (*action[:-1], "action_log_prob"),
+        default_interaction_type="random",
+    )
+
+
+def drawn(mean: float, number: int = 2000, length: int = 3, **keys) -> TensorDict:
+    """Episodes by an actor that pay its action."""
+    data = bandit(number, length, **keys)
+    names = {k: v for k, v in keys.items() if k in ("key", "action")}
+    with torch.no_grad():
+        acted = actor(mean, **names)(data.exclude("next"))
+    data = acted.select(*acted.keys(True, True)).set("next", data["next"])
+    action = keys.get("action", "action")
+    return data.set(("next", "reward"), data.get(action).clone())
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"key": ("sensors", "place"), "action": ("arm", "force")}]
+)
+def test_episodes_weighed_by_another_policy(keys) -> None:
+    torch.manual_seed(0)
+    log, truth = drawn(0.0, **keys), drawn(0.4, **keys)
+    discount = GAMMA ** torch.arange(3.0)[:, None]
+    expected = float((truth["next", "reward"] * discount).sum(1).mean())
+    action = keys.get("action", "action")
+    out = importance_weighted_value(
+        actor(0.4, **keys), log, gamma=GAMMA, action_key=action
+    )
+    assert out["low"] < expected < out["high"]
+    assert float(out["value"]) == pytest.approx(expected, abs=0.1)
+    assert 100 < out["effective_episodes"] < 2000 == out["episodes"]
+
+
+def test_its_own_episodes_count_alike() -> None:
+    log = drawn(0.2, 50)
+    out = importance_weighted_value(actor(0.2), log, gamma=GAMMA)
+    discount = GAMMA ** torch.arange(3.0)[:, None]
+    expected = (log["next", "reward"] * discount).sum(1).mean()
+    torch.testing.assert_close(out["value"], expected)
+    assert float(out["effective_episodes"]) == pytest.approx(50)
+
+
+def test_importance_weights_need_both_policies() -> None:
+    log = drawn(0.0, 5)
+    with pytest.raises(TypeError, match="needs a policy that draws, with get_dist"):
+        importance_weighted_value(always(0.0), log)
+    with pytest.raises(KeyError, match="return_log_prob=True"):
+        importance_weighted_value(actor(0.0), log.exclude("action_log_prob"))
