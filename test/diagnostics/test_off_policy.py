@@ -129,9 +129,25 @@ def test_what_the_log_lacks_is_named() -> None:
         )
     with pytest.raises(ValueError, match="gamma must be above 0 and below 1"):
         fitted(always(0.0), data, gamma=1.0)
+    endless = data.clone()
+    endless["next", "observation"][0, 0, 1] = math.inf
+    with pytest.raises(ValueError, match=r"\('next', 'observation'\) is not finite"):
+        fitted(always(0.0), endless)
     data["next", "reward"][1, 2] = math.nan
     with pytest.raises(ValueError, match="reward 5 of the log is nan"):
         fitted(always(0.0), data)
+
+
+def test_values_that_no_rewards_add_up_to_are_told() -> None:
+    """Steps away from zero that never come back: a policy that speeds up has no finite value."""
+    data = bandit(40, 4)
+    data["next", "observation"] = 3 * data["observation"] + data["action"]
+    data["next", "reward"] = data["observation"].sum(-1, True)
+    out = fitted(always(0.0), data, gamma=0.95, steps=300)
+    assert out["unsettled"] > 0.1
+    low, high = (float(data["next", "reward"].aminmax()[n]) / 0.05 for n in (0, 1))
+    assert low - 1e-3 <= float(out["value"]) <= high + 1e-3
+    assert fitted(always(0.0), bandit(40, 4))["unsettled"] == 0
 
 
 # Importance weights ---------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from _diagnosed import padded, walk
@@ -71,6 +73,10 @@ def log(*size: int, key="observation") -> TensorDict:
     return data.set(("next", "reward"), following.sum(-1, True))
 
 
+def starts(data, key) -> float:
+    return float(data[:, 0].get(key).sum(-1).mean())
+
+
 def small(env, policy, data, path=None, **kwargs):
     settings = {"horizons": (2, 12), "rollouts": 30, "fitted_steps": 5, **kwargs}
     return write_policy_report(env, policy, data, path, **settings)
@@ -81,7 +87,7 @@ def test_a_policy_that_leaves_the_data_is_not_trusted_there(tmp_path, key) -> No
     torch.manual_seed(0)
     env, data = known(key), log(20, 15, key=key)
     path = tmp_path / "new" / "policy.html"
-    report = small(env, still, data, path)
+    report = small(env, still, data, path, fitted_steps=150, gamma=0.9)
     assert report.verdict.startswith("Trust: for 12 steps, at most 10% of the rollouts")
     assert report.trusted_steps == 12
     text = path.read_text(encoding="utf-8")
@@ -92,7 +98,12 @@ def test_a_policy_that_leaves_the_data_is_not_trusted_there(tmp_path, key) -> No
     assert "beyond the data&#x27;s" not in left.verdict
     assert left.numbers["disagreement/share of imagined steps beyond it"] > 0.5
     assert set(report.left_out) == {"importance", "exploitation_gap"}
-    assert report.score == pytest.approx(report.numbers["fitted_q/value"])
+    value = report.numbers[
+        "fitted_q/value"
+    ]  # nothing moves: the reward of the start, again and again
+    assert report.score == value == pytest.approx(10 * starts(data, key), abs=3)
+    assert math.isnan(left.score)
+    assert "fitted Q evaluation did not settle" in left.verdict
 
 
 def test_disagreement_along_rollouts_is_that_of_the_model() -> None:
@@ -121,6 +132,9 @@ def test_distances_are_in_units_of_the_data() -> None:
     )
     far = policy_distance(known(), away, data, 12)
     assert far["beyond"][-1] == 1 and far["quantiles"][-1, 1] > 3 * far["edge"]
+    held = data.clone()
+    held["action"] = torch.zeros_like(held["action"])  # and the policy's are not
+    assert policy_distance(known(), away, held, 1)["values"].min() > 0.5
     constant = data.exclude("next").apply(torch.zeros_like).set("next", data["next"])
     with pytest.raises(ValueError, match="nothing changes in the data"):
         policy_distance(known(), still, constant, 3)

@@ -209,11 +209,16 @@ def test_a_log_of_one_episode(settings, tmp_path) -> None:
     assert trainer.metrics[-1]["step"] == 20
 
 
-def test_an_end_where_the_data_ends(settings) -> None:
+def test_an_end_where_the_data_ends_is_no_relief(settings) -> None:
     trainer = MOPOTrainer(**{**settings, "limit_quantile": 0.5, "horizon": 4})
     trainer.train()
-    ended = trainer.candidates[0].imagined[:]["next", "terminated"]
+    following = trainer.candidates[0].imagined[:]["next"]
+    ended = following["terminated"]
     assert ended.any() and not ended.all()
+    worst = 100 * arrays()["rewards"].min()  # for ever, with gamma=0.99
+    assert following["reward"][ended].tolist() == pytest.approx(
+        [worst] * int(ended.sum()), rel=1e-4
+    )
 
 
 # Commands ------------------------------------------------------------------------------

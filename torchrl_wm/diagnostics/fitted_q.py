@@ -15,7 +15,7 @@ from torchrl_wm.diagnostics.logs import actions_of, flat, Log, seen_keys
 from torchrl_wm.diagnostics.recording import Episodes, positive
 from torchrl_wm.modules import EnsembleMLP
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
 
 #: Half the width of a normal distribution's 90 % interval, in standard deviations.
 _NINETY = 1.645
@@ -63,7 +63,8 @@ def fitted_q_value(
     Keyword Args:
         gamma: the discount, above 0 and below 1.
         steps: gradient steps.
-        members: ``E``, networks; each learns from a bootstrap sample of the episodes.
+        members: ``E``, networks; each learns from a bootstrap sample of the episodes. Of a log of
+            one episode all see the same, and the interval is too narrow.
         batch_size: transitions in a batch of each.
         hidden: the sizes of their hidden layers.
         learning_rate: of Adam at the beginning; it falls to zero.
@@ -75,12 +76,14 @@ def fitted_q_value(
             the current state is used.
 
     Returns:
-        Batch size ``[]``, scalars but for the second:
+        Batch size ``[]``, scalars but for the members:
 
         - ``"value"``: the mean over the members.
         - ``"members"``: the value by each, ``[E]``.
         - ``"low"``, ``"high"``: an interval that should hold it in 9 of 10 cases, by the
           members' spread. It knows of chance, not of actions that the log lacks.
+        - ``"unsettled"``: the share of these values that are more than a tenth beyond what the
+          rewards of the log could add up to. Above a tenth, do not use the estimate.
         - ``"log_value"``: what the episodes of the log were worth; one that was cut is taken
           to go on as it was.
         - ``"best_log_value"``: the mean of the best tenth of them.
@@ -124,12 +127,14 @@ def fitted_q_value(
         first = log.begins
         with torch.no_grad():
             inputs = transitions["state"][first], transitions["policy_action"][first]
-            values = scale.undone(network(*(x.expand(members, -1, -1) for x in inputs)))
+            raw = network.uncut(*(x.expand(members, -1, -1) for x in inputs))
+    values = scale.undone(raw.clamp(*network.limits))
     values = (values.squeeze(-1) * counts).sum(1) / counts.sum(1)  # [E]
     mean = values.mean()
     half = _NINETY * values.std() if members > 1 else torch.nan * mean
     episodes = log.episode_values(gamma).sort(descending=True).values
     out = {"value": mean, "members": values, "low": mean - half, "high": mean + half}
+    out["unsettled"] = _beyond(raw, network.limits)
     out["log_value"] = episodes.mean()
     out["best_log_value"] = episodes[: max(1, len(episodes) // 10)].mean()
     return TensorDict(out, batch_size=[]).cpu()
@@ -170,6 +175,13 @@ def _transitions(
             f"observation_keys=[...]."
         )
     seen = unique([*keys, *seen_keys(rows, action_keys)])
+    for key in keys:
+        for side, place in (("", rows), ("next", following)):
+            if not place.get(key).isfinite().all():
+                raise ValueError(
+                    f"The log's {join(side, key) if side else key!r} is not finite everywhere. Leave "
+                    f"such episodes out, or choose others: observation_keys=[...]."
+                )
     ahead = rows.exclude("next").copy().update(following.select(*seen))
     return TensorDict(
         {
@@ -194,6 +206,13 @@ def _bootstrap(log: Log, members: int) -> torch.Tensor:
     drawn = torch.randint(number, (members, number), device=log.reward.device)
     counts = torch.zeros(members, number, device=drawn.device)
     return counts.scatter_add(1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
+
+
+def _beyond(values: torch.Tensor, limits: tuple[float, float]) -> torch.Tensor:
+    """Return the share of values more than a tenth of the range beyond its limits."""
+    low, high = limits
+    margin = 0.1 * (high - low)
+    return ((values < low - margin) | (values > high + margin)).float().mean()
 
 
 class _Scale:
@@ -250,9 +269,13 @@ class _Network(nn.Module):
         self.limits = limits
 
     def forward(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        value = self.values.layers[-1](self.features(state, action))
+        value = self.uncut(state, action)
         # Values are cut, and their gradients are not: a value can come back.
         return value + (value.clamp(*self.limits) - value).detach()
+
+    def uncut(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Return the values as the last layers give them, ``[E, B, 1]``."""
+        return self.values.layers[-1](self.features(state, action))
 
     def features(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Return what the last layers read, ``[E, B, F]``."""

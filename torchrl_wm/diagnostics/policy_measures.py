@@ -99,8 +99,8 @@ def policy_distance(
     """Measure how far what a policy does in a model is from the data, beside the data's own gaps.
 
     The distance of an imagined latent and action is that to the nearest recorded ones: the root
-    mean square over dims, in units of each dim's spread in the data. Dims that never change
-    there are left out. A recorded step is compared with those of other episodes (with all
+    mean square over dims, in units of each dim's spread in the data; dims that never change
+    there count in their own units. A recorded step is compared with those of other episodes (with all
     others, if there is one episode): its neighbours in time are always near.
 
     Args, keyword args and returns: as for :func:`policy_disagreement`; any model will do.
@@ -220,8 +220,9 @@ def distance_of(study: PolicyStudy) -> TensorDict:
     moves = unit > 1e-6 * (1 + data.abs().mean(0))
     if not moves.any() or len(data) < 2:
         raise ValueError("nothing changes in the data: there is no unit of distance.")
-    data = data[:, moves] / unit[moves]
-    steps = flat(study.imagined.flatten(), keys)[:, moves] / unit[moves]
+    # What never changes there and does in the policy's actions is far, too.
+    unit = torch.where(moves, unit, 1.0)
+    data, steps = data / unit, flat(study.imagined.flatten(), keys) / unit
     found = nearest_distances(steps, data).reshape(study.alive.shape)
     own = episodes if len(episodes.unique()) > 1 else torch.arange(len(data))
     some = spread(len(data), 2000).to(data.device)

@@ -16,7 +16,13 @@ from torchrl_wm.diagnostics.drawing import name_of, new_figure
 from torchrl_wm.diagnostics.page import page, ReportSection
 from torchrl_wm.diagnostics.policy_sections import POLICY_SECTIONS
 from torchrl_wm.diagnostics.policy_study import PolicyStudy
-from torchrl_wm.diagnostics.policy_verdicts import judged, RULES, Trust, trusted
+from torchrl_wm.diagnostics.policy_verdicts import (
+    judged,
+    RULES,
+    settled,
+    Trust,
+    trusted,
+)
 from torchrl_wm.diagnostics.recording import Episodes, positive, Recording
 from torchrl_wm.diagnostics.report import measure_sections, Report
 from torchrl_wm.envs import WorldModelEnv
@@ -32,7 +38,7 @@ class PolicyReport(Report):
         verdict: the sentence at the top.
         trusted_steps: for how many imagined steps the model can be believed about the policy.
         score: what ranks policies on one log: the value by fitted Q evaluation; NaN if that
-            does not apply. See the guide for how well it ranks.
+            does not apply, or did not settle. See the guide for how well it ranks.
         sections: the sections, for another report: ``write_report(..., sections=sections)``.
     """
 
@@ -149,6 +155,7 @@ def write_policy_report(
     departures = {k: measured[k] for k in ("disagreement", "distance") if k in made}
     trust = trusted(departures, horizons)
     fitted = measured.get("fitted_q", None)
+    trusts_log = fitted is not None and settled(fitted)
     top = _top(title, trust, fitted, made.get("exploitation_gap"))
     sections = (top, *made.values())
     if path is not None:
@@ -167,7 +174,7 @@ def write_policy_report(
         left_out=left_out,
         verdict=top.verdict,
         trusted_steps=0 if trust is None else trust.steps,
-        score=float("nan") if fitted is None else float(fitted["value"]),
+        score=float(fitted["value"]) if trusts_log else float("nan"),
         sections=sections,
     )
 

@@ -19,7 +19,7 @@ from torchrl_wm.diagnostics.policy_plots import (
     plot_policy_return,
 )
 from torchrl_wm.diagnostics.policy_study import PolicyStudy
-from torchrl_wm.diagnostics.policy_verdicts import MOST_BEYOND
+from torchrl_wm.diagnostics.policy_verdicts import MOST_BEYOND, settled
 from torchrl_wm.diagnostics.returns import exploitation_gap, rolled_out
 from torchrl_wm.diagnostics.statistics_plots import plot_exploitation_gap
 from torchrl_wm.diagnostics.study import DoesNotApply, Measured
@@ -29,6 +29,12 @@ from torchrl_wm.modules.keys import as_tuple
 
 #: Fewer episodes than this, by their weights, say nothing.
 _FEWEST_EPISODES = 5
+
+_UNSETTLED = (
+    "The values did not settle: more of them than a tenth are beyond what the rewards of the log could "
+    "add up to. The policy may do what is nowhere in the log; take a smaller gamma, or do not "
+    "use them."
+)
 
 
 def disagreement(study: PolicyStudy) -> Measured:
@@ -129,6 +135,10 @@ def fitted(study: PolicyStudy) -> Measured:
     kind = (
         "more than" if low > own else "less than" if high < own else "about as much as"
     )
+    verdict = (
+        f"The policy is worth {numbers['value']:.4g} ({low:.4g} to {high:.4g}), {kind} the log's own "
+        f"episodes ({own:.4g}; the best tenth of them {numbers['the best tenth of them']:.4g})."
+    )
     section = ReportSection(
         "What the log says it is worth",
         how=(
@@ -136,11 +146,14 @@ def fitted(study: PolicyStudy) -> Measured:
             f"beginnings, learnt from the recorded transitions and the policy's own actions, without "
             f"the model. The interval is that of chance; it cannot know actions that the log lacks."
         ),
-        verdict=(
-            f"The policy is worth {numbers['value']:.4g} ({low:.4g} to {high:.4g}), {kind} the log's own "
-            f"episodes ({own:.4g}; the best tenth of them {numbers['the best tenth of them']:.4g})."
-        ),
-        good=True if low > own else False if high < own else None,
+        verdict=verdict if settled(found) else _UNSETTLED,
+        good=None
+        if not settled(found)
+        else True
+        if low > own
+        else False
+        if high < own
+        else None,
         numbers=numbers,
     )
     return section, found

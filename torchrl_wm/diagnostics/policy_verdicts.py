@@ -81,6 +81,11 @@ def trusted(
     return Trust(steps, tuple(horizons), why)
 
 
+def settled(fitted: TensorDictBase) -> bool:
+    """Return whether fitted Q evaluation came to values that the log's rewards could add up to."""
+    return float(fitted["unsettled"]) <= MOST_BEYOND
+
+
 def judged(
     trust: Trust | None,
     fitted: TensorDictBase | None,
@@ -97,7 +102,11 @@ def judged(
         said = ["Nothing says whether the model can be believed about this policy"]
     else:
         said = [trust.words]
-    if fitted is not None:
+    if fitted is not None and not settled(fitted):
+        said.append(
+            "the log alone does not say what it is worth: fitted Q evaluation did not settle"
+        )
+    elif fitted is not None:
         value, own = float(fitted["value"]), float(fitted["log_value"])
         low, high = float(fitted["low"]), float(fitted["high"])
         kind = (

@@ -162,6 +162,10 @@ class ActionCost(StepScore):
 class DisagreementPenalty(StepScore):
     """How much the members of an ensemble disagree, negative: it keeps plans where a model is sure.
 
+    It is for plans only. Where a policy learns from imagined rewards, too, or other parts should
+    see the same reward, put the penalty into the model by
+    :func:`~torchrl_wm.modules.with_penalty`; not both, as a plan would pay twice.
+
     Args:
         disagreement_key: the disagreement, below "next", such as
             :class:`~torchrl_wm.modules.EnsembleDynamics` writes.

@@ -57,8 +57,9 @@ class MOPOConfig(ModelConfig):
         measure: what is charged: disagreement, the spread of the members' predictions, or
             deviation, the largest deviation that a member predicts, as in the paper. Both are in
             units of the spread of what is predicted.
-        limit_quantile: the share of the recorded steps whose measure is below a limit, beyond
-            which imagined episodes end; None for no limit.
+        limit_quantile: the share of the held-out steps whose measure is below a limit, beyond
+            which imagined episodes end as if the worst recorded reward, none above zero, went on
+            for ever; None for no limit.
         horizon: the length of imagined rollouts.
         rollouts: how many imagined rollouts a round has, branched off recorded states.
         imagination_interval: how many updates pass between two rounds of imagined rollouts.
@@ -256,22 +257,31 @@ class MOPO(ModelRecipe):
 
     def coefficient(self, penalty: float) -> float:
         """Return what a unit of the measure costs, in units of reward, once the model is trained."""
-        reward = join("next", self.env.reward_key)
-        spread = torch.cat([part.get(reward).flatten() for part in self.parts_of_log])
-        return penalty * spread.std().item() / self._quantile(EDGE)
+        return penalty * self._rewards().std().item() / self._quantile(EDGE)
 
     def penalised(self, penalty: float) -> WorldModel:
         """Return the model whose rewards pay a penalty, and whose episodes end at the limit."""
-        config, limit = self.config, None
+        config, limit, worst = self.config, None, None
         if config.limit_quantile is not None:
             limit = self._quantile(config.limit_quantile)
+            # Where all rewards are negative, an end alone would be a relief.
+            worst = min(self._rewards().min().item(), 0.0) / max(1 - config.gamma, 1e-3)
         if not penalty and limit is None:
             # One member predicts each row, which is quicker.
             return with_propagation(self.world_model, "ts1", all_members=False)
         model = with_propagation(self.world_model, "ts1")
         return with_penalty(
-            model, self.coefficient(penalty), measure=config.measure, limit=limit
+            model,
+            self.coefficient(penalty),
+            measure=config.measure,
+            limit=limit,
+            limit_reward=worst,
         )
+
+    def _rewards(self) -> torch.Tensor:
+        """Return the recorded rewards, ``[N]``."""
+        key = join("next", self.env.reward_key)
+        return torch.cat([part.get(key).flatten() for part in self.parts_of_log])
 
     def _quantile(self, share: float) -> float:
         """Return the value that the measure does not exceed in a share of the held-out steps."""
