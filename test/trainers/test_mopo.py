@@ -224,9 +224,22 @@ def test_an_end_where_the_data_ends_is_no_relief(settings) -> None:
 # Commands ------------------------------------------------------------------------------
 
 
+def options(settings: dict) -> list[str]:
+    """The settings as words of the command line."""
+    words = []
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
 def test_without_an_env_the_model_answers(settings, tmp_path, capsys) -> None:
-    trainer = whole_run(settings, tmp_path / "run")
     folder = str(tmp_path / "run")
+    train = ["train", "mopo", "--run", folder, "--no-progress", "--no-report"]
+    assert main([*train, *options(settings)]) == 0
+    capsys.readouterr()
+    trainer = resume_run(folder)
+    assert trainer.config.penalties == (0.0, 2.0)
     assert main(["evaluate", folder, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["penalty"] == trainer.metrics[-1]["chosen_penalty"]
