@@ -81,6 +81,10 @@ _BUILT_IN = {
         "torchrl_wm.trainers.recipes.planet:PlaNet",
         "Learn a recurrent model, and act by planning through it.",
     ),
+    "mopo": (
+        "torchrl_wm.trainers.recipes.mopo:MOPO",
+        "Learn a policy from a log alone, in a model that charges for what it does not know.",
+    ),
     "model": (
         "torchrl_wm.trainers.recipes.model:ModelRecipe",
         "Learn only a world model, from logged data.",

@@ -18,6 +18,7 @@ COMMANDS = (
     "train pets",
     "train mbpo",
     "train model",
+    "train mopo",
     "evaluate",
     "report",
     "play",
@@ -102,6 +103,6 @@ def test_unknown_recipes_are_told_those_that_there_are(words, capsys) -> None:
     err = capsys.readouterr().err
     assert "There is no recipe 'muzero'" in err
     assert (
-        "['dreamer', 'mbpo', 'model', 'pets', 'planet', 'tdmpc2']" in err
+        "['dreamer', 'mbpo', 'model', 'mopo', 'pets', 'planet', 'tdmpc2']" in err
         and "None" not in err
     )

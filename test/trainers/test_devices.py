@@ -25,9 +25,9 @@ from torchrl_wm.trainers.acting import Acting
 from torchrl_wm.trainers.collecting import RealSteps
 from torchrl_wm.trainers.episodes import Episodes
 from torchrl_wm.trainers.evaluation import forked_random
+from torchrl_wm.trainers.imagined_replay import sample_newest
 from torchrl_wm.trainers.learning import check_losses, NonFiniteLossError
 from torchrl_wm.trainers.recipe import make_replay
-from torchrl_wm.trainers.recipes.mbpo import sample_newest
 
 
 class Waits(TorchDispatchMode):
@@ -64,9 +64,7 @@ def test_losses_on_a_device_are_looked_at_now_and_then() -> None:
 
 
 def test_updates_of_the_policy_wait_for_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(
-        "torchrl_wm.trainers.recipes.mbpo.check_losses", lambda *_: None
-    )
+    monkeypatch.setattr("torchrl_wm.trainers.learning.check_losses", lambda *_: None)
     trainer = trained(MBPOTrainer, **{**MBPO, "steps": 30, "evaluation_interval": 0})
     batch = trainer.data.sample(16)
     with Waits() as waits:

@@ -24,7 +24,7 @@ from torchrl_wm.trainers import (
     trainer_class,
 )
 
-BUILT_IN = ["pets", "mbpo", "tdmpc2", "dreamer", "planet", "model"]
+BUILT_IN = ["pets", "mbpo", "tdmpc2", "dreamer", "planet", "mopo", "model"]
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +222,7 @@ def test_looking_for_recipes_imports_none() -> None:
     code = """
 import sys
 from torchrl_wm import _registry
-assert _registry.recipe_names()[:6] == ["pets", "mbpo", "tdmpc2", "dreamer", "planet", "model"]
+assert _registry.recipe_names()[:7] == ["pets", "mbpo", "tdmpc2", "dreamer", "planet", "mopo", "model"]
 assert _registry.find_recipe("pets").summary
 assert "torch" not in sys.modules
 """

@@ -34,8 +34,10 @@ def evaluate(
     trainer = open_run(path, checkpoint)
     if video is not None:
         _check_acts(trainer, path)
+        if not trainer.recipe.has_real_env:
+            trainer.make_env()  # raises the error that says how to name one
     steps = trainer.collected_frames
-    if trainer.policy is None:
+    if trainer.policy is None or not trainer.recipe.has_real_env:
         numbers = {"steps": steps, **trainer.recipe.measures()}
         text = [
             f"{name.replace('_', ' ')} {value:.6g}" for name, value in numbers.items()
@@ -112,7 +114,9 @@ def play(
     _check_acts(trainer, path)
     film = Path(out) if out else trainer.run.path / "film.gif"
     both = film_policy(trainer, film, real_only=real_only, **settings)
-    if not both and not real_only:
+    if not trainer.recipe.has_real_env:
+        say("The run knows no real env: all of the film is imagined.")
+    elif not both and not real_only:
         say(f"Only the real env is filmed: {why_only_real(trainer)}")
     say(str(film))
 

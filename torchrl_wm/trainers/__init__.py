@@ -28,6 +28,8 @@ from torchrl_wm.trainers.recipes import (
     MBPOConfig,
     ModelConfig,
     ModelRecipe,
+    MOPO,
+    MOPOConfig,
     PETS,
     PETSConfig,
     PlaNet,
@@ -51,6 +53,7 @@ from torchrl_wm.trainers.watching import watch
 
 PETSTrainer = trainer_class(PETS)
 MBPOTrainer = trainer_class(MBPO)
+MOPOTrainer = trainer_class(MOPO)
 TDMPC2Trainer = trainer_class(TDMPC2)
 DreamerTrainer = trainer_class(Dreamer)
 PlaNetTrainer = trainer_class(PlaNet)
@@ -69,6 +72,9 @@ __all__ = [
     "MBPO",
     "MBPOConfig",
     "MBPOTrainer",
+    "MOPO",
+    "MOPOConfig",
+    "MOPOTrainer",
     "ModelConfig",
     "ModelLearner",
     "ModelRecipe",

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tensordict import NestedKey, TensorDictBase
+from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm._registry import load_object
 from torchrl_wm.diagnostics import observation_renderer, render_comparison, save_video
 from torchrl_wm.diagnostics.drawn_observations import drawn_frames, Render
 from torchrl_wm.diagnostics.recording import observed_keys
 from torchrl_wm.diagnostics.video_files import resized
+from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.models.specs import BOOKKEEPING
 from torchrl_wm.modules.keys import as_tuple, unique
+from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.pixels import rendered_frame
 from torchrl_wm.trainers.trainer import RecipeTrainer
@@ -53,7 +57,7 @@ def film_policy(
     The model imagines the same actions, and looks at the real state again every ``horizon``
     steps; a recurrent model looks at what it has filtered from the beginning of the episode on. A
     run without a model, or with one that has learnt nothing yet or predicts no observations, is
-    filmed only in the real env.
+    filmed only in the real env; a run of a log without one, only as the model imagines it.
 
     Args:
         trainer: the run.
@@ -140,6 +144,8 @@ def take_film(
         env = recipe.diagnosed_env()
     # A model of latents that does not decode them shows nothing.
     is_imagined = env is not None and bool(observed_keys(env))
+    if not recipe.has_real_env and recipe.policy is not None:
+        return _imagined_film(trainer, env, draw, seed, max_steps, height)
     is_acted = not is_imagined and render is None
     if recipe.policy is None and (is_acted or episode is None):
         raise ValueError(
@@ -209,6 +215,33 @@ def _observed_keys(trainer: RecipeTrainer) -> list[NestedKey]:
     return [key for key in keys if key in shown] or [
         key for key in keys if key not in model.latent_keys
     ]
+
+
+def _imagined_film(
+    trainer: RecipeTrainer,
+    env: WorldModelEnv | None,
+    draw: Callable | None,
+    seed: int,
+    max_steps: int,
+    height: int | None,
+) -> Film:
+    """Return a film of the policy in the model, from where a held-out episode begins."""
+    if draw is None or env is None:
+        raise ValueError(
+            "The run knows no real env, so that its film is imagined, and nothing is known that "
+            "draws its observations. Give a function, film_policy(..., render=f) with "
+            "f(observation) -> [height, width, 3], on the command line torchrl-wm play RUN "
+            "--render module:function."
+        )
+    first = trainer.recipe.held_out_episodes()[0][0]
+    exploration = trainer.recipe.evaluation_exploration
+    with forked_random(seed), set_exploration_type(exploration), torch.no_grad():
+        with evaluation_mode(trainer.policy, env.world_model):
+            start = first.select(*env.start_keys, strict=False)
+            episode = env.rollout(max_steps, trainer.policy, tensordict=start)
+    frames = drawn_frames(draw, episode.cpu(), _observed_keys(trainer))
+    frames = frames if height is None else resized(frames, height)
+    return Film(frames, episode, True)
 
 
 def _real_film(

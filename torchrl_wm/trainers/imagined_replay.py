@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from tensordict import NestedKey, TensorDictBase
 from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.trainers import Trainer
@@ -38,6 +39,7 @@ class ImaginedReplayHook(TrainerHookBase):
         horizon: the number of imagined steps from each start.
         num_starts: how many starts to draw each time.
         interval: how many collected batches pass between two rounds of imagination.
+        keys: the entries of imagined transitions to keep; all of them by default.
 
     Raises:
         ValueError: if a number is not positive, or ``num_starts`` does not fit
@@ -78,6 +80,7 @@ class ImaginedReplayHook(TrainerHookBase):
         horizon: int = 1,
         num_starts: int = 256,
         interval: int = 1,
+        keys: Sequence[NestedKey] | None = None,
     ) -> None:
         numbers = {"horizon": horizon, "num_starts": num_starts, "interval": interval}
         for name, value in numbers.items():
@@ -100,6 +103,7 @@ class ImaginedReplayHook(TrainerHookBase):
         self.horizon = horizon
         self.num_starts = num_starts
         self.interval = interval
+        self.keys = keys
         #: Imagined transitions written so far.
         self.imagined_frames = 0
         self._calls = 0
@@ -119,7 +123,10 @@ class ImaginedReplayHook(TrainerHookBase):
         with evaluation_mode(model), set_exploration_type(ExplorationType.RANDOM):
             imagined = self.env.imagine(self.horizon, self.policy, starts)
         valid = imagined.get(("collector", "mask"))
-        transitions = imagined.exclude("collector")[valid]
+        imagined = imagined.exclude("collector")
+        if self.keys is not None:
+            imagined = imagined.select(*self.keys)
+        transitions = imagined[valid]
         self.replay_buffer.extend(transitions)
         self.imagined_frames += len(transitions)
 
@@ -141,3 +148,39 @@ class ImaginedReplayHook(TrainerHookBase):
         """Have ``trainer`` call the hook after the optimisation steps of each batch."""
         trainer.register_op("post_steps", self)
         trainer.register_module(name, self)
+
+
+def mixed_batches(
+    sources: Sequence[tuple[ReplayBuffer | TensorDictBase, int, int]],
+    updates: int,
+    keys: Sequence[NestedKey],
+) -> Iterator[TensorDictBase]:
+    """Give batches that mix the rows of several sources, such as real and imagined ones.
+
+    Args:
+        sources: each a buffer or transitions ``[N]``, how many of its rows are in a batch, and
+            among how many of its newest rows these are drawn.
+        updates: how many batches.
+        keys: the entries that batches have.
+    """
+    parts = []
+    for buffer, size, among in sources:
+        if size:
+            rows = sample_newest(buffer, updates * size, among)
+            parts.append(rows.select(*keys).reshape(updates, size))
+    return iter(torch.cat(parts, 1).unbind(0))
+
+
+def sample_newest(
+    buffer: ReplayBuffer | TensorDictBase, number: int, among: int
+) -> TensorDictBase:
+    """Return ``number`` transitions, with replacement, of the ``among`` that were written last."""
+    if not isinstance(buffer, ReplayBuffer):
+        back = torch.randint(min(among, len(buffer)), (number,), device=buffer.device)
+        return buffer[len(buffer) - 1 - back]
+    if among >= len(buffer):
+        return buffer.sample(number)
+    # Not by buffer[...], which waits for the indices on the CPU.
+    storage = buffer.storage
+    back = torch.randint(among, (number,), device=storage.device)
+    return storage[(buffer.write_count - 1 - back) % len(buffer)]

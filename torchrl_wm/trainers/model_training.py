@@ -191,6 +191,11 @@ class ModelTraining:
             model.load_state_dict(self._best)
         return model
 
+    def keep_best(self) -> None:
+        """Go back to the best weights so far, in place: other models share them."""
+        if self._best is not None:
+            self.world_model.load_state_dict(self._best)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the model, its optimiser and the best weights."""
         learner = self.learner.state_dict()
@@ -279,6 +284,13 @@ def as_episodes(rows: TensorDictBase) -> list[TensorDictBase]:
     if not ends or ends[-1] != len(rows):
         ends.append(len(rows))
     return [rows[a:b] for a, b in zip([0, *ends], ends)]
+
+
+def episode_starts(rows: TensorDictBase) -> torch.Tensor:
+    """Return where the episodes of transitions ``[N]`` begin, ``[episodes]`` int64."""
+    begins = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    begins[1:] = _ends(rows)[:-1]
+    return begins.nonzero().flatten()
 
 
 def _ends(rows: TensorDictBase) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
+from torchrl_wm.diagnostics import ReportSection
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.trainers.collectors import real_steps
@@ -53,6 +54,8 @@ class Recipe:
     objects: ClassVar[tuple[str, ...]] = ()
     #: Whether the policy can also act in the imagined env. A planner acts in the real one.
     acts_in_model: ClassVar[bool] = True
+    #: Whether it learns from a log, on whose held-out episodes the report is.
+    learns_from_log: ClassVar[bool] = False
     #: The exploration type of evaluations.
     evaluation_exploration: ClassVar[ExplorationType] = ExplorationType.DETERMINISTIC
 
@@ -150,9 +153,34 @@ class Recipe:
         """
         return {} if self.policy is None else {"policy": self.policy}
 
-    def measures(self) -> dict[str, float]:
-        """Return the numbers that ``torchrl-wm evaluate`` prints for a recipe without a policy."""
+    @property
+    def has_real_env(self) -> bool:
+        """Whether there is a real env to act in; a recipe that learns from a log may have none."""
+        return True
+
+    @property
+    def policy_has_learnt(self) -> bool:
+        """Whether an evaluation makes sense; only a recipe that trains a model first says no."""
+        return True
+
+    @property
+    def policies(self) -> dict[str, TensorDictModuleBase]:
+        """The policies by name that an evaluation compares, if the recipe learns several."""
         return {}
+
+    def measures(self) -> dict[str, float]:
+        """Return the numbers that ``torchrl-wm evaluate`` prints without a policy or a real env."""
+        return {}
+
+    def report_sections(
+        self, returns: Callable[[TensorDictModuleBase], list[float]] | None
+    ) -> list[ReportSection]:
+        """Return the recipe's own sections of the report, which come first.
+
+        Args:
+            returns: gives real returns of a policy; None without a real env.
+        """
+        return []
 
     def finish(self, folder: Path) -> None:
         """Write the results of a finished run into its folder, such as a model."""

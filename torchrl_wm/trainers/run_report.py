@@ -88,7 +88,8 @@ def write_run_report(
         path: the file; ``report.html`` in the run's folder by default.
 
     Keyword Args:
-        episodes: how many real episodes of the policy are recorded.
+        episodes: how many real episodes of the policy are recorded. The model of a log is
+            measured on its held-out episodes.
         seed: the seed of these episodes, and of what is imagined.
         kwargs: arguments of :func:`~torchrl_wm.diagnostics.write_report`; ``render`` may also be
             the name of a function, ``"module:function"``.
@@ -121,8 +122,8 @@ def write_run_report(
         path = trainer.run.path / "report.html"
     _check_has_learnt(trainer)
     kwargs["render"] = found_render(kwargs.get("render"))
-    if trainer.policy is None:
-        return _report_on_data(trainer, path, seed=seed, **kwargs)
+    if trainer.recipe.learns_from_log:
+        return _report_on_data(trainer, path, episodes, seed, **kwargs)
     recorded = trainer.evaluate(episodes, seed=seed)
     settings = {
         "title": f"{trainer.recipe.title}, seed {trainer.config.seed}",
@@ -139,6 +140,7 @@ def write_run_report(
         settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
     settings["sections"] = [
         _learning_curve(trainer, recorded),
+        *trainer.recipe.report_sections(returns_of(trainer, episodes, seed)),
         *settings.get("sections", ()),
     ]
     return write_report(path, trainer.recipe.diagnosed_env(), recorded, **settings)
@@ -184,16 +186,36 @@ def _learning_curve(
 
 
 def _report_on_data(
-    trainer: RecipeTrainer, path: str | os.PathLike, **settings: Any
+    trainer: RecipeTrainer,
+    path: str | os.PathLike,
+    number: int,
+    seed: int,
+    **settings: Any,
 ) -> Report:
-    """Write the report on a model without a policy, on the held-out episodes."""
+    """Write the report on a model of a log, on the held-out episodes, and on what learnt in it."""
     recipe = trainer.recipe
     settings.setdefault("real_env", recipe.real_env)
-    settings.setdefault(
-        "title", f"A world model of {recipe.config.about}, on held-out episodes"
-    )
+    about = f"A world model of {recipe.config.about}"
+    if recipe.policy is not None:
+        about = f"{recipe.title}, seed {recipe.config.seed}"
+        settings.setdefault("policy", _without_exploration(trainer))
+        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
+    settings.setdefault("title", f"{about}, on held-out episodes")
+    settings["sections"] = [
+        *recipe.report_sections(returns_of(trainer, number, seed)),
+        *settings.get("sections", ()),
+    ]
     episodes = recipe.held_out_episodes()
-    return write_report(path, recipe.diagnosed_env(), episodes, **settings)
+    return write_report(path, recipe.diagnosed_env(), episodes, seed=seed, **settings)
+
+
+def returns_of(
+    trainer: RecipeTrainer, episodes: int, seed: int
+) -> Callable[[Any], list[float]] | None:
+    """Return what gives real returns of a policy; None without a real env."""
+    if not trainer.recipe.has_real_env:
+        return None
+    return lambda policy: trainer.returns(episodes, seed=seed, policy=policy)
 
 
 def _without_exploration(trainer: RecipeTrainer) -> Callable:

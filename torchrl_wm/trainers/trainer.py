@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.trainers import Trainer
@@ -197,13 +198,11 @@ class RecipeTrainer(Trainer):
         """Evaluate if it is due, record the episodes that ended, save, and stop at the end."""
         steps = self.new_steps
         interval = getattr(self.config, "evaluation_interval", 0)
-        is_evaluated = bool(interval) and steps.due(interval)
+        is_evaluated = (
+            bool(interval) and steps.due(interval) and self.recipe.policy_has_learnt
+        )
         if is_evaluated:
-            returns = self.returns(self.config.evaluation_episodes)
-            self.record(
-                evaluation_return=sum(returns) / len(returns),
-                evaluation_least=min(returns),
-            )
+            self.record(**self._evaluation())
         before = self.episodes
         rows = self.collector.finished(steps, before)
         losses = (
@@ -257,6 +256,7 @@ class RecipeTrainer(Trainer):
         env: EnvBase | None = None,
         *,
         seed: int | None = None,
+        policy: TensorDictModuleBase | None = None,
     ) -> Iterator[TensorDictBase]:
         """Give the episodes of :meth:`evaluate`, one by one.
 
@@ -270,7 +270,9 @@ class RecipeTrainer(Trainer):
         Keyword Args:
             seed: the seed of how the episodes begin, and of what a planner draws. By default
                 the seed of the run determines how they begin.
+            policy: what acts; the policy of the run by default.
         """
+        policy = self.policy if policy is None else policy
         if env is None:
             if self._evaluation_env is None:
                 self._evaluation_env = self.make_env()
@@ -281,12 +283,24 @@ class RecipeTrainer(Trainer):
             with forked_random(drawn):
                 (episode,) = run_episodes(
                     env,
-                    self.policy,
+                    policy,
                     1,
                     first_episode=number,
                     exploration=self.recipe.evaluation_exploration,
                 )
             yield episode
+
+    def _evaluation(self) -> dict[str, float]:
+        """Return the row of an evaluation: returns of the policy, and means of all that are compared."""
+        episodes, policies = self.config.evaluation_episodes, self.recipe.policies
+        found = {k: self.returns(episodes, policy=p) for k, p in policies.items()}
+        own = [found[name] for name, each in policies.items() if each is self.policy]
+        returns = own[0] if own else self.returns(episodes)
+        return {
+            "evaluation_return": sum(returns) / episodes,
+            "evaluation_least": min(returns),
+            **{f"evaluation_return_{k}": sum(v) / episodes for k, v in found.items()},
+        }
 
     def make_env(self, **kwargs: Any) -> EnvBase:
         """Return another real env of the run, with the entries that the policy needs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchrl_wm.trainers.recipes.dreamer import Dreamer, DreamerConfig
 from torchrl_wm.trainers.recipes.mbpo import MBPO, MBPOConfig
 from torchrl_wm.trainers.recipes.model import ModelConfig, ModelRecipe
+from torchrl_wm.trainers.recipes.mopo import MOPO, MOPOConfig
 from torchrl_wm.trainers.recipes.pets import PETS, PETSConfig
 from torchrl_wm.trainers.recipes.planet import PlaNet, PlaNetConfig
 from torchrl_wm.trainers.recipes.tdmpc2 import TDMPC2, TDMPC2Config
@@ -14,6 +15,8 @@ __all__ = [
     "DreamerConfig",
     "MBPO",
     "MBPOConfig",
+    "MOPO",
+    "MOPOConfig",
     "ModelConfig",
     "ModelRecipe",
     "PETS",

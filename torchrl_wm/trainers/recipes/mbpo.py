@@ -8,17 +8,14 @@ from typing import Annotated, Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
-from torchrl.objectives import SoftUpdate
 
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_propagation
-from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
-from torchrl_wm.trainers.learning import check_losses
-from torchrl_wm.trainers.recipe import Counts, make_replay
+from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook, mixed_batches
+from torchrl_wm.trainers.recipe import make_replay
 from torchrl_wm.trainers.recipes.ensemble import EnsembleRecipe, EnsembleRunConfig
-from torchrl_wm.trainers.recipes.sac import make_sac
+from torchrl_wm.trainers.recipes.sac import SoftActorCritic
 from torchrl_wm.trainers.settings import AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
@@ -119,19 +116,18 @@ class MBPO(EnsembleRecipe):
             with_propagation(self.world_model, "ts1", all_members=False), env
         )
         # The policy, and the values and losses of SAC.
-        actor, sac = make_sac(
+        self.learning = SoftActorCritic(
             env,
             list(self.world_model.encoder.in_keys),
             hidden=config.policy_hidden,
             alpha_init=config.alpha_init,
             gamma=config.gamma,
+            tau=config.tau,
+            learning_rate=config.learning_rate,
             device=self.device,
         )
-        self.policy, self.sac = actor.to(self.device), sac.to(self.device)
-        self.optimizer = torch.optim.Adam(
-            sac.parameters(), lr=config.learning_rate, fused=True
-        )
-        self.targets = SoftUpdate(sac, tau=config.tau)
+        self.policy, self.sac = self.learning.policy, self.learning.loss
+        self.optimizer = self.learning.optimizer
         # D_model.
         longest = max(config.horizon_schedule[2:])
         self.imagined = make_replay(
@@ -145,12 +141,10 @@ class MBPO(EnsembleRecipe):
             num_starts=config.rollouts,
         )
         #: Updates of the policy so far.
-        self.counts = Counts(updates=0)
+        self.counts = self.learning.counts
         self.parts = {
-            "counts": self.counts,
+            **self.learning.parts,
             "learner": self.learner,
-            "sac": self.sac,
-            "optimizer": self.optimizer,
             "replay": self.replay,
             "imagined": self.imagined,
         }
@@ -173,41 +167,18 @@ class MBPO(EnsembleRecipe):
 
     def batches(self, steps: Steps) -> Iterator[TensorDictBase]:
         """Give the batches of the updates, ``[batch_size]``: real and imagined transitions."""
-        config, parts = self.config, []
+        config = self.config
         updates = config.updates_per_step * steps.count
         real = round(config.real_share * config.batch_size)
         # The buffer has room for the longest rollouts, and so for more rounds of shorter ones.
         horizon = config.horizon(steps.total)
         retained = config.retained_rounds * config.rollouts * horizon
-        for buffer, size, among in (
+        sources = (
             (self.replay, real, len(self.replay)),
             (self.imagined, config.batch_size - real, retained),
-        ):
-            if size:
-                rows = sample_newest(buffer, updates * size, among)
-                rows = rows.select(*self._keys)
-                parts.append(rows.reshape(updates, size))
-        return iter(torch.cat(parts, 1).unbind(0))
+        )
+        return mixed_batches(sources, updates, self._keys)
 
     def update_policy(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
         """Make an update of policy, values, temperature and targets; return the losses."""
-        losses = self.sac(batch)
-        terms = losses.select(*(key for key in losses.keys() if "loss" in key))
-        total = terms.sum(reduce=True)
-        check_losses(terms, total, batch, "The policy", self.counts.updates)
-        self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
-        self.targets.step()
-        self.counts.updates += 1
-        return dict(terms.detach().items())
-
-
-def sample_newest(buffer: ReplayBuffer, number: int, among: int) -> TensorDictBase:
-    """Return ``number`` transitions, with replacement, of the ``among`` that were written last."""
-    if among >= len(buffer):
-        return buffer.sample(number)
-    # Not by buffer[...], which waits for the indices on the CPU.
-    storage = buffer.storage
-    back = torch.randint(among, (number,), device=storage.device)
-    return storage[(buffer.write_count - 1 - back) % len(buffer)]
+        return self.learning.update(batch)

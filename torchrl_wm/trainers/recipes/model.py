@@ -19,7 +19,7 @@ from torchrl_wm.trainers.model_training import (
     held_out_errors,
     ModelTraining,
 )
-from torchrl_wm.trainers.real_envs import EnvSource
+from torchrl_wm.trainers.real_envs import copied_source, EnvSource, make_real_env
 from torchrl_wm.trainers.recipe import Counts, Recipe
 from torchrl_wm.trainers.settings import AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
@@ -70,6 +70,7 @@ class ModelRecipe(Recipe):
     """
 
     name = "model"
+    learns_from_log = True
     config_class = ModelConfig
     config: ModelConfig
 
@@ -102,7 +103,8 @@ class ModelRecipe(Recipe):
 
     def make_collector(self, source: EnvSource | None) -> GradientSteps:
         """Return the collector that counts gradient steps."""
-        return GradientSteps(self.config.interval, self.config.steps)
+        source = self.config.env if source is None else source
+        return GradientSteps(self.config.interval, self.config.steps, source)
 
     def learn(self, steps: Steps) -> dict[str, float]:
         """Make as many gradient steps, and measure the held-out error."""
@@ -116,6 +118,10 @@ class ModelRecipe(Recipe):
     def title(self) -> str:
         rows = len(self.training.train) + len(self.training.test)
         return f"A world model of {rows} transitions from {self.config.data}"
+
+    @property
+    def has_real_env(self) -> bool:
+        return self.real_env is not None
 
     @property
     def has_learnt(self) -> bool:
@@ -140,13 +146,16 @@ class GradientSteps:
     Args:
         interval: how many steps make a row of the metrics.
         total: how many steps there are in all.
+        source: makes the real env that evaluations are in; None if there is none.
     """
 
     #: Read by TorchRL's Trainer.
     init_random_frames = 0
 
-    def __init__(self, interval: int, total: int) -> None:
-        self.interval, self.total = interval, total
+    def __init__(
+        self, interval: int, total: int, source: EnvSource | None = None
+    ) -> None:
+        self.interval, self.total, self._source = interval, total, source
         self._counts = Counts(done=0)
         self.on_begin: Callable[[], None] = lambda: None
 
@@ -181,3 +190,20 @@ class GradientSteps:
 
     def shutdown(self) -> None:
         """Do nothing: nothing is open."""
+
+    def make_env(self, **kwargs: Any) -> EnvBase:
+        """Return the env that was recorded.
+
+        Args:
+            kwargs: arguments for Gymnasium, such as ``render_mode``.
+
+        Raises:
+            ValueError: if the run does not know it.
+        """
+        if self._source is None:
+            raise ValueError(
+                "The run has learnt from a log, and knows no real env to act in. Start it with "
+                "env=..., on the command line --env; or load its policy, "
+                "torchrl_wm.trainers.load_policy(run), and act yourself."
+            )
+        return make_real_env(copied_source(self._source), **kwargs)

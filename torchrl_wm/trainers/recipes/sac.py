@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
-from torchrl.objectives import SACLoss
+from torchrl.objectives import SACLoss, SoftUpdate
 
 from torchrl_wm.modules.blocks.squashed_normal import squashed_normal
 from torchrl_wm.modules.keys import as_tuple
@@ -15,6 +18,79 @@ from torchrl_wm.trainers.env_checks import (
     check_policy_action,
     check_policy_observations,
 )
+from torchrl_wm.trainers.learning import descend
+from torchrl_wm.trainers.recipe import Counts
+
+
+class SoftActorCritic:
+    """A policy with its values, their optimizer and their targets, as MBPO and MOPO train them.
+
+    Args:
+        env: the real env, or its specs.
+        observation_keys: the observations that policy and values read.
+
+    Keyword Args:
+        hidden, alpha_init, gamma, device: see :func:`make_sac`.
+        learning_rate: the learning rate of policy, values and temperature.
+        tau: the share of the values that is mixed into their targets in an update.
+
+    Attributes:
+        policy: the actor.
+        loss: TorchRL's loss.
+        optimizer: its optimizer.
+        counts: ``counts.updates`` is how many updates have been made.
+
+    Raises:
+        ValueError: if the actions are not continuous and bounded, or entries are not vectors.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        observation_keys: list[NestedKey],
+        *,
+        hidden: tuple[int, ...],
+        alpha_init: float,
+        gamma: float,
+        tau: float,
+        learning_rate: float,
+        device: torch.device,
+    ) -> None:
+        actor, loss = make_sac(
+            env,
+            observation_keys,
+            hidden=hidden,
+            alpha_init=alpha_init,
+            gamma=gamma,
+            device=device,
+        )
+        self.policy, self.loss = actor.to(device), loss.to(device)
+        self.optimizer = torch.optim.Adam(
+            loss.parameters(), lr=learning_rate, fused=True
+        )
+        self.targets = SoftUpdate(loss, tau=tau)
+        self.counts = Counts(updates=0)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts of a checkpoint."""
+        return {"counts": self.counts, "sac": self.loss, "optimizer": self.optimizer}
+
+    def update(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
+        """Make an update of policy, values, temperature and targets; return the losses.
+
+        Args:
+            batch: transitions, ``[batch_size]``.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite.
+        """
+        losses = self.loss(batch)
+        terms = losses.select(*(key for key in losses.keys() if "loss" in key))
+        descend(terms, self.optimizer, batch, "The policy", self.counts.updates)
+        self.targets.step()
+        self.counts.updates += 1
+        return dict(terms.detach().items())
 
 
 def make_sac(
