@@ -10,7 +10,7 @@ from torchrl_wm.trainers.films import film_policy
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook
 from torchrl_wm.trainers.learning import ModelLearner, NonFiniteLossError
 from torchrl_wm.trainers.logged_data import load_transitions
-from torchrl_wm.trainers.model_training import RecordedEnv, train_world_model
+from torchrl_wm.trainers.model_training import train_world_model
 from torchrl_wm.trainers.policies import load_policy, Policy
 from torchrl_wm.trainers.real_envs import make_real_env
 from torchrl_wm.trainers.recipe import Recipe
@@ -30,6 +30,7 @@ from torchrl_wm.trainers.recipes import (
     TDMPC2,
     TDMPC2Config,
 )
+from torchrl_wm.trainers.recorded_env import RecordedEnv
 from torchrl_wm.trainers.run_folder import RunFolder
 from torchrl_wm.trainers.run_report import (
     plot_learning_curve,

@@ -40,7 +40,9 @@ _SAY = (
 # Specs from the data -------------------------------------------------------------------
 
 
-def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
+def inferred_spec(
+    key: NestedKey, value: torch.Tensor, *, stacklevel: int = 1
+) -> TensorSpec:
     """Return the spec that the values of actions suggest.
 
     - One integer for each step is the number of an option; there are as many options as the
@@ -55,6 +57,9 @@ def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
         key: the key of the entry, for messages.
         value: ``[N, *A]``.
 
+    Keyword Args:
+        stacklevel: whose line the warning of bounds names, 1 for that of the caller.
+
     Returns:
         The spec, of the shape ``A`` and the dtype of ``value``.
 
@@ -67,7 +72,7 @@ def inferred_spec(key: NestedKey, value: torch.Tensor) -> TensorSpec:
     if value.is_floating_point():
         if several and _is_one_hot(value) and bool((value != value[:1]).any()):
             return OneHot(size, **form)
-        return observed_bounds(key, value, stacklevel=5)
+        return observed_bounds(key, value, stacklevel=1 + stacklevel)
     numbers = _checked(key, value)
     if value.shape[1:].numel() == 1:
         return Categorical(*_options(key, value).flatten().tolist(), **form)
@@ -210,6 +215,10 @@ def as_spec(
     """
     if isinstance(spec, _CHOICES) and not isinstance(spec, Binary):
         return _as_choices(key, value, spec, whose, start)
+    if (
+        value.shape[1:].numel() == spec.shape.numel() == 1
+    ):  # [N] and [N, 1] are the same
+        value = value.reshape(-1, *spec.shape)
     if value.shape[1:] != spec.shape:
         raise _other_shape(key, value, spec, whose)
     if isinstance(spec, Binary) and not ((value == 0) | (value == 1)).all():
@@ -309,6 +318,8 @@ def action_specs(
     data: TensorDictBase,
     given: TensorSpec | None = None,
     bounds: ActionBounds | None = None,
+    *,
+    stacklevel: int = 1,
 ) -> Composite:
     """Return the specs of recorded actions.
 
@@ -316,6 +327,9 @@ def action_specs(
         data: transitions ``[N]``.
         given: known specs: a composite for all keys, or the spec of the only key.
         bounds: the bounds of actions that are quantities.
+
+    Keyword Args:
+        stacklevel: whose line the warning of bounds names, 1 for that of the caller.
 
     Raises:
         ValueError: if the actions do not fit the given spec, or no spec can be inferred.
@@ -329,7 +343,7 @@ def action_specs(
         value = data.get(key)
         spec = known.get(key)
         if spec is None:
-            spec = inferred_spec(key, value)
+            spec = inferred_spec(key, value, stacklevel=1 + stacklevel)
         elif value.shape[1:] != spec.shape or value.dtype != spec.dtype:
             raise ValueError(
                 f"{key!r} is {value.dtype} of the shape {tuple(value.shape[1:])} per step, and "

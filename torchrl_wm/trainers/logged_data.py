@@ -1,29 +1,16 @@
-"""Recorded transitions: arrays, replay buffers, tensordicts, Minari datasets."""
+"""Recorded transitions: arrays, tables, replay buffers, tensordicts, Minari datasets."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
-import numpy as np
-import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_wm import _upstream
-from torchrl_wm.models import EnvSpecs, read_specs
-from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import (
-    as_tuple,
-    join,
-    leaf_keys,
-    missing_from,
-    sibling,
-    unique,
-)
-from torchrl_wm.modules.world_model.filtering import episode_begins
 from torchrl_wm.trainers.logged_actions import (
     action_keys,
     as_choices,
@@ -33,28 +20,24 @@ from torchrl_wm.trainers.logged_actions import (
     check_one_source,
     start_of,
 )
+from torchrl_wm.trainers.logged_arrays import from_arrays, is_table
 from torchrl_wm.trainers.logged_bounds import ActionBounds
-from torchrl_wm.trainers.logged_entries import (
-    check_names,
-    check_observed_actions,
-    ENDS,
-    narrowed,
-)
-from torchrl_wm.trainers.logged_files import oldest_first, read
+from torchrl_wm.trainers.logged_entries import check_observed_actions, narrowed
+from torchrl_wm.trainers.logged_files import read
 from torchrl_wm.trainers.logged_minari import is_minari, minari_episodes, of_space
+from torchrl_wm.trainers.logged_names import Names
+from torchrl_wm.trainers.logged_tensordicts import as_specified, content, flat
 
-#: The sources that :func:`load_transitions` reads.
+#: The sources that :func:`load_transitions` reads; Any stands for tables, such as DataFrames.
 DataSource = Union[
     str,
     os.PathLike,
     TensorDictBase,
     ReplayBuffer,
     Mapping[str, Any],
-    Sequence[Mapping[str, Any]],
+    Sequence[Any],
+    Any,
 ]
-#: The names of arrays.
-NAMES = ("observations", "actions", "rewards", "terminations")
-OPTIONAL = ("truncations", "next_observations")
 
 
 def load_transitions(
@@ -63,6 +46,8 @@ def load_transitions(
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
     action_bounds: ActionBounds | None = None,
+    names: Names | str | None = None,
+    dones: str | None = None,
 ) -> TensorDictBase:
     """Read recorded transitions.
 
@@ -70,18 +55,31 @@ def load_transitions(
         source: one of
 
             - a dictionary of arrays of ``N`` steps: ``observations`` ``[N, *O]``, ``actions``
-              ``[N, *A]``, ``rewards`` ``[N]``, ``terminations`` ``[N]``,
-              ``next_observations`` ``[N, *O]`` and, optionally, ``truncations`` ``[N]``;
-            - such a dictionary without ``next_observations`` and with ``observations``
-              ``[N + 1, *O]``: the arrays of one episode, its last observation included;
-            - a list of such dictionaries, one for each episode;
-            - a file ``.npz`` with the arrays of one dictionary;
+              ``[N, *A]``, ``rewards`` ``[N]``, what tells where episodes end, and, optionally,
+              ``next_observations`` ``[N, *O]``;
+            - such a dictionary with ``observations`` ``[N + 1, *O]``: the arrays of one episode,
+              its last observation included;
+            - a table, such as a DataFrame of pandas or polars, with columns ``obs_0``, ``obs_1``,
+              ..., ``action_0``, ..., ``reward``, ...;
+            - a file ``.npz`` or ``.hdf5`` with the arrays of one dictionary (for HDF5 with h5py), or
+              a table ``.csv`` or ``.tsv``, whose first line names the columns;
+            - a list of dictionaries, tables or files, each an episode or several, or the pattern
+              of files, ``"logs/*.csv"``;
             - a replay buffer of TorchRL, or the folder that ``buffer.dumps(folder)`` wrote;
             - a tensordict ``[*B, T]`` of TorchRL's form (``observation``, ``action``,
               ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")``,
               ...), or the folder that ``tensordict.memmap(folder)`` wrote;
             - ``"minari:<id>"``, a Minari dataset on this machine, the folder of one, or a
               ``minari.MinariDataset``. Nothing is downloaded.
+
+            What tells where episodes end is one or several of ``terminations`` (for good),
+            ``truncations`` (cut off), ``dones`` (either), each ``[N]`` of 0 and 1; ``episodes``,
+            the id of each row's episode; and ``steps``, the number of the row in it. By the latter
+            two, rows of an episode that are apart or not in order are put in order.
+
+            Without ``next_observations`` the last row of each episode is left out, as the
+            observation after it is not recorded, and a warning counts them. A row more after the
+            end of an episode, of the same id, has only its observation read.
 
             Observations may be dictionaries of arrays, nested ones too; in an ``.npz`` file
             their names are joined by slashes, ``observations/position``. Names that have
@@ -101,6 +99,14 @@ def load_transitions(
         action_bounds: ``(low, high)``, numbers or one for each dim, in place of both: the actions
             are quantities between these bounds, integers too, which become floats. Without it
             the bounds are read off the data, see :class:`RecordedEnv`.
+        names: what arrays or columns are called in the data: ``{"observations": "state",
+            "actions": ["throttle", "brake"]}``, our name first; several make one vector. The text
+            ``"state=observations,throttle=actions"``, the name in the data first, is read as well.
+            Common names (``obs``, ``next_obs``, ``done``, singular forms, D4RL's ``terminals`` and
+            ``timeouts``) are known. What is not read is named in a warning.
+        dones: what ends are if the data does not tell it: ``"terminal"``, ends for good, or
+            ``"timeout"``, cut off. By default, and with a warning that says so, they are cut off if
+            all such episodes are equally long, and terminal otherwise.
 
     Returns:
         Transitions ``[N]``, in the order of recording: the observations (an array under
@@ -119,7 +125,7 @@ def load_transitions(
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
         KeyError: if an array or entry is missing; the message names it.
-        ValueError: if lengths or shapes do not fit, an observation has a reserved name, or the
+        ValueError: if there are values that are no numbers, arrays contradict each other, lengths or shapes do not fit, an observation has a reserved name, or the
             source is of another kind.
 
     .. note:: The folders of tensordicts may hold pickled objects, which run code when they are
@@ -137,44 +143,93 @@ def load_transitions(
         >>> data = load_transitions([episode, episode])
         >>> data.shape, data["next", "observation"].shape
         (torch.Size([10]), torch.Size([10, 3]))
+        >>> table = {
+        ...     "x": np.arange(4.0),
+        ...     "v": np.ones(4),
+        ...     "action": np.array([0, 1, 1, 0]),
+        ...     "reward": np.zeros(4),
+        ...     "terminated": np.array([0, 0, 0, 1]),
+        ...     "next_x": np.arange(1.0, 5.0),
+        ...     "next_v": np.ones(4),
+        ... }
+        >>> load_transitions(table, names={"observations": ["x", "v"]})["next", "observation"]
+        tensor([[1., 1.],
+                [2., 1.],
+                [3., 1.],
+                [4., 1.]])
     """
-    return read_transitions(source, env, action_spec, action_bounds)[0]
+    return read_transitions(
+        source,
+        env=env,
+        action_spec=action_spec,
+        action_bounds=action_bounds,
+        names=names,
+        dones=dones,
+        stacklevel=2,
+    )[0]
 
 
 def read_transitions(
     source: DataSource,
+    *,
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
     action_bounds: ActionBounds | None = None,
+    names: Names | str | None = None,
+    dones: str | None = None,
+    stacklevel: int = 1,
 ) -> tuple[TensorDictBase, TensorSpec | None]:
-    """Return what :func:`load_transitions` does, and the spec of the actions if the source gives one."""
+    """Return what :func:`load_transitions` does, and the spec of the actions if the source or an argument gives one.
+
+    ``stacklevel`` is whose line warnings name, 1 for that of the caller.
+    """
     check_one_source(env=env, action_spec=action_spec, action_bounds=action_bounds)
-    space = None
-    if isinstance(source, (str, os.PathLike)):
-        source = read(source)
-    if isinstance(source, ReplayBuffer):
-        source = _content(source)
-    if is_minari(source):
-        source, space = minari_episodes(source)
-    is_arrays = not isinstance(source, TensorDictBase)
-    if isinstance(source, TensorDictBase):
-        data = _flat(source)
-    elif isinstance(source, Mapping):
-        data = _from_arrays(source, "the data", env is not None)
-    elif isinstance(source, Sequence) and source:
-        known = env is not None
-        parts = [_from_arrays(e, f"episode {n}", known) for n, e in enumerate(source)]
-        data = torch.cat(parts)
-    else:
-        raise ValueError(
-            f"There is nothing to read: expected arrays, a replay buffer, a tensordict or a Minari "
-            f"dataset, got {type(source).__name__}."
+    logs, is_list, space = _logs(source)
+    is_own = isinstance(source, (str, os.PathLike)) or space is not None
+    del source  # what nobody else has needs no memory once it is read
+    is_arrays, notes = isinstance(logs, list), []
+    if is_arrays:
+        data = from_arrays(
+            logs,
+            names=names,
+            dones=dones,
+            is_list=is_list,
+            is_own=is_own,
+            known=env is not None,
+            notes=notes,
         )
+    elif names is not None:
+        raise ValueError(
+            "names maps the names of arrays and columns. Rename the keys of a tensordict itself, "
+            "data.rename_key_(old, new), or those of the env, torchrl.envs.RenameTransform."
+        )
+    else:
+        data = flat(logs, dones, notes)
+    del logs
     if not len(data):
         raise ValueError("The data holds no transition.")
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=1 + stacklevel)
     if env is None:  # an env's specs say what an entry is
         check_observed_actions(data)
     data = narrowed(data, env)
+    return _with_actions(data, is_arrays, space, env, action_spec, action_bounds)
+
+
+def _with_actions(
+    data: TensorDictBase,
+    is_arrays: bool,
+    space: Any,
+    env: EnvBase | None,
+    action_spec: TensorSpec | None,
+    action_bounds: ActionBounds | None,
+) -> tuple[TensorDictBase, TensorSpec | None]:
+    """Return the transitions with actions in the form of what says what they are, and their spec."""
+    is_column = is_arrays and data.get("action").ndim == 1
+    if is_column and env is None and action_spec is None and space is None:
+        actions = data.get("action")
+        if actions.is_floating_point() or action_bounds is not None:
+            data.set("action", actions.unsqueeze(-1))  # policies act with vectors
     if action_bounds is not None:
         action_spec = bounded_specs(data, action_bounds)
     elif space is not None:
@@ -185,7 +240,7 @@ def read_transitions(
         data.set("action", as_choices("action", data.get("action")))
     if env is not None:
         start = start_of(env) if is_arrays and space is None else 0
-        return _as_specified(data, env, start), None
+        return as_specified(data, env, start), None
     if action_spec is not None:
         keys = ["action"] if is_arrays else action_keys(data)
         for key, spec in by_key(action_spec, keys).items():
@@ -193,278 +248,32 @@ def read_transitions(
     return data, action_spec
 
 
-# Arrays --------------------------------------------------------------------------
-
-
-def _from_arrays(
-    arrays: Mapping[str, Any], what: str, known: bool = False
-) -> TensorDictBase:
-    """Return the transitions of one dictionary, ``[N]``; ``known``: see :func:`check_names`."""
-    _check_array_names(arrays, what)
-    rewards = _numbers("rewards", arrays["rewards"], what).float()
-    steps = len(rewards)
-    if not steps:
-        raise ValueError(f"{what} has no step.")
-    terminated = _ends("terminations", arrays["terminations"], what)
-    truncated = torch.zeros(steps, 1, dtype=torch.bool)
-    if "truncations" in arrays:
-        truncated = _ends("truncations", arrays["truncations"], what)
-    actions = _tensor("actions", arrays["actions"])
-    for name, value in (
-        ("actions", actions),
-        ("terminations", terminated),
-        ("truncations", truncated),
-    ):
-        _check_length(name, value, what, steps, steps)
-    observations = _tree("observations", arrays["observations"])
-    check_names(observations, what, known)
-    if "next_observations" in arrays:
-        following = _tree("next_observations", arrays["next_observations"])
-    else:
-        ended = terminated | truncated
-        observations, following = _successive(observations, ended, what)
-    # The data has nothing after the last step.
-    truncated[-1] |= ~terminated[-1]
-    out = TensorDict({"action": actions}, batch_size=[steps])
-    _set_observations(out, observations, following, what)
-    for name, value in (
-        ("reward", rewards),
-        ("terminated", terminated),
-        ("truncated", truncated),
-        ("done", terminated | truncated),
-    ):
-        out.set(("next", name), value)
-    return out
-
-
-def _check_array_names(arrays: Mapping[str, Any], what: str) -> None:
-    """Refuse anything but a dictionary of the required arrays."""
-    if not isinstance(arrays, Mapping):
+def _logs(source: DataSource) -> tuple[TensorDictBase | list[Any], bool, Any]:
+    """Return a tensordict, or the arrays or tables of a source; whether it is a list; and the actions' space."""
+    if isinstance(source, (str, os.PathLike)):
+        source = read(source)
+    if isinstance(source, ReplayBuffer):
+        source = content(source)
+    if is_minari(source):
+        episodes, space = minari_episodes(source)
+        return episodes, True, space
+    if isinstance(source, TensorDictBase):
+        return source, False, None
+    if isinstance(source, Mapping) or is_table(source):
+        return [source], False, None
+    if not isinstance(source, Sequence) or not source:
         raise ValueError(
-            f"{what} must be a dictionary of arrays, got {type(arrays).__name__}."
+            f"There is nothing to read: expected arrays, a table, a replay buffer, a tensordict or a "
+            f"Minari dataset, got {type(source).__name__}."
         )
-    unknown = sorted(set(arrays) - {*NAMES, *OPTIONAL})
-    missing = [name for name in NAMES if name not in arrays]
-    if unknown or missing:
-        raise MissingEntryError(
-            f"The arrays of {what} are {sorted(arrays)}: "
-            + (f"{missing} are missing. " if missing else "")
-            + (f"{unknown} are not known. " if unknown else "")
-            + f"{list(NAMES)} are required, {list(OPTIONAL)} are optional."
-        )
-
-
-def _successive(
-    observations: dict[Any, torch.Tensor], ended: torch.Tensor, what: str
-) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
-    """Return the observations of one episode before and after each step, from ``[N + 1, *O]``."""
-    steps = len(ended)
-    if ended[:-1].any():
-        raise ValueError(
-            f"{what} has no next_observations and ends at step "
-            f"{int(ended[:-1].float().argmax())} of {steps}: the observation after that step "
-            f"is not there. Give next_observations [N, ...], or a list of episodes, each with "
-            f"one observation more than steps."
-        )
-    for value in observations.values():
-        _check_length("observations", value, what, steps, steps + 1)
-    before = {key: value[:-1] for key, value in observations.items()}
-    return before, {key: value[1:] for key, value in observations.items()}
-
-
-def _set_observations(
-    out: TensorDictBase,
-    observations: dict[Any, torch.Tensor],
-    following: dict[Any, torch.Tensor],
-    what: str,
-) -> None:
-    """Write observations and those that follow into transitions ``[N]``."""
-    steps = len(out)
-    for name, values in (
-        ("next_observations", following),
-        ("observations", observations),
-    ):
-        for value in values.values():
-            _check_length(name, value, what, steps, steps)
-    for key, value in observations.items():
-        if key not in following or following[key].shape != value.shape:
+    files = [isinstance(item, (str, os.PathLike)) for item in source]
+    logs = [read(item) if is_file else item for item, is_file in zip(source, files)]
+    for number, log in enumerate(logs):
+        is_log = isinstance(log, Mapping) or is_table(log)
+        if isinstance(log, TensorDictBase) or not is_log:  # which is a Mapping, too
             raise ValueError(
-                f"next_observations of {what} do not have the shapes of observations: {key!r} is "
-                f"{tuple(value.shape)}, and then "
-                f"{tuple(following[key].shape) if key in following else 'missing'}."
+                f"The data is a list, and its item {number} is {type(log).__name__}: only "
+                f"dictionaries of arrays, tables and their files are read one after the other. "
+                f"Load the others each by itself, and join them: torch.cat([data, other])."
             )
-        out.set(key, value)
-        out.set(join("next", key), following[key])
-
-
-def _check_length(
-    name: str, value: torch.Tensor, what: str, steps: int, length: int
-) -> None:
-    if len(value) != length:
-        raise ValueError(
-            f"{name} of {what} has {len(value)} rows, and there are {steps} rewards, so "
-            f"{length} were expected. Without next_observations an episode has one "
-            f"observation more than rewards."
-        )
-
-
-def _numbers(name: str, value: Any, what: str) -> torch.Tensor:
-    """Return one number for each step, ``[N, 1]``."""
-    tensor = _tensor(name, value)
-    if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[1] != 1):
-        raise ValueError(
-            f"{name} of {what} must be one number for each step, [N], got "
-            f"{tuple(tensor.shape)}. Several episodes are a list of dictionaries."
-        )
-    return tensor.reshape(-1, 1)
-
-
-def _ends(name: str, value: Any, what: str) -> torch.Tensor:
-    """Return the steps at which the episode ends, ``[N, 1]`` bool."""
-    return _flags(f"{name} of {what}", _numbers(name, value, what))
-
-
-def _flags(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Return 0 and 1 of any dtype as bool; refuse other values, NaN included."""
-    wrong = ~((value == 0) | (value == 1))
-    if wrong.any():
-        step = wrong.flatten(1) if wrong.ndim > 1 else wrong.unsqueeze(-1)
-        raise ValueError(
-            f"{name} must be 0 or 1, and are {value[wrong][0].item()} in {int(wrong.sum())} of "
-            f"{wrong.numel()} places, first in row "
-            f"{int(step.any(-1).long().argmax())}. Leave those episodes out, or repair them."
-        )
-    return value.bool()
-
-
-def _tree(name: str, value: Any, key: tuple = ()) -> dict[Any, torch.Tensor]:
-    """Return an array, or the leaves of a dictionary of arrays, by key."""
-    if isinstance(value, Mapping):
-        out: dict[Any, torch.Tensor] = {}
-        for inner, item in value.items():
-            out.update(_tree(name, item, (*key, str(inner))))
-        return out
-    flat = key[0] if len(key) == 1 else key or "observation"
-    tensor = _tensor(name, value)
-    if tensor.ndim == 1:  # discrete observations, or one number each
-        tensor = tensor.unsqueeze(-1)
-    return {flat: tensor}
-
-
-def _tensor(name: str, value: Any) -> torch.Tensor:
-    try:
-        return torch.as_tensor(np.asarray(value)).clone()
-    except (TypeError, ValueError) as err:
-        raise ValueError(
-            f"{name} must be an array of numbers, got {type(value).__name__} ({err})."
-        ) from err
-
-
-# TorchRL's forms ---------------------------------------------------------------------
-
-
-def _content(buffer: ReplayBuffer) -> Any:
-    """Return all that a replay buffer holds, ``[*B, T]``, from its oldest step on."""
-    if not len(buffer):
-        raise ValueError("The data holds no transition: the replay buffer is empty.")
-    data = buffer[:]
-    cursor = _upstream.cursor(buffer.writer)
-    if not isinstance(data, TensorDictBase) or cursor is None:
-        return data
-    time = buffer.dim_extend
-    data = oldest_first(data, time, cursor)
-    last = getattr(buffer.storage, "ndim", 1) - 1
-    return data if time >= last else data.transpose(time, last)
-
-
-def _flat(data: TensorDictBase) -> TensorDictBase:
-    """Return the transitions ``[N]`` of a tensordict ``[*B, T]``, without padding."""
-    found = {as_tuple(key)[-1] for key in leaf_keys(data) if key[0] == "next"}
-    missing = [] if "reward" in found else [("next", "reward")]
-    if not found & {*ENDS}:
-        missing.append(("next", "done"))
-    if missing:
-        raise MissingEntryError(
-            f"The tensordict lacks {missing}; it has {leaf_keys(data)}. Observations and "
-            f"actions are required, and below 'next' observations, rewards and dones, as in rollouts."
-        )
-    if not data.batch_size.numel():
-        raise ValueError("The data holds no transition.")
-    data = data.copy() if data.batch_dims else data.reshape(1)
-    valid = data.get(("collector", "mask"), None)
-    if valid is None:
-        valid = torch.ones(data.batch_size, dtype=torch.bool, device=data.device)
-    valid = valid.reshape(data.batch_size)
-    _end(data, _last_steps(data, valid), valid)
-    return data.reshape(-1)[valid.reshape(-1)].clone()
-
-
-def _last_steps(data: TensorDictBase, valid: torch.Tensor) -> torch.Tensor:
-    """Return the steps after which nothing of their episode was recorded, ``[*B, T]`` bool."""
-    last = torch.ones_like(valid)
-    last[..., :-1] = ~valid[..., 1:]
-    begins = episode_begins(data)
-    if begins is not None:
-        last[..., :-1] |= begins[..., 1:]
-    episode = data.get(("collector", "traj_ids"), None)
-    if episode is not None:
-        episode = episode.reshape(data.batch_size)
-        last[..., :-1] |= episode[..., 1:] != episode[..., :-1]
-    return last
-
-
-def _end(data: TensorDictBase, last: torch.Tensor, valid: torch.Tensor) -> None:
-    """Truncate the steps ``last``, ``[*B]``, that do not terminate."""
-    following = data.get("next")
-
-    def read(key: NestedKey) -> torch.Tensor | None:
-        value = following.get(key, None)
-        if value is None:
-            return None
-        _flags(repr(join("next", key)), value[valid])  # padding may be anything
-        return value.bool()
-
-    ends = [key for key in leaf_keys(following) if as_tuple(key)[-1] in ENDS]
-    for key in unique(sibling(key, "done") for key in ends):
-        done, terminated, truncated = (read(sibling(key, name)) for name in ENDS)
-        if done is None:
-            done = terminated if truncated is None else truncated
-            if terminated is not None:
-                done = done | terminated
-        if terminated is None:
-            terminated = done if truncated is None else done & ~truncated
-        if truncated is None:
-            truncated = done & ~terminated
-        cut = last.reshape(*last.shape, *(1,) * (done.ndim - last.ndim)) & ~terminated
-        values = (done | cut, terminated, truncated | cut)
-        for name, value in zip(ENDS, values):
-            following.set(sibling(key, name), value)
-
-
-# The form of an env -------------------------------------------------------------------
-
-
-def _as_specified(data: TensorDictBase, env: EnvBase, start: Any) -> TensorDictBase:
-    """Return the transitions with the entries of the env, in its shapes and dtypes."""
-    specs: EnvSpecs = read_specs(env)
-    entries = [(e.key, e) for e in (*specs.vectors, *specs.pixels)]
-    entries += [(join("next", e.key), e) for e in (*specs.vectors, *specs.pixels)]
-    entries.append((join("next", specs.reward.key), specs.reward))
-    missing = missing_from(data, [*specs.action_keys, *(key for key, _ in entries)])
-    if missing:
-        raise MissingEntryError(
-            f"The data lacks the env's entries {missing}; it has {leaf_keys(data)}."
-        )
-    for key in specs.action_keys:
-        spec = env.full_action_spec_unbatched[key]
-        data.set(key, as_spec(key, data.get(key), spec, "the env", start=start))
-    for key, entry in entries:
-        value = data.get(key)
-        if tuple(value.shape[1:]) != entry.shape:
-            raise ValueError(
-                f"{key!r} has the shape {tuple(value.shape[1:])} per step in the data, and "
-                f"{entry.shape} in the env."
-            )
-        if value.dtype != entry.dtype and value.is_floating_point():
-            data.set(key, value.to(entry.dtype))
-    return data
+    return logs, True, None

@@ -70,13 +70,16 @@ def check_observed_actions(data: TensorDictBase) -> None:
 
 
 def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
-    """Return float64 entries as float32, unless the env says float64 or too much would be lost."""
+    """Make float32 of float64 entries, unless the env says float64 or too much would be lost.
+
+    It is done in place, an entry after the other, so that there are few of both at once.
+    """
     dtypes = {}
     if env is not None:
         specs = read_specs(env)
         entries = (*specs.vectors, *specs.pixels, *specs.actions, specs.reward)
         dtypes = {entry.key: entry.dtype for entry in entries}
-    out, wide = data.copy(), set()
+    wide = set()
     for key in sorted(leaf_keys(data), key=is_next):  # a root entry decides for both
         value, plain = data.get(key), strip_next(key)
         if value.dtype is not torch.float64:
@@ -89,5 +92,5 @@ def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
             elif dims:
                 wide.add(plain)
         if dtype is torch.float32 and plain not in wide:
-            out.set(key, value.float())
-    return out
+            data.set(key, value.float())
+    return data

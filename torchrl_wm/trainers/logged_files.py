@@ -1,7 +1,8 @@
-"""Files and folders of logged data: arrays, tensordicts, replay buffers, Minari datasets."""
+"""Files and folders of logged data: arrays, tables, tensordicts, replay buffers, Minari datasets."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import zipfile
@@ -13,12 +14,24 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from torchrl_wm.trainers.logged_minari import minari_dataset, minari_folder
+from torchrl_wm.trainers.logged_tables import read_table
 
 _MINARI = "minari:"
+_KINDS = (
+    "an .npz, .hdf5 or .csv file, a folder of buffer.dumps(...), of tensordict.memmap(...) or of a "
+    "Minari dataset"
+)
+#: What of an HDF5 file says nothing of transitions.
+_BESIDE = ("infos", "metadata")
+
+
+def is_pattern(name: str) -> bool:
+    """Return whether a name is a pattern of files, ``logs/*.csv``, and no file."""
+    return glob.has_magic(name) and not os.path.exists(name)
 
 
 def read(source: str | os.PathLike) -> Any:
-    """Read a file, a folder or a Minari dataset.
+    """Read a file, a folder, a Minari dataset, or, as a list, the files of a pattern.
 
     Raises:
         FileNotFoundError: if there is no such file, folder or dataset.
@@ -27,9 +40,16 @@ def read(source: str | os.PathLike) -> Any:
     name = os.fspath(source)
     if name.startswith(_MINARI):
         return minari_dataset(name[len(_MINARI) :])
+    if is_pattern(name):
+        files = sorted(glob.glob(name, recursive=True))
+        if not files:
+            raise FileNotFoundError(f"There is no file that matches {name!r}.")
+        return [read(file) for file in files]
     path = Path(source)
-    if path.is_file() and path.suffix == ".npz":
-        return _read_npz(path)
+    if path.is_file():
+        reader = _READERS.get(path.suffix.lower())
+        if reader is not None:
+            return reader(path)
     for folder in (path / "storage", path):
         if (folder / "storage_metadata.json").is_file():
             return _read_storage(folder)
@@ -40,13 +60,9 @@ def read(source: str | os.PathLike) -> Any:
             return minari_folder(folder)
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no {name!r}. Name an .npz file, a folder of buffer.dumps(...), of "
-            f"tensordict.memmap(...) or of a Minari dataset, or 'minari:<id>'."
+            f"There is no {name!r}. Name {_KINDS}, or 'minari:<id>'."
         )
-    raise ValueError(
-        f"{name!r} is neither an .npz file, nor a folder that buffer.dumps(...) or "
-        f"tensordict.memmap(...) wrote, nor that of a Minari dataset."
-    )
+    raise ValueError(f"{name!r} is not {_KINDS}.")
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -58,13 +74,31 @@ def _read_npz(path: Path) -> dict[str, Any]:
             f"{os.fspath(path)!r} cannot be read as arrays ({err}). Arrays of objects are not "
             f"read, as they may hold code."
         ) from err
+    return flat
+
+
+def _read_hdf5(path: Path) -> dict[str, Any]:
+    try:
+        import h5py
+    except ImportError as err:
+        raise ImportError(
+            "HDF5 files need h5py: pip install h5py, or torchrl-wm[minari], which brings it."
+        ) from err
     out: dict[str, Any] = {}
-    for name, value in flat.items():
-        *groups, last = name.split("/")
-        place = out
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = value
+
+    def add(name: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset):
+            return
+        # Named beside what is read, and too large to be read for nothing.
+        out[name] = None if name.split("/")[0] in _BESIDE else item[()]
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(add)
+    except OSError as err:
+        raise ValueError(
+            f"{os.fspath(path)!r} cannot be read as HDF5 ({err})."
+        ) from err
     return out
 
 
@@ -98,3 +132,12 @@ def oldest_first(data: TensorDictBase, dim: int, cursor: int) -> TensorDictBase:
         return data
     order = torch.arange(length).roll(-cursor)
     return data[(slice(None),) * dim + (order,)]
+
+
+_READERS = {
+    ".npz": _read_npz,
+    ".csv": read_table,
+    ".tsv": read_table,
+    ".hdf5": _read_hdf5,
+    ".h5": _read_hdf5,
+}

@@ -3,109 +3,26 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Binary, Composite, TensorSpec, Unbounded
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_wm.models import make_ensemble_world_model
 from torchrl_wm.modules import with_propagation, WorldModel
-from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import ModelLearner
-from torchrl_wm.trainers.logged_actions import action_keys, action_specs
 from torchrl_wm.trainers.logged_bounds import ActionBounds
 from torchrl_wm.trainers.logged_data import DataSource, read_transitions
-from torchrl_wm.trainers.logged_entries import ENDS
-
-
-class RecordedEnv(EnvBase):
-    """The specs of the env that logged data came from, as far as the data show them.
-
-    It cannot be stepped. It serves :class:`~torchrl_wm.WorldModelEnv` and the builders of models
-    in place of a real env. Its reset returns observations of the data.
-
-    Args:
-        data: transitions ``[N]``, as :func:`load_transitions` returns them.
-
-    Keyword Args:
-        action_spec: the spec of the actions, without batch dims, with which the data was loaded.
-            Without it the values say: rows of 0 and 1 with a single 1 each are one-hot; with a
-            1 in each of several blocks, several such choices; other rows of 0 and 1 are binary;
-            integers are the numbers of options, as many as the greatest number plus one; and
-            floats are quantities. Their bounds are what the data reach, with a margin of 5 % of
-            the range, or the round numbers that they come near on both sides; a warning names
-            them.
-        action_bounds: ``(low, high)``, numbers or one for each dim, in place of ``action_spec``:
-            the bounds of actions that are quantities.
-
-    Raises:
-        KeyError: if there are no observations, actions or rewards.
-        ValueError: if the actions may be of several kinds, or do not fit ``action_spec`` or
-            ``action_bounds``.
-
-    Examples:
-        >>> from torchrl.envs import GymEnv
-        >>> from torchrl_wm.trainers import load_transitions, RecordedEnv
-        >>> data = load_transitions(GymEnv("Pendulum-v1").rollout(10))
-        >>> env = RecordedEnv(data, action_bounds=(-2, 2))
-        >>> env.observation_spec["observation"].shape, env.action_spec.shape
-        (torch.Size([3]), torch.Size([1]))
-        >>> RecordedEnv(load_transitions(GymEnv("CartPole-v1").rollout(10))).action_spec
-        OneHot(
-            shape=torch.Size([2]),
-            space=CategoricalBox(n=2),
-            device=cpu,
-            dtype=torch.int64,
-            domain=discrete)
-    """
-
-    def __init__(
-        self,
-        data: TensorDictBase,
-        *,
-        action_spec: TensorSpec | None = None,
-        action_bounds: ActionBounds | None = None,
-    ) -> None:
-        super().__init__(device=data.device)
-        keys = unique(k for k in leaf_keys(data) if as_tuple(k)[0] != "next")
-        following = unique(data.get("next").keys(True, True))
-        dones = [key for key in following if as_tuple(key)[-1] in ENDS]
-        rewards = [key for key in following if as_tuple(key)[-1] == "reward"]
-        actions = action_keys(data)
-        others = {*dones, *rewards, *actions}
-        observations = [key for key in following if key in keys and key not in others]
-        found = {"observations": observations, "actions": actions, "rewards": rewards}
-        for name, there in found.items():
-            if not there:
-                raise MissingEntryError(f"The data has no {name}: {leaf_keys(data)}.")
-        self._data = data
-        self.observation_spec = _specs(data, observations)
-        self.full_action_spec = action_specs(data, action_spec, action_bounds)
-        self.reward_spec = _specs(data.get("next"), rewards)
-        self.full_done_spec = Composite(
-            {key: Binary(1, shape=(1,), dtype=torch.bool) for key in dones}
-        )
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> Any:
-        row = self._data[int(torch.randint(len(self._data), ()))]
-        out = row.select(*self.full_observation_spec.keys(True, True)).clone()
-        return out.update(self.full_done_spec.zero())
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise RuntimeError(
-            "Recorded data cannot be stepped. Imagine instead, WorldModelEnv(world_model, "
-            "recorded_env), or make the real env."
-        )
-
-    def _set_seed(self, seed: int | None) -> None:
-        pass
+from torchrl_wm.trainers.logged_names import Names
+from torchrl_wm.trainers.recorded_env import RecordedEnv
 
 
 def train_world_model(
@@ -114,6 +31,8 @@ def train_world_model(
     env: EnvBase | None = None,
     action_spec: TensorSpec | None = None,
     action_bounds: ActionBounds | None = None,
+    names: Names | str | None = None,
+    dones: str | None = None,
     steps: int = 2000,
     held_out: float = 0.1,
     interval: int = 200,
@@ -134,6 +53,8 @@ def train_world_model(
             :class:`RecordedEnv`.
         action_spec: the spec of only the actions, see :func:`load_transitions`.
         action_bounds: the bounds of actions that are quantities, see :func:`load_transitions`.
+        names, dones: what arrays are called in the data, and what ends are that do not tell it,
+            see :func:`load_transitions`.
         steps: how many gradient steps to make.
         held_out: the share of the episodes (of the steps, if there is only one episode)
             that is not trained on.
@@ -174,8 +95,17 @@ def train_world_model(
             f"steps and interval must be at least 1 and held_out a share between 0 and 1, got "
             f"{steps}, {interval} and {held_out}."
         )
-    rows, known = read_transitions(data, env, action_spec, action_bounds)
-    env = RecordedEnv(rows, action_spec=known) if env is None else env
+    rows, known = read_transitions(
+        data,
+        env=env,
+        action_spec=action_spec,
+        action_bounds=action_bounds,
+        names=names,
+        dones=dones,
+        stacklevel=2,
+    )
+    if env is None:
+        env = RecordedEnv(rows, action_spec=known, stacklevel=2)
     with forked_random(seed) if seed is not None else nullcontext():
         training = ModelTraining(
             rows,
@@ -282,7 +212,7 @@ def split_transitions(
 ) -> tuple[TensorDictBase, TensorDictBase]:
     """Return transitions to train on, and others to hold out: whole episodes, drawn at random.
 
-    If there is only one episode, its last steps are held out.
+    If there is only one episode, its last steps are held out, with a warning.
 
     Args:
         rows: transitions ``[N]``, one episode after the other.
@@ -302,6 +232,12 @@ def split_transitions(
         test = chosen[number]
     else:
         count = max(1, round(share * len(rows)))
+        warnings.warn(
+            f"The data is one episode: its last {count} of {len(rows)} steps are held out. Errors on "
+            f"them say little of other episodes: record several, or say where they end.",
+            UserWarning,
+            stacklevel=3,
+        )
         test = torch.arange(len(rows)) >= len(rows) - count
     if test.all():
         raise ValueError(
@@ -382,11 +318,3 @@ def _check_finite(rows: TensorDictBase, env: EnvBase, world_model: WorldModel) -
                 f"transitions, first in number {int(wrong.long().argmax())}. Leave "
                 f"their episodes out, or repair them."
             )
-
-
-def _specs(data: TensorDictBase, keys: list) -> Composite:
-    specs = Composite(shape=())
-    for key in keys:
-        value = data.get(key)
-        specs[key] = Unbounded(shape=value.shape[1:], dtype=value.dtype)
-    return specs

@@ -13,6 +13,8 @@ EPS = torch.finfo(torch.float32).eps
 _ENOUGH = 8
 #: The most jitter of numbers in double precision that is no change; also below a distance.
 _JITTER = 1e-3
+#: How many numbers are looked at at once: their copies need memory.
+_NUMBERS = 2**19
 
 
 def coarse_dims(
@@ -35,7 +37,22 @@ def coarse_dims(
         >>> coarse_dims(torch.stack([time, time - time[0]], -1))[0][0]
         0
     """
-    rows = value.reshape(len(value), -1).double()
+    rows = value.reshape(len(value), -1)
+    after = None if following is None else following.reshape(len(rows), -1)
+    out = []
+    size = max(1, _NUMBERS // max(1, len(rows)))
+    for first in range(0, rows.shape[1], size):
+        dims = slice(first, first + size)
+        found = _coarse(rows[:, dims], None if after is None else after[:, dims])
+        out += [(first + dim, mean, spread) for dim, mean, spread in found]
+    return out
+
+
+def _coarse(
+    value: torch.Tensor, following: torch.Tensor | None
+) -> list[tuple[int, float, float]]:
+    """Find dims of ``[N, D]``, see :func:`coarse_dims`."""
+    rows = value.double()
     mean, spread = rows.mean(0), rows.std(0, unbiased=False)
     distance = EPS * mean.abs()
     noise = distance / 2
@@ -43,7 +60,7 @@ def coarse_dims(
         noise = noise.clamp_max(_JITTER)
     unit = spread
     if following is not None:
-        change = following.reshape(len(rows), -1).double() - rows
+        change = following.double() - rows
         change = change.square().mean(0).sqrt()
         unit = torch.where(change > noise, torch.minimum(spread, change), spread)
     coarse = (spread > noise) & (unit < _ENOUGH * distance)
