@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_wm.diagnostics.drawing import grid, measured, new_figure
+from torchrl_wm.diagnostics.policy_verdicts import MOST_BEYOND
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,7 @@ def plot_policy_departure(departure: TensorDictBase, *, name: str = "") -> Figur
     left.legend(fontsize="small")
     right.plot(steps, measured(departure, "beyond", "beyond"), color="C3")
     right.axhline(0.01, color="0.3", linestyle="--", label="the data")
+    right.axhline(MOST_BEYOND, color="C3", linestyle=":", label="trust ends")
     right.set(xlabel="imagined step", ylabel="share beyond the 99 % quantile")
     right.set_ylim(-0.02, 1.02)
     right.legend(fontsize="small")

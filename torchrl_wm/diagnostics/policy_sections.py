@@ -127,14 +127,10 @@ def fitted(study: PolicyStudy) -> Measured:
         "the log's episodes": float(found["log_value"]),
         "the best tenth of them": float(found["best_log_value"]),
     }
-    low, high, own = (
-        numbers["least"],
-        numbers["greatest"],
-        numbers["the log's episodes"],
-    )
-    kind = (
-        "more than" if low > own else "less than" if high < own else "about as much as"
-    )
+    numbers["share of values beyond any sum of rewards"] = float(found["unsettled"])
+    low, high, own = (float(found[name]) for name in ("low", "high", "log_value"))
+    better = True if low > own else False if high < own else None
+    kind = {True: "more than", False: "less than", None: "about as much as"}[better]
     verdict = (
         f"The policy is worth {numbers['value']:.4g} ({low:.4g} to {high:.4g}), {kind} the log's own "
         f"episodes ({own:.4g}; the best tenth of them {numbers['the best tenth of them']:.4g})."
@@ -147,13 +143,7 @@ def fitted(study: PolicyStudy) -> Measured:
             f"the model. The interval is that of chance; it cannot know actions that the log lacks."
         ),
         verdict=verdict if settled(found) else _UNSETTLED,
-        good=None
-        if not settled(found)
-        else True
-        if low > own
-        else False
-        if high < own
-        else None,
+        good=better if settled(found) else None,
         numbers=numbers,
     )
     return section, found
