@@ -237,15 +237,7 @@ def read_ends(
         KeyError: if nothing tells ends.
         ValueError: if arrays contradict each other.
     """
-    given = {}
-    for name in ("terminations", "truncations", "dones"):
-        if name in arrays:
-            value = flags(f"{name} of {what}", numbers(name, arrays[name], what))
-            if len(value) != steps:
-                raise _other_length(name, len(value), what, steps)
-            given[name] = (
-                value.flatten() if rows.order is None else value[rows.order, 0]
-            )
+    given = _given(arrays, steps, rows, what)
     last = rows.last
     if not given and last is None and not is_episode:
         raise MissingEntryError(
@@ -283,6 +275,21 @@ def read_ends(
     last[-1] = True
     is_assumed = not given and rows.last is not None
     return Ends(terminated, truncated, plain, last, final, is_assumed)
+
+
+def _given(
+    arrays: dict[str, Any], steps: int, rows: Rows, what: str
+) -> dict[str, torch.Tensor]:
+    """Return the ends that arrays say themselves, ``[N]`` bool each, in the order of rows."""
+    given = {}
+    for name in ("terminations", "truncations", "dones"):
+        if name not in arrays:
+            continue
+        value = flags(f"{name} of {what}", numbers(name, arrays[name], what))
+        if len(value) != steps:
+            raise _other_length(name, len(value), what, steps)
+        given[name] = value.flatten() if rows.order is None else value[rows.order, 0]
+    return given
 
 
 def _told(
