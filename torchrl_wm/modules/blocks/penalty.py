@@ -75,7 +75,8 @@ def with_penalty(
         reward_key: the reward, if the reward head writes several entries and none of them is
             called "reward". By default all that are called so pay.
         done_key: the done entry of the env, beside which the ending is written if the model has
-            no done head.
+            no done head, ``[*B, 1]``. An env whose done entry has more dims, such as one for each
+            agent, needs a model with a done head.
 
     Returns:
         The new world model, in the same mode (training or not). :func:`without_penalty` undoes it,
