@@ -105,12 +105,13 @@ def test_nested_keys_padding_and_lists_give_the_same() -> None:
 
 
 def test_the_random_state_is_put_back() -> None:
-    data = bandit(4, 3)
+    data, policy = bandit(4, 3), actor(0.5)  # which draws
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    fitted(always(0.0), data, steps=2)
+    found = fitted(policy, data, steps=2)
     assert torch.equal(torch.rand(1), expected)
+    torch.testing.assert_close(fitted(policy, data, steps=2), found)
 
 
 def test_what_the_log_lacks_is_named() -> None:

@@ -72,7 +72,7 @@ def fitted_q_value(
         observation_keys: what the networks see; by default all float entries that stand at
             the root and below "next". Vectors, or latents of images.
         action_keys, reward_key, done_key: the names of these entries, nested ones too.
-        seed: of networks and batches. The random state is put back afterwards. With None,
+        seed: of networks, batches and a policy that draws. The random state is put back afterwards. With None,
             the current state is used.
 
     Returns:
@@ -114,10 +114,10 @@ def fitted_q_value(
         )
     actions = unique(action_keys)
     log = Log.of(data, "fitted_q_value", reward_key, done_key)
-    transitions = _transitions(policy, log, observation_keys, actions)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        transitions = _transitions(policy, log, observation_keys, actions)
         counts = _bootstrap(log, members)
         scale = _Scale(log, gamma)
         network = _Network(transitions, members, hidden, scale.range)
