@@ -99,6 +99,15 @@ def test_a_planner_that_is_measured_plans_with_the_penalty() -> None:
         assert (measured.abs() < 0.6).all()  # without the penalty about 3
 
 
+@pytest.mark.parametrize("penalised", [False, True])
+def test_what_a_policy_cannot_read_is_named(penalised) -> None:
+    policy = Mod(nn.Linear(3, ACTION), ["nowhere"], ["action"])
+    with pytest.raises(
+        KeyError, match=r"policy reads \['nowhere'\], which the imagined"
+    ):
+        policy_return(envs()[penalised], policy, episodes(), 3)
+
+
 def test_each_reward_of_a_penalised_model_pays() -> None:
     """Two agents, and one doubt for both."""
     model = WorldModel(

@@ -51,7 +51,6 @@ class PolicyStudy:
     real_env: EnvBase | None = None
     real_policy: Callable | None = None
     real_episodes: int = 5
-    seed: int | None = 0
 
     @property
     def env(self) -> WorldModelEnv:

@@ -197,6 +197,10 @@ def paying(policy: Callable | None, world_model: WorldModel) -> Callable | None:
     """Return a policy that acts while the penalty is paused as it does else: planners plan with it."""
     if policy is None or penalty_of(world_model) is None:
         return policy
+    if isinstance(policy, nn.Module):
+        head = _last(world_model.reward_head).module
+        if all(module is not head for module in policy.modules()):
+            return policy  # it does not ask the model, and may be a program of networks
 
     def act(tensordict: TensorDictBase) -> TensorDictBase:
         with penalty_paused(world_model, False):
