@@ -228,6 +228,26 @@ def test_without_an_ensemble_the_rest_stands() -> None:
     assert report.trusted_steps == 12
 
 
+def test_the_doubts_of_a_model_with_memory_are_not_known_along_rollouts() -> None:
+    model = WorldModel(
+        Mod(nn.Identity(), ["observation"], ["observation"]),
+        Mod(
+            lambda x, a, n: (x + a, n + 1, x.norm(dim=-1, keepdim=True)),
+            ["observation", "action", "count"],
+            [("next", "observation"), ("next", "count"), ("next", "disagreement")],
+        ),
+        Mod(lambda x: x.sum(-1, True), [("next", "observation")], [("next", "reward")]),
+        memory=["count"],
+        initial_state=TensorDict({"count": torch.zeros(1)}),
+    )
+    spec = SpecEnv(observation=2, action_spec=Bounded(-1.0, 1.0, (2,)))
+    env = WorldModelEnv(model, spec)
+    with pytest.raises(ValueError, match=r"carries \['count'\].*policy_distance"):
+        policy_disagreement(env, still, log(4, 6), 3)
+    assert policy_distance(env, still, log(4, 6), 3)["beyond"].shape == (3,)
+    assert policy_return(env, still, log(4, 6), 3).get("penalised", None) is None
+
+
 def test_a_recurrent_model_acts_from_filtered_latents() -> None:
     model, data = rssm_model(), transitions(4, 12)
     env = WorldModelEnv(model, SpecEnv())

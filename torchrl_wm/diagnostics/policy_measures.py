@@ -63,7 +63,7 @@ def policy_disagreement(
           recorded steps, it is 0.01. What is no number is beyond it.
 
     Raises:
-        ValueError: if the model writes no disagreement.
+        ValueError: if the model writes no disagreement, or has a memory.
         KeyError: if actions were not recorded, or the policy reads an entry that the imagined
             env does not have.
 
@@ -165,7 +165,7 @@ def policy_return(
         - ``"penalised"``: the same with the penalty.
         - ``"coefficient"``: a scalar.
 
-        The last two are missing if the model has no disagreement.
+        The last two are missing if the model has no disagreement, or has a memory.
 
     Raises:
         KeyError: if actions were not recorded, or the policy reads an entry that the imagined
@@ -197,6 +197,12 @@ def disagreement_of(study: PolicyStudy) -> TensorDict:
     """Return the disagreement of a study; see :func:`policy_disagreement`."""
     key = join("next", DISAGREEMENT)
     imagined = study.along.get(DISAGREEMENT)
+    memory = study.env.world_model.memory_keys
+    if imagined is None and memory:
+        raise ValueError(
+            f"the model carries {memory}, which rollouts do not record: what its step says of its "
+            f"doubts is not known along them. Distances to the data are: policy_distance."
+        )
     if imagined is None:
         raise ValueError(
             f"the model writes no {key!r}: it is no ensemble, or runs one member at a time. "

@@ -82,7 +82,10 @@ def returns(study: PolicyStudy) -> Measured:
     numbers[f"standard error, {study.horizon} steps"] = error
     if penalised is None:
         verdict = f"The model promises {float(plain[:, -1].mean()):.4g} over {study.horizon} steps."
-        note = "Without an ensemble there is no disagreement to penalise."
+        note = (
+            "No disagreement is known along the rollouts that could be penalised: the model is no "
+            "ensemble, or has a memory."
+        )
     else:
         cost = float((plain - penalised)[:, -1].mean())
         verdict = (
