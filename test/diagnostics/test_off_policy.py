@@ -105,12 +105,13 @@ def test_nested_keys_padding_and_lists_give_the_same() -> None:
 
 
 def test_the_random_state_is_put_back() -> None:
-    data = bandit(4, 3)
+    data, policy = bandit(4, 3), actor(0.5)  # which draws
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    fitted(always(0.0), data, steps=2)
+    found = fitted(policy, data, steps=2)
     assert torch.equal(torch.rand(1), expected)
+    torch.testing.assert_close(fitted(policy, data, steps=2), found)
 
 
 def test_what_the_log_lacks_is_named() -> None:
@@ -136,6 +137,41 @@ def test_what_the_log_lacks_is_named() -> None:
     data["next", "reward"][1, 2] = math.nan
     with pytest.raises(ValueError, match="reward 5 of the log is nan"):
         fitted(always(0.0), data)
+
+
+def test_actions_that_are_no_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match="The policy's actions .*NaN.* in 12 of 12"):
+        fitted(always(math.nan), bandit(4, 3))
+    data = bandit(4, 3)
+    data["action"][1, 2] = math.inf
+    with pytest.raises(ValueError, match="The log's actions .*infinite in 1 of 12"):
+        fitted(always(0.0), data)
+
+
+def test_values_that_are_no_numbers_have_not_settled() -> None:
+    out = fitted(always(0.0), bandit(4, 3), steps=20, learning_rate=1e20)
+    assert out["value"].isnan() and out["unsettled"] == 1
+
+
+def test_rewards_and_ends_in_other_forms_say_the_same() -> None:
+    data = bandit(4, 6, terminates=True)
+    data["next", "terminated"][:, 2] = data["next", "done"][:, 2] = True
+    expected = fitted(always(0.3), data, steps=5)
+    flat = data.clone().set(("next", "reward"), data["next", "reward"].squeeze(-1))
+    without = data.exclude(("next", "done"))
+    for given in (flat, without):
+        torch.testing.assert_close(fitted(always(0.3), given, steps=5), expected)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """Slow sums differ a little; what matters is that nothing stays on the CPU."""
+    data = drawn(0.0, 40)
+    expected = fitted(always(0.5), data)
+    found = fitted(lambda td: always(0.5)(td).to("cuda"), data.to("cuda"))
+    assert float(found["value"]) == pytest.approx(float(expected["value"]), abs=0.5)
+    out = importance_weighted_value(actor(0.2).to("cuda"), data.to("cuda"))
+    assert out["value"].isfinite()
 
 
 def test_values_that_no_rewards_add_up_to_are_told() -> None:
@@ -214,3 +250,61 @@ def test_importance_weights_need_both_policies() -> None:
         importance_weighted_value(always(0.0), log)
     with pytest.raises(KeyError, match="return_log_prob=True"):
         importance_weighted_value(actor(0.0), log.exclude("action_log_prob"))
+
+
+class Never:
+    """A policy that can do nothing of what was recorded."""
+
+    def get_dist(self, td):
+        return self
+
+    def log_prob(self, action):
+        return torch.full(action.shape[:-1], -math.inf)
+
+
+def test_a_policy_that_made_no_episode_has_no_value() -> None:
+    out = importance_weighted_value(Never(), drawn(0.0, 5))
+    assert out["effective_episodes"] == 0
+    for name in ("value", "low", "high"):
+        assert out[name].isnan()
+
+
+def test_samples_without_the_longest_episodes_do_not_pull_the_interval() -> None:
+    """One of three episodes is longer: what follows is known from it alone."""
+    log = [drawn(0.0, 1, length)[0] for length in (1, 1, 9)]
+    for episode in log:
+        episode["next", "reward"].fill_(1.0)
+    out = importance_weighted_value(actor(0.0), log, gamma=GAMMA)
+    total = (1 - GAMMA**9) / (1 - GAMMA)
+    for name in ("value", "low", "high"):
+        assert float(out[name]) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+def test_log_probabilities_that_are_no_numbers_are_named(value) -> None:
+    log = drawn(0.0, 5)
+    log["action_log_prob"][2, 1] = value
+    with pytest.raises(
+        ValueError, match="'action_log_prob' are NaN or infinite in 1 of 15"
+    ):
+        importance_weighted_value(actor(0.0), log)
+    policy = actor(math.nan)
+    with pytest.raises(ValueError, match="policy's log-probability of 15 of 15"):
+        importance_weighted_value(policy, drawn(0.0, 5))
+
+
+def test_log_probabilities_of_each_dim_are_added_up() -> None:
+    log = drawn(0.0, 20)
+    log["action"] = log["action"].expand(20, 3, 2).contiguous()
+    log["action_log_prob"] = torch.randn(20, 3, 2)
+
+    class Normal(Never):
+        def log_prob(self, action):
+            return torch.distributions.Normal(0.0, 1.0).log_prob(action)
+
+    class Whole(Normal):
+        def log_prob(self, action):
+            return super().log_prob(action).sum(-1)
+
+    found = importance_weighted_value(Normal(), log)
+    torch.testing.assert_close(found, importance_weighted_value(Whole(), log))

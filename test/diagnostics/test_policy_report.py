@@ -140,6 +140,53 @@ def test_distances_are_in_units_of_the_data() -> None:
         policy_distance(known(), still, constant, 3)
 
 
+@pytest.mark.parametrize("offset", [300.0, 3000.0])
+def test_distances_do_not_depend_on_where_zero_is(offset) -> None:
+    data, moved = log(10, 12), []
+    for shift in (0.0, offset):
+        given = data.clone()
+        given["observation"] += shift
+        given["next", "observation"] += shift
+        moved.append(policy_distance(known(), away, given, 5))
+    torch.testing.assert_close(*moved, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("what", ["place", "doubt"])
+def test_what_is_no_number_is_beyond_the_data(what) -> None:
+    def step(place, action):
+        following, doubt = place + action, place.norm(dim=-1, keepdim=True)
+        off = place[..., :1] > 6
+        if what == "place":
+            return torch.where(off, math.nan, following), doubt
+        return following, torch.where(off, math.nan, doubt)
+
+    env = known()
+    model = WorldModel(
+        env.world_model.encoder,
+        Mod(
+            step,
+            ["observation", "action"],
+            [("next", "observation"), ("next", "disagreement")],
+        ),
+        env.world_model.reward_head,
+    )
+    spec = SpecEnv(observation=2, action_spec=Bounded(-1.0, 1.0, (2,)))
+    env = WorldModelEnv(model, spec)
+    beyond = policy_disagreement(env, away, log(6, 10), 20)["beyond"]
+    assert (beyond[12:] == 1).all()
+    report = small(env, away, log(6, 10))
+    assert report.trusted_steps < 12
+    if what == "place":
+        assert (policy_distance(env, away, log(6, 10), 20)["beyond"][12:] == 1).all()
+
+
+def test_rewards_without_a_dim_of_their_own() -> None:
+    data = log(6, 10)
+    flat = data.clone().set(("next", "reward"), data["next", "reward"].squeeze(-1))
+    numbers = [small(known(), still, given).numbers for given in (data, flat)]
+    assert numbers[1] == pytest.approx(numbers[0], nan_ok=True)
+
+
 def test_nearest_rows_of_other_groups() -> None:
     queries, data = torch.randn(50, 3), torch.randn(80, 3)
     groups = torch.arange(80) % 5
@@ -179,6 +226,26 @@ def test_without_an_ensemble_the_rest_stands() -> None:
     assert "distance/data, median" in report.numbers
     assert not any("penalty" in name for name in report.numbers)
     assert report.trusted_steps == 12
+
+
+def test_the_doubts_of_a_model_with_memory_are_not_known_along_rollouts() -> None:
+    model = WorldModel(
+        Mod(nn.Identity(), ["observation"], ["observation"]),
+        Mod(
+            lambda x, a, n: (x + a, n + 1, x.norm(dim=-1, keepdim=True)),
+            ["observation", "action", "count"],
+            [("next", "observation"), ("next", "count"), ("next", "disagreement")],
+        ),
+        Mod(lambda x: x.sum(-1, True), [("next", "observation")], [("next", "reward")]),
+        memory=["count"],
+        initial_state=TensorDict({"count": torch.zeros(1)}),
+    )
+    spec = SpecEnv(observation=2, action_spec=Bounded(-1.0, 1.0, (2,)))
+    env = WorldModelEnv(model, spec)
+    with pytest.raises(ValueError, match=r"carries \['count'\].*policy_distance"):
+        policy_disagreement(env, still, log(4, 6), 3)
+    assert policy_distance(env, still, log(4, 6), 3)["beyond"].shape == (3,)
+    assert policy_return(env, still, log(4, 6), 3).get("penalised", None) is None
 
 
 def test_a_recurrent_model_acts_from_filtered_latents() -> None:

@@ -96,3 +96,22 @@ def test_a_critic_of_plain_numbers_is_refused():
     critic = TensorDictModule(MLP(4, 1, num_cells=[8]), ["latent"], ["state_value"])
     with pytest.raises(TypeError, match="TwoHotHead"):
         ImaginedValueLoss(critic)
+
+
+def test_settings_that_it_does_not_heed_are_refused():
+    critic = make_critic()
+    with pytest.raises(
+        ValueError, match="has 41 bins, and the loss 21.*num_value_bins=41"
+    ):
+        ImaginedValueLoss(critic, num_value_bins=21)
+    with pytest.raises(ValueError, match="returns means, got reduction='sum'"):
+        ImaginedValueLoss(critic, num_value_bins=BINS, reduction="sum")
+
+
+@pytest.mark.parametrize("key", ["latent", "lambda_target", "discount_weight"])
+def test_what_is_missing_is_named(key):
+    loss, _ = make_losses(make_critic(), 1.0)
+    with pytest.raises(
+        KeyError, match=f"reads \\['{key}'\\], which the imagined steps"
+    ):
+        loss(make_imagined(2, 3).exclude(key))

@@ -72,7 +72,7 @@ def fitted_q_value(
         observation_keys: what the networks see; by default all float entries that stand at
             the root and below "next". Vectors, or latents of images.
         action_keys, reward_key, done_key: the names of these entries, nested ones too.
-        seed: of networks and batches. The random state is put back afterwards. With None,
+        seed: of networks, batches and a policy that draws. The random state is put back afterwards. With None,
             the current state is used.
 
     Returns:
@@ -90,7 +90,8 @@ def fitted_q_value(
 
     Raises:
         KeyError: if an entry is missing, or the policy writes no action.
-        ValueError: if a number is out of range, or observations are not vectors of floats.
+        ValueError: if a number is out of range, if observations are not vectors of floats, or if
+            observations or actions are not finite.
 
     Examples:
         >>> from tensordict.nn import TensorDictModule
@@ -113,10 +114,10 @@ def fitted_q_value(
         )
     actions = unique(action_keys)
     log = Log.of(data, "fitted_q_value", reward_key, done_key)
-    transitions = _transitions(policy, log, observation_keys, actions)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        transitions = _transitions(policy, log, observation_keys, actions)
         counts = _bootstrap(log, members)
         scale = _Scale(log, gamma)
         network = _Network(transitions, members, hidden, scale.range)
@@ -183,14 +184,27 @@ def _transitions(
                     f"such episodes out, or choose others: observation_keys=[...]."
                 )
     ahead = rows.exclude("next").copy().update(following.select(*seen))
+    actions = {
+        "The log's actions": flat(rows, action_keys),
+        "The policy's actions": actions_of(policy, rows, action_keys),
+        "The policy's next actions": actions_of(policy, ahead, action_keys),
+    }
+    for name, value in actions.items():
+        wrong = int((~value.isfinite()).any(-1).sum())
+        if wrong:
+            raise ValueError(
+                f"{name} {action_keys} are NaN or infinite in {wrong} of {len(rows)} recorded steps. "
+                f"Leave such episodes out, or look at the parameters of the policy."
+            )
+    taken, own, next_own = actions.values()
     return TensorDict(
         {
             "state": flat(rows, keys),
-            "action": flat(rows, action_keys),
-            "policy_action": actions_of(policy, rows, action_keys),
+            "action": taken,
+            "policy_action": own,
             "next": {
                 "state": flat(following, keys),
-                "policy_action": actions_of(policy, ahead, action_keys),
+                "policy_action": next_own,
                 "reward": log.reward[:, None],
                 "terminated": log.terminated[:, None],
                 "done": log.terminated[:, None],
@@ -212,7 +226,8 @@ def _beyond(values: torch.Tensor, limits: tuple[float, float]) -> torch.Tensor:
     """Return the share of values more than a tenth of the range beyond its limits."""
     low, high = limits
     margin = 0.1 * (high - low)
-    return ((values < low - margin) | (values > high + margin)).float().mean()
+    within = (values >= low - margin) & (values <= high + margin)  # NaN is not
+    return (~within).float().mean()
 
 
 class _Scale:
@@ -329,8 +344,9 @@ def _solve_last(
     """Set the last layers to the fixed point of the Bellman equation on their inputs (LSTD-Q)."""
     last = network.values.layers[-1]
     members, size, _ = last.weight.shape
-    left = torch.zeros(members, size + 1, size + 1, dtype=torch.double)
-    right = torch.zeros(members, size + 1, 1, dtype=torch.double)
+    place = {"dtype": torch.double, "device": last.weight.device}
+    left = torch.zeros(members, size + 1, size + 1, **place)
+    right = torch.zeros(members, size + 1, 1, **place)
     grams = torch.zeros_like(left)
     for part, weight in zip(data.split(10_000), weights.split(10_000, 1)):
         ahead = part["next"]
@@ -348,7 +364,7 @@ def _solve_last(
         left += weighed @ (now - gamma * then)
         right += weighed @ ahead["reward"].double()
     ridge = _RIDGE * grams.diagonal(dim1=1, dim2=2).mean(-1)
-    left += ridge[:, None, None] * torch.eye(size + 1, dtype=torch.double)
+    left += ridge[:, None, None] * torch.eye(size + 1, **place)
     found = torch.linalg.solve(left, right).to(last.weight.dtype)
     last.weight.copy_(found[:, :-1])
     last.bias.copy_(found[:, -1:])

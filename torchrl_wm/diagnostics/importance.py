@@ -56,8 +56,10 @@ def importance_weighted_value(
     Returns:
         Batch size ``[]``, scalars:
 
-        - ``"value"``: the estimate over the length of the longest episode.
-        - ``"low"``, ``"high"``: the 5 % and 95 % quantiles over the bootstrap of episodes.
+        - ``"value"``: the estimate over the length of the longest episode; NaN if the policy
+          could have made none of them.
+        - ``"low"``, ``"high"``: the 5 % and 95 % quantiles over the bootstrap of episodes; samples
+          without any that is long enough are left out.
         - ``"effective_episodes"``: how many episodes of equal weight would say as much, after
           the last step.
         - ``"episodes"``: how many there are.
@@ -65,6 +67,8 @@ def importance_weighted_value(
     Raises:
         TypeError: if the policy has no distribution.
         KeyError: if log-probabilities, rewards or ends were not recorded.
+        ValueError: if a recorded log-probability is not finite, or one of the policy is NaN or
+            infinity.
 
     Examples:
         >>> from tensordict.nn import NormalParamExtractor, TensorDictModule
@@ -94,8 +98,16 @@ def importance_weighted_value(
     with evaluation_mode(*modules):
         for part in rows.exclude("next").split(10_000):
             action = part.get(action_key)
-            own.append(policy.get_dist(part.copy()).log_prob(action).reshape(len(part)))
-    ratio = torch.cat(own) - behaviour  # [M]
+            likely = policy.get_dist(part.copy()).log_prob(action)
+            own.append(likely.reshape(len(part), -1).sum(-1))
+    likely = torch.cat(own)
+    wrong = likely.isnan() | (likely == torch.inf)
+    if wrong.any():
+        raise ValueError(
+            f"The policy's log-probability of {int(wrong.sum())} of {len(rows)} recorded actions is NaN "
+            f"or infinity. Look at its parameters, and at whether the actions are in its bounds."
+        )
+    ratio = likely - behaviour  # [M]
     reward, weight = _by_episode(log, ratio, gamma)
     value = _weighted(reward, weight, torch.ones_like(weight[:1, :, 0]))[0]
     final = weight[0, :, -1]
@@ -109,9 +121,9 @@ def importance_weighted_value(
     around = _weighted(reward, weight, counts)
     out = {
         "value": value,
-        "low": around.quantile(0.05),
-        "high": around.quantile(0.95),
-        "effective_episodes": final.sum() ** 2 / final.pow(2).sum(),
+        "low": around.nanquantile(0.05),
+        "high": around.nanquantile(0.95),
+        "effective_episodes": final.sum() ** 2 / final.pow(2).sum().clamp_min(1e-300),
         "episodes": torch.tensor(float(number)),
     }
     return TensorDict({name: x.float() for name, x in out.items()}, batch_size=[]).cpu()
@@ -126,7 +138,14 @@ def _behaviour(
     for key in keys:
         value = rows.get(key, None)
         if value is not None:
-            return value.reshape(len(rows), -1).sum(-1)
+            value = value.reshape(len(rows), -1).sum(-1)
+            wrong = int((~value.isfinite()).sum())
+            if wrong:
+                raise ValueError(
+                    f"The recorded log-probabilities {key!r} are NaN or infinite in {wrong} of "
+                    f"{len(rows)} steps: no policy does what it cannot do. Leave such episodes out."
+                )
+            return value
     raise MissingEntryError(
         f"Importance weights need the log-probabilities of the recorded actions under the policy that "
         f"recorded them, {keys}; the log has {leaf_keys(rows)}. Record with "
@@ -155,14 +174,15 @@ def _by_episode(
     known = (steps < lengths) | log.terminated[last][:, None]
     logs = logs.masked_fill(~known, -torch.inf)
     # Only their shares at each step matter.
-    weight = (logs - logs.amax(0, keepdim=True)).exp()
+    most = logs.amax(0, keepdim=True)
+    weight = (logs - torch.where(most.isfinite(), most, 0.0)).exp()
     return reward[None], weight[None]
 
 
 def _weighted(
     reward: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
-    """Return the values of samples of the episodes, ``[R, N]`` counts, ``[R]``."""
+    """Return the values of samples of the episodes, ``[R, N]`` counts, ``[R]``; NaN without any."""
     total = counts @ weight[0]  # [R, T]
     earned = counts @ (weight * reward)[0]
-    return torch.where(total > 0, earned / total, 0.0).sum(-1)
+    return torch.where(total > 0, earned / total, torch.nan).sum(-1)

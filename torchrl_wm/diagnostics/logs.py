@@ -13,7 +13,14 @@ from torchrl.objectives.value.functional import reward2go
 from torchrl_wm.diagnostics.recording import as_rows, ends_of, Episodes
 from torchrl_wm.diagnostics.terminations import real_terminations
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, missing_from, unique
+from torchrl_wm.modules.keys import (
+    as_tuple,
+    join,
+    leaf_keys,
+    missing_from,
+    sibling,
+    unique,
+)
 from torchrl_wm.modules.modes import evaluation_mode
 
 #: Entries of a transition that are neither seen nor done by a policy.
@@ -63,12 +70,14 @@ class Log:
             raise ValueError(
                 f"{name} was given no step: the log's ('collector', 'mask') calls all invalid."
             )
-        last = ends_of([done_key], steps)
+        beside = [sibling(done_key, name) for name in ("terminated", "truncated")]
+        last = ends_of([done_key, *beside], steps)
         last[:, -1] = True
         last[:, :-1] |= valid[:, :-1] & ~valid[:, 1:]
         terminated = real_terminations(steps, done_key)
         terminated = terminated.reshape(*steps.batch_size, -1).any(-1)
-        reward = steps.get(join("next", reward_key)).flatten(2).sum(-1)
+        reward = steps.get(join("next", reward_key))
+        reward = reward.reshape(*steps.batch_size, -1).sum(-1)
         rows, reward = steps[valid], reward[valid].float()
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).nonzero()[0])

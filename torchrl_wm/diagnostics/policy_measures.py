@@ -60,10 +60,10 @@ def policy_disagreement(
         - ``"data_quantiles"``: those of the recorded steps, ``[3]``.
         - ``"edge"``: their 99 % quantile; a scalar.
         - ``"beyond"``: the share of the rollouts that are beyond it at each step, ``[H]``. Of
-          recorded steps, it is 0.01.
+          recorded steps, it is 0.01. What is no number is beyond it.
 
     Raises:
-        ValueError: if the model writes no disagreement.
+        ValueError: if the model writes no disagreement, or has a memory.
         KeyError: if actions were not recorded, or the policy reads an entry that the imagined
             env does not have.
 
@@ -165,7 +165,7 @@ def policy_return(
         - ``"penalised"``: the same with the penalty.
         - ``"coefficient"``: a scalar.
 
-        The last two are missing if the model has no disagreement.
+        The last two are missing if the model has no disagreement, or has a memory.
 
     Raises:
         KeyError: if actions were not recorded, or the policy reads an entry that the imagined
@@ -197,6 +197,12 @@ def disagreement_of(study: PolicyStudy) -> TensorDict:
     """Return the disagreement of a study; see :func:`policy_disagreement`."""
     key = join("next", DISAGREEMENT)
     imagined = study.along.get(DISAGREEMENT)
+    memory = study.env.world_model.memory_keys
+    if imagined is None and memory:
+        raise ValueError(
+            f"the model carries {memory}, which rollouts do not record: what its step says of its "
+            f"doubts is not known along them. Distances to the data are: policy_distance."
+        )
     if imagined is None:
         raise ValueError(
             f"the model writes no {key!r}: it is no ensemble, or runs one member at a time. "
@@ -224,7 +230,9 @@ def distance_of(study: PolicyStudy) -> TensorDict:
     unit = torch.where(moves, unit, 1.0)
     data, steps = data / unit, flat(study.imagined.flatten(), keys) / unit
     found = nearest_distances(steps, data).reshape(study.alive.shape)
-    own = episodes if len(episodes.unique()) > 1 else torch.arange(len(data))
+    own = episodes
+    if len(episodes.unique()) == 1:
+        own = torch.arange(len(data), device=data.device)
     some = spread(len(data), 2000).to(data.device)
     return _beside(
         found, nearest_distances(data[some], data, own[some], own), study.alive
@@ -242,7 +250,8 @@ def returns_of(study: PolicyStudy) -> TensorDict:
 
     def rewards(steps: TensorDict) -> torch.Tensor:
         parts = [
-            steps.get(join("next", key)).flatten(steps.ndim) for key in env.reward_keys
+            steps.get(join("next", key)).reshape(*steps.shape, -1)
+            for key in env.reward_keys
         ]
         return torch.cat(parts, -1).sum(-1)
 
@@ -258,13 +267,24 @@ def returns_of(study: PolicyStudy) -> TensorDict:
         edge = _quantile(study.predicted.get(join("next", study.measure)), EDGE)
         recorded = list(study.recording.rewards(study.some).values())
         known = (
-            torch.cat([r.flatten(1) for r in recorded], -1)
+            torch.cat([r.reshape(len(r), -1) for r in recorded], -1)
             if recorded
             else reward.flatten(0)[:, None]
         )
         coefficient = float(known.sum(-1).std() / edge) if edge > 0 else 0.0
-    out.set("penalised", total(reward - coefficient * doubt))
+    payers = 1 if own is None else _payers(study)
+    out.set("penalised", total(reward - coefficient * payers * doubt))
     return out.set("coefficient", torch.tensor(coefficient))
+
+
+def _payers(study: PolicyStudy) -> float:
+    """Return how many of a penalised model's rewards pay for one number of the measure."""
+
+    def size(key) -> int:
+        return study.predicted.get(key)[0].numel()
+
+    penalties = study.env.world_model.reward_head[-1].penalties
+    return sum(map(size, penalties)) / size(join("next", study.measure))
 
 
 def nearest_distances(
@@ -281,6 +301,9 @@ def nearest_distances(
         own: the group of each query, ``[Q]``, whose rows do not count.
         groups: those of the rows, ``[M]``.
     """
+    # Far from zero, the squares that distances are made of would drown them.
+    middle = data.mean(0)
+    queries, data = queries - middle, data - middle
     out = []
     at_once = max(1, _DISTANCES_AT_ONCE // len(data))
     for first in range(0, len(queries), at_once):
@@ -298,7 +321,7 @@ def _beside(
     """Return imagined values ``[S, H]`` beside those of recorded steps, ``[M]``."""
     values = torch.where(alive, values.float(), torch.nan)
     edge = _quantile(data, EDGE)
-    beyond = (values > edge).sum(0) / alive.sum(0)
+    beyond = (alive & ~(values <= edge)).sum(0) / alive.sum(0)
     levels = torch.tensor(LEVELS, device=values.device)
     return TensorDict(
         {

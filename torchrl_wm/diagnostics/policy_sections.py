@@ -24,7 +24,6 @@ from torchrl_wm.diagnostics.returns import exploitation_gap, rolled_out
 from torchrl_wm.diagnostics.statistics_plots import plot_exploitation_gap
 from torchrl_wm.diagnostics.study import DoesNotApply, Measured
 from torchrl_wm.diagnostics.verdicts import leading
-from torchrl_wm.modules.blocks.penalty import penalty_paused
 from torchrl_wm.modules.keys import as_tuple
 
 #: Fewer episodes than this, by their weights, say nothing.
@@ -83,7 +82,10 @@ def returns(study: PolicyStudy) -> Measured:
     numbers[f"standard error, {study.horizon} steps"] = error
     if penalised is None:
         verdict = f"The model promises {float(plain[:, -1].mean()):.4g} over {study.horizon} steps."
-        note = "Without an ensemble there is no disagreement to penalise."
+        note = (
+            "No disagreement is known along the rollouts that could be penalised: the model is no "
+            "ensemble, or has a memory."
+        )
     else:
         cost = float((plain - penalised)[:, -1].mean())
         verdict = (
@@ -196,11 +198,10 @@ def gap(study: PolicyStudy) -> Measured:
     real = rolled_out(study.real_env, policy, study.horizon, study.real_episodes)
     numbers, found = {}, None
     for name, gamma in (("discounted ", study.gamma), ("", 1.0)):
-        with penalty_paused(study.env.world_model):
-            found = exploitation_gap(
-                study.env, study.policy, real, study.horizon,
-                gamma=gamma, reward_key=study.env.reward_key,
-            )  # fmt: skip
+        found = exploitation_gap(
+            study.env, study.policy, real, study.horizon,
+            gamma=gamma, reward_key=study.env.reward_key,
+        )  # fmt: skip
         for key in ("imagined_return", "real_return", "gap"):
             numbers[f"{name}{key.replace('_', ' ')}"] = float(found[key].mean())
     count = len(found)
@@ -211,8 +212,9 @@ def gap(study: PolicyStudy) -> Measured:
     section = ReportSection(
         "Exploitation gap",
         how=(
-            f"Returns over {study.horizon} steps at most, imagined and real, from the same starts. Far "
-            f"above the diagonal the policy lives on the model's errors."
+            f"Plain sums of the rewards over {study.horizon} steps at most, imagined and real, from the "
+            f"same starts; the discounted ones are among the numbers. Far above the diagonal the "
+            f"policy lives on the model's errors."
         ),
         verdict=(
             f"The model promises {numbers['imagined return']:.4g}, the real env pays {paid:.4g}: "
@@ -247,7 +249,7 @@ def _departure(
     beyond, quantiles = found["beyond"].nan_to_num(0.0), found["quantiles"]
     within = leading((beyond <= MOST_BEYOND).tolist())
     alive = study.alive.cpu()
-    share = float((found["values"] > found["edge"])[alive].float().mean())
+    share = float((~(found["values"] <= found["edge"]))[alive].float().mean())
     numbers = {
         "data, median": float(found["data_quantiles"][1]),
         "data, 99 % quantile": float(found["edge"]),

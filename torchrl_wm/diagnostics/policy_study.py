@@ -22,7 +22,7 @@ from torchrl_wm.diagnostics.recording import (
 )
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import penalty_of
-from torchrl_wm.modules.blocks.penalty import penalty_paused
+from torchrl_wm.modules.blocks.penalty import paying, penalty_paused
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, strip_next, unique
 from torchrl_wm.modules.modes import evaluation_mode
@@ -51,7 +51,6 @@ class PolicyStudy:
     real_env: EnvBase | None = None
     real_policy: Callable | None = None
     real_episodes: int = 5
-    seed: int | None = 0
 
     @property
     def env(self) -> WorldModelEnv:
@@ -152,7 +151,8 @@ def imagine_policy(
     modules = [policy] if isinstance(policy, nn.Module) else []
     model = recording.env.world_model
     with evaluation_mode(model, *modules), penalty_paused(model):
-        return recording.env.imagine(horizon, policy, recording.state(starts))
+        act = paying(policy, model)
+        return recording.env.imagine(horizon, act, recording.state(starts))
 
 
 def begins_of(recording: Recording) -> torch.Tensor:

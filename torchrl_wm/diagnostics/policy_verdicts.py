@@ -96,7 +96,7 @@ def judged(
     Args:
         trust: how far the model can be believed.
         fitted: what :func:`~torchrl_wm.diagnostics.fitted_q_value` returned.
-        gap: the imagined and the real return.
+        gap: the imagined and the real return, without a discount.
     """
     if trust is None:
         said = ["Nothing says whether the model can be believed about this policy"]
@@ -122,6 +122,6 @@ def judged(
         )
     if gap is not None:
         said.append(
-            f"the model promises {gap[0]:.4g} and the real env pays {gap[1]:.4g}"
+            f"undiscounted, the model promises {gap[0]:.4g} and the real env pays {gap[1]:.4g}"
         )
     return "; ".join(said) + "."

@@ -17,6 +17,7 @@ from torchrl_wm.diagnostics.recording import (
 )
 from torchrl_wm.diagnostics.terminations import real_terminations
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules.blocks.penalty import paying, penalty_paused
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, missing_from
 from torchrl_wm.modules.modes import evaluation_mode
@@ -43,6 +44,8 @@ def exploitation_gap(
     Each episode counts ``horizon`` steps, less where it ends. Where the *real* episode
     was cut (a time limit, the end of the recording), the imagined one is cut
     at the same step; where it terminated, the imagined one goes on until it terminates.
+    A model of :func:`~torchrl_wm.modules.with_penalty` promises its own rewards: what is real
+    has no penalty.
 
     Args:
         env: an imagined env of batch size ``[]``.
@@ -105,8 +108,8 @@ def exploitation_gap(
             f"The real episodes lack the rewards {missing}; they have {leaf_keys(steps)}."
         )
     starts, rewards, valid, terminated = _episodes(env, steps, reward_key, horizon)
-    with evaluation_mode(env.world_model):
-        imagined = env.imagine(horizon, policy, starts)
+    with evaluation_mode(env.world_model), penalty_paused(env.world_model):
+        imagined = env.imagine(horizon, paying(policy, env.world_model), starts)
     promised = imagined.get(join("next", reward_key)).flatten(2).sum(-1)
     alive = imagined.get(("collector", "mask"))
     counted = alive & (valid | terminated[:, None])

@@ -10,6 +10,8 @@ from tensordict.nn import TensorDictModule
 from torchrl.objectives import DreamerV3ValueLoss
 
 from torchrl_wm.modules.blocks.two_hot import neighbouring_bins, TwoHotHead
+from torchrl_wm.modules.errors import MissingEntryError
+from torchrl_wm.modules.keys import leaf_keys
 
 
 class ImaginedValueLoss(DreamerV3ValueLoss):
@@ -24,10 +26,12 @@ class ImaginedValueLoss(DreamerV3ValueLoss):
         value_model: the critic: a :class:`~tensordict.nn.TensorDictModule` of a
             :class:`~torchrl_wm.modules.TwoHotHead` over TorchRL's bins, as
             :func:`~torchrl_wm.models.make_dreamer_actor_critic` returns.
-        settings: those of TorchRL's loss; ``value_loss`` is ``"two_hot"``.
+        settings: those of TorchRL's loss; ``value_loss`` is ``"two_hot"``, and ``reduction``
+            ``"mean"``. The steps are weighed by ``"discount_weight"`` alone.
 
     Raises:
         TypeError: for another critic.
+        ValueError: if it has another number of bins than the loss, or for another reduction.
 
     Examples:
         >>> import torch
@@ -61,6 +65,16 @@ class ImaginedValueLoss(DreamerV3ValueLoss):
                 f"torchrl.objectives.DreamerV3ValueLoss."
             )
         super().__init__(value_model, "two_hot", **settings)
+        if head.two_hot.num_bins != len(self.value_bins):
+            raise ValueError(
+                f"The critic has {head.two_hot.num_bins} bins, and the loss {len(self.value_bins)}. "
+                f"Give it as many: num_value_bins={head.two_hot.num_bins}."
+            )
+        if self.reduction != "mean":
+            raise ValueError(
+                f"ImaginedValueLoss returns means, got reduction={self.reduction!r}. For others, use "
+                f"torchrl.objectives.DreamerV3ValueLoss."
+            )
 
     def forward(
         self, fake_data: TensorDictBase
@@ -71,20 +85,32 @@ class ImaginedValueLoss(DreamerV3ValueLoss):
             fake_data: imagined steps, ``[N, H]``, as TorchRL's ``DreamerV3ActorLoss`` returns
                 them: what the critic reads, ``"lambda_target"`` and ``"discount_weight"``,
                 ``[N, H, 1]`` each.
+
+        Raises:
+            KeyError: if one of these is missing.
         """
-        latents = [fake_data.get(key) for key in self.value_model.in_keys]
+        key = self.tensor_keys.discount_weight
+        reads = [*self.value_model.in_keys, "lambda_target", key]
+        read = {name: fake_data.get(name, None) for name in reads}
+        missing = [name for name, value in read.items() if value is None]
+        if missing:
+            raise MissingEntryError(
+                f"ImaginedValueLoss reads {missing}, which the imagined steps lack; they have "
+                f"{leaf_keys(fake_data)}. TorchRL's DreamerV3ActorLoss writes what it needs."
+            )
+        latents = [read[name] for name in self.value_model.in_keys]
         with self.value_model_params.to_module(
             self.value_model, preserve_module_state=False
         ):
             logits = self.value_model.module.network(*latents)
         norm = logits.logsumexp(-1)
-        weight = fake_data.get(self.tensor_keys.discount_weight).squeeze(-1)
+        weight = read[key].squeeze(-1)
 
         def distance(target: torch.Tensor) -> torch.Tensor:
             index, shares = neighbouring_bins(target.squeeze(-1), self.value_bins)
             return norm - (shares * logits.gather(-1, index)).sum(-1)
 
-        loss = distance(fake_data.get("lambda_target"))
+        loss = distance(read["lambda_target"])
         slow = torch.zeros_like(loss)
         if self.slow_critic_regularization:
             with torch.no_grad(), self.target_value_model_params.to_module(

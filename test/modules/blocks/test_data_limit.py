@@ -84,6 +84,11 @@ def test_of_an_ensemble(propagation, measure) -> None:
     assert ("next", measure) not in data.keys(True)
 
 
+def test_float64_is_not_rounded_below_what_was_read() -> None:
+    data = numbered(torch.tensor([0.1, 0.3, 0.7], dtype=torch.float64))
+    assert data_limit(sizing(), data, 1.0, measure="spread") == 0.7
+
+
 def test_padding_is_left_out() -> None:
     data = numbered(torch.arange(10.0).reshape(2, 5))
     data.set(("collector", "mask"), torch.arange(10).reshape(2, 5) < 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from _models import SpecEnv
@@ -14,7 +15,11 @@ from torch import nn
 from torchrl.data import Composite, Unbounded
 
 from torchrl_wm import WorldModel, WorldModelEnv, WorldModelLoss
-from torchrl_wm.models import make_ensemble_world_model
+from torchrl_wm.models import (
+    load_world_model,
+    make_ensemble_world_model,
+    save_world_model,
+)
 from torchrl_wm.modules import (
     ContinueHead,
     fit_normalizers,
@@ -25,6 +30,7 @@ from torchrl_wm.modules import (
     with_propagation,
     without_penalty,
 )
+from torchrl_wm.modules.blocks.penalty import penalty_paused
 from torchrl_wm.modules.keys import join, sibling
 
 OBS, ACTION = 3, 2
@@ -385,3 +391,28 @@ def test_one_measure_for_many_agents() -> None:
     assert torch.equal(out["agents", "reward"], plain["agents", "reward"] - expected)
     beyond = (plain["doubt"] > 0.5).unsqueeze(1).expand(5, 2, 1)
     assert torch.equal(out["agents", "terminated"], beyond)
+
+
+def test_a_pause_within_a_pause_does_not_end_it() -> None:
+    careful = with_penalty(model_of("bool"), 2.0, measure="spread", limit=0.0)
+    start = states(5).set("action", torch.zeros(5, ACTION))
+    own = step(without_penalty(careful), start)["reward"]
+    paid = own - 2 * start["observation"].abs().mean(-1, keepdim=True)
+    with penalty_paused(careful):
+        with penalty_paused(careful):
+            pass
+        assert torch.equal(step(careful, start)["reward"], own)
+        with penalty_paused(careful, False):
+            torch.testing.assert_close(step(careful, start)["reward"], paid)
+        assert torch.equal(step(careful, start)["reward"], own)
+    torch.testing.assert_close(step(careful, start)["reward"], paid)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_numbers(kind, tmp_path) -> None:
+    """A sweep over np.logspace gives such; files hold Python's."""
+    model, _, _ = ensemble()
+    careful = with_penalty(model, kind(2), limit=kind(3), limit_reward=kind(-4))
+    save_world_model(careful, tmp_path / "model.pt")
+    again = penalty_of(load_world_model(tmp_path / "model.pt"))
+    assert again == penalty_of(with_penalty(model, 2.0, limit=3.0, limit_reward=-4.0))

@@ -97,7 +97,9 @@ def data_limit(
             if not _has_latents(model, state):
                 state = model.encode(state)
             value = run_components(writers, state).get(key)
-            found.append(value.reshape(len(part), -1).amax(-1).float().cpu())
+            # float64 stays: rounded, the limit might be below what it was read off.
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            found.append(value.reshape(len(part), -1).amax(-1).cpu())
     values = torch.cat(found)
     wrong = int((~values.isfinite()).sum())
     if wrong:

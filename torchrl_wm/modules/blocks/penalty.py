@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Literal
 
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
@@ -75,7 +75,8 @@ def with_penalty(
         reward_key: the reward, if the reward head writes several entries and none of them is
             called "reward". By default all that are called so pay.
         done_key: the done entry of the env, beside which the ending is written if the model has
-            no done head.
+            no done head, ``[*B, 1]``. An env whose done entry has more dims, such as one for each
+            agent, needs a model with a done head.
 
     Returns:
         The new world model, in the same mode (training or not). :func:`without_penalty` undoes it,
@@ -175,17 +176,37 @@ def penalty_of(world_model: WorldModel) -> Penalty | None:
 
 
 @contextmanager
-def penalty_paused(world_model: WorldModel) -> Iterator[None]:
-    """Let a model predict its own rewards and ends for a while; a model without penalty does."""
+def penalty_paused(world_model: WorldModel, paused: bool = True) -> Iterator[None]:
+    """Let a model predict its own rewards and ends for a while; a model without penalty does.
+
+    With ``paused=False`` it pays meanwhile, within a pause.
+    """
     heads = [_last(world_model.reward_head), _last(world_model.done_head)]
     parts = [h.module for h in heads if isinstance(h, (PenaltyHead, LimitHead))]
+    before = [part.paused for part in parts]  # a pause within a pause does not end it
     try:
         for part in parts:
-            part.paused = True
+            part.paused = paused
         yield
     finally:
-        for part in parts:
-            part.paused = False
+        for part, was in zip(parts, before):
+            part.paused = was
+
+
+def paying(policy: Callable | None, world_model: WorldModel) -> Callable | None:
+    """Return a policy that acts while the penalty is paused as it does else: planners plan with it."""
+    if policy is None or penalty_of(world_model) is None:
+        return policy
+    if isinstance(policy, nn.Module):
+        head = _last(world_model.reward_head).module
+        if all(module is not head for module in policy.modules()):
+            return policy  # it does not ask the model, and may be a program of networks
+
+    def act(tensordict: TensorDictBase) -> TensorDictBase:
+        with penalty_paused(world_model, False):
+            return policy(tensordict)
+
+    return act
 
 
 def measuring(world_model: WorldModel, measure: NestedKey) -> WorldModel:

@@ -70,6 +70,12 @@ class Penalty:
                     f"limit_reward={self.limit_reward} is the reward of an episode that terminates "
                     f"at the limit, and on_limit='truncate' lets its value go on. Leave out one."
                 )
+        for name in ("coefficient", "limit", "limit_reward"):
+            value = getattr(self, name)
+            if (
+                value is not None
+            ):  # numbers of numpy, which no file holds, become Python's
+                object.__setattr__(self, name, float(value))
 
 
 class PenaltyHead(TensorDictModule):
@@ -91,6 +97,8 @@ class PenaltyHead(TensorDictModule):
             )
         super().__init__(_Pay(penalty), reads, writes)
         self.penalty = penalty
+        #: Where the penalties stand.
+        self.penalties = penalties
 
 
 class _Pay(nn.Module):
