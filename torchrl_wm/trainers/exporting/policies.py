@@ -81,8 +81,8 @@ def export_policy(
 
     Args:
         run: the run, or its folder, which is not changed but for the files.
-        folder: where the files are written, over older ones; ``export`` in the run's folder by
-            default.
+        folder: where the files are written, over older ones of the same format; ``export`` in the
+            run's folder by default.
 
     Keyword Args:
         formats: "pt2", a ``torch.export`` program, and "onnx"; by default both, or pt2 alone
