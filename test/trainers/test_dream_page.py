@@ -7,7 +7,9 @@ import http.client
 import json
 import signal
 import socket
+import struct
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 
@@ -119,10 +121,13 @@ def test_what_it_cannot_do_is_an_error(server) -> None:
         ("/step", [1], 400, "A JSON object is expected"),
         ("/step", b"{", 400, "no JSON"),
         ("/step", b"\xff", 400, "no JSON"),
+        ("/step", b"[" * 60_000, 400, "no JSON"),
+        ("/step", {"action": [10**400]}, 400, "from -2 up to 2, got inf"),
         ("/step", b" " * 70_000, 400, "at most 65536 bytes"),
         ("/step", {"at": 5}, 409, "gone on elsewhere"),
         ("/back", {}, 400, "This is the start"),
         ("/reset", {"seed": "one"}, 400, "seed must be"),
+        ("/reset", {"seed": 10**400}, 400, "seed must be"),
         ("/quit", {}, 404, "There is no '/quit'"),
     ):
         got, answer = asked(server, "POST", path, body)
@@ -196,9 +201,27 @@ def test_numbers_that_are_not_finite_are_shown_as_such() -> None:
     head.reward_head = Mod(
         lambda x: x[..., :1] / 0, [("next", "observation")], [("next", "reward")]
     )
+    session.usual_disagreement = {"median": float("nan"), "high": float("inf")}
     with served(session) as server:
         status, answer = asked(server, "POST", "/step", {"action": [0.0]})
+        shown = asked(server, "GET", "/state")
     assert status == 200 and answer["moment"]["imagined"]["reward"] is None
+    assert shown[0] == 200
+    assert shown[1]["usual_disagreement"] == {"median": None, "high": None}
+
+
+def test_pages_that_are_closed_meanwhile_leave_no_trace(server, capfd) -> None:
+    state = f"GET /state HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode()
+    for said, pause in ((state, 0), (b"", 0.1)):
+        page = socket.create_connection(("127.0.0.1", server.port))
+        # Closed at once, the connection is reset.
+        page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        page.sendall(said)
+        time.sleep(pause)
+        page.close()
+        assert asked(server, "GET", "/state")[0] == 200
+    time.sleep(0.2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_error_of_the_users_own_is_shown() -> None:

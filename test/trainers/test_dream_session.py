@@ -24,7 +24,7 @@ from _real_envs import (
 from _small_models import MAKE
 from PIL import Image
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import TensorDictModule as Mod, TensorDictSequential
 from torch import nn
 from torchrl.envs import GymEnv, GymWrapper
 
@@ -215,6 +215,63 @@ def test_a_step_that_fails_leaves_both_sides_where_they_were() -> None:
     inner.broken = False
     assert len(session.moments) == 2
     assert session.step([1.0]) == expected
+
+
+def test_a_picture_or_a_start_that_fails_leaves_the_episode_as_it_was() -> None:
+    broken = []
+
+    def render(observation):
+        if broken:
+            raise OSError("no pen")
+        return np.zeros((4, 4, 3), np.uint8)
+
+    real_env = make_real_env("Pendulum-v1")
+    env = small_model(real_env, "ensemble", propagation="ts1")
+    session = DreamSession(env, real_env=real_env, render=render)
+    session.step([0.5])
+    expected = session.step([1.0])
+    session.back()
+    broken.append(True)
+    for fails in (
+        lambda: session.step([1.0]),
+        lambda: session.look(),
+        lambda: session.reset(3),
+    ):
+        with pytest.raises(OSError, match="no pen"):
+            fails()
+    broken.clear()
+    for seed in (2**32, 10**400):
+        with pytest.raises(ValueError, match=r"seed must be .* to 2\*\*32 - 1"):
+            session.reset(seed)
+    assert session.seed == 0 and len(session.moments) == 2
+    assert session.step([1.0]) == expected
+    assert session.back() == session.moments[1] and session.back().step == 0
+
+
+def test_a_look_draws_the_same_again() -> None:
+    real_env = make_real_env("Pendulum-v1")
+    env = small_model(real_env, "ensemble", propagation="tsinf")
+    session = DreamSession(env, real_env=real_env)
+    before = torch.get_rng_state()
+    session.step([1.0])
+    session.look()
+    after = session.step([0.5])
+    assert torch.equal(torch.get_rng_state(), before)
+    for _ in range(6):
+        torch.rand(1)
+        session.back()
+        assert session.step([0.5]) == after
+
+
+def test_a_policy_that_writes_observations_anew_reads_the_newest() -> None:
+    real_env = make_real_env("Pendulum-v1")
+    halved = Mod(lambda x: x / 2, ["observation"], ["observation"])
+    policy = TensorDictSequential(halved, Mod(Reads(), ["observation"], ["action"]))
+    env = small_model(real_env, "ensemble")
+    session = DreamSession(env, real_env=real_env, policy=policy)
+    for _ in range(3):
+        shown = session.moments[-1].imagined.values["observation"]
+        assert session.step().action == pytest.approx([shown[0] / 2])
 
 
 def ends_beyond(limit: float) -> Mod:
@@ -415,7 +472,9 @@ def test_the_dream_of_a_run(kind, settings) -> None:
     with pytest.raises(ValueError, match="has not learnt anything yet"):
         dream_of_run(trainer)
     trainer.train()
+    state = torch.get_rng_state()
     session = dream_of_run(trainer, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
     assert session.title == trainer.recipe.title and session.has_real
     is_ensemble = kind in (PETSTrainer, MBPOTrainer)
     assert (session.usual_disagreement is not None) == is_ensemble

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import gymnasium
@@ -20,6 +21,7 @@ from torchrl.envs import (
     ObservationNorm,
     TensorDictPrimer,
     TransformedEnv,
+    UnsqueezeTransform,
 )
 
 from torchrl_wm.models import make_rssm_world_model, make_transformer_world_model
@@ -217,6 +219,10 @@ def test_inputs_and_outputs_are_described(cases) -> None:
     assert images["carried"] == {
         name: f"next_{name}" for name in ("state", "belief", "last_action")
     }
+    # Its observations have infinite bounds, between which nothing is drawn.
+    recurrent = cases["recurrent"].described["inputs"]
+    (draw,) = [port for port in recurrent if port["kind"] in DRAWN]
+    assert draw["kind"] == "uniform" and "[0, 1)" in draw["form"]
     choice = cases["choice"].described["outputs"][0]
     assert choice["dtype"] == "int64" and (choice["low"], choice["high"]) == (0, 1)
     assert "0 to 1" in choice["form"] and choice["shape"] == ["N"]
@@ -228,7 +234,11 @@ def test_files_hold_what_acts_and_no_more(cases) -> None:
     sizes = {name: value.numel() for name, value in program.state_dict.items()}
     assert any(size for name, size in sizes.items() if "posterior" in name)
     assert not any(size for name, size in sizes.items() if "decoder" in name)
-    assert all("stack_trace" not in node.meta for node in program.graph.nodes)
+    for case in cases.values():
+        with zipfile.ZipFile(case.written.files["pt2"]) as file:
+            (graph,) = (n for n in file.namelist() if n.endswith("/model.json"))
+            text = file.read(graph)
+        assert b"stack_trace" not in text and b"site-packages" not in text
     assert all(p.numel() for p in case.trainer.world_model.decoder.parameters())
 
 
@@ -361,6 +371,32 @@ class Branching(Of):
         return -observation[..., :1]
 
 
+class InRows(Of):
+    @staticmethod
+    def act(observation):
+        return observation[..., 0, :1]
+
+
+class Choosing(Of):
+    @staticmethod
+    def act(observation):
+        return torch.nn.functional.one_hot((observation[..., 0] > 0).long(), 2)
+
+
+class Renewing(Of):
+    """Writes the observation anew before it acts."""
+
+    def make(self, env):
+        halved = TensorDictModule(lambda x: x / 2, ["observation"], ["observation"])
+        return TensorDictSequential(halved, super().make(env))
+
+
+class Timed(Of):
+    def make(self, env):
+        keys = ["observation", "step_count"]
+        return TensorDictModule(lambda x, count: x[..., :1] * count, keys, ["action"])
+
+
 class Mixing(Of):
     """Each row depends on the whole batch."""
 
@@ -373,6 +409,15 @@ class Drawing(Of):
     @staticmethod
     def act(observation):
         return torch.bernoulli(observation[..., :1].sigmoid())
+
+
+class Hiding(Drawing):
+    """Draws in a part of the program with a mode of gradients of its own."""
+
+    @staticmethod
+    @torch.enable_grad()
+    def act(observation):
+        return Drawing.act(observation)
 
 
 def export(kind: type[Recipe], folder: Path, **settings):
@@ -417,12 +462,47 @@ def test_transforms_of_a_step_are_inside_and_others_are_named(tmp_path) -> None:
     assert two.described["inputs"][0]["shape"] == ["N", 6]
 
 
+def test_dims_from_the_left_stay_outside(tmp_path) -> None:
+    def first():
+        layer = UnsqueezeTransform(0, allow_positive_dim=True, in_keys=["observation"])
+        return TransformedEnv(GymEnv("Pendulum-v1"), layer)
+
+    written = export(InRows, tmp_path, env=first)
+    assert written.described["transforms"]["outside"] == ["UnsqueezeTransform"]
+    assert written.described["inputs"][0]["shape"] == ["N", 1, 3]
+
+
+def test_what_the_env_shows_is_not_carried(tmp_path) -> None:
+    written = export(Renewing, tmp_path)
+    assert [port["kind"] for port in written.described["inputs"]] == ["observation"]
+    act = torch.export.load(written.files["pt2"]).module()
+    assert act({"observation": torch.full((1, 3), 0.5)})["action"].item() == 0.25
+
+
+def test_options_have_the_dtype_of_the_env(tmp_path) -> None:
+    class Narrow(gymnasium.make("CartPole-v1").unwrapped.__class__):
+        def __init__(self):
+            super().__init__()
+            self.action_space.dtype = np.dtype(np.int32)
+
+    written = export(Choosing, tmp_path, env=Narrow)
+    assert written.described["outputs"][0]["dtype"] == "int32"
+    act = torch.export.load(written.files["pt2"]).module()
+    assert act({"observation": torch.ones(1, 4)})["action"].dtype == torch.int32
+
+
 @pytest.mark.parametrize(
     "kind, error, message",
     [
+        (
+            Timed,
+            ValueError,
+            r"\['step_count'\], which the env does not observe.*load_policy",
+        ),
         (Branching, ValueError, "torch.export cannot follow.*torch.where"),
         (Mixing, DeviationError, "deviate by .*1e-05 is allowed.*No file"),
         (Drawing, ValueError, "draws random numbers by aten.bernoulli.*torch.rand"),
+        (Hiding, ValueError, "draws random numbers by aten.bernoulli.*torch.rand"),
         (Remembering, ValueError, "memory.*load_policy"),
     ],
 )
@@ -436,6 +516,8 @@ def test_wrong_words_are_named(tmp_path, monkeypatch) -> None:
     trainer = trainer_class(Of)(env="Pendulum-v1")
     with pytest.raises(ValueError, match=r"\['pt2', 'onnx'\], got \['tflite'\]"):
         export_policy(trainer, tmp_path, formats="tflite")
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        export_policy(trainer, tmp_path, formats="pt2", steps=0)
     with pytest.raises(ValueError, match="no folder"):
         export_policy(trainer, formats="pt2")
     trainer.recipe.policy = None

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from _real_envs import make_nested, make_reacher, MBPO, PETS, Reacher1D
+from _real_envs import DREAMER, make_nested, make_reacher, MBPO, PETS, Reacher1D
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.wrappers import TimeLimit, TransformObservation
 from tensordict.nn import TensorDictModule
@@ -16,6 +16,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import CatFrames, GymEnv, TensorDictPrimer, TransformedEnv
 
 from torchrl_wm.trainers import (
+    DreamerTrainer,
     load_policy,
     MBPOTrainer,
     PETSTrainer,
@@ -27,6 +28,7 @@ from torchrl_wm.trainers import (
     trainer_class,
 )
 from torchrl_wm.trainers.episode_seeds import episode_seed
+from torchrl_wm.trainers.exporting.draws import GivenDraws
 from torchrl_wm.trainers.trainer import EVALUATION_EPISODES
 
 QUICK = {"evaluation_interval": 0}
@@ -219,6 +221,23 @@ def test_what_a_policy_hands_on_begins_anew_where_asked() -> None:
     assert policy.act(batch[:2]).shape == (2, 1)
     policy.reset()
     assert np.allclose([policy.act(batch[0]) for _ in range(2)], [[0.1], [0.2]])
+
+
+def test_some_episodes_of_a_recurrent_policy_begin_anew() -> None:
+    trainer = DreamerTrainer(**{**DREAMER, "version": "v1"})
+    policies = [Policy(trainer) for _ in range(3)]
+    rng = np.random.default_rng(0)
+    mask = np.array([False, True])
+    with GivenDraws(lambda kind, shape, dtype: torch.full(shape, 0.3)):
+        for time in range(4):
+            if time == 2:
+                policies[0].reset(mask)
+                policies[2].reset()
+            observed = rng.normal(size=(2, 3)).astype(np.float32)
+            found = policies[0].act(observed)
+            alone = [policy.act(row) for policy, row in zip(policies[1:], observed)]
+            assert np.allclose(found, alone, atol=1e-6)
+            assert abs(found[0] - found[1]) > 1e-5
 
 
 def test_an_action_is_kept_as_long_as_in_the_run() -> None:

@@ -51,6 +51,7 @@ def export(
 
 
 def _form(port: dict) -> str:
-    """Return the shape, the dtype and the kind of an input or output."""
+    """Return the shape, the dtype, the kind and the form of an input or output."""
     shape = ", ".join(map(str, port["shape"]))
-    return f"[{shape}] {port['dtype']}, {port['kind']}"
+    form = f": {port['form']}" if "form" in port else ""
+    return f"[{shape}] {port['dtype']}, {port['kind']}{form}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Compose, EnvBase, FrameSkipTransform, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
@@ -228,9 +228,7 @@ class Policy:
         """Return the states with what the policy writes, the action included."""
         together = states[0].copy()
         if self._size is not None:
-            # Episodes that have just begun lack the entries that a step leaves.
-            every = set.intersection(*({*s.keys(True, True)} for s in states))
-            together = torch.stack([state.select(*every) for state in states])
+            together = torch.stack(_alike(states, self._policy.in_keys))
         exploration = self.trainer.recipe.evaluation_exploration
         with self._random.used(), set_exploration_type(exploration):
             with evaluation_mode(self._policy):
@@ -353,6 +351,28 @@ class PrivateRandom:
         if self._cuda is not None:
             states.append(torch.cuda.get_rng_state(self._cuda))
         return states
+
+
+def _alike(
+    states: list[TensorDictBase], read: Sequence[NestedKey]
+) -> list[TensorDictBase]:
+    """Return states with the same entries.
+
+    Episodes that have just begun lack what a step leaves. What the policy reads of that, such as
+    the last action, is zero there: "is_init" says that it does not matter.
+    """
+    found = [{*state.keys(True, True)} for state in states]
+    every = set.intersection(*found)
+    filled = {}
+    for key in {*unique(read)} & set.union(*found) - every:
+        other = next(state for state, keys in zip(states, found) if key in keys)
+        filled[key] = torch.zeros_like(other.get(key))
+    made = []
+    for state, keys in zip(states, found):
+        made.append(state.select(*every, *(key for key in filled if key in keys)))
+        for key in filled.keys() - keys:
+            made[-1].set(key, filled[key])
+    return made
 
 
 def _repeats(env: EnvBase) -> int:

@@ -75,7 +75,7 @@ def state_of(session: DreamSession) -> dict[str, Any]:
         "notes": session.notes,
         "has_policy": session.policy is not None,
         "has_real": session.has_real,
-        "usual_disagreement": session.usual_disagreement,
+        "usual_disagreement": _plain(session.usual_disagreement),
         "history": history,
         **now_of(session),
     }
@@ -114,4 +114,6 @@ def _plain(value: Any) -> Any:
     """Return numbers as JSON has them, which knows neither NaN nor infinity."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
     return value if value is None or isfinite(value) else None

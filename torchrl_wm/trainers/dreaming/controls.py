@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Literal
 
 import torch
@@ -44,6 +44,10 @@ class Control:
         """
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{self.name} must be a number, got {value!r}.")
+        try:
+            value = float(value)
+        except OverflowError:  # an int of more than 308 digits
+            value = inf if value > 0 else -inf
         low, high, whole = self.low, self.high, self.whole
         if self.kind == "choice":
             low, high, whole = 0, self.options - 1, True

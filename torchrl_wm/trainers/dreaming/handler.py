@@ -47,6 +47,13 @@ class Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = 60
 
+    def handle(self) -> None:
+        """Answer, unless the page is closed meanwhile."""
+        try:
+            super().handle()
+        except ConnectionError:
+            pass
+
     def do_GET(self) -> None:
         """Answer with the page, or with the state of the session."""
         if not self._is_from_here():
@@ -111,7 +118,10 @@ class Handler(BaseHTTPRequestHandler):
             )
         try:
             return json.loads(self.rfile.read(int(length)))
-        except ValueError as err:  # of text or JSON
+        except (
+            ValueError,
+            RecursionError,
+        ) as err:  # of text or JSON, or nested too deep
             raise ValueError(f"The request is no JSON: {err}.") from err
 
     def _answer(self, function: Callable[[DreamSession], Any]) -> None:
@@ -141,10 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in _HEADERS.items():
             self.send_header(name, value)
         self.end_headers()
-        try:
-            self.wfile.write(content)
-        except ConnectionError:
-            pass  # the page was closed meanwhile
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write no line for each request."""

@@ -13,6 +13,7 @@ from torchrl_wm.diagnostics.recording import Episodes
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.trainers.dreaming.session import DreamSession
 from torchrl_wm.trainers.dreaming.with_disagreement import with_disagreement
+from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.trainer import RecipeTrainer
@@ -64,7 +65,9 @@ def dream_of_run(
         # As the report on such a run.
         real_env, data = recipe.real_env, recipe.held_out_episodes()
     else:
-        real_env, data = _real_env(trainer, env, render), _recorded(recipe, env)
+        real_env = _real_env(trainer, env, render)
+        with forked_random(seed):
+            data = _recorded(recipe, env)
     policy = recipe.latent_policy
     return DreamSession(
         env,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -15,7 +15,7 @@ from torchrl_wm.diagnostics.drawn_observations import Render
 from torchrl_wm.diagnostics.recording import check_env, CONTEXT, Episodes
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules.errors import MissingEntryError
-from torchrl_wm.modules.keys import leaf_keys, strip_next
+from torchrl_wm.modules.keys import leaf_keys, strip_next, unique
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.acting import carried_keys
 from torchrl_wm.trainers.dreaming.controls import Controls
@@ -95,7 +95,7 @@ class DreamSession:
         title: str = "A dream",
     ) -> None:
         check_env(env, "DreamSession")
-        self.title, self.policy, self.seed = title, policy, seed
+        self.title, self.policy, self.seed = title, policy, _checked(seed)
         self._exploration = exploration
         self._burn_in = burn_in if env.world_model.is_recurrent else 0
         env = with_disagreement(env)
@@ -136,15 +136,19 @@ class DreamSession:
         Args:
             seed: the seed of the episode; by default that of the one before, which begins anew.
         """
-        if seed is not None:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise ValueError(f"seed must be an int of 0 or more, got {seed!r}.")
-            self.seed = seed
-        self._begin()
-        self._is_torn = False
+        before = self.seed, self._carried, self._burnt
+        self.seed = before[0] if seed is None else _checked(seed)
+        try:
+            with self._as_a_whole():
+                self._begin()
+                begun = self._moment("start", None)
+        except BaseException:
+            # The episode before goes on.
+            self.seed, self._carried, self._burnt = before
+            raise
         self._begun_with = self._carried
-        self._done, self.moments = [], [self._moment("start", None)]
-        return self.moments[-1]
+        self._done, self.moments = [], [begun]
+        return begun
 
     @torch.no_grad()
     def step(self, action: str | Sequence[float] = "policy") -> Moment:
@@ -167,10 +171,12 @@ class DreamSession:
         actor = action if isinstance(action, str) else "you"
         with forked_random(episode_seed(self.seed, 2 * number)):
             actions = self._chosen(action)
-        self._advance(actions, number)
+        with self._as_a_whole():
+            self._advance(actions, number)
+            moment = self._moment(actor, actions)
         self._done.append(Done(actions, self._carried))
-        self.moments.append(self._moment(actor, actions))
-        return self.moments[-1]
+        self.moments.append(moment)
+        return moment
 
     @torch.no_grad()
     def look(self) -> Moment:
@@ -188,11 +194,12 @@ class DreamSession:
                 "(reset), or take steps back (back)."
             )
         self._mend()
-        self._real.reward = None
-        self._imagined.begin(self._real.start())
+        with self._as_a_whole():
+            self._advance(None, len(self._done))
+            moment = self._moment("look", None)
         self._done.append(Done(None, self._carried))
-        self.moments.append(self._moment("look", None))
-        return self.moments[-1]
+        self.moments.append(moment)
+        return moment
 
     @torch.no_grad()
     def back(self) -> Moment:
@@ -289,19 +296,31 @@ class DreamSession:
                 f"WorldModelEnv(..., decode=True)."
             ) from err
         keys = carried_keys(policy) if hasattr(policy, "in_keys") else []
+        # What the env shows at each step is not carried, though a policy may write it anew.
+        shown = set(unique(env.observation_spec.keys(True, True)))
+        keys = [key for key in keys if strip_next(key) not in shown]
         found = {
             strip_next(k): acted.get(k, acted.get(strip_next(k), None)) for k in keys
         }
         self._carried = {k: v.clone() for k, v in found.items() if v is not None}
         return acted.select(*env.action_keys)
 
-    def _advance(self, actions: TensorDictBase, number: int) -> None:
-        """Let both sides take the step of a number."""
-        # Until it is done: a step that fails may have moved one side and not the other.
+    @contextmanager
+    def _as_a_whole(self) -> Iterator[None]:
+        """Note that the sides are not at the newest moment, if what is done inside fails."""
+        # A step may have moved one side and not the other, or be without its picture.
         self._is_torn = True
-        with forked_random(episode_seed(self.seed, 2 * number + 1)):
-            self._take(actions)
+        yield
         self._is_torn = False
+
+    def _advance(self, actions: TensorDictBase | None, number: int) -> None:
+        """Let both sides take the step of a number, or let the model look at the real side."""
+        with forked_random(episode_seed(self.seed, 2 * number + 1)):
+            if actions is not None:
+                self._take(actions)
+            else:
+                self._real.reward = None
+                self._imagined.begin(self._real.start())
 
     def _mend(self) -> None:
         """Bring both sides back to the newest moment, after a step that failed."""
@@ -319,15 +338,11 @@ class DreamSession:
 
     def _repeat(self) -> None:
         """Begin anew, and do again all that was done."""
-        self._is_torn = True
-        self._begin(again=True)
-        for number, done in enumerate(self._done):
-            if done.actions is None:
-                self._imagined.begin(self._real.start())
-                continue
-            self._advance(done.actions, number)
+        with self._as_a_whole():
+            self._begin(again=True)
+            for number, done in enumerate(self._done):
+                self._advance(done.actions, number)
         self._carried = self._done[-1].carried if self._done else self._begun_with
-        self._is_torn = False
 
     def _moment(self, actor: str, actions: TensorDictBase | None) -> Moment:
         """Return what both sides show now."""
@@ -346,3 +361,12 @@ class DreamSession:
             real=beside,
             disagreement=imagined.disagreement,
         )
+
+
+def _checked(seed: int) -> int:
+    """Return a seed, if it is one of all random numbers, NumPy's among them."""
+    is_int = isinstance(seed, int) and not isinstance(seed, bool)
+    if not is_int or not 0 <= seed < 2**32:
+        shown = f"an int of {seed.bit_length()} bits" if is_int else repr(seed)
+        raise ValueError(f"seed must be an int from 0 to 2**32 - 1, got {shown}.")
+    return seed

@@ -62,12 +62,21 @@ def described_policy(
     }
 
 
+#: What a draw is, by its kind.
+_DRAWS = {
+    "uniform": "new random numbers in [0, 1) at each step",
+    "normal": "new standard normal random numbers at each step",
+}
+
+
 def _input(port: Port) -> dict[str, Any]:
     content = {"name": port.name, "kind": port.kind, **_shape(port)}
     if port.key is not None:
         content["key"] = list(as_tuple(port.key))
     if port.kind == "observation":
         content["low"], content["high"] = (_plain(bound) for bound in port.bounds)
+    if port.kind in _DRAWS:
+        content["form"] = _DRAWS[port.kind]
     return content
 
 

@@ -109,7 +109,10 @@ class Surroundings(nn.Module):
 
 def _is_known(transform: Transform) -> bool:
     is_norm = isinstance(transform, envs.ObservationNorm)
-    return type(transform) in _OF_A_STEP and not (is_norm and transform.in_keys_inv)
+    # Dims from the left are other ones in a batch.
+    dims = (getattr(transform, name, -1) for name in ("_dim", "first_dim", "last_dim"))
+    is_of_a_step = type(transform) in _OF_A_STEP and all(dim < 0 for dim in dims)
+    return is_of_a_step and not (is_norm and transform.in_keys_inv)
 
 
 class Affine(nn.Module):
@@ -182,7 +185,8 @@ class ActionForm(nn.Module):
         if isinstance(self.space, spaces.Discrete):
             if isinstance(self.spec, OneHot):
                 action = action.long().argmax(-1)
-            return action.reshape(action.shape[:1]).long() + int(self.space.start)
+            option = action.reshape(action.shape[:1]).long() + int(self.space.start)
+            return option.to(getattr(torch, self.space.dtype.name))
         if self.space is None:
             return action.to(self.spec.dtype)
         action = action.to(self.low.dtype).reshape(-1, *self.shape)

@@ -26,6 +26,7 @@ from torchrl_wm.trainers.exporting.tracing import exported
 from torchrl_wm.trainers.policies import Policy
 from torchrl_wm.trainers.policy_copies import copied_policy
 from torchrl_wm.trainers.runs import resume_run
+from torchrl_wm.trainers.settings import AtLeast
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 #: The largest deviation from the run's own actions.
@@ -80,8 +81,8 @@ def export_policy(
 
     Args:
         run: the run, or its folder, which is not changed but for the files.
-        folder: where the files are written, over older ones; ``export`` in the run's folder by
-            default.
+        folder: where the files are written, over older ones of the same format; ``export`` in the
+            run's folder by default.
 
     Keyword Args:
         formats: "pt2", a ``torch.export`` program, and "onnx"; by default both, or pt2 alone
@@ -99,7 +100,8 @@ def export_policy(
 
     Raises:
         ImportError: if ONNX is asked for, and a package that it needs is missing.
-        ValueError: if the run has no such policy, or it plans; if torch cannot export it.
+        ValueError: if the run has no such policy, or it plans; if torch cannot export it; if
+            ``steps`` is below 1.
         DeviationError: if a program acts otherwise than the run, by more than 1e-5.
 
     Examples:
@@ -114,6 +116,7 @@ def export_policy(
         torch.Size([1, 1])
     """
     formats = checked_formats(formats)
+    AtLeast(1).check("steps", steps)
     if not isinstance(run, RecipeTrainer):
         with forked_random():
             run = resume_run(run, checkpoint=checkpoint, device="cpu", **given)

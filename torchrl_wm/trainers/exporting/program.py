@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
-from torchrl.envs import EnvBase
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_wm.modules.keys import as_tuple, is_next, strip_next, unique
@@ -19,10 +21,13 @@ from torchrl_wm.trainers.acting import prepared
 from torchrl_wm.trainers.exporting.draws import Draw, draws_of, GivenDraws, rows_touched
 from torchrl_wm.trainers.exporting.forms import bounds_of, Surroundings
 from torchrl_wm.trainers.exporting.used_parameters import without_unused
+from torchrl_wm.trainers.gym_actions import layers
 from torchrl_wm.trainers.policies import HandedEnv
 
 #: The name of the input that says where episodes begin, as that of the entry.
 IS_INIT = "is_init"
+#: Bounds beyond it are none.
+_FAR = 1e6
 
 
 @dataclass
@@ -83,8 +88,11 @@ class PolicyProgram(nn.Module):
         written.update(
             (strip_next(k), k) for k in unique(policy.out_keys) if is_next(k)
         )
+        observed = _observed(env)
         #: Where the policy writes what it carries, by the key that it reads.
-        self.carries = {key: written[key] for key in reads if key in written}
+        self.carries = {
+            key: written[key] for key in reads if key in written and key not in observed
+        }
         if env.action_key in reads:
             self.carries[env.action_key] = env.action_key
         self._flags = [key for key in reads if as_tuple(key)[-1] == IS_INIT]
@@ -96,7 +104,7 @@ class PolicyProgram(nn.Module):
         """Return the inputs, but for the draws."""
         around, self._names = self.surroundings, set()
         carried = [key for key in reads if key in self.carries]
-        shown, outer = around.entries, env.full_observation_spec_unbatched
+        shown = around.entries
         keys = unique(shown.keys(True, True))
         if not around.inside:
             keys = [key for key in keys if key in reads]
@@ -107,6 +115,8 @@ class PolicyProgram(nn.Module):
             port = self._port(_name(key), "observation", spec.shape, spec.dtype, key)
             port.bounds = bounds_of(spec)
             ports.append(port)
+        seen = {p.key: torch.zeros(2, *p.shape, dtype=p.dtype) for p in ports}
+        seen = around.observe(TensorDict(seen, batch_size=[2]))
         given = _first_of(env, self.policy) if carried else TensorDict()
         for key in carried:
             name, first = _name(key), given.get(key, None)
@@ -123,12 +133,14 @@ class PolicyProgram(nn.Module):
             ports.append(port)
         if carried or self._flags:
             ports.append(self._port(IS_INIT, "is_init", (), torch.bool))
-        known = {*outer.keys(True, True), *carried, *self._flags}
+        known = {*unique(seen.keys(True, True)), *carried, *self._flags}
         unknown = [key for key in reads if key not in known]
         if unknown:
             raise ValueError(
                 f"The policy reads {unknown}, which the env does not observe and the policy does "
-                f"not carry from step to step: nothing can give that to an exported policy."
+                f"not carry from step to step: nothing can give that to an exported policy. Let "
+                f"the policy carry it (write what it reads, in the next step), or act by "
+                f"load_policy(run).act(observation)."
             )
         return ports
 
@@ -203,8 +215,7 @@ class PolicyProgram(nn.Module):
                 # Where all begin, or none, a filter does not do all that the program will do.
                 made[port.name] = torch.arange(rows) % 2 == 0
             elif port.kind == "observation":
-                spec = self.surroundings.entries[port.key]
-                made[port.name] = torch.stack([spec.rand() for _ in range(rows)])
+                made[port.name] = _drawn(self.surroundings.entries[port.key], rows)
         return made
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -256,6 +267,27 @@ def _first_of(env: EnvBase, policy: TensorDictModuleBase) -> TensorDictBase:
     handed = HandedEnv(env)
     handed.observation = handed.observation_spec.zero()
     return prepared(handed, policy).reset()
+
+
+def _observed(env: EnvBase) -> set[NestedKey]:
+    """Return the entries that the env itself shows at each step, those of primers apart."""
+    transforms = chain.from_iterable(layers(env))
+    primers = [each for each in transforms if isinstance(each, TensorDictPrimer)]
+    primed = {key for each in primers for key in unique(each.primers.keys(True, True))}
+    return {*unique(env.full_observation_spec_unbatched.keys(True, True))} - primed
+
+
+def _drawn(spec: TensorSpec, rows: int) -> torch.Tensor:
+    """Return values of a spec, ``[rows, ...]``: near a bound if the other one is far away."""
+    value = torch.stack([spec.rand() for _ in range(rows)])
+    low, high = bounds_of(spec)
+    if not value.is_floating_point() or low is None:
+        return value
+    # Between infinite bounds nothing is drawn but NaN, of which a policy makes NaN.
+    near = torch.randn_like(value)
+    near = torch.where(high.abs() < _FAR, high - near.abs(), near)
+    near = torch.where(low.abs() < _FAR, low + near.abs(), near)
+    return torch.where((high - low).abs() < _FAR, value, near)
 
 
 def _name(key: NestedKey) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.distributions import Bernoulli, Distribution
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
 
 from torchrl_wm.trainers.exporting.program import PolicyProgram
 
@@ -22,7 +23,7 @@ def exported(program: PolicyProgram) -> ExportedProgram:
     """
     with _unchecked_distributions():
         made = _exported(program)
-    for node in made.graph.nodes:
+    for node in _nodes(made):
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
             raise ValueError(
@@ -32,6 +33,13 @@ def exported(program: PolicyProgram) -> ExportedProgram:
             )
         node.meta.pop("stack_trace", None)  # lines of code and paths of this machine
     return made
+
+
+def _nodes(made: ExportedProgram) -> Iterator[Node]:
+    """Yield the nodes of a program, those under another mode of gradients among them."""
+    for part in made.graph_module.modules():
+        if isinstance(part, GraphModule):
+            yield from part.graph.nodes
 
 
 def _exported(program: PolicyProgram) -> ExportedProgram:
