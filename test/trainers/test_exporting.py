@@ -221,7 +221,7 @@ def test_inputs_and_outputs_are_described(cases) -> None:
     }
     # Its observations have infinite bounds, between which nothing is drawn.
     recurrent = cases["recurrent"].described["inputs"]
-    (draw,) = [port for port in recurrent if port["kind"] in DRAWN]
+    (draw,) = (port for port in recurrent if port["kind"] in DRAWN)
     assert draw["kind"] == "uniform" and "[0, 1)" in draw["form"]
     choice = cases["choice"].described["outputs"][0]
     assert choice["dtype"] == "int64" and (choice["low"], choice["high"]) == (0, 1)

@@ -12,6 +12,8 @@ from _runs import Interrupted, without_times
 from torchrl_wm.cli.main import main
 from torchrl_wm.modules import with_penalty
 from torchrl_wm.trainers import (
+    dream_of_run,
+    export_policy,
     film_policy,
     load_policy,
     MOPOConfig,
@@ -275,6 +277,35 @@ def test_its_policy_acts_on_recorded_observations(settings, tmp_path) -> None:
     policy = load_policy(tmp_path / "run")
     action = policy.act(trainer.recorded["observation"][0].numpy())
     assert action.shape == (1,) and abs(action[0]) <= 1.5
+
+
+def test_without_an_env_its_policy_is_checked_on_the_log_and_leaves(
+    settings, tmp_path
+) -> None:
+    trainer = whole_run(settings, tmp_path / "run")
+    held_out = trainer.recipe.held_out_episodes()
+    steps = 2 * sum(map(len, held_out)) + 1  # around the log more than once
+    written = export_policy(tmp_path / "run", formats=["pt2"], steps=steps)
+    assert written.deviations["pt2"] < 1e-5
+    assert written.described["check"]["steps"] == steps
+    act = torch.export.load(written.files["pt2"]).module()
+    state = held_out[0]["observation"]
+    found = act({"observation": state})["action"]
+    policy = load_policy(tmp_path / "run")
+    for row, action in zip(state, found):
+        np.testing.assert_allclose(action, policy.act(row.numpy()), atol=1e-5)
+
+
+def test_without_an_env_one_dreams_from_recorded_steps(settings, tmp_path) -> None:
+    trainer = whole_run(settings, tmp_path / "run")
+    session = dream_of_run(trainer, seed=1)
+    assert not session.has_real
+    begun = session.moments[0].imagined.values["observation"]
+    recorded = torch.cat([e["observation"] for e in trainer.recipe.held_out_episodes()])
+    assert (recorded - torch.tensor(begun)).abs().amax(-1).min() < 1e-6
+    moment = session.step("policy")
+    assert moment.imagined.reward is not None and moment.disagreement > 0
+    assert session.usual_disagreement["high"] > 0
 
 
 def test_with_an_env_policies_are_evaluated_there(tmp_path) -> None:

@@ -27,8 +27,8 @@ def dream_of_run(
 ) -> DreamSession:
     """Return a session in which one steps what a run's model imagines, beside its real env.
 
-    The policy of the run may act. A run of logged data has no policy: the session begins at
-    held-out steps, or in the real env if the run's settings name it.
+    The policy of the run may act, if it has one. The session of a run that learns from a log begins
+    at held-out steps, or in the real env if the run's settings name it.
 
     Args:
         trainer: the run.
@@ -61,7 +61,7 @@ def dream_of_run(
             "RUN, and dream then."
         )
     env = recipe.diagnosed_env()
-    if recipe.policy is None:
+    if recipe.learns_from_log:
         # As the report on such a run.
         real_env, data = recipe.real_env, recipe.held_out_episodes()
     else:

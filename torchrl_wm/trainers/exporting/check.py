@@ -1,8 +1,9 @@
-"""Exported policies compared with the run's own ``act``, on observations of its real env."""
+"""Exported policies compared with the run's own ``act``, on observations of its env or its log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torchrl_wm.trainers.exporting.draws import GivenDraws
 from torchrl_wm.trainers.exporting.forms import shown_env
 from torchrl_wm.trainers.exporting.program import PolicyProgram, Port
 from torchrl_wm.trainers.policies import Policy, Seat
+from torchrl_wm.trainers.trainer import RecipeTrainer
 
 #: Called with inputs ``[B, ...]`` by name; returns outputs by name.
 Runner = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -40,7 +42,9 @@ class RecordedStep(NamedTuple):
 def record(
     policy: Policy, program: PolicyProgram, steps: int, seed: int
 ) -> list[RecordedStep]:
-    """Return steps of a run's policy in a real env, from the first one of an episode on.
+    """Return steps of a run's policy, from the first one of an episode on.
+
+    They are made in the real env, or along held-out episodes of the log if the run has no env.
 
     Each draw is replaced by one that is recorded. All random states are left as they were.
 
@@ -53,23 +57,49 @@ def record(
     found: list[RecordedStep] = []
     # Each observation is acted on, also where the run repeats its actions.
     repeat, policy.action_repeat = policy.action_repeat, 1
-    real = policy.trainer.make_env()
-    env = shown_env(real)
-    keys = [*env.observation_spec.keys(True, True)]
-    with forked_random(seed):
-        env.set_seed(seed)
-        begins = True
-        while len(found) < steps:
+    walk = _in_log if not policy.trainer.recipe.has_real_env else _in_env
+    with forked_random(seed), closing(walk(policy.trainer, seed, repeat)) as states:
+        state, begins = next(states)
+        while True:
             if begins:
                 policy.reset()
-                state = env.reset()
             drawn: _Drawn = {}
             with GivenDraws(partial(_given, drawn)):
-                (seat,) = policy.act_on(None, [state.select(*keys)])
+                (seat,) = policy.act_on(None, [state])
             found.append(_step(program, seat, state, drawn, begins))
-            state, begins = _stepped(env, state, seat.handed, repeat)
-    real.close()
-    return found
+            if len(found) == steps:
+                return found
+            state, begins = states.send(seat.handed)
+
+
+#: Gives observations, and whether an episode begins with them; is sent the action on them.
+_Walk = Generator[tuple[TensorDictBase, bool], torch.Tensor, None]
+
+
+def _in_env(trainer: RecipeTrainer, seed: int, repeat: int) -> _Walk:
+    """Walk through episodes of the real env, with each action for some steps."""
+    real = trainer.make_env()
+    try:
+        env = shown_env(real)
+        keys = [*env.observation_spec.keys(True, True)]
+        env.set_seed(seed)
+        while True:
+            state, begins, over = env.reset(), True, False
+            while not over:
+                action = yield state.select(*keys), begins
+                state, over = _stepped(env, state, action, repeat)
+                begins = False
+    finally:
+        real.close()
+
+
+def _in_log(trainer: RecipeTrainer, seed: int, repeat: int) -> _Walk:
+    """Walk along recorded episodes, from the first again after the last, whatever the actions."""
+    keys = [*shown_env(trainer.env).observation_spec.keys(True, True)]
+    while True:
+        for episode in trainer.recipe.held_out_episodes():
+            for step, state in enumerate(episode.select(*keys).cpu().unbind(0)):
+                yield state, step == 0
 
 
 def _stepped(

@@ -76,8 +76,8 @@ def export_policy(
     draw are inputs, too.
 
     Each program is read again, and compared with the run's own
-    :meth:`~torchrl_wm.trainers.Policy.act` on observations of its real env, before any file is
-    left behind.
+    :meth:`~torchrl_wm.trainers.Policy.act` on observations of its real env, or of held-out
+    episodes of its log if it has none, before any file is left behind.
 
     Args:
         run: the run, or its folder, which is not changed but for the files.
@@ -161,8 +161,8 @@ def _module(trainer: RecipeTrainer, name: str) -> TensorDictModuleBase:
     found = recipe.exported_policies()
     if not found:
         raise ValueError(
-            f"A run of {recipe.name!r} learns no policy: there is nothing to export. What it "
-            f"learns is a model: torchrl_wm.models.save_world_model."
+            f"A run of {recipe.name!r} learns no policy: there is nothing to export. A finished "
+            f"run of train model has its model in model.pt: torchrl_wm.models.load_world_model."
         )
     if name not in found:
         raise ValueError(
