@@ -127,6 +127,21 @@ def test_actions_written_as_integers_are_choices(text, dtype, tmp_path) -> None:
         assert data["action"].flatten().tolist() == choices.tolist()
 
 
+def test_observations_written_as_integers_are_numbers(tmp_path) -> None:
+    """All of them, or only those before the steps."""
+    columns = {**columns_of(3, 4)}
+    for name in ("obs_0", "obs_1"):
+        columns[name] = columns[name].astype(int)
+    data = load_transitions(written(tmp_path / "log.csv", columns))
+    check_successive(data)
+    assert data["observation"].dtype is torch.float32
+    one = {"obs": columns["obs_0"], "next_obs": columns["obs_0"] + 0.5}
+    names = {name: value for name, value in columns.items() if "obs_" not in name}
+    data = load_transitions(Frame({**names, **one}))
+    assert data["observation"].dtype is data["next", "observation"].dtype
+    assert (data["next", "observation"] == data["observation"] + 0.5).all()
+
+
 def test_ids_may_be_text_and_other_columns_are_named(tmp_path) -> None:
     columns = {"": range(7), **columns_of(3, 4)}
     columns["run"] = np.array(["first", "second"])[ids_of(3, 4)]
