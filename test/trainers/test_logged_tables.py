@@ -12,7 +12,7 @@ from torchrl.data import MultiOneHot, OneHot
 
 from torchrl_wm.cli import main
 from torchrl_wm.models import load_world_model
-from torchrl_wm.trainers import load_transitions, RecordedEnv
+from torchrl_wm.trainers import load_transitions, RecordedEnv, train_world_model
 
 
 class Column:
@@ -140,6 +140,8 @@ def test_observations_written_as_integers_are_numbers(tmp_path) -> None:
     data = load_transitions(Frame({**names, **one}))
     assert data["observation"].dtype is data["next", "observation"].dtype
     assert (data["next", "observation"] == data["observation"] + 0.5).all()
+    with pytest.raises(ValueError, match="in a CSV file 1.0 for 1"):  # class numbers?
+        train_world_model(Frame({**names, **one, "next_obs": one["obs"]}), steps=1)
 
 
 def test_ids_may_be_text_and_other_columns_are_named(tmp_path) -> None:
