@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torchrl.envs import GymEnv
 
 from torchrl_wm.cli import main
+from torchrl_wm.cli.console import plain_notes
 from torchrl_wm.models import load_world_model
 from torchrl_wm.trainers import PETSTrainer, RunFolder
 
@@ -313,6 +315,35 @@ def test_a_recipe_in_a_module_of_ones_own(here, capsys, monkeypatch) -> None:
         assert "calm-pets" in outcome.stdout or "step 60" in outcome.stdout
     assert main(["train", "my_recipe_module:Nothing"]) == 2
     assert "my_recipe_module:Nothing" in capsys.readouterr().err
+
+
+def test_warnings_are_plain_notes(here, capsys, monkeypatch) -> None:
+    """Those of other packages keep their place in the code."""
+    rng = np.random.default_rng(0)
+    rows = {"observations": rng.normal(size=(60, 1)), "rewards": rng.normal(size=60)}
+    rows.update(actions=rng.uniform(-1, 1, (60, 1)), dones=np.arange(1, 61) % 20 == 0)
+    np.savez(here / "log.npz", **rows)
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        # pytest keeps warnings to itself.
+        sys.stderr.write(
+            warnings.formatwarning(message, category, filename, lineno, line)
+        )
+
+    words = "train model --data log.npz --steps 2 --members 2 --hidden 8 --no-report"
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        monkeypatch.setattr(warnings, "showwarning", show)
+        assert main([*words.split(), "--no-progress"]) == 0
+        with plain_notes():
+            warnings.warn_explicit("theirs", UserWarning, "/elsewhere/x.py", 3)
+    assert warnings.formatwarning is before
+    said = capsys.readouterr().err
+    notes = [line for line in said.splitlines() if line.startswith("Note: ")]
+    assert len(notes) == 2 and "--action-bounds" in notes[1], said
+    own, theirs = said.split("/elsewhere/x.py:3: UserWarning: theirs")
+    assert "UserWarning" not in own and "warnings.warn" not in own
 
 
 def test_evaluate_in_json(run, here, capsys) -> None:

@@ -55,6 +55,14 @@ def test_an_episode_with_its_last_observation() -> None:
     assert not data["next", "truncated"].any()
 
 
+def test_the_two_observations_of_a_file_have_memory_of_their_own(tmp_path) -> None:
+    rows = {name: value.astype(np.float32) for name, value in line(4).items()}
+    np.savez(tmp_path / "episode.npz", **rows)
+    data = load_transitions(tmp_path / "episode.npz")
+    data["observation"].mul_(10)
+    assert data["next", "observation"].flatten().tolist() == [1, 2, 3, 4]
+
+
 def test_episodes_that_are_cut_off_are_truncated_not_terminated() -> None:
     cut = {**line(4), "terminations": np.zeros(4, bool)}
     data = load_transitions([cut, line(3, 100.0)])
@@ -204,6 +212,21 @@ def test_the_env_says_in_which_precision_large_numbers_stay(dtype, recwarn) -> N
         assert (steps == 1).all() and not any(named)
     else:
         assert any(named)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int16])
+def test_the_env_s_floats_are_made_of_other_numbers(dtype) -> None:
+    log = line(6)
+    log["actions"] = log["actions"].astype(np.float16)
+    log["observations"] = log["observations"].astype(dtype)
+    env = RecordedEnv(load_transitions(line(6)), action_bounds=(-1, 1))
+    data = load_transitions(log, env=env)
+    check_line(data)
+    assert data["action"].dtype is torch.float32
+    if dtype is np.float16:  # and without the env
+        data = load_transitions(log)
+        check_line(data)
+        assert data["action"].dtype is torch.float32
 
 
 def test_class_numbers_become_one_hot() -> None:

@@ -52,6 +52,21 @@ def test_a_row_with_the_observation_after_the_end_keeps_terminations(nested) -> 
     assert data["action"].isfinite().all()
 
 
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_last_row_that_does_not_follow_the_end_is_not_of_its_episode(gap) -> None:
+    """As ids are those of workers, which go on after an end, or as rows are missing between them."""
+    log = rows_of(3, 2, 1) if not gap else rows_of(3, last=True)
+    ends = np.array([0, 0, 1, 0, 1, 0] if not gap else [0, 0, 1, 0])
+    log.update(terminations=ends, episodes=np.zeros(len(ends)))
+    if gap:
+        log["steps"] = np.array([0, 1, 2, 9])
+    with pytest.warns(UserWarning, match="left out"):
+        data = load_transitions(log)
+    check_successive(data)
+    assert data["observation"][:, 0].tolist() == [0, 1] + [100] * (not gap)
+    assert not places(data, "terminated")
+
+
 def test_rows_that_are_episodes_of_their_own_leave_nothing() -> None:
     log = {**rows_of(1, 1), "dones": np.ones(2)}
     with pytest.raises(
@@ -163,6 +178,12 @@ def test_dones_beside_one_of_both_give_the_other(recwarn) -> None:
         ({}, None, KeyError, "Nothing in the data tells where an episode ends"),
         ({"dones": ends_of(3, 3)}, None, ValueError, "dones of the data has 6 rows"),
         ({"episodes": np.zeros(6)}, None, ValueError, "episodes or steps.* 6 rows"),
+        (
+            {"episodes": np.arange(8) % 2, "dones": ends_of(3, 4)},
+            None,
+            ValueError,
+            "episodes or steps of the data has 8 rows, and there are 7",
+        ),
     ],
 )
 def test_ends_that_do_not_fit(change, dones, error, message) -> None:
@@ -201,6 +222,14 @@ def test_missing_rows_cut_an_episode_off() -> None:
     check_successive(data)
     assert data["observation"][:, 0].tolist() == [0, 1, 4]
     assert places(data, "truncated") == [1, 2]
+
+
+def test_steps_that_are_uneven_times_in_whole_numbers_leave_no_row_out(recwarn) -> None:
+    log = {**following(rows_of(6)), "terminations": ends_of(6), "episodes": ids_of(6)}
+    log["steps"] = np.array([5, 105, 204, 305, 405, 506])  # milliseconds
+    data = load_transitions(log)
+    check_successive(data)
+    assert places(data, "done") == [5] and not recwarn
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,12 @@ def test_two_arrays_of_one_meaning_are_refused(log) -> None:
     assert len(load_transitions(log, names={"observations": "obs"})) == 7
 
 
+def test_a_capital_t_is_no_number_of_steps(log) -> None:
+    with pytest.warns(UserWarning, match=r"Not read.*\['T'\]"):
+        data = load_transitions({**log, "T": np.array([20, 21, 19, 20, 24, 20, 21])})
+    assert (data == load_transitions(log)).all()
+
+
 def test_names_are_not_for_tensordicts(log) -> None:
     data = load_transitions(log)
     with pytest.raises(ValueError, match="rename_key_"):

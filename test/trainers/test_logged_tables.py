@@ -12,7 +12,7 @@ from torchrl.data import MultiOneHot, OneHot
 
 from torchrl_wm.cli import main
 from torchrl_wm.models import load_world_model
-from torchrl_wm.trainers import load_transitions, RecordedEnv
+from torchrl_wm.trainers import load_transitions, RecordedEnv, train_world_model
 
 
 class Column:
@@ -125,6 +125,23 @@ def test_actions_written_as_integers_are_choices(text, dtype, tmp_path) -> None:
         assert spec == MultiOneHot([3, 2], dtype=torch.int64)
     else:
         assert data["action"].flatten().tolist() == choices.tolist()
+
+
+def test_observations_written_as_integers_are_numbers(tmp_path) -> None:
+    """All of them, or only those before the steps."""
+    columns = {**columns_of(3, 4)}
+    for name in ("obs_0", "obs_1"):
+        columns[name] = columns[name].astype(int)
+    data = load_transitions(written(tmp_path / "log.csv", columns))
+    check_successive(data)
+    assert data["observation"].dtype is torch.float32
+    one = {"obs": columns["obs_0"], "next_obs": columns["obs_0"] + 0.5}
+    names = {name: value for name, value in columns.items() if "obs_" not in name}
+    data = load_transitions(Frame({**names, **one}))
+    assert data["observation"].dtype is data["next", "observation"].dtype
+    assert (data["next", "observation"] == data["observation"] + 0.5).all()
+    with pytest.raises(ValueError, match="in a CSV file 1.0 for 1"):  # class numbers?
+        train_world_model(Frame({**names, **one, "next_obs": one["obs"]}), steps=1)
 
 
 def test_ids_may_be_text_and_other_columns_are_named(tmp_path) -> None:

@@ -175,6 +175,40 @@ def test_it_is_made_longer(settings, tmp_path) -> None:
     assert_same(longer, whole_run(settings, tmp_path / "whole"))
 
 
+def test_the_other_penalties_make_no_difference_to_a_policy(settings) -> None:
+    among = MOPOTrainer(**settings)
+    among.train()
+    alone = MOPOTrainer(**{**settings, "penalties": (2.0,)})
+    alone.train()
+    mine, own = among.candidates[1].learning.loss, alone.candidates[0].learning.loss
+    for p, q in zip(mine.state_dict().values(), own.state_dict().values()):
+        assert torch.equal(p, q)
+    names = ("imagined_return_2", "imagined_worst_2", "loss_actor_2")
+    assert all(among.metrics[-1][n] == alone.metrics[-1][n] for n in names)
+
+
+def test_large_numbers_are_learnt_from(tmp_path) -> None:
+    """In double precision, in which the log keeps them."""
+    rows = arrays()
+    for name in ("observations", "next_observations"):
+        rows[name] = rows[name] + 1.7e9
+    np.savez(tmp_path / "log.npz", **rows)
+    with pytest.warns(UserWarning, match="too large for single precision"):
+        trainer = MOPOTrainer(data=str(tmp_path / "log.npz"), **SMALL)
+        trainer.train()
+    assert trainer.candidates[0].imagined[:]["observation"].dtype is torch.float64
+    assert np.isfinite(trainer.metrics[-1]["imagined_return_2"])
+
+
+def test_all_policies_can_be_exported(settings) -> None:
+    trainer = MOPOTrainer(**settings)
+    assert list(trainer.exported_policies()) == ["policy"]  # none has learnt
+    trainer.train()
+    found = trainer.exported_policies()
+    assert found == {"policy": trainer.policy, **trainer.policies}
+    assert list(found) == ["policy", "0", "2"]
+
+
 def test_a_single_penalty(settings) -> None:
     trainer = MOPOTrainer(**{**settings, "penalties": (1.5,)})
     trainer.train()
@@ -340,6 +374,8 @@ def test_with_an_env_policies_are_evaluated_there(tmp_path) -> None:
         ({"penalties": ()}, "penalties .*each once"),
         ({"penalties": (-1.0,)}, "penalties .*0 or more"),
         ({"penalties": (1.0, 1.0)}, "penalties .*each once"),
+        ({"penalties": (1.0, 1.0000001)}, "penalties .*six digits"),
+        ({"members": 1, "elites": None}, "members=1 cannot.*--measure deviation"),
         ({"penalties": (float("nan"),)}, "penalties .*0 or more"),
         ({"steps": 6}, "no policy would learn.*train model"),
         ({"real_share": 1.0}, "real_share .*below 1"),

@@ -281,7 +281,8 @@ def export(
         run: the folder of the run.
         out: the folder for policy.pt2, policy.onnx and policy.json.
         format: what to write: pt2 for torch alone, onnx for ONNX runtimes.
-        policy: which policy of the run; that of TD-MPC2 without a plan is called prior.
+        policy: which policy of the run; that of TD-MPC2 without a plan is called prior, those of
+            MOPO by their penalties.
         steps: on how many real steps they are checked.
         seed: the seed of how the episodes of these steps begin.
         checkpoint: the step of the checkpoint whose policy is written.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -26,6 +28,29 @@ def complain(text: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def plain_notes() -> Iterator[None]:
+    """Show this package's warnings as notes, without the line of code that gave them.
+
+    Those of other packages keep Python's form.
+    """
+    before = warnings.formatwarning
+
+    def note(
+        message: Warning | str, category: type, filename: str, *place: object
+    ) -> str:
+        own = category is UserWarning and _PACKAGE in Path(filename).resolve().parents
+        return (
+            f"Note: {message}\n" if own else before(message, category, filename, *place)
+        )
+
+    warnings.formatwarning = note
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def list_paths(paths: Mapping[str, object]) -> None:

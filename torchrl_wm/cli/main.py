@@ -12,7 +12,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from torchrl_wm._registry import find_recipe
-from torchrl_wm.cli.console import complain, describe, Interrupted, was_interrupted
+from torchrl_wm.cli.console import (
+    complain,
+    describe,
+    Interrupted,
+    plain_notes,
+    was_interrupted,
+)
 
 DESCRIPTION = """Learn world models, act by them, and see how good they are.
 
@@ -49,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        run = parse(words)
-        run()
+        with plain_notes():
+            run = parse(words)
+            run()
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 2 if exit.code else 0
     except Interrupted as stop:

@@ -149,7 +149,8 @@ class EnvSpecs:
                 f"{_listed(others)}. Convert them with a transform "
                 f"(torchrl.envs.DTypeCastTransform, OneHot observations to torch.float32), leave "
                 f"them out with observation_keys=[...], or use make_mlp_world_model, which "
-                f"encodes them."
+                f"encodes them. In a log, write them as floats: observations.astype(np.float32), "
+                f"in a CSV file 1.0 for 1."
             )
         return self
 

@@ -142,6 +142,8 @@ def _read(
     for (name, *rest), paths in groups.items():
         value = _side_by_side("/".join((name, *rest)), found, paths, what)
         if name.endswith("observations"):
+            if len(paths) > 1 and not value.is_floating_point():
+                value = value.double()  # numbers that happen to be whole, in columns
             arrays.setdefault(name, {})[tuple(rest)] = value
         elif rest:
             raise ValueError(
@@ -244,6 +246,8 @@ def _transitions(
         following = _tree("next_observations", arrays.pop("next_observations"), what)
     elif all(len(value) == steps + 1 for value in observations.values()):
         observations, following = _successive(observations, log, what)
+        if is_own:  # not the same memory twice
+            following = {key: value.clone() for key, value in following.items()}
     else:
         keep, cut = _kept(ends, what)
         lost = ~keep & ~ends.final
@@ -341,8 +345,10 @@ def _set_observations(
 ) -> None:
     """Write observations and those that follow, ``shift`` rows later, into transitions."""
     for key in list(observations):
-        out.set(join("next", key), pick(following[key], shift))
-        out.set(key, pick(observations[key]))  # last, as it may overwrite them
+        # Whole numbers before a step, such as zeros, and others after it.
+        kind = torch.promote_types(observations[key].dtype, following[key].dtype)
+        out.set(join("next", key), pick(following[key], shift).to(kind))
+        out.set(key, pick(observations[key]).to(kind))  # last, as it may overwrite them
 
 
 def _check_length(

@@ -72,7 +72,7 @@ def check_observed_actions(data: TensorDictBase) -> None:
 def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
     """Make float32 of float64 entries, unless the env says float64 or too much would be lost.
 
-    It is done in place, an entry after the other, so that there are few of both at once.
+    Half precision, in which nothing computes, becomes float32 as well. It is done in place, an entry after the other, so that there are few of both at once.
     """
     dtypes = {}
     if env is not None:
@@ -82,6 +82,8 @@ def narrowed(data: TensorDictBase, env: EnvBase | None) -> TensorDictBase:
     wide = set()
     for key in sorted(leaf_keys(data), key=is_next):  # a root entry decides for both
         value, plain = data.get(key), strip_next(key)
+        if value.dtype in (torch.float16, torch.bfloat16) and plain not in dtypes:
+            data.set(key, value.float())
         if value.dtype is not torch.float64:
             continue
         dtype = dtypes.get(plain, torch.float32)

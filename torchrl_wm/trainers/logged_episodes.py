@@ -199,6 +199,8 @@ def _gaps(
         return gaps
     values, counts = np.unique(jumps, return_counts=True)
     usual = values[counts.argmax()]
+    if (values % usual != 0).any():  # milliseconds, say
+        return gaps
     gaps[:-1] = ~last[:-1] & (np.diff(steps) != usual)
     if gaps.any():
         row = int(gaps.argmax())
@@ -237,8 +239,10 @@ def read_ends(
         KeyError: if nothing tells ends.
         ValueError: if arrays contradict each other.
     """
-    given = _given(arrays, steps, rows, what)
     last = rows.last
+    if last is not None and len(last) != steps:
+        raise _other_length("episodes or steps", len(last), what, steps)
+    given = _given(arrays, steps, rows, what)
     if not given and last is None and not is_episode:
         raise MissingEntryError(
             f"Nothing in {what} tells where an episode ends: one or several of {list(TELL_ENDS)} are "
@@ -261,20 +265,26 @@ def read_ends(
     elif not given:
         plain = none.clone() if last is None else last.clone()
         plain[-1] = True
-    if last is not None and len(last) != steps:
-        raise _other_length("episodes or steps", len(last), what, steps)
     last = none.clone() if last is None else last
     terminated = none if terminated is None else terminated
     truncated = none if truncated is None else truncated
     ended = terminated | truncated | plain
-    final = none.clone()
-    # A single row of the same episode after its end has only the observation there.
-    final[1:] = ended[:-1] & ~last[:-1] & last[1:] if "episodes" in arrays else False
-    last = last | ended
-    last |= none if rows.gaps is None else rows.gaps
+    gaps = none if rows.gaps is None else rows.gaps
+    final = _final(ended, last, gaps) if "episodes" in arrays else none
+    last = last | ended | gaps
     last[-1] = True
     is_assumed = not given and rows.last is not None
     return Ends(terminated, truncated, plain, last, final, is_assumed)
+
+
+def _final(ended: torch.Tensor, last: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+    """Return the single rows of the same id after an end, which have only the observation there, ``[N]``."""
+    final = torch.zeros_like(last)
+    final[1:] = ended[:-1] & ~gaps[:-1] & ~last[:-1] & last[1:]
+    # With several ends below one id, it is that of a worker or a day: a new episode begins there.
+    number = last.long().cumsum(0) - last.long()
+    ends = torch.zeros(len(last), dtype=torch.long).index_add_(0, number, ended.long())
+    return final & (ends.max() <= 1)
 
 
 def _given(

@@ -170,7 +170,9 @@ def _by_renames(
 
 def _by_itself(path: Path) -> tuple[Path | None, Any]:
     """Return the path that an array has by its own name, and its place among several."""
-    ours = _OURS.get(path[0].casefold())
+    # A "T" may be a temperature.
+    name = path[0] if len(path[0]) == 1 else path[0].casefold()
+    ours = _OURS.get(name)
     if ours is not None:
         return (ours, *path[1:]), None
     for base, place in _split(path[0]) if len(path) == 1 else ():

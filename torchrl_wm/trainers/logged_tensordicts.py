@@ -170,6 +170,8 @@ def as_specified(data: TensorDictBase, env: EnvBase, start: Any) -> TensorDictBa
                 f"{key!r} has the shape {tuple(value.shape[1:])} per step in the data, and "
                 f"{entry.shape} in the env."
             )
-        if value.dtype != entry.dtype and value.is_floating_point():
+        # Whole numbers of a log, but no images, which have another scale in floats.
+        counts = value.dtype is not torch.uint8 and entry.dtype.is_floating_point
+        if value.dtype != entry.dtype and (value.is_floating_point() or counts):
             data.set(key, value.to(entry.dtype))
     return data

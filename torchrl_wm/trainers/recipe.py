@@ -149,9 +149,11 @@ class Recipe:
     def exported_policies(self) -> dict[str, TensorDictModuleBase]:
         """Return the policies that can leave the run, by name; "policy" is what evaluations act by.
 
-        A planner among them is refused by name when it is asked for.
+        By default the others are :attr:`policies`. A planner among them is refused by name when it
+        is asked for.
         """
-        return {} if self.policy is None else {"policy": self.policy}
+        own = {} if self.policy is None else {"policy": self.policy}
+        return {**own, **self.policies}
 
     @property
     def has_real_env(self) -> bool:

@@ -104,6 +104,7 @@ def test_what_is_too_large_for_single_precision_is_named_once(key) -> None:
     with pytest.warns(UserWarning) as caught:
         fit_normalizers(world_model, batch)
     (message,) = {str(w.message) for w in caught}
+    assert {w.filename for w in caught} == {__file__}
     assert message.startswith(f"{key!r} is too large") and "dims [1]" in message
     assert "the mean 8e+08 and the spread 347," in message and "64 apart" in message
     with warnings.catch_warnings():

@@ -370,7 +370,7 @@ def _check_precision(
         dims = coarse_dims(value, following)
         if dims:
             said.add(key)
-            warn_of_coarse(key, dims, stacklevel=4)
+            warn_of_coarse(key, dims, stacklevel=5)  # behind no_grad's frame
 
 
 def with_statistics(

@@ -16,6 +16,7 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import data_limit, with_penalty, with_propagation, WorldModel
 from torchrl_wm.modules.keys import join
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.episode_seeds import episode_seed
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook, mixed_batches
 from torchrl_wm.trainers.model_training import as_episodes
@@ -110,6 +111,11 @@ class MOPOConfig(ModelConfig):
                 f"{self.model_steps} of them: no policy would learn. Give more steps, or train "
                 f"only a model: torchrl-wm train model."
             )
+        if self.measure == "disagreement" and self.members < 2:
+            raise ValueError(
+                f"members={self.members} cannot disagree. Give more, or charge what a member says of "
+                f"its own error: measure='deviation', on the command line --measure deviation."
+            )
         if self.real_share >= 1:
             raise ValueError(
                 "real_share is the share of recorded transitions in a batch, below 1, got "
@@ -183,9 +189,7 @@ class MOPO(ModelRecipe):
         last = steps.total - config.model_steps
         for step, updates in _rounds(first, last, config.imagination_interval):
             for candidate in self.candidates:
-                if step % config.imagination_interval == 0:
-                    candidate.imagine()
-                losses = candidate.update(updates)
+                losses = candidate.learn(step, updates)
                 row.update({f"{k}_{candidate}": v for k, v in losses.items()})
             self.on_fit(step - first, last - first)
         return {**row, **self._judge()}
@@ -321,16 +325,18 @@ class Candidate:
 
     def __init__(self, config: MOPOConfig, recipe: MOPO, penalty: float) -> None:
         self.config, self.recipe, self.penalty = config, recipe, penalty
-        self.learning = SoftActorCritic(
-            recipe.env,
-            list(recipe.world_model.encoder.in_keys),
-            hidden=config.policy_hidden,
-            alpha_init=config.alpha_init,
-            gamma=config.gamma,
-            tau=config.tau,
-            learning_rate=config.policy_learning_rate,
-            device=recipe.device,
-        )
+        # All candidates begin alike, and draw alike, whatever the other penalties are.
+        with forked_random(episode_seed(config.seed, 0)):
+            self.learning = SoftActorCritic(
+                recipe.env,
+                list(recipe.world_model.encoder.in_keys),
+                hidden=config.policy_hidden,
+                alpha_init=config.alpha_init,
+                gamma=config.gamma,
+                tau=config.tau,
+                learning_rate=config.policy_learning_rate,
+                device=recipe.device,
+            )
         # D_model.
         rows = config.retained_rounds * config.rollouts * config.horizon
         self.imagined = make_replay(rows, recipe.device)
@@ -341,10 +347,18 @@ class Candidate:
         """The parts of a checkpoint."""
         return {**self.learning.parts, "imagined": self.imagined}
 
+    def learn(self, step: int, number: int) -> dict[str, float]:
+        """Make updates from one on, after a round of rollouts if it is due; return the last losses."""
+        with forked_random(episode_seed(self.config.seed, 1 + step)):
+            if step % self.config.imagination_interval == 0:
+                self.imagine()
+            return self.update(number)
+
     def imagine(self) -> None:
         """Add a round of rollouts in the penalised model."""
         if self._hook is None:
             # Not before the model is trained: the limit is read off what it says of the data.
+            # A run that goes on makes it at another step, and must draw the same after it.
             with forked_random(self.config.seed):
                 self._hook = ImaginedReplayHook(
                     WorldModelEnv(

@@ -19,6 +19,7 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_penalty, with_propagation, WorldModel
 from torchrl_wm.modules.keys import join, sibling
 from torchrl_wm.modules.modes import evaluation_mode
+from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.model_training import episode_starts
 
 #: The longest imagined episodes, if nobody says how long they are.
@@ -91,7 +92,8 @@ def judged(
     out = []
     for policy in policies:
         deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
-        with evaluation_mode(model, policy), deterministic:
+        # From the same random state, so that the others make no difference to a policy.
+        with forked_random(), evaluation_mode(model, policy), deterministic:
             rollout = imagined.imagine(steps, policy, starts)
         charge = measured_on(world_model, env, rollout, measure)
         out.append(_outcome(rollout, charge, env.reward_key))
@@ -245,10 +247,11 @@ def check_penalties(penalties: Sequence[float]) -> None:
         ValueError: if there are none, one is negative or not finite, or one comes twice.
     """
     wrong = [p for p in penalties if not 0 <= p < float("inf")]
-    if not penalties or wrong or len(set(penalties)) < len(penalties):
+    names = {f"{penalty:g}" for penalty in penalties}  # those of columns and policies
+    if not penalties or wrong or len(names) < len(penalties):
         raise ValueError(
-            f"penalties say how much doubt costs, each 0 or more and each once, such as (0.0, 1.0, "
-            f"5.0), got {tuple(penalties)}."
+            f"penalties say how much doubt costs, each 0 or more and each once (in six digits), such "
+            f"as (0.0, 1.0, 5.0), got {tuple(penalties)}."
         )
 
 

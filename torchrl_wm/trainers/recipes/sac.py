@@ -172,6 +172,8 @@ class _Joined(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.dtype = next(network.parameters()).dtype
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        return self.network(torch.cat(values, -1))
+        # Large numbers are recorded in float64.
+        return self.network(torch.cat(values, -1).to(self.dtype))
