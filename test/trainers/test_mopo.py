@@ -12,6 +12,7 @@ from _runs import Interrupted, without_times
 from torchrl_wm.cli.main import main
 from torchrl_wm.modules import with_penalty
 from torchrl_wm.trainers import (
+    dream_of_run,
     film_policy,
     load_policy,
     MOPOConfig,
@@ -302,6 +303,17 @@ def test_a_film_without_an_env_is_imagined(settings, tmp_path) -> None:
     # It begins where a held-out episode does.
     firsts = [e[0]["observation"] for e in trainer.recipe.held_out_episodes()]
     assert any(np.allclose(shown[0], first) for first in firsts)
+
+
+def test_a_dream_without_an_env_begins_where_held_out_episodes_do(settings) -> None:
+    trainer = MOPOTrainer(**settings)
+    with pytest.raises(ValueError, match="has not learnt anything"):
+        dream_of_run(trainer)
+    trainer.train()
+    session = dream_of_run(trainer, render=lambda place: np.zeros([8, 8, 3], np.uint8))
+    moment = session.step("policy")
+    assert not session.has_real and moment.real is None
+    assert moment.disagreement is not None and session.usual_disagreement
 
 
 def test_its_policy_acts_on_recorded_observations(settings, tmp_path) -> None:
