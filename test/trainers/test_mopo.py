@@ -306,6 +306,17 @@ def test_a_film_without_an_env_is_imagined(settings, tmp_path) -> None:
     assert any(np.allclose(shown[0], first) for first in firsts)
 
 
+def test_a_dream_without_an_env_begins_where_held_out_episodes_do(settings) -> None:
+    trainer = MOPOTrainer(**settings)
+    with pytest.raises(ValueError, match="has not learnt anything"):
+        dream_of_run(trainer)
+    trainer.train()
+    session = dream_of_run(trainer, render=lambda place: np.zeros([8, 8, 3], np.uint8))
+    moment = session.step("policy")
+    assert not session.has_real and moment.real is None
+    assert moment.disagreement is not None and session.usual_disagreement
+
+
 def test_its_policy_acts_on_recorded_observations(settings, tmp_path) -> None:
     trainer = whole_run(settings, tmp_path / "run")
     policy = load_policy(tmp_path / "run")

@@ -62,12 +62,14 @@ def dream_of_run(
         )
     env = recipe.diagnosed_env()
     if recipe.learns_from_log:
-        # As the report on such a run.
-        real_env, data = recipe.real_env, recipe.held_out_episodes()
+        data = recipe.held_out_episodes()
     else:
-        real_env = _real_env(trainer, env, render)
         with forked_random(seed):
             data = _recorded(recipe, env)
+    if recipe.policy is None or not recipe.has_real_env:
+        real_env = recipe.real_env  # as the report on such a run; none of a log alone
+    else:
+        real_env = _real_env(trainer, env, render)
     policy = recipe.latent_policy
     return DreamSession(
         env,
