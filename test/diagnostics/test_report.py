@@ -117,6 +117,22 @@ def test_beats_persistence_up_to(tmp_path) -> None:
     assert "up to k = 3 of 8" in report.verdicts["open_loop"]
 
 
+@pytest.mark.parametrize("labels", [None, {"observation": ["level", "inflow"]}])
+def test_dims_behind_persistence_are_named(tmp_path, labels) -> None:
+    # The model is right about the first dim; actions do not move the second, and it thinks so.
+    torch.manual_seed(0)
+    env, episodes = walk_env(), walk(40, 12, noise=0.1)
+    change = 0.5 * torch.randn(40, 12)
+    episodes["observation"][..., 1] = change.cumsum(-1) - change
+    episodes["next", "observation"][..., 1] = change.cumsum(-1)
+    report = small(tmp_path / "report.html", env, episodes, labels=labels)
+    assert report.numbers["open_loop/observation: beats persistence up to k"] == 4
+    name = "inflow" if labels else "observation[1]"
+    said = report.verdicts["open_loop"]
+    assert f"of which {name} is behind persistence at most steps" in said
+    assert 'class="verdict good">observation' not in report.path.read_text()
+
+
 def test_all_sections(tmp_path) -> None:
     """A policy, its real env, a termination head, and something that draws."""
     pytest.importorskip("pygame")

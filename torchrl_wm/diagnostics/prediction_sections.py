@@ -25,6 +25,7 @@ from torchrl_wm.diagnostics.statistics_plots import (
     r_squared,
 )
 from torchrl_wm.diagnostics.study import DoesNotApply, Measured, Study
+from torchrl_wm.diagnostics.unchanging import names_of
 from torchrl_wm.diagnostics.verdicts import (
     beats_baselines,
     confidence,
@@ -66,6 +67,15 @@ def open_loop(study: Study) -> Measured:
         numbers[f"{name_of(key)}: beats the mean up to k"] = beats_mean
         best.append(min(beats, beats_mean) / len(share))
         said.append(f"{name_of(key)} {beats_baselines(beats, beats_mean, len(share))}")
+        behind = _behind(error, key, study)
+        if beats and behind.any():
+            best.append(best.pop() / 2)  # neither good nor bad
+            names = names_of({key: behind}, study.labels)
+            verb = "is" if int(behind.sum()) == 1 else "are"
+            said[-1] += (
+                f" as a mean over its dims, of which {', '.join(names)} {verb} behind persistence "
+                f"at most steps"
+            )
     _choose_worst(error, study)
     pictures = []
     for key in varying:
@@ -316,6 +326,19 @@ def _varies(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor
     """Return the dims that change in the episodes and in all windows, ``[D]`` bool."""
     spread = error.get(join("mean", key)).flatten(1).cpu()
     return (spread > 0).all(0) & study.varies(key, spread.shape[1])
+
+
+def _behind(error: TensorDictBase, key: NestedKey, study: Study) -> torch.Tensor:
+    """Return the dims that are no better than persistence at most of the steps, ``[D]`` bool.
+
+    None of many: single pixels say nothing.
+    """
+    model, persistence = (
+        error.get(join(name, key)).flatten(1).cpu() for name in ("model", "persistence")
+    )
+    is_behind = (model >= persistence).float().mean(0) > 0.5
+    few = model.shape[1] <= MANY_DIMS
+    return is_behind & _varies(error, key, study) & few
 
 
 def _shares(
