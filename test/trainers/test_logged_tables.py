@@ -214,7 +214,9 @@ def test_empty_cells_of_what_is_learnt_are_found_in_training(tmp_path, capsys) -
     file = written(tmp_path / "log.csv", columns)
     options = ["--data", file, "--run", str(tmp_path / "run"), "--steps", "2"]
     assert main(["train", "model", *options]) == 2
-    assert "'observation' is NaN or infinite in 1 of 12" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'observation' is NaN or infinite in 1 of 12" in said
+    assert "first in number" in said and "in dim 1 of" in said
 
 
 @pytest.mark.parametrize("name", ["obs_0", "action_0", "reward", "terminated"])

@@ -311,10 +311,13 @@ def _check_finite(rows: TensorDictBase, env: EnvBase, world_model: WorldModel) -
         value = rows.get(key, None)
         if value is None:
             continue
-        wrong = ~value.reshape(len(rows), -1).isfinite().all(-1)
+        dims = ~value.reshape(len(rows), -1).isfinite()
+        wrong = dims.any(-1)
         if wrong.any():
+            first = int(wrong.long().argmax())
             raise ValueError(
                 f"The data's {key!r} is NaN or infinite in {int(wrong.sum())} of {len(rows)} "
-                f"transitions, first in number {int(wrong.long().argmax())}. Leave "
-                f"their episodes out, or repair them."
+                f"transitions, first in number {first} (counted from 0, after what was left out), in "
+                f"dim {int(dims[first].long().argmax())} of {dims.shape[1]}. Leave their episodes "
+                f"out, or repair them."
             )
