@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tensordict.nn import InteractionType
 from tensordict.nn.probabilistic import interaction_type
@@ -11,8 +12,13 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode for a while; afterwards each module has its own mode again."""
+def evaluation_mode(*given: Any) -> Iterator[None]:
+    """Put models in eval mode for a while; afterwards each module has its own mode again.
+
+    Args:
+        given: models and policies. Those that are no modules, such as functions, have no mode.
+    """
+    models = [model for model in given if isinstance(model, nn.Module)]
     modules = {module for model in models for module in _modules(model)}
     training = [module for module in modules if module.training]
     try:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -88,8 +87,7 @@ def run_episodes(
             callback(*args)
 
     moves = device_of(policy) not in (None, torch.device("cpu"))
-    is_module = isinstance(policy, nn.Module)
-    mode = evaluation_mode(policy) if is_module else nullcontext()
+    mode = evaluation_mode(policy)
     apart = memory_apart(policy)
     with forked_random(), set_exploration_type(exploration), mode, apart:
         return [

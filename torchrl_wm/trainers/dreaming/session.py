@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -284,10 +283,8 @@ class DreamSession:
             state.set(key, value)
         state.set("is_init", torch.full((1, 1), is_first, device=env.device))
         there = leaf_keys(state)
-        is_module = isinstance(policy, nn.Module)
-        mode = evaluation_mode(policy) if is_module else nullcontext()
         try:
-            with set_exploration_type(self._exploration), mode:
+            with set_exploration_type(self._exploration), evaluation_mode(policy):
                 acted = policy(state)
         except KeyError as err:
             raise MissingEntryError(
