@@ -11,8 +11,9 @@ from torch import nn
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DDPGLoss, SoftUpdate
 
-from torchrl_wm.diagnostics.logs import actions_of, flat, Log, seen_keys
+from torchrl_wm.diagnostics.logs import actions_of, flat, Log, resampled, seen_keys
 from torchrl_wm.diagnostics.recording import Episodes, positive
+from torchrl_wm.diagnostics.seeded import seeded
 from torchrl_wm.modules import EnsembleMLP
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, unique
@@ -114,11 +115,11 @@ def fitted_q_value(
         )
     actions = unique(action_keys)
     log = Log.of(data, "fitted_q_value", reward_key, done_key)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         transitions = _transitions(policy, log, observation_keys, actions)
-        counts = _bootstrap(log, members)
+        counts = resampled(
+            members, len(log.begins), dtype=torch.float32, device=log.reward.device
+        )
         scale = _Scale(log, gamma)
         network = _Network(transitions, members, hidden, scale.range)
         _fit(
@@ -212,14 +213,6 @@ def _transitions(
         },
         batch_size=[len(rows)],
     )
-
-
-def _bootstrap(log: Log, members: int) -> torch.Tensor:
-    """Return how often each member sees each episode, ``[E, N]``."""
-    number = len(log.begins)
-    drawn = torch.randint(number, (members, number), device=log.reward.device)
-    counts = torch.zeros(members, number, device=drawn.device)
-    return counts.scatter_add(1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
 
 
 def _beyond(values: torch.Tensor, limits: tuple[float, float]) -> torch.Tensor:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import nn
 
-from torchrl_wm.diagnostics.logs import Log
+from torchrl_wm.diagnostics.logs import Log, resampled
 from torchrl_wm.diagnostics.recording import Episodes, positive
+from torchrl_wm.diagnostics.seeded import seeded
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import leaf_keys, sibling
 from torchrl_wm.modules.modes import evaluation_mode
@@ -72,8 +72,7 @@ def importance_weighted_value(
 
     Examples:
         >>> from tensordict.nn import NormalParamExtractor, TensorDictModule
-        >>> from torch import nn
-        >>> from torchrl.envs import GymEnv
+        >>>         >>> from torchrl.envs import GymEnv
         >>> from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
         >>> from torchrl_wm.diagnostics import importance_weighted_value
         >>> net = nn.Sequential(MLP(3, 2, num_cells=[32]), NormalParamExtractor())
@@ -94,8 +93,7 @@ def importance_weighted_value(
     log = Log.of(data, "importance_weighted_value", reward_key, done_key)
     behaviour = _behaviour(log.rows, log_prob_key, action_key)
     rows, own = log.rows, []
-    modules = [policy] if isinstance(policy, nn.Module) else []
-    with evaluation_mode(*modules):
+    with evaluation_mode(policy):
         for part in rows.exclude("next").split(10_000):
             action = part.get(action_key)
             likely = policy.get_dist(part.copy()).log_prob(action)
@@ -111,13 +109,9 @@ def importance_weighted_value(
     reward, weight = _by_episode(log, ratio, gamma)
     value = _weighted(reward, weight, torch.ones_like(weight[:1, :, 0]))[0]
     final = weight[0, :, -1]
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         number = len(final)
-        drawn = torch.randint(number, (resamples, number), device=final.device)
-    counts = torch.zeros(resamples, number, device=final.device, dtype=weight.dtype)
-    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=weight.dtype))
+        counts = resampled(resamples, number, dtype=weight.dtype, device=final.device)
     around = _weighted(reward, weight, counts)
     out = {
         "value": value,

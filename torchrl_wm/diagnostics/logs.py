@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import nn
 from torchrl.objectives.value.functional import reward2go
 
 from torchrl_wm.diagnostics.recording import as_rows, ends_of, Episodes
@@ -115,6 +114,26 @@ class Log:
         return torch.where(cut, sums / (1 - gamma**lengths), sums)
 
 
+def resampled(
+    samples: int, number: int, *, dtype: torch.dtype, device: torch.device | None
+) -> torch.Tensor:
+    """Return how often each of some episodes is in samples of as many, with replacement.
+
+    Args:
+        samples: ``R``, how many samples.
+        number: ``N``, how many episodes.
+
+    Keyword Args:
+        dtype, device: those of the counts.
+
+    Returns:
+        ``[R, N]``.
+    """
+    drawn = torch.randint(number, (samples, number), device=device)
+    counts = torch.zeros(samples, number, device=device, dtype=dtype)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=dtype))
+
+
 def seen_keys(
     rows: TensorDictBase, action_keys: Sequence[NestedKey]
 ) -> list[NestedKey]:
@@ -149,8 +168,7 @@ def actions_of(
     """
     given = rows.exclude("next", *action_keys)
     out = []
-    modules = [policy] if isinstance(policy, nn.Module) else []
-    with evaluation_mode(*modules):
+    with evaluation_mode(policy):
         for part in given.split(at_once):
             acted = policy(part.copy())
             missing = missing_from(acted, action_keys)

@@ -8,10 +8,11 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_wm.diagnostics.logs import flat
-from torchrl_wm.diagnostics.policy_study import DISAGREEMENT, PolicyStudy, study_of
+from torchrl_wm.diagnostics.policy_study import PolicyStudy, study_of
 from torchrl_wm.diagnostics.recording import Episodes, spread
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import penalty_of
+from torchrl_wm.modules.blocks.ensemble_dynamics import DISAGREEMENT
 from torchrl_wm.modules.keys import join, unique
 
 #: The quantiles of measures.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
@@ -24,7 +22,8 @@ from torchrl_wm.diagnostics.policy_verdicts import (
     trusted,
 )
 from torchrl_wm.diagnostics.recording import Episodes, positive, Recording
-from torchrl_wm.diagnostics.report import measure_sections, Report
+from torchrl_wm.diagnostics.report import all_numbers, file_of, measure_sections, Report
+from torchrl_wm.diagnostics.seeded import seeded
 from torchrl_wm.envs import WorldModelEnv
 
 
@@ -128,9 +127,7 @@ def write_policy_report(
         >>> sorted(report.left_out)
         ['exploitation_gap', 'importance']
     """
-    path = None if path is None else Path(path)
-    if path is not None and path.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name a file in it.")
+    path = None if path is None else file_of(path)
     horizons = tuple(horizons)
     counts = {"rollouts": rollouts, "max_rows": max_rows, "fitted_steps": fitted_steps}
     _check_numbers(gamma, horizons, {**counts, "real_episodes": real_episodes})
@@ -148,9 +145,7 @@ def write_policy_report(
         real_policy=real_policy,
         real_episodes=real_episodes,
     )
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         made, measured, left_out = measure_sections(POLICY_SECTIONS, study)
     departures = {k: measured[k] for k in ("disagreement", "distance") if k in made}
     trust = trusted(departures, horizons)
@@ -164,11 +159,7 @@ def write_policy_report(
         write_text(page(title, _facts(study), sections, reasons), path)
     return PolicyReport(
         path=path,
-        numbers={
-            f"{name}/{key}": value
-            for name, section in made.items()
-            for key, value in section.numbers.items()
-        },
+        numbers=all_numbers(made),
         measured=measured,
         verdicts={name: section.verdict for name, section in made.items()},
         left_out=left_out,

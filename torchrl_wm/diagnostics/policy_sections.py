@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tensordict import TensorDict, TensorDictBase
 
@@ -19,11 +20,10 @@ from torchrl_wm.diagnostics.policy_plots import (
     plot_policy_return,
 )
 from torchrl_wm.diagnostics.policy_study import PolicyStudy
-from torchrl_wm.diagnostics.policy_verdicts import MOST_BEYOND, settled
+from torchrl_wm.diagnostics.policy_verdicts import MOST_BEYOND, settled, trusted
 from torchrl_wm.diagnostics.returns import exploitation_gap, rolled_out
 from torchrl_wm.diagnostics.statistics_plots import plot_exploitation_gap
 from torchrl_wm.diagnostics.study import DoesNotApply, Measured
-from torchrl_wm.diagnostics.verdicts import leading
 from torchrl_wm.modules.keys import as_tuple
 
 #: Fewer episodes than this, by their weights, say nothing.
@@ -62,7 +62,7 @@ def distance(study: PolicyStudy) -> Measured:
     total = int(study.recording.valid.sum())
     if total > study.max_rows:
         note = f"{study.max_rows:,} of {total:,} recorded steps stand for the log."
-        section = _with(section, note=note)
+        section = replace(section, note=note)
     return section, found
 
 
@@ -246,41 +246,32 @@ def _departure(
     study: PolicyStudy, found: TensorDictBase, title: str, how: str, name: str
 ) -> tuple[ReportSection, TensorDict]:
     """Return the section on disagreement or distance."""
-    beyond, quantiles = found["beyond"].nan_to_num(0.0), found["quantiles"]
-    within = leading((beyond <= MOST_BEYOND).tolist())
-    alive = study.alive.cpu()
+    quantiles, alive = found["quantiles"], study.alive.cpu()
+    trust = trusted({name: found}, tuple(study.horizons))
     share = float((~(found["values"] <= found["edge"]))[alive].float().mean())
     numbers = {
         "data, median": float(found["data_quantiles"][1]),
         "data, 99 % quantile": float(found["edge"]),
         "share of imagined steps beyond it": share,
-        "steps until more than 10 % are": within,
+        "steps until more than 10 % are": trust.steps,
     }
     for horizon in sorted(study.horizons):
         numbers[f"median at step {horizon}"] = float(quantiles[horizon - 1, 1])
     said = f"{share:.1%} of the imagined steps are beyond the data's 99 % quantile of {name}"
     end = (
         f"never more than {MOST_BEYOND:.0%} at a step"
-        if within == study.horizon
-        else f"more than {MOST_BEYOND:.0%} from step {within + 1} on"
+        if trust.good
+        else f"more than {MOST_BEYOND:.0%} from step {trust.steps + 1} on"
     )
     section = ReportSection(
         title,
         how=how,
         verdict=f"{said}, {end}.",
-        good=True
-        if within == study.horizon
-        else False
-        if within < min(study.horizons)
-        else None,
+        good=trust.good,
         pictures=[plot_policy_departure(found, name=name)],
         numbers=numbers,
     )
     return section, found
-
-
-def _with(section: ReportSection, **changes) -> ReportSection:
-    return ReportSection(**{**vars(section), **changes})
 
 
 def _done_key(study: PolicyStudy):

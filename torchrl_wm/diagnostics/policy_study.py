@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_wm.diagnostics.one_step import stepped
@@ -22,13 +21,11 @@ from torchrl_wm.diagnostics.recording import (
 )
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import penalty_of
+from torchrl_wm.modules.blocks.ensemble_dynamics import DISAGREEMENT
 from torchrl_wm.modules.blocks.penalty import paying, penalty_paused
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, missing_from, strip_next, unique
 from torchrl_wm.modules.modes import evaluation_mode
-
-#: Where the ensembles of this package write how much their members differ.
-DISAGREEMENT = "disagreement"
 
 _ROWS_AT_ONCE = 10_000
 
@@ -148,9 +145,8 @@ def imagine_policy(
         starts = starts[spread(len(starts), rollouts)]
     else:
         starts = starts[torch.arange(rollouts) % len(starts)]
-    modules = [policy] if isinstance(policy, nn.Module) else []
     model = recording.env.world_model
-    with evaluation_mode(model, *modules), penalty_paused(model):
+    with evaluation_mode(model, policy), penalty_paused(model):
         act = paying(policy, model)
         return recording.env.imagine(horizon, act, recording.state(starts))
 

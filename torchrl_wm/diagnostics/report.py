@@ -28,6 +28,7 @@ from torchrl_wm.diagnostics.recording import (
     positive,
     Recording,
 )
+from torchrl_wm.diagnostics.seeded import seeded
 from torchrl_wm.diagnostics.study import DoesNotApply, Measured, Study
 from torchrl_wm.diagnostics.unchanging import names_of, unchanging_dims
 from torchrl_wm.envs import WorldModelEnv
@@ -152,9 +153,7 @@ def write_report(
         >>> "open_loop/observation: beats persistence up to k" in report.numbers
         True
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name a file in it.")
+    path = file_of(path)
     for name, value in (
         ("policy_steps", policy_steps),
         ("policy_episodes", policy_episodes),
@@ -185,9 +184,7 @@ def write_report(
         render=render,
         constant=unchanging_dims(recording),
     )
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         made, measured, left_out = measure_sections(SECTIONS, study)
     text = page(
         title,
@@ -199,16 +196,33 @@ def write_report(
     write_text(text, path)
     return Report(
         path=path,
-        numbers={
-            f"{name}/{key}": value
-            for name, section in made.items()
-            for key, value in section.numbers.items()
-        },
+        numbers=all_numbers(made),
         measured=measured,
         verdicts={name: section.verdict for name, section in made.items()},
         left_out=left_out,
         constant=tuple(names_of(study.constant, study.labels)),
     )
+
+
+def file_of(path: str | os.PathLike) -> Path:
+    """Return the path of a report.
+
+    Raises:
+        IsADirectoryError: if it is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name a file in it.")
+    return path
+
+
+def all_numbers(sections: Mapping[str, ReportSection]) -> dict[str, float]:
+    """Return the numbers of all sections, each below the name of its section."""
+    return {
+        f"{name}/{key}": value
+        for name, section in sections.items()
+        for key, value in section.numbers.items()
+    }
 
 
 def measure_sections(

@@ -17,6 +17,11 @@ from torchrl_wm.modules.blocks.normalizer import Normalizer, valid_rows
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import join, leaf_keys, sibling
 
+#: How an ensemble calls the spread of its members' means.
+DISAGREEMENT = "disagreement"
+#: What it writes of its own doubts.
+DOUBTS = (("next", DISAGREEMENT), ("next", "deviation"))
+
 Propagation = Literal["ts1", "tsinf", "expectation", "mean"]
 PROPAGATIONS: tuple[str, ...] = ("ts1", "tsinf", "expectation", "mean")
 

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from torchrl_wm.modules.blocks.ensemble_dynamics import EnsembleDynamics
+from torchrl_wm.modules.blocks.ensemble_dynamics import DOUBTS, EnsembleDynamics
 from torchrl_wm.modules.blocks.penalty_heads import (
     ENDING_NAMES,
     LimitHead,
@@ -217,7 +217,7 @@ def measuring(world_model: WorldModel, measure: NestedKey) -> WorldModel:
     """
     dynamics = world_model.dynamics
     name = as_tuple(measure)[-1]
-    ours = measure in (("next", "disagreement"), ("next", "deviation"))
+    ours = measure in DOUBTS
     if ours and isinstance(dynamics, EnsembleDynamics):
         if not dynamics.all_members:
             raise ValueError(

@@ -8,7 +8,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
-from torchrl_wm.modules.blocks.ensemble_dynamics import EnsembleDynamics, Propagation
+from torchrl_wm.modules.blocks.ensemble_dynamics import (
+    DOUBTS,
+    EnsembleDynamics,
+    Propagation,
+)
 from torchrl_wm.modules.blocks.penalty import penalty_of
 from torchrl_wm.modules.world_model.views import view_of
 from torchrl_wm.modules.world_model.world_model import WorldModel
@@ -122,7 +126,7 @@ def _check_penalty(
     penalty = penalty_of(world_model)
     if all_members or penalty is None:
         return
-    if penalty.measure in (("next", "disagreement"), ("next", "deviation")):
+    if penalty.measure in DOUBTS:
         raise ValueError(
             f"The rewards of this model pay for {penalty.measure}, which the ensemble writes only "
             f"where all members are asked. Leave out all_members=False, or the penalty: "

@@ -6,10 +6,8 @@ from tensordict import NestedKey
 from torchrl.data import Composite, Unbounded
 
 from torchrl_wm.envs import WorldModelEnv
+from torchrl_wm.modules.blocks.ensemble_dynamics import DISAGREEMENT
 from torchrl_wm.modules.keys import as_tuple, strip_next, unique
-
-#: What an ensemble calls the spread of its members' means.
-DISAGREEMENT = "disagreement"
 
 
 def disagreement_keys(env: WorldModelEnv) -> list[NestedKey]:
