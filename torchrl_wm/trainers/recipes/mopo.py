@@ -233,17 +233,18 @@ class MOPO(ModelRecipe):
         if not self.outcomes:
             self._judge()
         config, test = self.config, self.training.test
+        price = self.coefficient(1.0)  # the model is asked about all held-out steps
         section = sweep_section(
-            {penalty: self.coefficient(penalty) for penalty in config.penalties},
+            {penalty: penalty * price for penalty in config.penalties},
             self.outcomes,
             self._choice.chosen,
             measured_on(self.world_model, self.env, test, config.measure).mean().item(),
             returns and [returns(policy) for policy in self.policies.values()],
             config.measure,
         )
-        return [section, *self._trust()]
+        return [section, *self._trust(price)]
 
-    def _trust(self) -> Sequence[ReportSection]:
+    def _trust(self, price: float) -> Sequence[ReportSection]:
         """Return the sections on whether the policy that was chosen is to be trusted."""
         config = self.config
         taken = config.penalties[self._choice.chosen] or 1.0
@@ -255,7 +256,7 @@ class MOPO(ModelRecipe):
                 self.policy,
                 [e for part in self.parts_of_log for e in as_episodes(part)],
                 gamma=config.gamma,
-                coefficient=self.coefficient(taken) if charged else None,
+                coefficient=taken * price if charged else None,
                 seed=config.seed,
             ).sections
 

@@ -17,7 +17,7 @@ from torchrl_wm.diagnostics import ReportSection
 from torchrl_wm.diagnostics.drawing import new_figure
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_penalty, with_propagation, WorldModel
-from torchrl_wm.modules.keys import join, sibling
+from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.model_training import episode_starts
@@ -34,8 +34,7 @@ class Outcome:
         mean: the mean return, without penalty.
         worst: the mean return in the elite member of the ensemble that promises least.
         measured: the mean of the measure over the steps.
-        charged: the mean over episodes of the measure's sum: ``mean - penalty * charged`` is the
-            mean return with that price of a unit.
+        charged: the mean over episodes of the measure's sum.
         length: the mean length of the episodes.
     """
 
@@ -44,6 +43,10 @@ class Outcome:
     measured: float
     charged: float
     length: float
+
+    def penalised(self, price: float) -> float:
+        """Return the mean return if a unit of the measure costs a price."""
+        return self.mean - price * self.charged
 
 
 @torch.no_grad()
@@ -167,7 +170,7 @@ def sweep_section(
         row = {
             f"reward for a unit of {measure}": penalties[penalty],
             "return in the model": outcome.mean,
-            "with the penalty": outcome.mean - penalties[penalty] * outcome.charged,
+            "with the penalty": outcome.penalised(penalties[penalty]),
             "in the member that promises least": outcome.worst,
             measure: outcome.measured,
             "length of imagined episodes": outcome.length,
@@ -216,7 +219,7 @@ def _figure(
     lines = {
         "in the model": [o.mean for o in outcomes],
         "with the penalty": [
-            o.mean - p * o.charged for p, o in zip(penalties.values(), outcomes)
+            o.penalised(price) for price, o in zip(penalties.values(), outcomes)
         ],
         "in the member that promises least": [o.worst for o in outcomes],
     }
@@ -306,7 +309,9 @@ def check_rewards_vary(log: Sequence[TensorDictBase], reward_key: NestedKey) -> 
 def check_episodes(log: Sequence[TensorDictBase]) -> None:
     """Warn if a log has one episode, whose last steps are a part of their own."""
     train, test = log
-    if len(episode_starts(torch.cat([train.select("next"), test.select("next")]))) == 1:
+    ends = [key for key in leaf_keys(train) if as_tuple(key)[-1] == "done"]
+    # Only the ends are joined: observations need much memory.
+    if len(episode_starts(torch.cat([part.select(*ends) for part in log]))) == 1:
         warnings.warn(
             f"The log has one episode of {len(train) + len(test)} steps: its last {len(test)} are "
             f"held out, and what the model promises a policy is asked from two steps alone. If it "
