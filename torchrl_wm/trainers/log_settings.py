@@ -11,11 +11,10 @@ from typing import Literal, Union
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
-from torchrl_wm.trainers.logged_data import read_transitions
 from torchrl_wm.trainers.logged_files import is_pattern
 from torchrl_wm.trainers.logged_names import renames_of
 from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
-from torchrl_wm.trainers.recorded_env import RecordedEnv
+from torchrl_wm.trainers.recorded_env import read_recorded
 from torchrl_wm.trainers.settings import Settings, slug
 
 #: One bound for all dims of the actions, or one for each.
@@ -79,7 +78,7 @@ class LogSettings(Settings):
         Returns:
             The transitions ``[N]``, and the env, or a :class:`RecordedEnv` in place of None.
         """
-        rows, spec = read_transitions(
+        return read_recorded(
             self.data,
             env=env,
             action_bounds=self.action_bounds,
@@ -87,6 +86,3 @@ class LogSettings(Settings):
             dones=self.dones,
             stacklevel=2,
         )
-        if env is None:
-            env = RecordedEnv(rows, action_spec=spec, stacklevel=2)
-        return rows, env

@@ -20,9 +20,9 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.logged_bounds import ActionBounds
-from torchrl_wm.trainers.logged_data import DataSource, read_transitions
+from torchrl_wm.trainers.logged_data import DataSource
 from torchrl_wm.trainers.logged_names import Names
-from torchrl_wm.trainers.recorded_env import RecordedEnv
+from torchrl_wm.trainers.recorded_env import read_recorded
 
 
 def train_world_model(
@@ -95,7 +95,7 @@ def train_world_model(
             f"steps and interval must be at least 1 and held_out a share between 0 and 1, got "
             f"{steps}, {interval} and {held_out}."
         )
-    rows, known = read_transitions(
+    rows, env = read_recorded(
         data,
         env=env,
         action_spec=action_spec,
@@ -104,8 +104,6 @@ def train_world_model(
         dones=dones,
         stacklevel=2,
     )
-    if env is None:
-        env = RecordedEnv(rows, action_spec=known, stacklevel=2)
     with forked_random(seed) if seed is not None else nullcontext():
         training = ModelTraining(
             rows,

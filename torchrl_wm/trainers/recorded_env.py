@@ -13,6 +13,7 @@ from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import as_tuple, leaf_keys, unique
 from torchrl_wm.trainers.logged_actions import action_keys, action_specs
 from torchrl_wm.trainers.logged_bounds import ActionBounds
+from torchrl_wm.trainers.logged_data import DataSource, read_transitions
 from torchrl_wm.trainers.logged_entries import ENDS
 
 
@@ -101,6 +102,25 @@ class RecordedEnv(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         pass
+
+
+def read_recorded(
+    source: DataSource, *, env: EnvBase | None = None, stacklevel: int = 1, **how: Any
+) -> tuple[TensorDictBase, EnvBase]:
+    """Return the transitions ``[N]`` of a source, and the env, or a :class:`RecordedEnv` in place of None.
+
+    Args:
+        source: see :func:`load_transitions`.
+
+    Keyword Args:
+        env: the env that was recorded.
+        stacklevel: whose line warnings name, 1 for that of the caller.
+        how: the others of :func:`load_transitions`.
+    """
+    rows, spec = read_transitions(source, env=env, stacklevel=1 + stacklevel, **how)
+    if env is None:
+        env = RecordedEnv(rows, action_spec=spec, stacklevel=1 + stacklevel)
+    return rows, env
 
 
 def _specs(data: TensorDictBase, keys: list) -> Composite:
