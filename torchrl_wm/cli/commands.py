@@ -18,6 +18,12 @@ Checkpoint = Annotated[
     int | None,
     tyro.conf.arg(metavar="STEP", help_behavior_hint="(default: the newest)"),
 ]
+Render = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="MODULE:FUNCTION", help_behavior_hint="(default: known tasks)"
+    ),
+]
 
 
 def train(
@@ -175,12 +181,7 @@ def play(
     seed: int = 0,
     fps: float = 20.0,
     height: int = 240,
-    render: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="MODULE:FUNCTION", help_behavior_hint="(default: known tasks)"
-        ),
-    ] = None,
+    render: Render = None,
     checkpoint: Checkpoint = None,
 ) -> Callable[[], None]:
     """Film a run's policy in the real env, beside what the model imagines where that can be drawn.
@@ -223,12 +224,7 @@ def dream(
     port: int = 0,
     open: bool = True,
     seed: int = 0,
-    render: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="MODULE:FUNCTION", help_behavior_hint="(default: known tasks)"
-        ),
-    ] = None,
+    render: Render = None,
     checkpoint: Checkpoint = None,
 ) -> Callable[[], None]:
     """Step what a run's model imagines on a local page, by hand or by the policy, beside the real env.

@@ -141,7 +141,7 @@ class Policy:
         self._around = prepared(env, policy)
         pixels = _pixels_of(self._around)
         self._values = HandedValues(innermost(self._around), pixels)
-        self.action_repeat = _repeats(self._around)
+        self.action_repeat = repeats(self._around)
         self._random = PrivateRandom(seed, self._device)
         self._size: int | None = None
         self._seats: list[Seat] = []
@@ -375,7 +375,7 @@ def _alike(
     return made
 
 
-def _repeats(env: EnvBase) -> int:
+def repeats(env: EnvBase) -> int:
     """Return how many steps of the env within are one of the run's."""
     times = getattr(innermost(env), "wrapper_frame_skip", 1)
     for transform in chain.from_iterable(layers(env)):

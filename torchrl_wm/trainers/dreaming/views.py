@@ -140,11 +140,6 @@ class Viewer:
             )
         return draw
 
-    @property
-    def shows_frames(self) -> bool:
-        """Whether the imagined side has pictures."""
-        return bool(self._images or self._draw)
-
     def imagined(self, state: TensorDictBase, **facts: Any) -> View:
         """Return the view of an imagined state, ``[1]``."""
         return View(

@@ -11,7 +11,7 @@ import numpy as np
 from torchrl_wm.modules.keys import as_tuple
 from torchrl_wm.trainers.exporting.check import RecordedStep
 from torchrl_wm.trainers.exporting.program import PolicyProgram, Port
-from torchrl_wm.trainers.policies import Policy
+from torchrl_wm.trainers.policies import repeats
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
 
@@ -52,7 +52,7 @@ def described_policy(
         "inputs": [_input(port) for port in program.inputs],
         "outputs": out,
         "carried": program.carried,
-        "action_repeat": Policy(trainer).action_repeat,
+        "action_repeat": repeats(trainer.env),
         "transforms": {"inside": around.inside, "outside": around.outside},
         "check": {"steps": len(recorded), "largest_deviation": dict(deviations)},
         "versions": {
