@@ -72,7 +72,8 @@ def importance_weighted_value(
 
     Examples:
         >>> from tensordict.nn import NormalParamExtractor, TensorDictModule
-        >>>         >>> from torchrl.envs import GymEnv
+        >>> from torch import nn
+        >>> from torchrl.envs import GymEnv
         >>> from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
         >>> from torchrl_wm.diagnostics import importance_weighted_value
         >>> net = nn.Sequential(MLP(3, 2, num_cells=[32]), NormalParamExtractor())
