@@ -190,7 +190,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "policy_hidden": (64, 64),
         "policy_learning_rate": 1e-3,
         "judged_episodes": 20,
-        "evaluation_interval": 2000,
+        "evaluation_interval": 1000,
         "evaluation_episodes": 5,
     },
     "hopper": {
@@ -202,7 +202,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "penalties": (0.0, 1.0, 5.0),
         "judged_episodes": 25,
         "judged_steps": 500,
-        "evaluation_interval": 5000,
+        "evaluation_interval": 2500,
         "evaluation_episodes": 10,
     },
 }
