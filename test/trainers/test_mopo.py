@@ -289,6 +289,17 @@ def test_without_an_env_the_model_answers(settings, tmp_path, capsys) -> None:
     assert "--render" in capsys.readouterr().err
 
 
+def test_the_report_sets_promises_beside_what_recorded_episodes_got(settings) -> None:
+    trainer = MOPOTrainer(**settings)
+    trainer.train()
+    section = trainer.recipe.report_sections(None)[0]
+    got = arrays()["rewards"].reshape(-1, 15).sum(1)
+    found = section.numbers["return of recorded episodes"]
+    assert found == pytest.approx(got.mean(), rel=1e-4)
+    assert section.numbers["of the best tenth of them"] == pytest.approx(got.max())
+    assert f"Recorded episodes got {found:.4g}" in section.verdict
+
+
 def test_a_film_without_an_env_is_imagined(settings, tmp_path) -> None:
     trainer = MOPOTrainer(**settings)
     trainer.train()

@@ -31,8 +31,8 @@ _FEWEST_EPISODES = 5
 
 _UNSETTLED = (
     "The values did not settle: more of them than a tenth are beyond what the rewards of the log could "
-    "add up to. The policy may do what is nowhere in the log; take a smaller gamma, or do not "
-    "use them."
+    "add up to. Take more gradient steps (fitted_steps) or a smaller gamma; if they do not help, "
+    "the policy does what is nowhere in the log, and no value of the log holds for it."
 )
 
 

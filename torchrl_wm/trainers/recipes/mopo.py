@@ -32,6 +32,7 @@ from torchrl_wm.trainers.recipes.penalty_sweep import (
     judged,
     measured_on,
     Outcome,
+    recorded_returns,
     sweep_section,
 )
 from torchrl_wm.trainers.recipes.sac import SoftActorCritic
@@ -239,6 +240,7 @@ class MOPO(ModelRecipe):
             self.outcomes,
             self._choice.chosen,
             measured_on(self.world_model, self.env, test, config.measure).mean().item(),
+            recorded_returns(self.parts_of_log, self.env.reward_key),
             returns and [returns(policy) for policy in self.policies.values()],
             config.measure,
         )

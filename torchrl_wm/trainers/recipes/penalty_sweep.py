@@ -20,7 +20,7 @@ from torchrl_wm.modules import with_penalty, with_propagation, WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
 from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.model_training import episode_starts
+from torchrl_wm.trainers.model_training import as_episodes, episode_starts
 
 #: The longest imagined episodes, if nobody says how long they are.
 LONGEST = 1000
@@ -139,6 +139,15 @@ def _outcome(
     )
 
 
+def recorded_returns(
+    log: Sequence[TensorDictBase], reward_key: NestedKey
+) -> torch.Tensor:
+    """Return what each recorded episode got, ``[N]``, the best first."""
+    key = join("next", reward_key)
+    returns = [e.get(key).sum() for part in log for e in as_episodes(part)]
+    return torch.stack(returns).sort(descending=True).values
+
+
 def chosen_of(outcomes: Sequence[Outcome]) -> int:
     """Return the policy to take: the one that the most doubtful member promises most."""
     return max(range(len(outcomes)), key=lambda number: outcomes[number].worst)
@@ -152,6 +161,7 @@ def sweep_section(
     outcomes: Sequence[Outcome],
     chosen: int,
     of_data: float,
+    recorded: torch.Tensor,
     real: Sequence[Sequence[float]] | None,
     measure: str,
 ) -> ReportSection:
@@ -162,10 +172,16 @@ def sweep_section(
         outcomes: what the model promises the policy of each.
         chosen: the number of the policy that was taken.
         of_data: the mean of the measure on held-out recorded steps.
+        recorded: what each recorded episode got, the best first.
         real: real returns of each policy, if there is a real env.
         measure: the name of the measure.
     """
-    numbers = {f"{measure} of held-out steps": of_data}
+    best_tenth = recorded[: max(1, len(recorded) // 10)].mean().item()
+    numbers = {
+        f"{measure} of held-out steps": of_data,
+        "return of recorded episodes": recorded.mean().item(),
+        "of the best tenth of them": best_tenth,
+    }
     for number, (penalty, outcome) in enumerate(zip(penalties, outcomes)):
         row = {
             f"reward for a unit of {measure}": penalties[penalty],
@@ -187,6 +203,10 @@ def sweep_section(
         else f"One penalty, {taken:g}: the model promises {best.mean:.4g}, and the "
         f"member that promises least {best.worst:.4g}. "
     )
+    verdict += (
+        f"Recorded episodes got {recorded.mean().item():.4g}, the best tenth of them "
+        f"{best_tenth:.4g}. "
+    )
     verdict += f"Along its imagined episodes the {measure} is {times:.2g} times that of the data."
     if real is not None:
         got = numbers[f"penalty {taken:g}: real return"]
@@ -195,11 +215,14 @@ def sweep_section(
         "Penalties",
         how=(
             "What the model promises the policy of each penalty in imagined episodes that begin "
-            f"where recorded ones do. A {measure} far above that of the data says that a policy "
+            "where recorded ones do, beside what these got: returns here are sums over an episode, "
+            f"without a discount. A {measure} far above that of the data says that a policy "
             "has left them, and that its promised return may not hold."
         ),
         verdict=verdict,
-        pictures=[_figure(penalties, outcomes, chosen, of_data, real, measure)],
+        pictures=[
+            _figure(penalties, outcomes, chosen, of_data, recorded, real, measure)
+        ],
         numbers=numbers,
     )
 
@@ -209,6 +232,7 @@ def _figure(
     outcomes: Sequence[Outcome],
     chosen: int,
     of_data: float,
+    recorded: torch.Tensor,
     real: Sequence[Sequence[float]] | None,
     measure: str,
 ):
@@ -228,6 +252,9 @@ def _figure(
     if real is not None:
         means = [sum(values) / len(values) for values in real]
         returns.plot(at, means, "ks--", markersize=5, label="real")
+    returns.axhline(
+        recorded.mean().item(), color="0.5", ls=":", label="recorded episodes"
+    )
     measured.plot(at, [o.measured for o in outcomes], "o-", markersize=4)
     measured.axhline(of_data, color="0.5", ls=":", label="held-out data")
     returns.set(title="mean return of an episode", xlabel="penalty")
