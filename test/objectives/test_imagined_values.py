@@ -57,6 +57,25 @@ def test_equals_torchrl(size, slow, spread, latent):
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_logits_that_are_there_with_their_graph_are_taken():
+    critic, imagined = make_critic(), make_imagined(4, 5)
+    loss, _ = make_losses(critic, 1.0)
+    parameters = list(critic.parameters())
+    expected = torch.autograd.grad(loss(imagined)[0]["loss_value"], parameters)
+    logits = critic.module.network(imagined["latent"])
+    imagined["state_value_logits"] = logits
+    found = torch.autograd.grad(loss(imagined)[0]["loss_value"], parameters)
+    torch.testing.assert_close(found, expected)
+    leaf = logits.detach().requires_grad_()
+    imagined["state_value_logits"] = leaf
+    loss(imagined)[0]["loss_value"].backward()
+    assert leaf.grad.any() and all(p.grad is None for p in parameters)
+    # Recorded ones have lost it: the critic judges anew.
+    imagined["state_value_logits"] = torch.zeros_like(logits)
+    found = torch.autograd.grad(loss(imagined)[0]["loss_value"], parameters)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_target_on_a_bin_is_that_bin():
     critic = make_critic()
     loss, _ = make_losses(critic, 0.0)

@@ -204,7 +204,9 @@ def test_each_term_trains_its_own_networks() -> None:
     assert all(p.grad is None for p in others)
     assert all(p.grad is not None for p in recipe.actor.parameters())
     recipe.optimizer.zero_grad()
+    imagined["state_value_logits"] = recipe.imagination.value_logits
     recipe.value_loss(imagined)[0]["loss_value"].backward()
+    assert all(p.grad.any() for p in recipe.critic.parameters())
     others = [*recipe.loss.parameters(), *recipe.actor.parameters()]
     assert all(p.grad is None for p in others)
 

@@ -84,7 +84,8 @@ class ImaginedValueLoss(DreamerV3ValueLoss):
         Args:
             fake_data: imagined steps, ``[N, H]``, as TorchRL's ``DreamerV3ActorLoss`` returns
                 them: what the critic reads, ``"lambda_target"`` and ``"discount_weight"``,
-                ``[N, H, 1]`` each.
+                ``[N, H, 1]`` each. The critic's logits, ``[N, H, bins]``, are taken from them
+                where they are there with their graph, in place of another pass of the critic.
 
         Raises:
             KeyError: if one of these is missing.
@@ -99,10 +100,12 @@ class ImaginedValueLoss(DreamerV3ValueLoss):
                 f"{leaf_keys(fake_data)}. TorchRL's DreamerV3ActorLoss writes what it needs."
             )
         latents = [read[name] for name in self.value_model.in_keys]
-        with self.value_model_params.to_module(
-            self.value_model, preserve_module_state=False
-        ):
-            logits = self.value_model.module.network(*latents)
+        logits = fake_data.get(self.value_model.out_keys[0], None)
+        if logits is None or not logits.requires_grad:
+            with self.value_model_params.to_module(
+                self.value_model, preserve_module_state=False
+            ):
+                logits = self.value_model.module.network(*latents)
         norm = logits.logsumexp(-1)
         weight = read[key].squeeze(-1)
 

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from torchrl_wm.modules import ContinuationModel, WorldModel
+from torchrl_wm.modules import ContinuationModel, TwoHotHead, WorldModel
 from torchrl_wm.modules.world_model.compiling import Compiler
 from torchrl_wm.modules.world_model.flat import (
     FlatTensors,
@@ -38,11 +38,16 @@ class Imagination(nn.Module):
         self, world_model: WorldModel, critic: TensorDictModule, differentiable: bool
     ) -> None:
         super().__init__()
-        self.world_model, self.critic = world_model, critic
+        self.world_model = world_model
+        # Not a submodule: the actor's loss holds the parameters of its env fixed.
+        self.__dict__["critic"] = critic
         self.continuation = None
         if world_model.done_head is not None:
             self.continuation = ContinuationModel(world_model)
         self.differentiable = differentiable
+        #: The logits of the values of the states that the newest steps began in, ``[N, H, bins]``,
+        #: with their graph; None for a critic of plain numbers.
+        self.value_logits: torch.Tensor | None = None
         self._acting = Program([])
         self._compiler: Compiler | None = None
 
@@ -59,17 +64,25 @@ class Imagination(nn.Module):
         ``"continuation"``, at the root and below "next".
         """
         with nullcontext() if self.differentiable else torch.no_grad():
-            steps = self.steps(max_steps, policy, tensordict)
-            latents = self.world_model.latent_keys
-            last = steps[:, -1:]["next"].select(*latents)
-            states = torch.cat([steps.select(*latents), last], 1)  # z_0 ... z_H
-            self.critic(states)
+            states, acted = self.steps(max_steps, policy, tensordict)
+            self._judge(states)
             if self.continuation is not None:
                 self.continuation(states)
-            steps.update(states[:, :-1])
-            steps.get("next").update(states[:, 1:])
+            # Both ends of a step are views of the same states.
+            steps = acted.update(states[:, :-1]).set("next", states[:, 1:])
             heads = {"reward_head": self.world_model.reward_head}
             return run_components(heads, steps)
+
+    def _judge(self, states: TensorDictBase) -> None:
+        """Write the values of states ``[N, H + 1]``, and keep what the critic learns them from."""
+        head = self.critic.module
+        if not isinstance(head, TwoHotHead):
+            self.critic(states)
+            return
+        with torch.enable_grad():
+            logits = head.network(*(states[key] for key in self.critic.in_keys))
+            self.value_logits = logits[:, :-1]
+        states["state_value"] = head.two_hot(logits.detach())
 
     def compile_steps(self) -> None:
         """Make a graph of a step, which all steps after the first run."""
@@ -77,8 +90,8 @@ class Imagination(nn.Module):
 
     def steps(
         self, number: int, policy: nn.Module, start: TensorDictBase
-    ) -> TensorDictBase:
-        """Return latents and actions, ``[N, H]``."""
+    ) -> tuple[TensorDictBase, TensorDictBase]:
+        """Return latents, ``[N, H + 1]``, and the actions between them, ``[N, H]``."""
         transition = self.world_model.filter.transition
         at = Placement(start.batch_size, start.device)
         if not self._acting.is_for(policy):
@@ -102,11 +115,18 @@ class Imagination(nn.Module):
         for _ in range(number - 1):
             now, state = step(state, at)
             made.append(now)
-        flat = {key: torch.stack([now[key] for now in made], 1) for key in made[0]}
-        for key, value in state.items():
-            flat["next", key] = torch.cat([flat[key][:, 1:], value.unsqueeze(1)], 1)
-        size = (*start.batch_size, number)
-        return to_tensordict(flat, Placement(size, start.device))
+        states = {
+            key: torch.stack([*(now[key] for now in made), last], 1)
+            for key, last in state.items()
+        }
+        acted = {
+            key: torch.stack([now[key] for now in made], 1)
+            for key in made[0].keys() - state.keys()
+        }
+        return tuple(
+            to_tensordict(flat, Placement((*start.batch_size, size), start.device))
+            for flat, size in ((states, number + 1), (acted, number))
+        )
 
 
 def recalled(key: str) -> TensorDictModule:

@@ -277,6 +277,8 @@ class Dreamer(RecurrentRecipe):
             acting, imagined = self.actor_loss(starts.reshape(-1))
             terms["loss_actor"] = acting["loss_actor"]
             # ... whose lambda-returns are the targets of the values, on real steps, too.
+            if self.is_v3:
+                imagined["state_value_logits"] = self.imagination.value_logits
             valuing, _ = self._value_loss(imagined)
             terms["loss_value"] = valuing["loss_value"]
             if self.learns_real_values:
@@ -315,9 +317,11 @@ class Dreamer(RecurrentRecipe):
             imagined: which of them were imagined. The critic judges the others.
         """
         states = latents["next"].select(*self.world_model.latent_keys)
-        with torch.no_grad():
-            bootstrap = self.critic(states.copy())["state_value"].squeeze(-1)
-        bootstrap[:, imagined] = returns
+        bootstrap = returns
+        if imagined.step > 1:
+            with torch.no_grad():
+                bootstrap = self.critic(states.copy())["state_value"].squeeze(-1)
+            bootstrap[:, imagined] = returns
         states.set("bootstrap", bootstrap)
         return states.set("next", batch.get("next"))
 
