@@ -5,12 +5,13 @@
 An update is model, actor, critic, optimizer and slow critic on a batch that is there already:
 ours is that of ``torchrl-wm train dreamer``, TorchRL's that of ``DreamerV3Loss`` in a
 ``DreamerV3OptimizationStepper``, with networks and batches of the same sizes. Observations are
-vectors, actions choices, and episodes end.
+vectors, actions choices, and episodes end. ``--compile`` compares both compiled, too.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from types import SimpleNamespace
 
 import common
@@ -66,7 +67,7 @@ class Still(gymnasium.Env):
         return np.zeros(OBSERVATION, np.float32), 0.0, False, False, {}
 
 
-def ours(size: tuple[int, ...], every: int, args: argparse.Namespace):
+def ours(size: tuple[int, ...], every: int, args: argparse.Namespace, compiled: bool):
     """The recipe of this package."""
     belief, hidden, cells, depth, categoricals, classes = size
     return DreamerTrainer(
@@ -85,6 +86,7 @@ def ours(size: tuple[int, ...], every: int, args: argparse.Namespace):
         horizon=HORIZON,
         gamma=0.997,
         replay_capacity=10_000,
+        compile=compiled,
     ).recipe
 
 
@@ -111,7 +113,7 @@ class Distribution(nn.Module):
         return logits, self.bins(logits)
 
 
-def theirs(size: tuple[int, ...], args: argparse.Namespace):
+def theirs(size: tuple[int, ...], compiled: bool):
     """TorchRL's stepper, in the same size."""
     belief, hidden, cells, depth, categoricals, classes = size
     features = belief + categoricals * classes
@@ -205,7 +207,7 @@ def theirs(size: tuple[int, ...], args: argparse.Namespace):
         loss,
         DreamerV3Optimizer(loss.parameters(), lr=1e-3),
         SoftUpdate(value_loss, tau=0.02),
-        compile_train_step=False,
+        compile_train_step=compiled,
         cudagraph=False,
     )
 
@@ -236,12 +238,14 @@ def sequences(size: tuple[int, ...], args: argparse.Namespace) -> TensorDict:
     )
 
 
-def loops(size: tuple[int, ...], args: argparse.Namespace) -> dict[str, Loop]:
+def loops(
+    size: tuple[int, ...], args: argparse.Namespace, compiled: bool = False
+) -> dict[str, Loop]:
     """What is compared."""
-    batch, stepper = sequences(size, args), theirs(size, args)
+    batch, stepper = sequences(size, args), theirs(size, compiled)
 
     def update(every: int) -> Loop:
-        recipe = ours(size, every, args)
+        recipe = ours(size, every, args, compiled)
         recipe.sample = batch.copy
         recipe.ratio = lambda total: 1
         steps = SimpleNamespace(total=0)
@@ -260,11 +264,12 @@ def rows(args: argparse.Namespace) -> list[str]:
         "| networks | TorchRL, ms | all starts, ms | ratio | every 4th start, ms | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for name in args.sizes:
-        times = measure(loops(SIZES[name], args), args.seconds)
+    for name, compiled in product(args.sizes, (False, True)[: 1 + args.compile]):
+        times = measure(loops(SIZES[name], args, compiled), args.seconds)
         base = times.pop("TorchRL")
         cells = [f"{1e3 * t:.0f} | {t / base:.2f}" for t in times.values()]
-        table.append(f"| {name} | {1e3 * base:.0f} | {' | '.join(cells)} |")
+        label = f"{name}, compiled" if compiled else name
+        table.append(f"| {label} | {1e3 * base:.0f} | {' | '.join(cells)} |")
         print(table[-1], flush=True)
     return table
 
@@ -275,6 +280,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     common.begin(args)
     text = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -88,12 +86,19 @@ def test_envs(kind, settings, env) -> None:
     assert found and all(np.isfinite(value) for value in found.values())
 
 
-@pytest.mark.parametrize("collector", ["single", "processes"])
+FLAT, NESTED = (Ragged, "single"), (make_nested_ragged, "single")
+PROCESSES = (make_nested_ragged, "processes")
+
+
+# What processes do is theirs, not the recipe's: the others are slow, as each begins six of them.
 @pytest.mark.parametrize(
-    "case, env",
+    "case, env, collector",
     [
-        *product(("dreamer", "planet"), (Ragged, make_nested_ragged)),
-        ("transformer", make_nested_ragged),
+        *[(case, *at) for case in ("dreamer", "planet") for at in (FLAT, NESTED)],
+        ("dreamer", *PROCESSES),
+        ("transformer", *NESTED),
+        pytest.param("planet", *PROCESSES, marks=pytest.mark.slow),
+        pytest.param("transformer", *PROCESSES, marks=pytest.mark.slow),
     ],
 )
 def test_several_envs_that_end_go_on_to_the_bit(case, env, collector, tmp_path) -> None:

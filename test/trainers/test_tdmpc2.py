@@ -61,8 +61,14 @@ def test_pretraining_is_as_long_as_the_random_steps() -> None:
     assert trained(pretraining_updates=0, steps=24).counts.updates == 5
 
 
-@pytest.mark.parametrize("collector", ["single", "processes"])
-@pytest.mark.parametrize("env", [Ragged, make_nested_ragged], ids=["flat", "nested"])
+@pytest.mark.parametrize(
+    "env, collector",
+    [
+        (Ragged, "single"),
+        (make_nested_ragged, "single"),
+        pytest.param(make_nested_ragged, "processes", marks=pytest.mark.slow),
+    ],
+)
 def test_several_envs_that_end_go_on_to_the_bit(env, collector, tmp_path) -> None:
     settings = {**SMALL, "env": env, "num_envs": 2, "collector": collector}
     settings["max_episode_steps"] = None
