@@ -33,6 +33,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 2,
         "pixel_depth": 8,
         "free_nats": 0.0,
+        # A few numbers tell less than an image: at the full weight, a state that knows them well
+        # costs more nats than it saves errors, and plans through what it forgets are blind.
+        "kl_weight": 0.1,
         "batch_size": 16,
         "batch_length": 32,
         "train_ratio": 128.0,
@@ -48,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 2,
         "pixel_depth": 32,
         "free_nats": 3.0,
+        "kl_weight": 1.0,
         "batch_size": 50,
         "batch_length": 50,
         # 100 updates after each episode of 1000 steps, with an action repeat of 4.
@@ -70,6 +74,8 @@ class PlaNetConfig(RecurrentRunConfig):
             auto is small on a CPU and paper elsewhere.
         state_size: the size of the stochastic state; None for the preset's. Of an RSSM.
         free_nats: the free nats of the KL, per step; None for the preset's. Of an RSSM.
+        kl_weight: the weight of the KL beside the errors of observations and rewards; None for
+            the preset's. Of an RSSM.
         context: how many steps a transformer sees.
         termination: "learned", or "none" if episodes end only by time, as in the paper.
         planning_horizon: how many steps a plan has.
@@ -92,6 +98,7 @@ class PlaNetConfig(RecurrentRunConfig):
     preset: Literal["auto", "small", "paper"] = "auto"
     state_size: Annotated[int, AtLeast(1)] | None = None
     free_nats: Annotated[float, AtLeast(0)] | None = None
+    kl_weight: Annotated[float, AtLeast(0)] | None = None
     context: Annotated[int, AtLeast(1)] = 16
     termination: Literal["learned", "none"] = "learned"
     planning_horizon: Annotated[int, AtLeast(1)] = 12
@@ -106,7 +113,7 @@ class PlaNetConfig(RecurrentRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model == "transformer":
-            unread = ("state_size", "free_nats")
+            unread = ("state_size", "free_nats", "kl_weight")
             given = [name for name in unread if getattr(self, name) is not None]
             if given:
                 raise ValueError(
@@ -130,6 +137,7 @@ class PlaNetConfig(RecurrentRunConfig):
         return RSSMConfig.planet(
             **settings,
             free_nats=self.size("free_nats"),
+            kl_weight=self.size("kl_weight"),
             continue_head=self.termination == "learned",
         )
 
