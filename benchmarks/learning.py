@@ -241,11 +241,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             "termination": "none",
             "random_hold": 10,
             "steps": 10_000,
-            "random_steps": 1000,
+            "random_steps": 2000,
             # The paper's 12 steps repeat each action four times; 12 of Pendulum's do not swing up.
             "planning_horizon": 24,
             "evaluation_interval": 2000,
             "evaluation_episodes": 5,
+            "stop_return": -250.0,
         },
         seeds=3,
     ),

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_weight": 0.1,
         "batch_size": 16,
         "batch_length": 32,
-        "train_ratio": 128.0,
+        "train_ratio": 512.0,  # a plan takes longer than an update
         "num_candidates": 200,
         "optim_steps": 4,
         "top_k": 20,
