@@ -300,6 +300,16 @@ def test_the_report_sets_promises_beside_what_recorded_episodes_got(settings) ->
     assert f"Recorded episodes got {found:.4g}" in section.verdict
 
 
+def test_what_is_promised_ends_at_the_limit(settings) -> None:
+    limits = {"limit_quantile": 0.2, "judged_steps": 12, "measure": "deviation"}
+    trainer = MOPOTrainer(**{**settings, **limits})
+    trainer.train()
+    worst = arrays()["rewards"].min() / (1 - trainer.config.gamma)
+    for outcome in trainer.recipe.outcomes:
+        assert outcome.length < 6  # each step ends four of five
+        assert outcome.mean < 0.5 * worst
+
+
 def test_a_film_without_an_env_is_imagined(settings, tmp_path) -> None:
     trainer = MOPOTrainer(**settings)
     trainer.train()

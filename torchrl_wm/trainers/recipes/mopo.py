@@ -266,7 +266,7 @@ class MOPO(ModelRecipe):
         """Return what a unit of the measure costs, in units of reward, once the model is trained."""
         return penalty * self._rewards().std().item() / self._quantile(EDGE)
 
-    def penalised(self, penalty: float) -> WorldModel:
+    def penalised(self, penalty: float, propagation: str = "ts1") -> WorldModel:
         """Return the model whose rewards pay a penalty, and whose episodes end at the limit."""
         config, limit, worst = self.config, None, None
         if config.limit_quantile is not None:
@@ -275,8 +275,8 @@ class MOPO(ModelRecipe):
             worst = min(self._rewards().min().item(), 0.0) / max(1 - config.gamma, 1e-3)
         if not penalty and limit is None:
             # One member predicts each row, which is quicker.
-            return with_propagation(self.world_model, "ts1", all_members=False)
-        model = with_propagation(self.world_model, "ts1")
+            return with_propagation(self.world_model, propagation, all_members=False)
+        model = with_propagation(self.world_model, propagation)
         return with_penalty(
             model,
             self.coefficient(penalty),
@@ -302,6 +302,8 @@ class MOPO(ModelRecipe):
         with forked_random(config.seed):
             self.outcomes = judged(
                 self.world_model,
+                # Each elite member imagines episodes of its own, so that they can be told apart.
+                self.penalised(0.0, "tsinf"),
                 self.env,
                 policies,
                 self.parts_of_log,

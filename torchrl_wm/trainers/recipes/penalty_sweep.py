@@ -52,6 +52,7 @@ class Outcome:
 @torch.no_grad()
 def judged(
     world_model: WorldModel,
+    imagining: WorldModel,
     env: EnvBase,
     policies: Sequence[TensorDictModuleBase],
     log: Sequence[TensorDictBase],
@@ -62,11 +63,10 @@ def judged(
 ) -> list[Outcome]:
     """Return what a model promises each policy, without exploration, from the same starts.
 
-    Each elite member of the ensemble imagines episodes of its own (TSinf), so that the members
-    can be told apart.
-
     Args:
         world_model: an ensemble.
+        imagining: the same without penalties, of which each member imagines episodes of its own
+            (TSinf); they may end at a limit.
         env: the env that was recorded, or its specs.
         policies: the policies.
         log: the recorded transitions, in parts ``[N]`` of one episode after the other. Imagined
@@ -78,8 +78,7 @@ def judged(
             than 1000.
         measure: what penalties charge.
     """
-    model = with_propagation(world_model, "tsinf")
-    imagined = WorldModelEnv(model, env, batch_size=[])
+    imagined = WorldModelEnv(imagining, env, batch_size=[])
     begun = [episode_starts(part) for part in log]
     steps = steps or min(LONGEST, max(map(_longest, log, begun)))
     elites = world_model.dynamics.elites
@@ -96,7 +95,7 @@ def judged(
     for policy in policies:
         deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
         # From the same random state, so that the others make no difference to a policy.
-        with forked_random(), evaluation_mode(model, policy), deterministic:
+        with forked_random(), evaluation_mode(imagining, policy), deterministic:
             rollout = imagined.imagine(steps, policy, starts)
         charge = measured_on(world_model, env, rollout, measure)
         out.append(_outcome(rollout, charge, env.reward_key))
