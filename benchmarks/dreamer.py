@@ -243,6 +243,9 @@ def loops(
 ) -> dict[str, Loop]:
     """What is compared."""
     batch, stepper = sequences(size, args), theirs(size, compiled)
+    if compiled:
+        with torch.enable_grad():
+            stepper.warmup(batch.copy())
 
     def update(every: int) -> Loop:
         recipe = ours(size, every, args, compiled)
