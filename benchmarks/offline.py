@@ -159,19 +159,15 @@ def save_log(path: Path, episodes: list) -> None:
 
 def summary(path: Path) -> dict[str, float]:
     """Return the number of episodes of a log, their mean return and that of the best tenth."""
-    import torch
-
+    from torchrl_wm.diagnostics.logs import best_tenth
     from torchrl_wm.trainers import load_transitions
-    from torchrl_wm.trainers.model_training import as_episodes
+    from torchrl_wm.trainers.recipes.penalty_sweep import recorded_returns
 
-    returns = torch.tensor(
-        [float(e["next", "reward"].sum()) for e in as_episodes(load_transitions(path))]
-    )
-    best = returns.sort(descending=True).values[: max(1, len(returns) // 10)]
+    returns = recorded_returns([load_transitions(path)], "reward")
     return {
         "episodes": len(returns),
         "log_mean": float(returns.mean()),
-        "log_best_tenth": float(best.mean()),
+        "log_best_tenth": float(best_tenth(returns)),
     }
 
 

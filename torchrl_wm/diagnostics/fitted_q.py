@@ -11,7 +11,14 @@ from torch import nn
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DDPGLoss, SoftUpdate
 
-from torchrl_wm.diagnostics.logs import actions_of, flat, Log, resampled, seen_keys
+from torchrl_wm.diagnostics.logs import (
+    actions_of,
+    best_tenth,
+    flat,
+    Log,
+    resampled,
+    seen_keys,
+)
 from torchrl_wm.diagnostics.recording import Episodes, positive
 from torchrl_wm.diagnostics.seeded import seeded
 from torchrl_wm.modules import EnsembleMLP
@@ -134,11 +141,11 @@ def fitted_q_value(
     values = (values.squeeze(-1) * counts).sum(1) / counts.sum(1)  # [E]
     mean = values.mean()
     half = _NINETY * values.std() if members > 1 else torch.nan * mean
-    episodes = log.episode_values(gamma).sort(descending=True).values
+    episodes = log.episode_values(gamma)
     out = {"value": mean, "members": values, "low": mean - half, "high": mean + half}
     out["unsettled"] = _beyond(raw, network.limits)
     out["log_value"] = episodes.mean()
-    out["best_log_value"] = episodes[: max(1, len(episodes) // 10)].mean()
+    out["best_log_value"] = best_tenth(episodes)
     return TensorDict(out, batch_size=[]).cpu()
 
 

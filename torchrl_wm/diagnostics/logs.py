@@ -179,3 +179,8 @@ def actions_of(
                 )
             out.append(flat(acted, action_keys))
     return torch.cat(out)
+
+
+def best_tenth(returns: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the best tenth of returns ``[N]``, of one at least."""
+    return returns.sort(descending=True).values[: max(1, len(returns) // 10)].mean()

@@ -279,7 +279,7 @@ class MOPO(ModelRecipe):
         model = with_propagation(self.world_model, propagation)
         return with_penalty(
             model,
-            self.coefficient(penalty),
+            self.coefficient(penalty) if penalty else 0.0,
             measure=config.measure,
             limit=limit,
             limit_reward=worst,

@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_wm.diagnostics import ReportSection
 from torchrl_wm.diagnostics.drawing import new_figure
+from torchrl_wm.diagnostics.logs import best_tenth
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import with_penalty, with_propagation, WorldModel
 from torchrl_wm.modules.keys import as_tuple, join, leaf_keys, sibling
@@ -141,10 +142,10 @@ def _outcome(
 def recorded_returns(
     log: Sequence[TensorDictBase], reward_key: NestedKey
 ) -> torch.Tensor:
-    """Return what each recorded episode got, ``[N]``, the best first."""
+    """Return what each recorded episode got, ``[N]``."""
     key = join("next", reward_key)
     returns = [e.get(key).sum() for part in log for e in as_episodes(part)]
-    return torch.stack(returns).sort(descending=True).values
+    return torch.stack(returns)
 
 
 def chosen_of(outcomes: Sequence[Outcome]) -> int:
@@ -171,15 +172,15 @@ def sweep_section(
         outcomes: what the model promises the policy of each.
         chosen: the number of the policy that was taken.
         of_data: the mean of the measure on held-out recorded steps.
-        recorded: what each recorded episode got, the best first.
+        recorded: what each recorded episode got.
         real: real returns of each policy, if there is a real env.
         measure: the name of the measure.
     """
-    best_tenth = recorded[: max(1, len(recorded) // 10)].mean().item()
+    log_mean, log_best = recorded.mean().item(), best_tenth(recorded).item()
     numbers = {
         f"{measure} of held-out steps": of_data,
-        "return of recorded episodes": recorded.mean().item(),
-        "of the best tenth of them": best_tenth,
+        "return of recorded episodes": log_mean,
+        "of the best tenth of them": log_best,
     }
     for number, (penalty, outcome) in enumerate(zip(penalties, outcomes)):
         row = {
@@ -203,8 +204,7 @@ def sweep_section(
         f"member that promises least {best.worst:.4g}. "
     )
     verdict += (
-        f"Recorded episodes got {recorded.mean().item():.4g}, the best tenth of them "
-        f"{best_tenth:.4g}. "
+        f"Recorded episodes got {log_mean:.4g}, the best tenth of them {log_best:.4g}. "
     )
     verdict += f"Along its imagined episodes the {measure} is {times:.2g} times that of the data."
     if real is not None:
@@ -220,7 +220,7 @@ def sweep_section(
         ),
         verdict=verdict,
         pictures=[
-            _figure(penalties, outcomes, chosen, of_data, recorded, real, measure)
+            _figure(penalties, outcomes, chosen, of_data, log_mean, real, measure)
         ],
         numbers=numbers,
     )
@@ -231,7 +231,7 @@ def _figure(
     outcomes: Sequence[Outcome],
     chosen: int,
     of_data: float,
-    recorded: torch.Tensor,
+    log_mean: float,
     real: Sequence[Sequence[float]] | None,
     measure: str,
 ):
@@ -251,9 +251,7 @@ def _figure(
     if real is not None:
         means = [sum(values) / len(values) for values in real]
         returns.plot(at, means, "ks--", markersize=5, label="real")
-    returns.axhline(
-        recorded.mean().item(), color="0.5", ls=":", label="recorded episodes"
-    )
+    returns.axhline(log_mean, color="0.5", ls=":", label="recorded episodes")
     measured.plot(at, [o.measured for o in outcomes], "o-", markersize=4)
     measured.axhline(of_data, color="0.5", ls=":", label="held-out data")
     returns.set(title="mean return of an episode", xlabel="penalty")
