@@ -213,6 +213,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "env": "dm_control/cartpole/swingup",
             "action_repeat": 2,
             "compile": True,
+            "train_ratio": 256.0,
+            "random_hold": 5,
             "steps": 25_000,
             "random_steps": 1000,
             "evaluation_interval": 2500,
