@@ -422,5 +422,12 @@ class TestErrors:
             FirstLatent(steps="end")
         with pytest.raises(ValueError, match="its own discount.*score"):
             MPPIPlanner(point_env(), nn.Identity(), score=ActionCost(), **SMALL)
+        planner = MPPIPlanner(point_env(), nn.Identity(), **SMALL)
+        for name, value in (("score", ActionCost()), ("discount", 0.9)):
+            with pytest.raises(ValueError, match=f"its own discount.*{name}"):
+                setattr(planner, name, value)
+        planner.score = None
+        planner.advantage_module = None
+        planner.score = ActionCost()
         with pytest.raises(TypeError):
             ActionCost() * float("nan")

@@ -15,6 +15,19 @@ from torchrl_wm.planners.search import Population, Search
 from torchrl_wm.planners.settings import passes_on_to
 
 
+#: What plans are not judged by where there is an advantage module.
+_UNJUDGED = {"discount", "terminal_value", "score"}
+
+
+def _check_judged(given: set[str]) -> None:
+    """Raise for settings that an advantage module would ignore."""
+    if given:
+        raise ValueError(
+            f"An advantage_module judges by rewards, its own discount and its value network: "
+            f"leave out {sorted(given)}."
+        )
+
+
 class MPPIPlanner(MPCPlanner):
     """Plan by model-predictive path integral control (arXiv 1509.01149).
 
@@ -85,18 +98,20 @@ class MPPIPlanner(MPCPlanner):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        ignored = {"discount", "terminal_value", "score"} & kwargs.keys()
-        if advantage_module is not None and ignored:
-            raise ValueError(
-                f"An advantage_module judges by rewards, its own discount and its value network: "
-                f"leave out {sorted(ignored)}."
-            )
+        if advantage_module is not None:
+            _check_judged(_UNJUDGED & kwargs.keys())
         super().__init__(
             env, planning_horizon, optim_steps, num_candidates, top_k, *keys, **kwargs
         )
         self.advantage_module = advantage_module
         self.register_buffer("temperature", torch.as_tensor(float(temperature)))
         self.to(env.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _UNJUDGED and value is not None:
+            if getattr(self, "advantage_module", None) is not None:
+                _check_judged({name})
+        super().__setattr__(name, value)
 
     def returns(self, starts: Any, actions: torch.Tensor) -> torch.Tensor:
         if self.advantage_module is None:
