@@ -687,62 +687,87 @@ def planner_and_policy_figure(title: str, name: str, y: str, level: float):
     return drawn
 
 
-#: Tasks of dm_control by the names of TD-MPC2's authors.
-SUITE_TASKS = ("cartpole-swingup", "pendulum-swingup", "walker-walk")
+@dataclass(frozen=True)
+class Suite:
+    """Tasks of dm_control, action repeat 2, on which a recipe's authors published their curves.
+
+    Args:
+        recipe: the recipe; its experiments are ``<recipe>-<task>``.
+        tasks: the tasks, by the names of the published file.
+        env_steps: at how many steps of the env a published return is compared.
+        sizes: how many parameters our model has, and how many theirs.
+    """
+
+    recipe: str
+    tasks: tuple[str, ...]
+    env_steps: int
+    sizes: tuple[str, str]
+
+    def ours(self, task: str) -> dict[int, list[tuple[float, float]]]:
+        """``(env step, return)`` by seed, as recorded."""
+        found = curves(f"{self.recipe}-{task}", "evaluation_return")
+        return {
+            seed: [(2 * step, value) for step, value in curve]
+            for seed, curve in found.items()
+        }
+
+    def published(self, task: str) -> dict[int, list[tuple[float, float]]]:
+        """``(env step, return)`` by seed, of the results in the repository of the authors."""
+        found: dict[int, list[tuple[float, float]]] = {}
+        with open(OUT / f"{self.recipe}_published.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["task"] == task:
+                    point = float(row["env_step"]), float(row["return"])
+                    found.setdefault(int(row["seed"]), []).append(point)
+        return found
+
+    def published_then(self, task: str) -> list[float]:
+        """The returns of the authors' seeds at the step of the comparison."""
+        return [dict(curve)[self.env_steps] for curve in self.published(task).values()]
+
+    def table(self) -> str:
+        """The last evaluation of each seed beside the published ones."""
+        rows = []
+        for task in self.tasks:
+            theirs = ", ".join(f"{value:.0f}" for value in self.published_then(task))
+            seconds = cpu_seconds(f"{self.recipe}-{task}")
+            for (seed, curve), cpu in zip(self.ours(task).items(), seconds):
+                numbers = (f"{number:.0f}" for number in (*curve[-1], cpu))
+                rows.append([task, seed, *numbers, theirs])
+        header = ["task", "seed", "env steps", "return", "CPU seconds"]
+        return table([*header, f"authors, {self.env_steps:,}"], rows)
+
+    def figure(self) -> Any:
+        """Our curves by seed, and the published ones, over env steps."""
+        from matplotlib.figure import Figure
+
+        there = [task for task in self.tasks if self.ours(task)]
+        drawn = Figure(figsize=(4.5 * len(there), 3.6), layout="constrained")
+        all_axes = drawn.subplots(1, len(there), squeeze=False)[0]
+        for axes, task in zip(all_axes, there):
+            for by, style, lw, found in (
+                (f"ours, {self.sizes[0]}", "C0.-", 1, self.ours(task)),
+                (f"authors, {self.sizes[1]}", "kx--", 0.7, self.published(task)),
+            ):
+                for i, curve in enumerate(found.values()):
+                    axes.plot(*zip(*curve), style, lw=lw, label=None if i else by)
+            axes.set(title=task, xlabel="env steps", ylabel="return", ylim=(0, 1000))
+            axes.set_xlim(0, 105_000)
+            axes.legend(fontsize="small")
+        return drawn
+
+    @property
+    def report(self) -> tuple[Callable[[], str], Callable[[], Any]]:
+        return self.table, self.figure
 
 
-def published(task: str) -> dict[int, list[tuple[float, float]]]:
-    """``(env step, return)`` by seed, of the results in the repository of TD-MPC2's authors."""
-    found: dict[int, list[tuple[float, float]]] = {}
-    with open(OUT / "tdmpc2_published.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["task"] == task:
-                point = float(row["env_step"]), float(row["return"])
-                found.setdefault(int(row["seed"]), []).append(point)
-    return found
-
-
-def suite_table() -> str:
-    """The last evaluation of each seed beside the published ones at 100,000 env steps."""
-    rows = []
-    for task in SUITE_TASKS:
-        theirs = [dict(curve)[100_000.0] for curve in published(task).values()]
-        shown = ", ".join(f"{value:.0f}" for value in theirs)
-        name = f"tdmpc2-{task}"
-        found = curves(name, "evaluation_return")
-        for (seed, curve), seconds in zip(found.items(), cpu_seconds(name)):
-            step, value = curve[-1]
-            rows.append(
-                [task, seed, f"{2 * step:.0f}", f"{value:.0f}", f"{seconds:.0f}", shown]
-            )
-    header = ["task", "seed", "env steps", "return", "CPU seconds", "authors, 100,000"]
-    return table(header, rows)
-
-
-def suite_figure():
-    """Our curves by seed, and the published ones, over env steps."""
-    from matplotlib.figure import Figure
-
-    there = [task for task in SUITE_TASKS if rows_of(f"tdmpc2-{task}")]
-    drawn = Figure(figsize=(4.5 * len(there), 3.6), layout="constrained")
-    for axes, task in zip(drawn.subplots(1, len(there), squeeze=False)[0], there):
-        for i, curve in enumerate(
-            curves(f"tdmpc2-{task}", "evaluation_return").values()
-        ):
-            steps, values = zip(*curve)
-            axes.plot(
-                [2 * step for step in steps],
-                values,
-                "C0.-",
-                lw=1,
-                label=None if i else "ours, 0.2 M parameters",
-            )
-        for i, curve in enumerate(published(task).values()):
-            axes.plot(*zip(*curve), "kx--", lw=0.7, label=None if i else "authors, 5 M")
-        axes.set(title=task, xlabel="env steps", ylabel="return", ylim=(0, 1000))
-        axes.set_xlim(0, 105_000)
-        axes.legend(fontsize="small", loc="lower right")
-    return drawn
+TDMPC2_SUITE = Suite(
+    "tdmpc2",
+    ("cartpole-swingup", "pendulum-swingup", "walker-walk"),
+    100_000,
+    ("0.2 M", "5 M"),
+)
+DREAMER_SUITE = Suite("dreamer", ("cartpole-swingup",), 50_000, ("0.3 M", "1 M"))
 
 
 def label(task: str) -> dict[str, str]:
@@ -787,7 +812,8 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
             950,
         ),
     ),
-    "suite_tdmpc2": (suite_table, suite_figure),
+    "suite_tdmpc2": TDMPC2_SUITE.report,
+    "suite_dreamer": DREAMER_SUITE.report,
     "cartpole_tdmpc2": (
         lambda: planner_and_policy_table("tdmpc2-cartpole"),
         lambda: planner_and_policy_figure(
@@ -802,13 +828,7 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
     **evaluations_report(
         "dreamer-pendulum-pixels", "Dreamer on Pendulum-v1 from images", -250, 5
     ),
-    **evaluations_report("planet-pendulum", "PlaNet on Pendulum-v1", -300, 5),
-    **evaluations_report(
-        "dreamer-cartpole-swingup",
-        "Dreamer on dm_control's cartpole-swingup",
-        322,
-        5,
-    ),
+    **evaluations_report("planet-pendulum", "PlaNet on Pendulum-v1", -300, 3),
     "cartpole": (
         cartpole_table,
         lambda: trials_figure(

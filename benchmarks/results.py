@@ -14,11 +14,13 @@ from statistics import median
 
 from benchmarks.learning import (
     curves,
+    DREAMER_SUITE,
     EXPERIMENTS,
     planned,
-    published,
     rows_of,
+    Suite,
     table,
+    TDMPC2_SUITE,
     true_returns,
 )
 
@@ -102,11 +104,11 @@ def sac(task: str) -> Callable[[], str]:
     return compared
 
 
-def authors(task: str) -> Callable[[], str]:
-    """Return the authors' returns after 100,000 steps, with 25 times the parameters."""
+def authors(suite: Suite, task: str) -> Callable[[], str]:
+    """Return the authors' returns, from as many steps, with more parameters."""
 
     def compared() -> str:
-        theirs = [dict(curve)[100_000.0] for curve in published(task).values()]
+        theirs = suite.published_then(task)
         return f"its authors: {median(theirs):.0f}"
 
     return compared
@@ -135,8 +137,14 @@ RESULTS = (
     ),
     Result("InvertedPendulum-v5", "TD-MPC2", "tdmpc2-inverted-pendulum", most(1000)),
     *(
-        Result(f"dm_control {task}", "TD-MPC2", f"tdmpc2-{task}", authors(task))
-        for task in ("cartpole-swingup", "pendulum-swingup", "walker-walk")
+        Result(
+            f"dm_control {task}",
+            name,
+            f"{suite.recipe}-{task}",
+            authors(suite, task),
+        )
+        for name, suite in (("TD-MPC2", TDMPC2_SUITE), ("Dreamer", DREAMER_SUITE))
+        for task in suite.tasks
     ),
 )
 
