@@ -68,6 +68,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(how, tmp_path) -> 
     assert (again.data[:] == whole.data[:]).all()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_process_that_draws_ends_by_sigterm() -> None:
+    pytest.importorskip("pygame")
+    code = """
+import os, signal, time
+import gymnasium
+from torchrl_wm.cli import main
+assert main(["--help"]) == 0
+env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
+env.reset()
+env.render()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(10)
+"""
+    drawn = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert drawn.returncode == -signal.SIGTERM
+
+
 def test_a_run_without_a_checkpoint_begins_again(tmp_path) -> None:
     from torchrl_wm.cli import main
 

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only frames are drawn, and no windows: without a display SDL reports an error.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+    # SDL would take SIGTERM for its windows, and whoever ends a process would wait.
+    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
     # `--env module:factory` is searched in the working directory, as by `python -m`.
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
