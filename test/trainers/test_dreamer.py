@@ -25,6 +25,7 @@ from torchrl_wm.trainers import (
     load_policy,
     PlaNetConfig,
     PlaNetTrainer,
+    write_run_report,
 )
 from torchrl_wm.trainers.recipes import dreamer, planet
 
@@ -116,10 +117,31 @@ def test_several_envs_that_end_go_on_to_the_bit(case, env, collector, tmp_path) 
     assert_same(again, whole)
 
 
+@BOTH
+def test_episodes_that_end_only_by_time(kind, settings) -> None:
+    for termination in ("learned", "none"):
+        short = {**settings, "termination": termination, "evaluation_interval": 0}
+        trainer, learns = trained(kind, short), termination == "learned"
+        found = last_losses(trainer)
+        assert ("loss_done" in found) == learns
+        assert (trainer.world_model.done_head is not None) == learns
+        assert all(np.isfinite(value) for value in found.values())
+
+
 def test_images_are_kept_as_bytes() -> None:
     trainer = trained(env=Pictures, evaluation_interval=0, max_episode_steps=12)
     assert trainer.data[:]["pixels"].dtype == torch.uint8
     assert np.isfinite(last_losses(trainer)["loss_reconstruction"])
+
+
+@BOTH
+def test_the_report_compares_an_actor_in_the_model_with_the_real_env(
+    kind, settings, tmp_path
+) -> None:
+    trainer = trained(kind, {**settings, "evaluation_interval": 0})
+    options = {"episodes": 1, "horizon": 3, "policy_steps": 5, "policy_episodes": 2}
+    report = write_run_report(trainer, tmp_path / "report.html", **options)
+    assert ("exploitation_gap/gap" in report.numbers) == (kind is DreamerTrainer)
 
 
 @ALL

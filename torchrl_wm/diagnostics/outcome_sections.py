@@ -123,7 +123,7 @@ def gap(study: Study) -> Measured:
     if study.policy is None or study.real_env is None:
         raise DoesNotApply(
             "it needs the real env, and a policy that can act in the imagined one as well, which a "
-            "planner of the real env cannot: policy=..., real_env=..."
+            "planner of the real env cannot: write_report(..., policy=..., real_env=...)"
         )
     measured = exploitation_gap(
         study.env,

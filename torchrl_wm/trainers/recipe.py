@@ -17,6 +17,7 @@ from torchrl_wm.diagnostics import ReportSection
 from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.modules import WorldModel
 from torchrl_wm.trainers.collectors import real_steps
+from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.frame_storage import FrameStorage
 from torchrl_wm.trainers.real_envs import EnvSource, make_real_env
 from torchrl_wm.trainers.settings import resolve_device, RunConfig, Settings
@@ -139,12 +140,9 @@ class Recipe:
 
     @property
     def latent_policy(self) -> TensorDictModuleBase | None:
-        """What acts on states of :meth:`diagnosed_env`; by default the policy.
-
-        It may be a :class:`~torchrl_wm.trainers.filtered_policy.FilteredPolicy`: there, what is
-        behind its filter acts.
-        """
-        return self.policy
+        """What acts on states of :meth:`diagnosed_env`: the policy, or what is behind its filter."""
+        policy = self.policy
+        return policy.actor if isinstance(policy, FilteredPolicy) else policy
 
     def exported_policies(self) -> dict[str, TensorDictModuleBase]:
         """Return the policies that can leave the run, by name; "policy" is what evaluations act by.

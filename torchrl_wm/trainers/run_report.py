@@ -10,6 +10,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import set_exploration_type
 
 from torchrl_wm.diagnostics import (
@@ -27,6 +28,7 @@ from torchrl_wm.modules.modes import evaluation_mode
 from torchrl_wm.trainers.evaluation import episode_return, forked_random
 from torchrl_wm.trainers.films import found_render
 from torchrl_wm.trainers.real_envs import episode_seeds
+from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.trainer import EVALUATION_EPISODES, RecipeTrainer
 
 if TYPE_CHECKING:
@@ -136,8 +138,7 @@ def write_run_report(
         episode_seeds(real_env).seed = seed
         episode_seeds(real_env).episode = EVALUATION_EPISODES + episodes
     if trainer.recipe.acts_in_model:
-        settings.setdefault("policy", _without_exploration(trainer))
-        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
+        _set_policies(settings, trainer)
     settings["sections"] = [
         _learning_curve(trainer, recorded),
         *trainer.recipe.report_sections(returns_of(trainer, episodes, seed)),
@@ -198,8 +199,7 @@ def _report_on_data(
     about = f"A world model of {recipe.config.about}"
     if recipe.policy is not None:
         about = f"{recipe.title}, seed {recipe.config.seed}"
-        settings.setdefault("policy", _without_exploration(trainer))
-        settings.setdefault("real_policy", _from_the_cpu(trainer, settings["policy"]))
+        _set_policies(settings, trainer)
     settings.setdefault("title", f"{about}, on held-out episodes")
     settings["sections"] = [
         *recipe.report_sections(returns_of(trainer, number, seed)),
@@ -218,20 +218,27 @@ def returns_of(
     return lambda policy: trainer.returns(episodes, seed=seed, policy=policy)
 
 
-def _without_exploration(trainer: RecipeTrainer) -> Callable:
-    """Return the policy as evaluations run it, whatever exploration is set around it."""
-    exploration = trainer.recipe.evaluation_exploration
+def _set_policies(settings: dict[str, Any], trainer: RecipeTrainer) -> None:
+    """Set what acts in the imagined env and in the real one, each as evaluations run it."""
+    recipe = trainer.recipe
+    settings.setdefault("policy", _without_exploration(recipe, recipe.latent_policy))
+    real_policy = _without_exploration(recipe, recipe.policy)
+    settings.setdefault("real_policy", _from_the_cpu(recipe.device, real_policy))
+
+
+def _without_exploration(recipe: Recipe, policy: TensorDictModuleBase) -> Callable:
+    """Return a policy as evaluations run it, whatever exploration is set around it."""
 
     def act(tensordict: TensorDictBase) -> TensorDictBase:
-        with set_exploration_type(exploration), evaluation_mode(trainer.policy):
-            return trainer.policy(tensordict)
+        exploration = recipe.evaluation_exploration
+        with set_exploration_type(exploration), evaluation_mode(policy):
+            return policy(tensordict)
 
     return act
 
 
-def _from_the_cpu(trainer: RecipeTrainer, policy: Callable) -> Callable:
-    """Return the policy for the real env, which is on the CPU whatever the device of the run."""
-    device = trainer.recipe.device
+def _from_the_cpu(device: torch.device, policy: Callable) -> Callable:
+    """Return a policy for the real env, which is on the CPU whatever the device of the run."""
     if device.type == "cpu":
         return policy
     return lambda tensordict: policy(tensordict.to(device)).to("cpu")

@@ -14,7 +14,6 @@ from torchrl_wm.envs import WorldModelEnv
 from torchrl_wm.trainers.dreaming.session import DreamSession
 from torchrl_wm.trainers.dreaming.with_disagreement import with_disagreement
 from torchrl_wm.trainers.evaluation import forked_random
-from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.recipe import Recipe
 from torchrl_wm.trainers.trainer import RecipeTrainer
 
@@ -70,11 +69,10 @@ def dream_of_run(
         real_env = recipe.real_env  # as the report on such a run; none of a log alone
     else:
         real_env = _real_env(trainer, env, render)
-    policy = recipe.latent_policy
     return DreamSession(
         env,
         real_env=real_env,
-        policy=policy.actor if isinstance(policy, FilteredPolicy) else policy,
+        policy=recipe.latent_policy,
         data=data,
         render=render,
         seed=seed,

@@ -75,8 +75,8 @@ class DreamerConfig(RecurrentRunConfig):
 
     Args:
         version: the model, its loss, and how actor and critic learn: those of DreamerV3, of
-            DreamerV2 (arXiv 2010.02193) or of the first Dreamer (arXiv 1912.01603). All of them
-            have the optimizer of V3.
+            DreamerV2 (arXiv 2010.02193) or of the first Dreamer (arXiv 1912.01603), which
+            predicts no terminations. All of them have the optimizer of V3.
         preset: the sizes of networks and batches: small, which learns on a CPU, or those of
             DreamerV3's authors, 1M and 12M parameters; auto is small on a CPU and 12M elsewhere.
         categoricals: the number of distributions of a state; None for the preset's.
@@ -135,6 +135,8 @@ class DreamerConfig(RecurrentRunConfig):
         settings = {name: self.size(name) for name in names}
         if self.free_nats is not None:
             settings["free_nats"] = self.free_nats
+        if self.termination == "none":
+            settings["continue_head"] = False
         if self.version == "v1":
             return RSSMConfig.planet(**settings)
         if self.version == "v2":

@@ -77,7 +77,6 @@ class PlaNetConfig(RecurrentRunConfig):
         kl_weight: the weight of the KL beside the errors of observations and rewards; None for
             the preset's. Of an RSSM.
         context: how many steps a transformer sees.
-        termination: "learned", or "none" if episodes end only by time, as in the paper.
         planning_horizon: how many steps a plan has.
         num_candidates: how many plans are tried at each iteration; None for the preset's.
         optim_steps: how often the candidates are improved at each real step; None for the
@@ -100,7 +99,6 @@ class PlaNetConfig(RecurrentRunConfig):
     free_nats: Annotated[float, AtLeast(0)] | None = None
     kl_weight: Annotated[float, AtLeast(0)] | None = None
     context: Annotated[int, AtLeast(1)] = 16
-    termination: Literal["learned", "none"] = "learned"
     planning_horizon: Annotated[int, AtLeast(1)] = 12
     num_candidates: Annotated[int, AtLeast(1)] | None = None
     optim_steps: Annotated[int, AtLeast(1)] | None = None
@@ -161,6 +159,7 @@ class PlaNet(RecurrentRecipe):
     name = "planet"
     config_class = PlaNetConfig
     config: PlaNetConfig
+    acts_in_model = False
 
     def __init__(self, config: PlaNetConfig, env: EnvBase) -> None:
         super().__init__(config, env)

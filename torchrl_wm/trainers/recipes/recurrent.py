@@ -27,6 +27,7 @@ class RecurrentRunConfig(PresetConfig):
     """The settings of a run that learns a recurrent model.
 
     Args:
+        termination: "learned", or "none" if episodes end only by time.
         belief_size: the size of the deterministic state; None for the preset's.
         hidden_size: the size of the hidden layers of prior and posterior; None for the preset's.
         num_cells: the size of the hidden layers of all other networks; None for the preset's.
@@ -43,6 +44,7 @@ class RecurrentRunConfig(PresetConfig):
     steps: Annotated[int, AtLeast(1)] | None = 10_000
     random_steps: Annotated[int, AtLeast(1)] = 500
     evaluation_interval: Annotated[int, AtLeast(0)] = 1000
+    termination: Literal["learned", "none"] = "learned"
     belief_size: Annotated[int, AtLeast(1)] | None = None
     hidden_size: Annotated[int, AtLeast(1)] | None = None
     num_cells: Annotated[int, AtLeast(1)] | None = None
@@ -100,7 +102,6 @@ class RecurrentRecipe(Recipe):
     """
 
     config: RecurrentRunConfig
-    acts_in_model = False
 
     def __init__(self, config: RecurrentRunConfig, env: EnvBase) -> None:
         super().__init__(config, env)
