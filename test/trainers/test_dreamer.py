@@ -167,6 +167,7 @@ def test_the_command_line(kind, settings, tmp_path) -> None:
 
 @BOTH
 def test_latents_are_filtered_from_the_first_random_step_on(kind, settings) -> None:
+    settings = {**settings, "sequence_start": "stored"}
     short = {"steps": 24, "evaluation_interval": 0, "checkpoint_interval": 1}
     trainer = trained(kind, settings, **short)
     rows, model = trainer.data[:12], trainer.world_model
@@ -177,6 +178,27 @@ def test_latents_are_filtered_from_the_first_random_step_on(kind, settings) -> N
         model.load_state_dict(fresh.state_dict())  # as they were at that time
         expected = model.step(rows[:-1].exclude("next"))["next", "belief"]
     torch.testing.assert_close(rows["belief"][1:], expected, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_sequences_that_begin_anew_read_no_latents(kind, settings) -> None:
+    short = {"steps": 24, "evaluation_interval": 0}
+    stored, anew = (
+        trained(kind, {**settings, "sequence_start": start}, **short).recipe
+        for start in ("stored", "anew")
+    )
+    latents = set(stored.world_model.latent_keys)
+    without = anew.sample()
+    assert latents <= set(stored.sample().keys())
+    assert not latents & set(without.keys())
+    # As if an episode began at the first step of each.
+    begun = without.clone()
+    begun["is_init"][:, 0] = True
+    found = []
+    for batch in (without, begun):
+        torch.manual_seed(0)
+        found.append(anew.loss(batch)["loss_reconstruction"])
+    assert torch.equal(*found)
 
 
 def test_evaluation_acts_within_the_bounds_by_the_mode() -> None:

@@ -35,6 +35,8 @@ class RecurrentRunConfig(PresetConfig):
         pixel_depth: the channels of the first stage of image networks; None for the preset's.
         batch_size: how many sequences a batch has; None for the preset's.
         batch_length: how many steps each of them has; None for the preset's.
+        sequence_start: from which latents a replayed sequence begins: "stored", those that the
+            filter had there when the step was made; or "anew", from none, as an episode does.
         train_ratio: how many steps are replayed for each real step; None for the preset's. An
             update replays batch_size times batch_length steps.
         replay_capacity: how many real steps are kept.
@@ -52,6 +54,7 @@ class RecurrentRunConfig(PresetConfig):
     pixel_depth: Annotated[int, AtLeast(1)] | None = None
     batch_size: Annotated[int, AtLeast(1)] | None = None
     batch_length: Annotated[int, AtLeast(2)] | None = None
+    sequence_start: Literal["stored", "anew"] = "stored"
     train_ratio: float | None = None
     replay_capacity: Annotated[int, AtLeast(1)] = 1_000_000
     replay_storage: Literal["memory", "disk"] = "memory"
@@ -112,7 +115,7 @@ class RecurrentRecipe(Recipe):
         self.world_model, self.loss = make(env, self.sizes)
         self.loss.return_latents = True
         self.loss.to(self.device)
-        # Every real step, with the latents that the filter had there: where sequences begin.
+        # Every real step, with the latents that the filter had there if sequences begin with them.
         self.replay = make_replay(
             config.replay_capacity, self.device, config.replay_storage
         )
@@ -137,7 +140,8 @@ class RecurrentRecipe(Recipe):
 
     @property
     def latents(self) -> list[NestedKey]:
-        return list(self.world_model.latent_keys)
+        is_stored = self.config.sequence_start == "stored"
+        return list(self.world_model.latent_keys) if is_stored else []
 
     @property
     def has_learnt(self) -> bool:
