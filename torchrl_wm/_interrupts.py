@@ -1,4 +1,4 @@
-"""Ctrl-C that takes effect only between steps.
+"""Signals: Ctrl-C that takes effect only between steps, and SIGTERM that ends a process.
 
 A KeyboardInterrupt within a step may hit code that turns it into another error, or leaves a
 module without its parameters. During a run the signal therefore sets a flag, which the run
@@ -7,6 +7,7 @@ reads where it may stop.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,11 @@ def blocked_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def keep_sigterm() -> None:
+    """Let SIGTERM end processes that draw: SDL would take it for its windows, and none is open."""
+    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 
 
 def check_interrupt(*_: Any) -> None:

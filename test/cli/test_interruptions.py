@@ -69,13 +69,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(how, tmp_path) -> 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_process_that_draws_ends_by_sigterm() -> None:
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "from torchrl_wm.cli import main; main(['--help'])",
+        "from torchrl_wm.trainers import make_real_env as make; make('CartPole-v1', pixels=16)",
+    ],
+    ids=["command", "pixels"],
+)
+def test_a_process_that_draws_ends_by_sigterm(begin) -> None:
     pytest.importorskip("pygame")
-    code = """
+    code = f"""
+{begin}
 import os, signal, time
 import gymnasium
-from torchrl_wm.cli import main
-assert main(["--help"]) == 0
 env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
 env.reset()
 env.render()

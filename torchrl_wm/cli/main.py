@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from torchrl_wm._interrupts import keep_sigterm
 from torchrl_wm._registry import find_recipe
 from torchrl_wm.cli.console import (
     complain,
@@ -50,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only frames are drawn, and no windows: without a display SDL reports an error.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
-    # SDL would take SIGTERM for its windows, and whoever ends a process would wait.
-    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
+    keep_sigterm()
     # `--env module:factory` is searched in the working directory, as by `python -m`.
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:

@@ -25,6 +25,7 @@ from torchrl.envs import (
 )
 
 from torchrl_wm import _upstream
+from torchrl_wm._interrupts import keep_sigterm
 from torchrl_wm._registry import load_object
 from torchrl_wm.trainers.env_checks import check_entries
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
@@ -102,6 +103,8 @@ def make_real_env(
     if pixels is not None:
         AtLeast(8).check("pixels", pixels)
         kwargs = {"render_mode": "rgb_array", **kwargs}
+    if "render_mode" in kwargs:
+        keep_sigterm()
     base = _base_env(env, kwargs)
     if base.batch_size:
         raise ValueError(
