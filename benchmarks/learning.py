@@ -245,7 +245,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "env": "Pendulum-v1",
             "termination": "none",
             "random_hold": 10,
-            "steps": 10_000,
+            "steps": 6000,
             "random_steps": 3000,
             # The paper's 12 steps repeat each action four times; 12 of Pendulum's do not swing up.
             "planning_horizon": 24,
