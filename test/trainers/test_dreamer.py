@@ -117,6 +117,19 @@ def test_several_envs_that_end_go_on_to_the_bit(case, env, collector, tmp_path) 
     assert_same(again, whole)
 
 
+def test_a_random_action_is_held_over_an_interruption(tmp_path) -> None:
+    # One episode has just ended, and all that is written for it is as it was after a reset.
+    held = {"num_envs": 2, "random_hold": 4, "random_steps": 40, "steps": 44}
+    settings = {**DREAMER, **held, "env": Ragged, "max_episode_steps": None}
+    whole = DreamerTrainer(**settings)
+    whole.train()
+    for after in (6, 8, 11):
+        interrupt(DreamerTrainer.start(tmp_path / f"{after}", **settings), after)
+        again = DreamerTrainer.resume(tmp_path / f"{after}", env=Ragged)
+        again.train()
+        assert_same(again, whole)
+
+
 @BOTH
 def test_episodes_that_end_only_by_time(kind, settings) -> None:
     for termination in ("learned", "none"):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Composite
 from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_wm.modules.keys import strip_next
@@ -52,6 +53,9 @@ class Acting(TensorDictModuleBase):
         self.policy, self.episodes, self.hold = policy, episodes, hold
         self._action_key = env.action_key
         self._spec = env.full_action_spec_unbatched[env.action_key]
+        # Without a spec, a collector takes what differs from the policy's input for what it writes;
+        # in a continued episode that may be nothing.
+        self.spec = Composite({env.action_key: self._spec})
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write an action for each env.
