@@ -127,6 +127,8 @@ RESULTS = (
     Result("Pendulum-v1", "MBPO", "mbpo-pendulum", sac("pendulum")),
     Result("Pendulum-v1", "TD-MPC2", "tdmpc2-pendulum", nothing),
     Result("Pendulum-v1", "Dreamer", "dreamer-pendulum", nothing),
+    Result("Pendulum-v1, images", "Dreamer", "dreamer-pendulum-pixels", nothing),
+    Result("Pendulum-v1", "PlaNet", "planet-pendulum", nothing),
     Result("CartPole, continuous", "PETS", "pets-cartpole", most(200)),
     Result("CartPole-v1", "Dreamer", "dreamer-cartpole", most(500)),
     Result(
