@@ -27,6 +27,20 @@ def test_a_report_says_what_the_model_promises(tmp_path) -> None:
     assert trainer.episodes == len([r for r in trainer.metrics if "return" in r])
 
 
+def test_a_policy_that_is_given_acts_in_the_model_and_in_the_real_env(tmp_path) -> None:
+    trainer = MBPOTrainer(**MBPO)
+    trainer.train()
+    in_real_env = set()
+
+    def idle(td):
+        in_real_env.add("step_count" in td.keys())
+        return td.set("action", torch.zeros(*td.batch_size, 1))
+
+    few = {"episodes": 1, "policy_steps": 5, "policy_episodes": 2}
+    write_run_report(trainer, tmp_path / "report.html", policy=idle, **few)
+    assert in_real_env == {True, False}
+
+
 @pytest.mark.parametrize(
     "kind, settings",
     [

@@ -219,10 +219,13 @@ def returns_of(
 
 
 def _set_policies(settings: dict[str, Any], trainer: RecipeTrainer) -> None:
-    """Set what acts in the imagined env and in the real one, each as evaluations run it."""
+    """Set what acts in the imagined env and in the real one: what is given, or the run's policy."""
     recipe = trainer.recipe
-    settings.setdefault("policy", _without_exploration(recipe, recipe.latent_policy))
-    real_policy = _without_exploration(recipe, recipe.policy)
+    if "policy" in settings:
+        real_policy = settings["policy"]
+    else:
+        settings["policy"] = _without_exploration(recipe, recipe.latent_policy)
+        real_policy = _without_exploration(recipe, recipe.policy)
     settings.setdefault("real_policy", _from_the_cpu(recipe.device, real_policy))
 
 
