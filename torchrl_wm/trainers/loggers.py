@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,6 +174,11 @@ def make_loggers(
 
 
 def _tensorboard(folder: Path, resumed_at: int | None) -> Logger:
+    # Files are read in the order of their names, which tell the second, and in it no time.
+    files = (folder / "tensorboard").glob("events.out.tfevents.*")
+    newest = max((int(file.name.split(".")[3]) for file in files), default=0)
+    while int(time.time()) == newest:
+        time.sleep(0.01)
     logger = TensorBoard("tensorboard", str(folder))
     if resumed_at is not None:
         from torch.utils.tensorboard import SummaryWriter
