@@ -93,9 +93,6 @@ class PlaNetConfig(RecurrentRunConfig):
     PRESETS = PRESETS
     ELSEWHERE = "paper"
 
-    # As in the paper. Latents of younger models are in no code that the newest one can read: most
-    # of its loss would be what the first steps of sequences cost.
-    sequence_start: Literal["stored", "anew"] = "anew"
     model: Literal["rssm", "transformer"] = "rssm"
     preset: Literal["auto", "small", "paper"] = "auto"
     state_size: Annotated[int, AtLeast(1)] | None = None

@@ -35,8 +35,8 @@ class RecurrentRunConfig(PresetConfig):
         pixel_depth: the channels of the first stage of image networks; None for the preset's.
         batch_size: how many sequences a batch has; None for the preset's.
         batch_length: how many steps each of them has; None for the preset's.
-        sequence_start: from which latents a replayed sequence begins: "stored", those that the
-            filter had there when the step was made; or "anew", from none, as an episode does.
+        sequence_start: from which latents a replayed sequence begins: "anew", from none, as an
+            episode does; or "stored", those that the filter had there when the step was made.
         train_ratio: how many steps are replayed for each real step; None for the preset's. An
             update replays batch_size times batch_length steps.
         replay_capacity: how many real steps are kept.
@@ -54,7 +54,8 @@ class RecurrentRunConfig(PresetConfig):
     pixel_depth: Annotated[int, AtLeast(1)] | None = None
     batch_size: Annotated[int, AtLeast(1)] | None = None
     batch_length: Annotated[int, AtLeast(2)] | None = None
-    sequence_start: Literal["stored", "anew"] = "stored"
+    # Stored latents of younger models are in no code that the newest one can read.
+    sequence_start: Literal["anew", "stored"] = "anew"
     train_ratio: float | None = None
     replay_capacity: Annotated[int, AtLeast(1)] = 1_000_000
     replay_storage: Literal["memory", "disk"] = "memory"
