@@ -176,8 +176,9 @@ def test_a_checkpoint_that_does_not_fit(finished) -> None:
     config = json.loads((finished / "config.json").read_text())
     config["config"]["hidden"] = [32]
     (finished / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not fit the run's config"):
+    with pytest.raises(ValueError, match="does not fit the run's config") as caught:
         PETSTrainer.resume(finished)
+    assert "--checkpoint" not in str(caught.value)  # the others do not fit either
 
 
 def test_a_folder_with_a_name_like_an_error(finished, tmp_path) -> None:

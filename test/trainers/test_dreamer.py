@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,11 @@ from torchrl_wm.trainers import (
     write_run_report,
 )
 from torchrl_wm.trainers.recipes import dreamer, planet
+
+
+class Several(Ragged):
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
 
 CASES = {
     "dreamer": (DreamerTrainer, DREAMER),
@@ -63,6 +69,11 @@ def test_a_run_goes_from_random_steps_to_the_policy(kind, settings) -> None:
     assert trainer.counts.updates == 1 + (48 - 20) * 8 // (4 * 6)
     assert all(np.isfinite(value) for value in last_losses(trainer).values())
     assert [r["step"] for r in trainer.metrics if "evaluation_return" in r] == [24, 48]
+
+
+@pytest.mark.filterwarnings("error:A normaliser is used")
+def test_a_transformer_filters_random_steps_before_it_is_fitted() -> None:
+    trained(PlaNetTrainer, TRANSFORMER, steps=24, evaluation_interval=0)
 
 
 @pytest.mark.parametrize("version", ["v3", "v2", "v1"])
@@ -310,8 +321,11 @@ def test_imagined_steps_are_those_of_the_imagined_env(env) -> None:
 
 
 def test_a_transformer_has_no_settings_of_an_rssm() -> None:
-    with pytest.raises(ValueError, match="no state_size and no free_nats"):
-        PlaNetConfig(model="transformer", state_size=4, free_nats=1.0)
+    for name, value in {"state_size": 4, "sequence_start": "stored"}.items():
+        with pytest.raises(ValueError, match=f"has no {name}.*model='rssm'"):
+            PlaNetConfig(model="transformer", **{name: value})
+    with pytest.raises(ValueError, match="has no context.*model='transformer'"):
+        PlaNetConfig(context=3)
     with pytest.raises(ValueError, match="heads must divide width"):
         PlaNetConfig(model="transformer", belief_size=10)
 
@@ -339,6 +353,11 @@ def test_preset_of_a_cpu() -> None:
         ({"train_ratio": 0.0}, "never trains"),
         ({"steps": 20, "random_steps": 20}, "ends the run before it learns"),
         ({"train_ratio": 0.1}, "train_ratio=0.1 never trains"),
+        ({"train_ratio": float("nan")}, "train_ratio must be a number, got nan"),
+        ({"learning_rate": -0.1}, "learning_rate must be above 0, got -0.1"),
+        ({"clip": -1.0}, "clip must be .* 0, got -1"),
+        ({"env": "Blackjack-v1"}, "parts of a Tuple space.*spaces.Dict"),
+        ({"env": Several}, "single choices, and 'action' is.*one choice of it"),
         ({"preset": "2M"}, "Unknown preset '2M'"),
         ({"belief_sise": 4}, "Did you mean 'belief_size'"),
     ],
@@ -346,6 +365,30 @@ def test_preset_of_a_cpu() -> None:
 def test_bad_settings(kind, settings, changed, message) -> None:
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
         kind(**{**settings, **changed})
+
+
+def test_states_to_imagine_from_are_in_every_sequence() -> None:
+    with pytest.raises(ValueError, match="imagine_every=7 .* batch_length=6"):
+        DreamerTrainer(**{**DREAMER, "imagine_every": 7})
+
+
+@pytest.mark.filterwarnings("error:The world model predicts no terminations")
+@pytest.mark.parametrize("settings", [{"termination": "none"}, {"version": "v1"}])
+def test_episodes_that_terminate_and_should_not(settings) -> None:
+    short = {"evaluation_interval": 0, "steps": 24, **settings}
+    with pytest.warns(UserWarning) as seen:
+        trained(env=make_nested_ragged, **short)
+    found = [str(each.message) for each in seen]
+    (told,) = [text for text in found if "predicts no terminations" in text]
+    assert "at real step" in told and "termination='learned'" in told
+    trained(**short)  # episodes that end only by time
+
+
+def test_a_trainer_is_shown_in_a_line(tmp_path) -> None:
+    trainer = DreamerTrainer.start(tmp_path / "run", **DREAMER)
+    shown = repr(trainer)
+    assert shown.startswith("DreamerTrainer(dreamer on ") and "step=0" in shown
+    assert repr(str(tmp_path / "run")) in shown and "\n" not in shown
 
 
 def test_gamma_is_below_1() -> None:

@@ -8,7 +8,15 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from _real_envs import DREAMER, make_nested, make_reacher, MBPO, PETS, Reacher1D
+from _real_envs import (
+    DREAMER,
+    make_nested,
+    make_reacher,
+    MBPO,
+    PETS,
+    Pictures,
+    Reacher1D,
+)
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.wrappers import TimeLimit, TransformObservation
 from tensordict.nn import TensorDictModule
@@ -288,6 +296,11 @@ def test_an_action_is_kept_as_long_as_in_the_run() -> None:
             make_double,
             {"inner": {"both": np.zeros(5)}},
             r"observation\['inner'\]\['both'\] must have the shape \(2,\).*\(5,\)",
+        ),
+        (
+            Pictures,
+            {"pixels": np.zeros((16, 16, 3)), "speed": np.zeros(1)},
+            r"observation\['pixels'\] must be whole numbers from 0 to 255.*float64",
         ),
         (make_lever, np.zeros((2, 1)), r"shape \(\), or \(N\).*\(2, 1\)"),
     ],

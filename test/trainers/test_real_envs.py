@@ -244,6 +244,17 @@ def test_images() -> None:
         PETSTrainer(**{**PETS, "env": env})
 
 
+def test_a_tuple_with_an_image() -> None:
+    image, number = spaces.Box(0, 255, (16, 16, 3), np.uint8), spaces.Box(0, 1, (1,))
+
+    env = Mixed()
+    env.observation_space = spaces.Tuple([image, number])
+    with pytest.raises(ValueError, match="dictionary of the observations") as caught:
+        make_real_env(env)
+    spec = make_real_env(followed(str(caught.value), env)).observation_spec
+    assert spec["part0"].shape == (16, 16, 3) and spec["part1"].shape == (1,)
+
+
 @pytest.mark.parametrize(
     "env", ["Blackjack-v1", lambda: Echo(spaces.MultiBinary([2, 3]))]
 )

@@ -300,7 +300,7 @@ def test_actions_that_are_several_choices() -> None:
     class Several(Ragged):
         action_space = gymnasium.spaces.MultiDiscrete([2, 3])
 
-    with pytest.raises(ValueError, match="Planners search.*one choice"):
+    with pytest.raises(ValueError, match="single choices, and.*one choice"):
         TDMPC2Trainer(**{**SMALL, "env": Several})
 
 

@@ -93,7 +93,8 @@ def terminations(study: Study) -> Measured:
         if values["base_rate"] == 0:
             said.append(
                 f"{label}no recorded step terminates, and {values['predicted_rate']:.1%} of them "
-                f"are predicted to; record some that do"
+                f"are predicted to; record some that do, or, if no episode ever does, make a model "
+                f"without terminations (termination='none')"
             )
             continue
         scores.append(values["f1"])

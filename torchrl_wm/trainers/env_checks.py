@@ -34,6 +34,12 @@ _FLOAT_OBSERVATIONS = (
     "env = gymnasium.wrappers.DtypeObservation("
     "gymnasium.wrappers.FlattenObservation(env), numpy.float32)."
 )
+#: A dictionary in place of a tuple of observations, in which each keeps its shape.
+NAMED_OBSERVATIONS = (
+    "env = gymnasium.wrappers.TransformObservation(env, lambda parts: {f'part{n}': part for n, "
+    "part in enumerate(parts)}, gymnasium.spaces.Dict({f'part{n}': part for n, part in "
+    "enumerate(env.observation_space)}))."
+)
 _WHERE = (
     "On the command line, name a function that makes the env so: --env module:function."
 )
@@ -83,6 +89,21 @@ def check_bounds(spec: TensorSpec, key: NestedKey) -> None:
         )
 
 
+def check_stacked(env: EnvBase) -> None:
+    """Refuse observations that are stacked parts of different sizes.
+
+    Raises:
+        ValueError: if there are; the message names them.
+    """
+    for key, spec in env.full_observation_spec_unbatched.items(True, True):
+        if min(spec.shape, default=1) < 1:
+            raise ValueError(
+                f"The observation {key!r} has the shape {tuple(spec.shape)}: TorchRL stacks the parts "
+                f"of a Tuple space, and their sizes differ. Make a dictionary of them: "
+                f"{NAMED_OBSERVATIONS} {_WHERE}"
+            )
+
+
 def check_float_observations(env: EnvBase) -> None:
     """Refuse observations that are not floats, as ensembles predict floats.
 
@@ -119,8 +140,8 @@ def check_float_observations(env: EnvBase) -> None:
         )
 
 
-def check_planned_action(env: EnvBase) -> None:
-    """Refuse actions that planners do not search.
+def check_action(env: EnvBase) -> None:
+    """Refuse actions that planners do not search, and actors do not choose.
 
     Raises:
         ValueError: if they are neither continuous nor a single choice.
@@ -129,7 +150,7 @@ def check_planned_action(env: EnvBase) -> None:
     spec = env.full_action_spec_unbatched[key]
     if not spec.dtype.is_floating_point and not _is_choice(spec):
         raise ValueError(
-            f"Planners search continuous actions and choices, and {key!r} is "
+            f"Planners and actors take continuous actions and single choices, and {key!r} is "
             f"{type(spec).__name__} of the shape {tuple(spec.shape)}. {_one_choice(env)}"
         )
 

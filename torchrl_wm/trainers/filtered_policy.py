@@ -11,6 +11,7 @@ from torchrl.data import Composite
 from torchrl.envs import Compose, Transform
 
 from torchrl_wm.modules import Observer, WorldModel
+from torchrl_wm.modules.blocks.normalizer import without_warnings
 from torchrl_wm.modules.keys import unique
 from torchrl_wm.modules.world_model.flat import Placement, to_flat, to_tensordict
 from torchrl_wm.trainers.checkpoints import from_plain_entries, plain_entries
@@ -87,17 +88,20 @@ class FilteredPolicy(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update the latents in ``tensordict``, ``[*B]``, and write the action."""
-        return self.actor(self.filter(tensordict))
+        return self.actor(self.observer(tensordict))
 
     def filter(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Update only the latents, for steps in which something else acts."""
-        return self.observer(tensordict)
+        # A recipe fits the normalisers of its model once the first steps, which others make, are over.
+        with without_warnings(self.observer.world_model):
+            return self.observer(tensordict)
 
     def make_tensordict_primer(self, **kwargs: Any) -> Transform:
         """Return a transform that gives an env the entries of filter and actor."""
         spec, device = self._observation_spec, device_of(self.observer)
         example = None if spec is None else spec.zero().to(device)
-        primers = [self.observer.make_tensordict_primer(example, **kwargs)]
+        with without_warnings(self.observer.world_model):  # only for shapes
+            primers = [self.observer.make_tensordict_primer(example, **kwargs)]
         make = getattr(self.actor, "make_tensordict_primer", None)
         if make is not None:
             primers.append(make(**kwargs))

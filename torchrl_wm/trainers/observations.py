@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -22,9 +22,16 @@ from torchrl_wm.trainers.gym_actions import (
 )
 from torchrl_wm.trainers.pixels import Pixels, reduced
 
-#: The structure of an observation: dictionaries, lists (for a Tuple space), and shapes; None for
+#: The structure of an observation: dictionaries, lists (for a Tuple space), and arrays; None for
 #: parts without a shape.
 Layout = Any
+
+
+class _Part(NamedTuple):
+    """A part of an observation: its shape, and whether its numbers are bytes."""
+
+    shape: tuple[int, ...]
+    is_bytes: bool
 
 
 class HandedValues:
@@ -41,7 +48,7 @@ class HandedValues:
         self._layout, self._pixels = _layout_of(env), pixels
         self._is_bare = not isinstance(self._layout, dict)
         if pixels is not None:
-            image = (pixels.size, pixels.size, 3)
+            image = _Part((pixels.size, pixels.size, 3), True)
             own = {"observation": self._layout} if self._is_bare else self._layout
             self._layout = image if pixels.only else {**own, "pixels": image}
 
@@ -146,7 +153,7 @@ def _layout_of(env: EnvBase) -> Layout:
         return _layout_of_space(inner.observation_space)
     specs = getattr(inner, "observation_spec", None)
     if callable(specs):  # dm_control
-        return {name: tuple(spec.shape) for name, spec in specs().items()}
+        return {name: _Part(spec.shape, False) for name, spec in specs().items()}
     return _layout_of_spec(env.observation_spec)
 
 
@@ -155,13 +162,13 @@ def _layout_of_space(space: gymnasium.Space) -> Layout:
         return {name: _layout_of_space(part) for name, part in space.items()}
     if isinstance(space, spaces.Tuple):
         return [_layout_of_space(part) for part in space]
-    return space.shape
+    return None if space.shape is None else _Part(space.shape, space.dtype == np.uint8)
 
 
 def _layout_of_spec(spec: Any) -> Layout:
     if isinstance(spec, Composite):
         return {name: _layout_of_spec(part) for name, part in spec.items()}
-    return tuple(spec.shape)
+    return _Part(tuple(spec.shape), spec.dtype is torch.uint8)
 
 
 def _sizes(layout: Layout, value: Any, name: str) -> Iterator[tuple[str, int | None]]:
@@ -192,24 +199,30 @@ def _sizes(layout: Layout, value: Any, name: str) -> Iterator[tuple[str, int | N
         yield name, _leading(layout, value, name)
 
 
-def _leading(shape: tuple[int, ...], value: Any, name: str) -> int | None:
+def _leading(layout: _Part, value: Any, name: str) -> int | None:
+    shape = tuple(layout.shape)
     try:
         array = _array(value)
     except ValueError:  # rows of different lengths
         array = np.array(None)
     if array.dtype.kind not in "biuf":
         raise ValueError(
-            f"The {name} must be numbers of the shape {tuple(shape)}, got {_described(value)}."
+            f"The {name} must be numbers of the shape {shape}, got {_described(value)}."
         )
-    if array.shape == tuple(shape):
-        return None
-    if array.ndim and array.shape[1:] == tuple(shape):
-        return array.shape[0]
-    batch = ", ".join(map(str, ("N", *shape)))
-    raise ValueError(
-        f"The {name} must have the shape {tuple(shape)}, or ({batch}) for a batch, got "
-        f"{_described(value)}. Give what the env of the run returns, before any transform of the run."
-    )
+    is_single = array.shape == shape
+    if not is_single and not (array.ndim and array.shape[1:] == shape):
+        batch = ", ".join(map(str, ("N", *shape)))
+        raise ValueError(
+            f"The {name} must have the shape {shape}, or ({batch}) for a batch, got "
+            f"{_described(value)}. Give what the env of the run returns, before any transform of the "
+            f"run."
+        )
+    if layout.is_bytes and array.dtype.kind == "f":
+        raise ValueError(
+            f"The {name} must be whole numbers from 0 to 255, got {_described(value)}. Give what the "
+            f"env of the run returns: of an image its bytes, not divided by 255."
+        )
+    return None if is_single else array.shape[0]
 
 
 def _row(layout: Layout, value: Any, row: int | None) -> Any:

@@ -27,7 +27,7 @@ from torchrl.envs import (
 from torchrl_wm import _upstream
 from torchrl_wm._interrupts import keep_sigterm
 from torchrl_wm._registry import load_object
-from torchrl_wm.trainers.env_checks import check_entries
+from torchrl_wm.trainers.env_checks import check_entries, NAMED_OBSERVATIONS
 from torchrl_wm.trainers.episode_seeds import EpisodeSeeds
 from torchrl_wm.trainers.gym_actions import (
     as_torchrl_acts,
@@ -236,11 +236,19 @@ def _wrapped(env: gymnasium.Env) -> EnvBase:
 
 
 def _not_taken(name: str, env: gymnasium.Env, err: Exception) -> ValueError:
+    how = (
+        "Gymnasium's wrappers make simpler ones of them: FlattenObservation, and TransformAction "
+        "with your function."
+    )
+    space = env.observation_space
+    if isinstance(space, gymnasium.spaces.Tuple) and any(
+        len(part.shape or ()) > 1 for part in space
+    ):
+        how = f"Make a dictionary of the observations: {NAMED_OBSERVATIONS}"
     return ValueError(
         f"TorchRL's GymWrapper does not take the env {name!r} ({type(err).__name__}: {err}). Its "
-        f"spaces are observation_space={env.observation_space} and "
-        f"action_space={env.action_space}. Gymnasium's wrappers make simpler ones of them: "
-        f"FlattenObservation, and TransformAction with your function. On the command line, "
+        f"spaces are observation_space={space} and "
+        f"action_space={env.action_space}. {how} On the command line, "
         f"name a function that makes the env so: --env module:function."
     )
 

@@ -305,18 +305,10 @@ class RunFolder:
             ValueError: if it is damaged, of another version, or does not fit the parts.
         """
         path = self._choose(step)
-        steps = [step_of(other) for other in self.saved()]
-        before = [other for other in steps if other < step_of(path)]
-        instead = ""
-        if before:
-            instead = (
-                f" Go on from the one before: --checkpoint {before[-1]} (in Python: "
-                f"checkpoint={before[-1]})."
-            )
         try:
             self._checkpoint.load(path, map_location="cpu")
         except (AttributeError, CheckpointError, KeyError, OSError, ValueError) as err:
-            raise ValueError(self._why_not(path, err) + instead) from err
+            raise ValueError(self._why_not(path, err)) from err
         self._loaded_step = step_of(path)
 
     def go_on(self) -> None:
@@ -372,9 +364,18 @@ class RunFolder:
         if reason is not None:
             return (
                 f"The checkpoint in {str(self.path)!r} does not fit the run's config and env "
-                f"({reason})."
+                f"({reason}). Give the env and the functions that the run began with "
+                f"(resume_run(path, env=...)), and config.json as it was."
             )
-        return f"The checkpoint {str(path)!r} is damaged ({err})."
+        steps = [step_of(other) for other in self.saved()]
+        before = [step for step in steps if step < step_of(path)]
+        instead = ""
+        if before:
+            instead = (
+                f" Go on from the one before: --checkpoint {before[-1]} (in Python: "
+                f"checkpoint={before[-1]})."
+            )
+        return f"The checkpoint {str(path)!r} is damaged ({err}).{instead}"
 
 
 def step_of(path: Path) -> int:

@@ -40,6 +40,18 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
+class Above:
+    """What a setting must exceed, in its annotation: ``learning_rate: Annotated[float, Above(0)]``."""
+
+    value: float
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value that is not above."""
+        if value <= self.value:
+            raise ValueError(f"{name} must be above {self.value}, got {value}.")
+
+
+@dataclass(frozen=True)
 class Within:
     """The range of a setting, ends included, in its annotation."""
 
@@ -379,6 +391,7 @@ def _checked_plain(name: str, value: Any, kind: type) -> Any:
         right = isinstance(value, Integral) and not isinstance(value, bool)
     elif kind is float:
         right = isinstance(value, Real) and not isinstance(value, bool)
+        right = right and value == value  # NaN passes all comparisons with bounds
     else:
         right = isinstance(value, kind)
     if not right:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from torchrl.trainers import Trainer
 from torchrl_wm import _upstream
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
+from torchrl_wm.modules import WorldModel
+from torchrl_wm.modules.keys import as_tuple, join
 from torchrl_wm.trainers.checkpoints import all_parts
 from torchrl_wm.trainers.counted_steps import CollectingError, CountedSteps
 from torchrl_wm.trainers.episode_seeds import episode_seed
@@ -87,6 +90,12 @@ class RecipeTrainer(Trainer):
         self._progress = Progress(recipe.title) if progress else None
         self._evaluation_env: EnvBase | None = None
         self._is_running, self._began = False, 0.0
+        #: The terminations that a model without any is watched for, until there is one.
+        self._unexpected = [
+            join("next", key)
+            for key in self.env.done_keys
+            if as_tuple(key)[-1] == "terminated"
+        ]
         #: The newest real steps.
         self.new_steps: Steps | None = None
         #: The parts of a checkpoint, by name.
@@ -98,6 +107,14 @@ class RecipeTrainer(Trainer):
         self.register_op("post_steps", self.end_steps)
         if run is not None:
             self.attach(run)
+
+    def __repr__(self) -> str:
+        # TorchRL's has all losses in it, some of which cannot be shown.
+        path = None if self.run is None else str(self.run.path)
+        return (
+            f"{type(self).__name__}({self.recipe.title}, step={self.collected_frames}, "
+            f"episodes={self.episodes}, run={path!r})"
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Attributes of the recipe: policy, world_model, imagined_env ...
@@ -181,9 +198,25 @@ class RecipeTrainer(Trainer):
             check_transitions(rows, total, self.recipe.latents)
             self.recipe.replay.extend(rows)
         self.new_steps = self.collector.count(steps, total)
+        self._watch_terminations(steps, total)
         if self._progress is not None:
             self._progress.step(len(steps))
         return steps
+
+    def _watch_terminations(self, steps: TensorDictBase, total: int) -> None:
+        """Warn if an episode terminates, and the model predicts that none does."""
+        model = getattr(self.recipe, "world_model", None)
+        if not isinstance(model, WorldModel) or model.done_head is not None:
+            return
+        if any(steps.get(key).any() for key in self._unexpected):
+            self._unexpected = []
+            warnings.warn(
+                f"The world model predicts no terminations, and an episode terminated at real step "
+                f"{total}. In the model it goes on, with rewards that the env does not pay. Start a "
+                f"run whose model learns them: termination='learned', and of Dreamer version='v2' "
+                f"or 'v3'.",
+                stacklevel=2,
+            )
 
     def optim_steps(self, batch: TensorDictBase) -> None:
         """Let the recipe learn once the random steps are over, and run the "post_optim" hooks.

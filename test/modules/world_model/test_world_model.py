@@ -51,6 +51,15 @@ def test_decode_without_decoder_says_what_to_pass() -> None:
         make_model().decode(observations(2))
 
 
+@pytest.mark.parametrize("verb", ["encode", "observe"])
+def test_observations_in_a_dictionary(verb) -> None:
+    plain = {"observation": torch.zeros(3, OBS)}
+    with pytest.raises(
+        TypeError, match=f"WorldModel.{verb} takes a tensordict, got a dict"
+    ):
+        getattr(make_model(), verb)(plain)
+
+
 def test_keyword_dispatch() -> None:
     model = make_model()
     td = transitions(5)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import is_tensor_collection, NestedKey, TensorDictBase
 from torch import nn
 
 from torchrl_wm.modules.errors import MissingEntryError
@@ -154,6 +154,7 @@ class Filter:
         Latents that ``tensordict`` already has and the encoder does not write stay
         as they are. The tensordict is written to and returned.
         """
+        check_tensordict(tensordict, "encode")
         _require(tensordict, self.observations, "encode")
         return self._completed(run_components({"encoder": self.encoder}, tensordict))
 
@@ -527,6 +528,19 @@ def _whole(tensordict: TensorDictBase, name: str) -> torch.Tensor | None:
         return None
     size = tensordict.batch_size
     return torch.stack([x.bool().reshape(*size, -1).all(-1) for x in below]).all(0)
+
+
+def check_tensordict(value: object, verb: str) -> None:
+    """Refuse what is no tensordict, such as a plain dictionary.
+
+    Raises:
+        TypeError: if they are something else.
+    """
+    if not is_tensor_collection(value):
+        raise TypeError(
+            f"WorldModel.{verb} takes a tensordict, got a {type(value).__name__}. Make one of "
+            f"tensors: TensorDict({{...}}, batch_size=[...])."
+        )
 
 
 def _require(

@@ -15,7 +15,7 @@ from torchrl_wm import _upstream
 from torchrl_wm.modules.errors import MissingEntryError
 from torchrl_wm.modules.keys import is_next, leaf_keys, missing_from, unique
 from torchrl_wm.modules.world_model.compiling import FilterCompiler, Scope
-from torchrl_wm.modules.world_model.filtering import Filter, HEADS
+from torchrl_wm.modules.world_model.filtering import check_tensordict, Filter, HEADS
 from torchrl_wm.modules.world_model.flat import Placement, to_tensordict
 from torchrl_wm.modules.world_model.initial_state import InitialState, InitialStateLike
 from torchrl_wm.modules.world_model.memory import HeldMemory, owned
@@ -431,6 +431,7 @@ class WorldModel(TensorDictModuleBase):
             >>> world_model.observe(data)["belief"].shape
             torch.Size([2, 5, 8])
         """
+        check_tensordict(tensordict, "observe")
         named = tensordict.batch_dims and tensordict.names[-1] == "time"
         if named or tensordict.get("next", None) is not None:
             return self.filter.observe_sequence(tensordict)

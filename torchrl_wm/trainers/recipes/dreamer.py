@@ -19,7 +19,7 @@ from torchrl_wm.trainers.actor_imagination import Imagination, recalled
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.learning import compiled_loss, descend
 from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
-from torchrl_wm.trainers.settings import AtLeast, Within
+from torchrl_wm.trainers.settings import Above, AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks and batches: one that is quick on a CPU, and the authors'.
@@ -94,7 +94,8 @@ class DreamerConfig(RecurrentRunConfig):
         learning_rate: the learning rate of model and critic; None for the preset's.
         actor_rate: the actor's learning rate, as a share of theirs; None for the preset's.
         warmup: over how many updates the learning rate rises; None for the preset's.
-        clip: the greatest norm of a gradient, as a share of the norm of its parameter.
+        clip: the greatest norm of a gradient, as a share of the norm of its parameter; 0 for no
+            limit.
         compile: make graphs of the steps of filter and imagination, and of the values' loss; the
             first update takes a minute or more.
     """
@@ -115,10 +116,10 @@ class DreamerConfig(RecurrentRunConfig):
     replay_value_weight: Annotated[float, AtLeast(0)] = 0.3
     slow_critic_weight: Annotated[float, AtLeast(0)] = 1.0
     tau: Annotated[float, Within(0, 1)] = 0.02
-    learning_rate: float | None = None
-    actor_rate: float | None = None
+    learning_rate: Annotated[float, Above(0)] | None = None
+    actor_rate: Annotated[float, AtLeast(0)] | None = None
     warmup: Annotated[int, AtLeast(0)] | None = None
-    clip: float = 0.3
+    clip: Annotated[float, AtLeast(0)] = 0.3
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -126,6 +127,13 @@ class DreamerConfig(RecurrentRunConfig):
         if not 0 < self.size("gamma") < 1:
             raise ValueError(
                 f"gamma is a discount above 0 and below 1, got {self.gamma}."
+            )
+        every, length = self.size("imagine_every"), self.size("batch_length")
+        if every > length:
+            raise ValueError(
+                f"imagine_every={every} is more than the steps of a sequence, batch_length={length}: "
+                f"from some sequences nothing would be imagined. Give at most {length}, or longer "
+                f"sequences."
             )
 
     def model_settings(self) -> RSSMConfig:
@@ -250,6 +258,8 @@ class Dreamer(RecurrentRecipe):
             lmbda=config.lmbda,
             time_dim=-2,
         )
+        # TorchRL does not hand it on; the estimator reads it where nothing ends.
+        loss.value_estimator.set_keys(reward=env.reward_key)
         return loss.to(self.device)
 
     def _make_value_loss(self) -> ImaginedValueLoss | DreamerValueLoss:
@@ -269,7 +279,7 @@ class Dreamer(RecurrentRecipe):
         """Make the updates that the train ratio asks for. The trainer has extended the replay."""
         losses = {}
         for _ in range(self.ratio(steps.total)):
-            # Sequences of T real steps, each from the latents that the filter had there.
+            # Sequences of T real steps.
             batch = self.sample()
             # Dynamics learning: filter them, and predict observations, rewards and ends.
             terms = self.loss(batch)

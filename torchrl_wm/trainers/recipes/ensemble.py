@@ -24,7 +24,7 @@ from torchrl_wm.trainers.known_tasks import (
 )
 from torchrl_wm.trainers.learning import ModelLearner
 from torchrl_wm.trainers.recipe import make_replay, Recipe
-from torchrl_wm.trainers.settings import AtLeast, RunConfig
+from torchrl_wm.trainers.settings import Above, AtLeast, RunConfig
 
 #: How many real transitions are kept.
 CAPACITY = 1_000_000
@@ -56,8 +56,8 @@ class EnsembleRunConfig(RunConfig):
     elites: int | None = None
     hidden: tuple[int, ...] = (128, 128)
     beta: float = 0.0
-    model_learning_rate: float = 1e-3
-    model_weight_decay: float = 1e-5
+    model_learning_rate: Annotated[float, Above(0)] = 1e-3
+    model_weight_decay: Annotated[float, AtLeast(0)] = 1e-5
     model_batch_size: Annotated[int, AtLeast(1)] = 256
 
     def __post_init__(self) -> None:

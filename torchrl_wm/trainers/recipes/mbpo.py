@@ -16,7 +16,7 @@ from torchrl_wm.trainers.imagined_replay import ImaginedReplayHook, mixed_batche
 from torchrl_wm.trainers.recipe import make_replay
 from torchrl_wm.trainers.recipes.ensemble import EnsembleRecipe, EnsembleRunConfig
 from torchrl_wm.trainers.recipes.sac import SoftActorCritic
-from torchrl_wm.trainers.settings import AtLeast, Within
+from torchrl_wm.trainers.settings import Above, AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 
@@ -59,11 +59,11 @@ class MBPOConfig(EnsembleRunConfig):
     real_share: Annotated[float, Within(0, 1)] = 0.05
     updates_per_step: Annotated[int, AtLeast(1)] = 10
     batch_size: Annotated[int, AtLeast(1)] = 256
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Above(0)] = 3e-4
     policy_hidden: tuple[int, ...] = (128, 128)
-    alpha_init: float = 0.2
+    alpha_init: Annotated[float, Above(0)] = 0.2
     gamma: Annotated[float, Within(0, 1)] = 0.99
-    tau: float = 0.005
+    tau: Annotated[float, Within(0, 1)] = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()

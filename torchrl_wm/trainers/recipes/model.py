@@ -21,7 +21,7 @@ from torchrl_wm.trainers.model_training import (
 )
 from torchrl_wm.trainers.real_envs import copied_source, EnvSource, make_real_env
 from torchrl_wm.trainers.recipe import Counts, Recipe
-from torchrl_wm.trainers.settings import AtLeast, Within
+from torchrl_wm.trainers.settings import Above, AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 
@@ -52,8 +52,8 @@ class ModelConfig(LogSettings):
     members: Annotated[int, AtLeast(1)] = 7
     elites: int | None = None
     hidden: tuple[int, ...] = (200, 200, 200, 200)
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-5
+    learning_rate: Annotated[float, Above(0)] = 1e-3
+    weight_decay: Annotated[float, AtLeast(0)] = 1e-5
     batch_size: Annotated[int, AtLeast(1)] = 256
 
 

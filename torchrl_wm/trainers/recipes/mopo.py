@@ -36,7 +36,7 @@ from torchrl_wm.trainers.recipes.penalty_sweep import (
     sweep_section,
 )
 from torchrl_wm.trainers.recipes.sac import SoftActorCritic
-from torchrl_wm.trainers.settings import AtLeast, Within
+from torchrl_wm.trainers.settings import Above, AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The share of the held-out steps below the doubt that a penalty of 1 charges a spread of rewards.
@@ -93,11 +93,11 @@ class MOPOConfig(ModelConfig):
     retained_rounds: Annotated[int, AtLeast(1)] = 20
     real_share: Annotated[float, Within(0, 1)] = 0.05
     policy_batch_size: Annotated[int, AtLeast(1)] = 256
-    policy_learning_rate: float = 3e-4
+    policy_learning_rate: Annotated[float, Above(0)] = 3e-4
     policy_hidden: tuple[int, ...] = (128, 128)
-    alpha_init: float = 0.2
+    alpha_init: Annotated[float, Above(0)] = 0.2
     gamma: Annotated[float, Within(0, 1)] = 0.99
-    tau: float = 0.005
+    tau: Annotated[float, Within(0, 1)] = 0.005
     judged_episodes: Annotated[int, AtLeast(1)] = 50
     judged_steps: Annotated[int, AtLeast(1)] | None = None
     evaluation_interval: Annotated[int, AtLeast(0)] = 0

@@ -14,7 +14,7 @@ from torchrl_wm.modules import with_propagation
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner, ICEMPlanner
 from torchrl_wm.planners.base import MPCPlanner
-from torchrl_wm.trainers.env_checks import check_planned_action
+from torchrl_wm.trainers.env_checks import check_action
 from torchrl_wm.trainers.recipes.ensemble import EnsembleRecipe, EnsembleRunConfig
 from torchrl_wm.trainers.settings import AtLeast
 from torchrl_wm.trainers.steps import Steps
@@ -101,7 +101,7 @@ class PETS(EnsembleRecipe):
     def __init__(self, config: PETSConfig, env: EnvBase, **functions: Any) -> None:
         # The dynamics: a bootstrap ensemble of probabilistic networks.
         super().__init__(config, env, **functions)
-        check_planned_action(env)
+        check_action(env)
         # Trajectory sampling: particles, each by members of the ensemble.
         self.imagined_env = WorldModelEnv(
             with_propagation(self.world_model, config.propagation, all_members=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,11 +16,10 @@ from torchrl_wm.models import RSSMConfig, TransformerConfig
 from torchrl_wm.modules import fit_normalizers
 from torchrl_wm.modules.keys import join
 from torchrl_wm.planners import CEMPlanner
-from torchrl_wm.trainers.env_checks import check_planned_action
 from torchrl_wm.trainers.filtered_policy import FilteredPolicy
 from torchrl_wm.trainers.learning import descend
 from torchrl_wm.trainers.recipes.recurrent import RecurrentRecipe, RecurrentRunConfig
-from torchrl_wm.trainers.settings import AtLeast, Within
+from torchrl_wm.trainers.settings import Above, AtLeast, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks, batches and plans: one that is quick on a CPU, and the paper's.
@@ -60,6 +59,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim_steps": 10,
         "top_k": 100,
     },
+}
+#: The settings that only one of the models has. Of a transformer, no memory is kept with the steps.
+_ONLY_OF = {
+    "state_size": "rssm",
+    "free_nats": "rssm",
+    "kl_weight": "rssm",
+    "sequence_start": "rssm",
+    "context": "transformer",
 }
 
 
@@ -105,19 +112,19 @@ class PlaNetConfig(RecurrentRunConfig):
     top_k: Annotated[int, AtLeast(1)] | None = None
     discount: Annotated[float, Within(0, 1)] = 1.0
     action_noise: Annotated[float, AtLeast(0)] = 0.3
-    learning_rate: float = 1e-3
-    clip: float = 1000.0
+    learning_rate: Annotated[float, Above(0)] = 1e-3
+    clip: Annotated[float, Above(0)] = 1000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model == "transformer":
-            unread = ("state_size", "free_nats", "kl_weight")
-            given = [name for name in unread if getattr(self, name) is not None]
-            if given:
+        for item in fields(self):
+            only = _ONLY_OF.get(item.name, self.model)
+            if only != self.model and getattr(self, item.name) != item.default:
                 raise ValueError(
-                    f"A transformer has no {' and no '.join(given)}: these are settings of "
-                    f"model='rssm'."
+                    f"model={self.model!r} has no {item.name}: this is a setting of model={only!r}. "
+                    f"Leave it out."
                 )
+        if self.model == "transformer":
             self.model_settings()  # raises if the sizes do not fit together
 
     def model_settings(self) -> RSSMConfig | TransformerConfig:
@@ -165,7 +172,6 @@ class PlaNet(RecurrentRecipe):
         super().__init__(config, env)
         key = env.action_key
         spec = env.full_action_spec_unbatched[key]
-        check_planned_action(env)
         self.loss.return_latents = False  # nothing learns from them
         self.optimizer = torch.optim.Adam(
             self.loss.parameters(), lr=config.learning_rate, eps=1e-4, fused=True

@@ -15,7 +15,7 @@ from torchrl_wm.models import (
     RSSMConfig,
     TransformerConfig,
 )
-from torchrl_wm.trainers.env_checks import check_bounds
+from torchrl_wm.trainers.env_checks import check_action, check_bounds, check_stacked
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
@@ -109,6 +109,8 @@ class RecurrentRecipe(Recipe):
 
     def __init__(self, config: RecurrentRunConfig, env: EnvBase) -> None:
         super().__init__(config, env)
+        check_stacked(env)
+        check_action(env)
         check_bounds(env.full_action_spec_unbatched[env.action_key], env.action_key)
         self.sizes = config.model_settings()
         is_rssm = isinstance(self.sizes, RSSMConfig)

@@ -25,13 +25,13 @@ from torchrl_wm.modules import random_shift
 from torchrl_wm.modules.keys import join
 from torchrl_wm.objectives import LossTerm, PolicyPriorLoss, ValueTerm, WorldModelLoss
 from torchrl_wm.planners import MPPIPlanner
-from torchrl_wm.trainers.env_checks import check_bounds, check_planned_action
+from torchrl_wm.trainers.env_checks import check_action, check_bounds, check_stacked
 from torchrl_wm.trainers.gym_actions import gymnasium_env
 from torchrl_wm.trainers.learning import compiled_loss, descend
 from torchrl_wm.trainers.recipe import Counts, make_replay, Recipe
 from torchrl_wm.trainers.recipes.ensemble import transition_keys
 from torchrl_wm.trainers.sequences import sample_sequences
-from torchrl_wm.trainers.settings import AtLeast, PresetConfig, Within
+from torchrl_wm.trainers.settings import Above, AtLeast, PresetConfig, Within
 from torchrl_wm.trainers.steps import Steps
 
 #: The sizes of networks, batches and plans, and what goes with them: a preset that is quick on a
@@ -155,9 +155,9 @@ class TDMPC2Config(PresetConfig):
     gamma: Annotated[float, Within(0, 1)] | None = None
     pretraining_updates: Annotated[int, AtLeast(0)] | None = None
     updates_per_step: Annotated[int, AtLeast(1)] = 1
-    learning_rate: float = 3e-4
-    encoder_rate: float = 0.3
-    clip: float = 20.0
+    learning_rate: Annotated[float, Above(0)] = 3e-4
+    encoder_rate: Annotated[float, AtLeast(0)] = 0.3
+    clip: Annotated[float, Above(0)] = 20.0
     tau: Annotated[float, Within(0, 1)] | None = None
     decay: Annotated[float, Within(0, 1)] = 0.5
     consistency_weight: float = 20.0
@@ -239,8 +239,9 @@ class TDMPC2(Recipe):
 
     def __init__(self, config: TDMPC2Config, env: EnvBase) -> None:
         super().__init__(config, env)
+        check_stacked(env)
+        check_action(env)
         check_bounds(env.full_action_spec_unbatched[env.action_key], env.action_key)
-        check_planned_action(env)
         sizes = config.model
         self.gamma = discount(config, env) if config.gamma is None else config.gamma
         # Encoder h, latent dynamics d, reward R and termination; values Q and policy prior p.
