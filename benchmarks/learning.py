@@ -229,6 +229,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "pixels": 32,
             "pixels_only": True,
             "termination": "none",
+            # The default at that time. Not run since.
+            "sequence_start": "stored",
             "compile": True,
             # For its first thousand updates the model decodes nothing of the pendulum.
             "train_ratio": 256.0,
