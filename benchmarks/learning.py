@@ -104,6 +104,20 @@ SUITE = {
     "evaluation_episodes": 5,
 }
 
+PIXELS: dict[str, Any] = {
+    "env": "Pendulum-v1",
+    "pixels": 32,
+    "pixels_only": True,
+    "termination": "none",
+    "compile": True,
+    # For its first thousand updates the model decodes nothing of the pendulum.
+    "train_ratio": 256.0,
+    "random_hold": 10,
+    "steps": 10_000,
+    "evaluation_interval": 1000,
+    "evaluation_episodes": 5,
+}
+
 EXPERIMENTS: dict[str, Experiment] = {
     "pets-cartpole": Experiment(
         "pets",
@@ -222,24 +236,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
         seeds=3,
     ),
-    "dreamer-pendulum-pixels": Experiment(
-        "dreamer",
-        {
-            "env": "Pendulum-v1",
-            "pixels": 32,
-            "pixels_only": True,
-            "termination": "none",
-            # The default at that time. Not run since.
-            "sequence_start": "stored",
-            "compile": True,
-            # For its first thousand updates the model decodes nothing of the pendulum.
-            "train_ratio": 256.0,
-            "random_hold": 10,
-            "steps": 10_000,
-            "evaluation_interval": 1000,
-            "evaluation_episodes": 5,
-        },
-        seeds=1,
+    "dreamer-pendulum-pixels": Experiment("dreamer", PIXELS, seeds=1),
+    "dreamer-pendulum-pixels-stored": Experiment(
+        "dreamer", {**PIXELS, "sequence_start": "stored"}, seeds=1
     ),
     "planet-pendulum": Experiment(
         "planet",
@@ -832,6 +831,12 @@ REPORTS: dict[str, tuple[Callable[[], str], Callable[[], Any]]] = {
     **evaluations_report("dreamer-pendulum", "Dreamer on Pendulum-v1", -250, 10),
     **evaluations_report(
         "dreamer-pendulum-pixels", "Dreamer on Pendulum-v1 from images", -250, 5
+    ),
+    **evaluations_report(
+        "dreamer-pendulum-pixels-stored",
+        "Dreamer on Pendulum-v1 from images, with stored latents",
+        -250,
+        5,
     ),
     **evaluations_report("planet-pendulum", "PlaNet on Pendulum-v1", -300, 3),
     "cartpole": (
