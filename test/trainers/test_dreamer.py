@@ -379,7 +379,7 @@ def test_episodes_that_terminate_and_should_not(settings) -> None:
     with pytest.warns(UserWarning) as seen:
         trained(env=make_nested_ragged, **short)
     found = [str(each.message) for each in seen]
-    (told,) = [text for text in found if "predicts no terminations" in text]
+    (told,) = (text for text in found if "predicts no terminations" in text)
     assert "at real step" in told and "termination='learned'" in told
     trained(**short)  # episodes that end only by time
 
