@@ -1,6 +1,6 @@
 """An update of Dreamer beside TorchRL's own, everything measured in this process.
 
-    python benchmarks/dreamer.py --compile small --out docs/benchmarks/dreamer_cost.md
+    python benchmarks/dreamer.py --out docs/benchmarks/dreamer_cost.md
 
 An update is model, actor, critic, optimizer and slow critic on a batch that is there already:
 ours is that of ``torchrl-wm train dreamer``, TorchRL's that of ``DreamerV3Loss`` in a

@@ -107,7 +107,7 @@ def test_without_imagination_it_is_sac() -> None:
 
 def test_targets_follow_after_each_update() -> None:
     trainer = MBPOTrainer(
-        **{**SMALL, "steps": 20, "tau": 0.5, "learning_rate": 0.0, "real_share": 1.0}
+        **{**SMALL, "steps": 20, "tau": 0.5, "learning_rate": 1e-30, "real_share": 1.0}
     )
     sac = trainer.sac
     values, targets = sac.qvalue_network_params, sac.target_qvalue_network_params

@@ -405,6 +405,7 @@ def test_mbpo_learns_after_its_workers_were_lost(
 
 def test_dreamer_learns(connected) -> None:
     settings = {**DREAMER, **PENDULUM, "max_episode_steps": 20, "random_steps": 40}
+    settings["sequence_start"] = "stored"
     trainer = DreamerTrainer(**{**settings, "steps": 120, "train_ratio": 24.0})
     first: list[float] = []
     learn = trainer.recipe.learn

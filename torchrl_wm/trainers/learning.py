@@ -271,14 +271,14 @@ def check_losses(
 
 
 def check_transitions(
-    rows: TensorDictBase, step: int, latents: Collection[NestedKey] = ()
+    rows: TensorDictBase, step: int, computed: Collection[NestedKey] = ()
 ) -> None:
     """Refuse transitions that are not finite, before the recipe learns from them.
 
     Args:
         rows: the transitions, ``[N]``.
         step: how many real steps have been made.
-        latents: the entries that the model computes, and not the real env.
+        computed: the entries that model and policy compute, and not the real env.
 
     Raises:
         NonFiniteLossError: if some are not.
@@ -290,10 +290,11 @@ def check_transitions(
     ]
     if not bad:
         return
-    if set(bad) <= set(latents):
+    own = [key for key in bad if key in computed]
+    if own:
         raise NonFiniteLossError(
-            f"The world model filtered the observations into {bad} with NaN or infinite values, "
-            f"up to real step {step}, after its last gradient step. Lower the learning rate.",
+            f"World model and policy made {own} of the observations, with NaN or infinite values, "
+            f"up to real step {step}, after their last gradient step. Lower the learning rate.",
             rows,
         )
     raise NonFiniteLossError(

@@ -94,7 +94,7 @@ class RecipeTrainer(Trainer):
         self._unexpected = [
             join("next", key)
             for key in self.env.done_keys
-            if as_tuple(key)[-1] == "terminated"
+            if as_tuple(key)[-1] == "terminated" and not recipe.learns_from_log
         ]
         #: The newest real steps.
         self.new_steps: Steps | None = None
@@ -195,7 +195,8 @@ class RecipeTrainer(Trainer):
         total = self.collected_frames + len(steps)
         if self.recipe.replay is not None:
             rows = self.recipe.kept(steps)
-            check_transitions(rows, total, self.recipe.latents)
+            computed = [*self.recipe.latents, self.env.action_key]
+            check_transitions(rows, total, computed)
             self.recipe.replay.extend(rows)
         self.new_steps = self.collector.count(steps, total)
         self._watch_terminations(steps, total)
