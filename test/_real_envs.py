@@ -227,6 +227,12 @@ class Ragged(gymnasium.Env):
         return np.array([self.place, self.left], np.float32)
 
 
+class Several(Ragged):
+    """Its action is several choices."""
+
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+
 class Shown(Ragged):
     """Shows a bar at its place, 24 by 40 pixels; the class counts its frames."""
 

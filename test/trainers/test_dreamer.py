@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from _real_envs import (
     Pictures,
     PLANET,
     Ragged,
+    Several,
     TRANSFORMER,
     Unbounded,
 )
@@ -29,10 +29,6 @@ from torchrl_wm.trainers import (
     write_run_report,
 )
 from torchrl_wm.trainers.recipes import dreamer, planet
-
-
-class Several(Ragged):
-    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
 
 
 CASES = {

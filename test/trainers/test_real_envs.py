@@ -246,7 +246,6 @@ def test_images() -> None:
 
 def test_a_tuple_with_an_image() -> None:
     image, number = spaces.Box(0, 255, (16, 16, 3), np.uint8), spaces.Box(0, 1, (1,))
-
     env = Mixed()
     env.observation_space = spaces.Tuple([image, number])
     with pytest.raises(ValueError, match="dictionary of the observations") as caught:

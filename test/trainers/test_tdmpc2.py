@@ -6,7 +6,6 @@ import copy
 from functools import partial
 from types import SimpleNamespace
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from _real_envs import (
     make_reacher,
     Pictures,
     Ragged,
+    Several,
     TDMPC2 as SMALL,
     Unbounded,
 )
@@ -297,9 +297,6 @@ def test_bad_settings(settings, message) -> None:
 
 
 def test_actions_that_are_several_choices() -> None:
-    class Several(Ragged):
-        action_space = gymnasium.spaces.MultiDiscrete([2, 3])
-
     with pytest.raises(ValueError, match="single choices, and.*one choice"):
         TDMPC2Trainer(**{**SMALL, "env": Several})
 

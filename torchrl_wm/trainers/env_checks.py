@@ -96,7 +96,7 @@ def check_stacked(env: EnvBase) -> None:
         ValueError: if there are; the message names them.
     """
     for key, spec in env.full_observation_spec_unbatched.items(True, True):
-        if min(spec.shape, default=1) < 1:
+        if _is_stacked(spec):
             raise ValueError(
                 f"The observation {key!r} has the shape {tuple(spec.shape)}: TorchRL stacks the parts "
                 f"of a Tuple space, and their sizes differ. Make a dictionary of them: "
@@ -119,8 +119,7 @@ def check_float_observations(env: EnvBase) -> None:
             others[key] = type(spec).__name__
         elif pixel_entry(key, spec) is not None:
             images.append(key)
-        # TorchRL stacks the parts of a Tuple; where their sizes differ, the dim has no fixed size.
-        elif not spec.dtype.is_floating_point or min(spec.shape, default=1) < 1:
+        elif not spec.dtype.is_floating_point or _is_stacked(spec):
             others[key] = f"{list(spec.shape)} {spec.dtype}"
     without = (
         "with gymnasium.wrappers.FilterObservation or torchrl.envs.ExcludeTransform"
@@ -205,6 +204,11 @@ def check_policy_observations(env: EnvBase, keys: Sequence[NestedKey]) -> None:
             f"{wrong}. Flatten them: Gymnasium's FlattenObservation, or "
             f"torchrl.envs.FlattenObservation."
         )
+
+
+def _is_stacked(spec: TensorSpec) -> bool:
+    """Return whether TorchRL stacked parts of a Tuple of different sizes: a dim has no fixed size."""
+    return min(spec.shape, default=1) < 1
 
 
 def _is_choice(spec: TensorSpec) -> bool:

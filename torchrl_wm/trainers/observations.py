@@ -22,8 +22,8 @@ from torchrl_wm.trainers.gym_actions import (
 )
 from torchrl_wm.trainers.pixels import Pixels, reduced
 
-#: The structure of an observation: dictionaries, lists (for a Tuple space), and arrays; None for
-#: parts without a shape.
+#: The structure of an observation: dictionaries, lists (for a Tuple space), and parts; None for
+#: those without a shape.
 Layout = Any
 
 
@@ -200,7 +200,7 @@ def _sizes(layout: Layout, value: Any, name: str) -> Iterator[tuple[str, int | N
 
 
 def _leading(layout: _Part, value: Any, name: str) -> int | None:
-    shape = tuple(layout.shape)
+    shape = layout.shape
     try:
         array = _array(value)
     except ValueError:  # rows of different lengths

@@ -18,7 +18,6 @@ from torchrl.trainers import Trainer
 from torchrl_wm import _upstream
 from torchrl_wm._files import write_plain
 from torchrl_wm._interrupts import check_interrupt, deferred_interrupts
-from torchrl_wm.modules import WorldModel
 from torchrl_wm.modules.keys import as_tuple, join
 from torchrl_wm.trainers.checkpoints import all_parts
 from torchrl_wm.trainers.counted_steps import CollectingError, CountedSteps
@@ -206,8 +205,8 @@ class RecipeTrainer(Trainer):
 
     def _watch_terminations(self, steps: TensorDictBase, total: int) -> None:
         """Warn if an episode terminates, and the model predicts that none does."""
-        model = getattr(self.recipe, "world_model", None)
-        if not isinstance(model, WorldModel) or model.done_head is not None:
+        model = self.recipe.world_model
+        if model is None or model.done_head is not None:
             return
         if any(steps.get(key).any() for key in self._unexpected):
             self._unexpected = []
